@@ -1,0 +1,101 @@
+"""Predict each fold's validation samples and all test samples with the fold's best network.
+
+reads   WORK/runs/<recipe>/fold<k>/best.pt, WORK/folds.csv, WORK/samples.csv, WORK/images/
+writes  WORK/predictions/<recipe>/fold<k>_oof.npz, fold<k>_test.npz   one fold's
+        WORK/predictions/<recipe>/oof.npz    the folds' out-of-fold rows together, each sample once
+        WORK/predictions/<recipe>/test.npz   the mean over the folds
+        each: ids (n,), probs (n, 28) float32 in [0, 1], classes (28,)
+
+example python 05_predict_oof.py --work work --recipes resnet50 --folds 0,1,2,3,4
+"""
+
+import numpy as np
+
+from common import cli
+from common.artifacts import Stage, digest, load_predictions, read_table, save_predictions
+from common.ensemble import mean_predictions
+
+
+def parse_args():
+    parser = cli.parser(__doc__)
+    parser.add_argument("--recipes", type=cli.names, default=["resnet50"], metavar="A,B",
+                        help="recipes to predict with (default: resnet50)")
+    parser.add_argument("--folds", type=cli.fold_numbers, metavar="0,2", help="folds to predict (default: all)")
+    parser.add_argument("--tta", default="dihedral", choices=("none", "dihedral"),
+                        help="average over the 8 symmetries of each image (default) or not")
+    parser.add_argument("--view", default="whole", choices=("whole", "crops"),
+                        help="predict whole images (default) or the mean of five crops")
+    parser.add_argument("--checkpoint", default="best", choices=("best", "last"),
+                        help="network of the best validation epoch (default) or of the last epoch")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
+    cli.add_hardware_flags(parser)
+    args = parser.parse_args()
+    if args.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
+    samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
+    test = samples[samples["part"] == "test"]
+    numbers = args.folds if args.folds is not None else sorted(set(folds["fold"]) - {-1})
+    for recipe in args.recipes:
+        for fold in numbers:
+            predict_fold(args, recipe, fold, folds, {"oof": folds[folds["fold"] == fold], "test": test})
+        combine(args, recipe, numbers, "oof", join_folds)
+        if len(test):
+            combine(args, recipe, numbers, "test", mean_predictions)
+
+
+def predict_fold(args, recipe_name, fold, folds, parts):
+    """Write a fold's probabilities for its validation rows and for test, where they are not up to date."""
+    from common.inference import choose_hardware, mean_probabilities, predict_logits, views
+    from common.training import finished_checkpoint, image_set, load_network, stored_images
+
+    path, recipe = finished_checkpoint(args.work, recipe_name, fold, folds, args.checkpoint)
+    network = None
+    for part, rows in parts.items():
+        if len(rows) == 0:
+            continue
+        images = digest(stored_images(args.work, recipe.size, rows["Id"]))
+        stage = Stage("05_predict_oof", prediction_file(args.work, recipe_name, part, fold),
+                      {"tta": args.tta, "view": args.view}, {"network": path, "images": images})
+        if stage.is_current():
+            continue
+        stage.begin()
+        hardware = choose_hardware(args.device, args.precision, args.workers)
+        network = network or load_network(path, recipe, hardware)
+        logits = predict_logits(*network, image_set(args.work, recipe, rows), hardware,
+                                views(args.tta, recipe.crop if args.view == "crops" else None),
+                                args.batch_size, f"{recipe_name} fold {fold} {part}")
+        save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
+        stage.finish(rows=len(rows))
+        print(f"05_predict_oof: {recipe_name} fold {fold}: {len(rows)} {part} samples x {len(logits)} views", flush=True)
+
+
+def combine(args, recipe_name, numbers, part, how):
+    """Write the folds' predictions of one part as one file."""
+    sources = [prediction_file(args.work, recipe_name, part, fold) for fold in numbers]
+    stage = Stage("05_predict_oof", prediction_file(args.work, recipe_name, part), {"folds": numbers},
+                  {path.name: path for path in sources})
+    if stage.is_current():
+        return
+    stage.begin()
+    ids, probs = how([load_predictions(path, "python 05_predict_oof.py") for path in sources], [str(p) for p in sources])
+    save_predictions(stage.artifact, ids, probs)
+    stage.finish(rows=len(ids))
+
+
+def join_folds(members, _):
+    """Put the folds' rows below each other; each sample is in one fold only."""
+    return tuple(np.concatenate(arrays) for arrays in zip(*members, strict=True))
+
+
+def prediction_file(work, recipe_name, part, fold=None):
+    return work / "predictions" / recipe_name / (f"{part}.npz" if fold is None else f"fold{fold}_{part}.npz")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,184 @@
+"""Files that stages hand on: written whole or not at all, with a sidecar that says what they were made from.
+
+A stage's main output `X` gets `X.meta.json` (stage, parameters, fingerprints of inputs and outputs, rows,
+seconds) after every output is in place. No sidecar = unfinished; a different one = stale.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common.classes import CLASS_NAMES
+from common.errors import UserError, listing
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: many writers choose their format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    with writing(path) as temporary:
+        frame.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def read_json(path: Path):
+    """Read a JSON file; a damaged one is a UserError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def read_table(path: Path, made_by: str) -> pd.DataFrame:
+    """Read a CSV artifact with text kept as text; say which command makes it where it is missing."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is missing; run: {made_by}")
+    return pd.read_csv(path, dtype={"Id": str, "Target": str}, keep_default_na=False)
+
+
+# --- predictions -------------------------------------------------------------------------------------------
+
+def check_probabilities(ids, probs, name) -> None:
+    """Refuse repeated Ids, a wrong shape, NaN and values outside [0, 1]."""
+    ids, probs = np.asarray(ids), np.asarray(probs)
+    if probs.shape != (len(ids), len(CLASS_NAMES)):
+        raise UserError(f"{name}: expected probabilities of shape ({len(ids)}, {len(CLASS_NAMES)}), found {probs.shape}")
+    if not np.isfinite(probs).all() or probs.min(initial=0) < 0 or probs.max(initial=0) > 1:
+        raise UserError(f"{name}: expected probabilities in [0, 1], found NaN or values outside")
+    values, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        raise UserError(f"{name}: these Ids appear more than once:\n{listing(values[counts > 1])}")
+
+
+def save_predictions(path: Path, ids, probs) -> None:
+    """Write `ids (n,)`, `probs (n, 28) float32` in [0, 1] and `classes (28,)` as one .npz."""
+    ids, probs = np.asarray(ids, dtype=str), np.asarray(probs, dtype=np.float32)
+    check_probabilities(ids, probs, path)
+    with writing(path) as temporary:
+        np.savez(temporary, ids=ids, probs=probs, classes=np.array(CLASS_NAMES))
+
+
+def load_predictions(path: Path, made_by: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return `ids (n,)` and `probs (n, 28)` of a file written by `save_predictions`, checked again."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} is missing; run: {made_by}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            ids, probs, classes = file["ids"], file["probs"], file["classes"]
+    except (ValueError, KeyError, OSError, EOFError) as error:
+        raise UserError(f"{path} is not a predictions file ({error}); run: {made_by}") from None
+    if tuple(classes) != CLASS_NAMES:
+        raise UserError(f"{path} was made for other classes; run: {made_by}")
+    check_probabilities(ids, probs, path)
+    return ids, probs
+
+
+# --- fingerprints and sidecars -----------------------------------------------------------------------------
+
+def fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a file's content, so that a rewritten equal file changes nothing downstream."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(value) -> str:
+    """Return the SHA-256 of a JSON-able value, or of a table's CSV text."""
+    text = value.to_csv(index=False) if isinstance(value, pd.DataFrame) else json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sidecar(path: Path) -> Path:
+    return Path(path).with_name(Path(path).name + ".meta.json")
+
+
+class Stage:
+    """What a stage is about to make, from what: tells whether it is there already, and seals it when done.
+
+    artifact : Path of the main output, which carries the sidecar
+    parameters : JSON-able dict
+    inputs : dict of name -> Path (fingerprinted here) or str (a digest)
+    """
+
+    def __init__(self, name: str, artifact: Path, parameters: dict, inputs: dict):
+        self.name = name
+        self.artifact = Path(artifact)
+        self.sidecar = sidecar(self.artifact)
+        self.parameters = json.loads(json.dumps(parameters))
+        self.inputs = {key: fingerprint(value) if isinstance(value, Path) else value for key, value in inputs.items()}
+        self.started = time.time()
+
+    def made_from(self) -> dict:
+        return {"parameters": self.parameters, "inputs": self.inputs}
+
+    def changes(self, before: dict) -> str | None:
+        """Describe how parameters and inputs differ from an earlier `made_from`; None where they do not."""
+        for kind, now in self.made_from().items():
+            old = before.get(kind, {})
+            changed = sorted(key for key in {**old, **now} if old.get(key) != now.get(key))
+            if changed and kind == "inputs":
+                return f"changed: {', '.join(changed)}"
+            if changed:
+                return "; ".join(f"{key} was {old.get(key, 'absent')}, now {now.get(key, 'absent')}" for key in changed)
+        return None
+
+    def why_stale(self) -> str | None:
+        """Return None when the outputs are up to date, else the reason why they are not."""
+        if not self.sidecar.is_file():
+            return "not made yet"
+        meta = read_json(self.sidecar)
+        changes = self.changes(meta)
+        if changes:
+            return changes
+        for name, content in meta["outputs"].items():
+            path = self.sidecar.parent / name
+            if not path.is_file() or fingerprint(path) != content:
+                return f"{name} is not the file that {self.name} wrote"
+        return None
+
+    def is_current(self) -> bool:
+        """Print one line that says 'up to date', or why the stage runs again."""
+        reason = self.why_stale()
+        if reason is None:
+            print(f"{self.name}: {self.artifact} is up to date")
+        elif reason != "not made yet":
+            print(f"{self.name}: making {self.artifact} again ({reason})")
+        return reason is None
+
+    def begin(self) -> None:
+        """Take the old sidecar away before the first output is touched: from here on it is unfinished."""
+        self.sidecar.unlink(missing_ok=True)
+
+    def finish(self, rows: int, also: list[Path] = (), **more) -> None:
+        """Write the sidecar: the artifact and what belongs to it (`also`) are in place."""
+        outputs = {os.path.relpath(path, self.sidecar.parent): fingerprint(path) for path in (self.artifact, *also)}
+        write_json(self.sidecar, {
+            "stage": self.name, **self.made_from(), "outputs": outputs,
+            "rows": rows, "seconds": round(time.time() - self.started, 1), **more})
+

@@ -1,0 +1,77 @@
+"""Command lines of the numbered scripts: shared flags, errors that name the nearest known flag, exit codes."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from common.errors import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations whose errors name the nearest known flag."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            self.error(f"unknown argument {unknown[0]}; {nearest(unknown[0].split('=')[0], flags)}")
+        return values
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
+def parser(description: str) -> Parser:
+    """Return a parser with the flags that every stage takes: --data and --work."""
+    result = Parser(description)
+    result.add_argument("--data", type=Path, default=Path("data"), metavar="DIR",
+                        help="input folder in the competition's layout (default: data); never written to")
+    result.add_argument("--work", type=Path, default=Path("work"), metavar="DIR",
+                        help="folder for everything that is made (default: work)")
+    return result
+
+
+def add_hardware_flags(parser) -> None:
+    """Add --device, --precision and --workers to a stage's command line."""
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+                        help="autocast type (default: bf16 or fp16 on a GPU, fp32 on the CPU)")
+    parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: 0 on the CPU, up to 8 on a GPU)")
+
+
+def names(text: str) -> list[str]:
+    """Parse 'a,b' into a list of distinct names."""
+    values = [part.strip() for part in text.split(",") if part.strip()]
+    if not values or len(set(values)) != len(values):
+        raise argparse.ArgumentTypeError(f"expected distinct names separated by commas, found {text!r}")
+    return values
+
+
+def fold_numbers(text: str) -> list[int]:
+    """Parse '0,2' into a list of distinct fold numbers."""
+    values = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in values) or len(set(values)) != len(values):
+        raise argparse.ArgumentTypeError(f"expected fold numbers separated by commas such as 0,2, found {text!r}")
+    return [int(part) for part in values]
+
+
+def run(main) -> None:
+    """Call a script's `main`; a user's mistake ends in one message and exit code 2, never in a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}; check that the folder exists, can be written and has space",
+              file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\nstopped; finished work is kept. To go on: {shlex.join(['python', *sys.argv])}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,96 @@
+"""Stored images to batches: random crops and symmetries for training, whole images for evaluation.
+
+Every random number is a function of (seed, epoch, position in the epoch), so workers never repeat each other
+and a resumed run draws what an undisturbed one would have drawn.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from common.errors import UserError
+from common.images import read_planes
+
+
+def dihedral(image, which: int):
+    """Apply one of the 8 symmetries of the square to (..., h, w): `which` % 4 quarter turns, from 4 on mirrored.
+
+    Works on NumPy arrays and torch tensors alike.
+    """
+    turn = torch.rot90 if torch.is_tensor(image) else np.rot90
+    image = turn(image, which % 4, (-2, -1))
+    if which < 4:
+        return image
+    return image.flip(-1) if torch.is_tensor(image) else image[..., ::-1]
+
+
+def random_crop(image: np.ndarray, crop: int, rng: np.random.Generator) -> np.ndarray:
+    """Cut a random (crop, crop) window out of (4, h, w) and put it through a random symmetry."""
+    top, left = rng.integers(image.shape[1] - crop + 1), rng.integers(image.shape[2] - crop + 1)
+    return dihedral(image[:, top:top + crop, left:left + crop], int(rng.integers(8)))
+
+
+@dataclass
+class ImageSet(Dataset):
+    """Images of `ids` under `folder` with their targets; one item is a (4, h, w) uint8 array and its targets.
+
+    crop : side of random training crops in pixels; None for whole images
+    A training item is asked for by (row, epoch, position), a whole image by its row.
+    """
+    folder: Path
+    ids: np.ndarray
+    targets: np.ndarray
+    crop: int | None = None
+    seed: int = 0
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, key):
+        row, *place = key if isinstance(key, tuple) else (key,)
+        path = self.folder / f"{self.ids[row]}.tif"
+        try:
+            image = read_planes(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); run: python 01_preprocess.py") from None
+        if self.crop is not None:
+            image = random_crop(image, self.crop, np.random.default_rng([self.seed, *place]))
+        return image, self.targets[row]
+
+
+class EpochBatches:
+    """Batches of (row, epoch, position) for one epoch: all rows in an order drawn from (seed, epoch).
+
+    Every batch is full, so that normalisation layers and the hard sampler see the same batch size; the rest
+    of up to one batch falls away, another one each epoch. With fewer rows than a batch, one batch holds all.
+    start : number of batches to leave out because an interrupted run had them
+    """
+
+    def __init__(self, n_rows: int, batch_size: int, seed: int, epoch: int, start: int = 0):
+        self.batch = min(batch_size, n_rows)
+        self.steps = n_rows // self.batch
+        self.order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+        self.epoch, self.start = epoch, start
+
+    def __len__(self):
+        return self.steps - self.start
+
+    def __iter__(self):
+        for step in range(self.start, self.steps):
+            positions = range(step * self.batch, (step + 1) * self.batch)
+            yield [(int(self.order[p]), self.epoch, p) for p in positions]
+
+
+def collate(items):
+    """Stack items to (n, 4, h, w) uint8 images and (n, n_classes) float targets."""
+    images, targets = zip(*items, strict=True)
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(targets).astype(np.float32))
+
+
+def loader(dataset: ImageSet, workers: int, pin: bool, batches=None, batch_size: int = 1) -> DataLoader:
+    """Return a loader of the given batches, or of all items in order."""
+    how = {"batch_sampler": batches} if batches is not None else {"batch_size": batch_size}
+    return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, **how)

@@ -1,0 +1,23 @@
+"""The one exception for what a user can mend, and how long lists are told."""
+
+
+class UserError(Exception):
+    """Say what was expected, what was found and the cure; ends a script with exit code 2."""
+
+
+def listing(items, limit: int = 10) -> str:
+    """Join the first `limit` items, one a line, and count the rest."""
+    items = list(items)
+    lines = [f"  {item}" for item in items[:limit]]
+    if len(items) > limit:
+        lines.append(f"  ... and {len(items) - limit} more ({len(items)} in all)")
+    return "\n".join(lines)
+
+
+def nearest(word: str, known) -> str:
+    """Return ', did you mean X?' for the known word nearest to `word`, else a list of all."""
+    import difflib
+
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"

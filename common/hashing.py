@@ -1,0 +1,105 @@
+"""Near-duplicates by perceptual hashing: hashes, all pairs within a distance, groups, and which samples stay."""
+
+from pathlib import Path
+
+import faiss
+import imagehash
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from common.images import CHANNELS, read_planes
+from common.labels import parse_targets
+
+HASHED = CHANNELS[:3]  # red, green, blue; yellow is missing from some collections
+FLAT_STD = 0.5  # grey levels; a channel that varies less is black or constant, and its hash says nothing
+BLOCK = 8192  # hashes searched at once
+
+
+def hash_planes(planes: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Return the 64-bit pHashes of red, green and blue, (3, 8) uint8, and whether any of them is flat.
+
+    planes : (4, side, side) uint8
+    """
+    hashes = [np.packbits(imagehash.phash(Image.fromarray(plane)).hash) for plane in planes[:3]]
+    return np.stack(hashes), any(plane.std() < FLAT_STD for plane in planes[:3])
+
+
+def hash_file(path: Path) -> tuple[np.ndarray, bool]:
+    """`hash_planes` of a stored image."""
+    return hash_planes(read_planes(path))
+
+
+def find_pairs(hashes: np.ndarray, flat: np.ndarray, thresholds: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Find all pairs whose Hamming distance is within the threshold in each of red, green and blue.
+
+    hashes : (n, 3, 8) uint8; flat : (n,) bool, samples that never match; thresholds : bits of 64 per channel
+    Returns pairs (p, 2) with first < second, sorted, and distances (p, 3). Exact: every pair is compared.
+    """
+    usable = np.flatnonzero(~flat)
+    green = np.ascontiguousarray(hashes[usable, 1])
+    index = faiss.IndexBinaryFlat(64)
+    index.add(green)
+    found = []
+    for start in range(0, len(usable), BLOCK):
+        limits, _, others = index.range_search(green[start:start + BLOCK], thresholds[1] + 1)
+        first = np.repeat(np.arange(start, start + len(limits) - 1), np.diff(limits.astype(np.int64)))
+        pairs = np.stack([usable[first], usable[others]], axis=1)[first < others]
+        distances = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]).sum(axis=2, dtype=np.int64)
+        near = (distances <= thresholds).all(axis=1)
+        found.append(np.hstack([pairs[near], distances[near]]))
+    table = np.concatenate(found) if found else np.empty((0, 5), dtype=np.int64)
+    table = table[np.lexsort((table[:, 1], table[:, 0]))]
+    return table[:, :2], table[:, 2:]
+
+
+def connect(n: int, pairs: np.ndarray) -> np.ndarray:
+    """Return for each of n samples the index of the first sample of its connected component, (n,) int."""
+    graph = coo_array((np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
+    _, component = connected_components(graph, directed=False)
+    _, first = np.unique(component, return_index=True)
+    return first[component]
+
+
+def choose_kept(groups: np.ndarray, targets: np.ndarray, floor: int) -> np.ndarray:
+    """Choose per group one sample, the first, for each distinct label set; returns (n,) bool.
+
+    No removal takes a class below `floor` kept samples: such a sample stays although it is a duplicate.
+    """
+    kept = np.ones(len(groups), dtype=bool)
+    counts = targets.sum(axis=0)
+    seen = set()
+    for i, group in enumerate(groups):
+        key = (group, targets[i].tobytes())
+        if key in seen and (counts[targets[i]] > floor).all():
+            kept[i] = False
+            counts[targets[i]] -= 1
+        seen.add(key)
+    return kept
+
+
+def duplicate_tables(samples: pd.DataFrame, hashes, flat, thresholds, floor: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the table of labelled samples with group and kept, and the table of all near-identical pairs.
+
+    samples : Id, part, Target as stage 01 writes them; test samples are matched, never grouped or removed.
+    """
+    pairs, distances = find_pairs(hashes, flat, thresholds)
+    labelled = np.flatnonzero(samples["part"] != "test")
+    position = np.full(len(samples), -1)
+    position[labelled] = np.arange(len(labelled))
+    inner = position[pairs]
+    groups = connect(len(labelled), inner[(inner >= 0).all(axis=1)])
+    known = samples.iloc[labelled].reset_index(drop=True)
+    duplicates = known[["Id", "part", "Target"]].assign(
+        group=known["Id"].to_numpy()[groups],
+        kept=choose_kept(groups, parse_targets(known["Target"]), floor).astype(int))
+
+    first, second = samples.iloc[pairs[:, 0]], samples.iloc[pairs[:, 1]]
+    listed = pd.DataFrame({
+        "Id": first["Id"].to_numpy(), "part": first["part"].to_numpy(),
+        "other_Id": second["Id"].to_numpy(), "other_part": second["part"].to_numpy(),
+        **{channel: distances[:, c] for c, channel in enumerate(HASHED)},
+        "Target": first["Target"].to_numpy(), "other_Target": second["Target"].to_numpy()})
+    return duplicates, listed

@@ -1,0 +1,184 @@
+"""Channel files in, 4-plane TIFFs out: finding, checking, resizing and storing images.
+
+Planes are always in the order red (microtubules), green (protein), blue (nucleus), yellow (reticulum).
+"""
+
+import os
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tifffile
+from PIL import Image
+
+from common.artifacts import writing
+
+CHANNELS = ("red", "green", "blue", "yellow")
+TIFF = (".tif", ".tiff")
+SUFFIXES = (*TIFF, ".png", ".jpg", ".jpeg")
+MAX_SIDE = 16384  # pixels; a header that claims more is damaged or hostile
+RGB_PLANES = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1)}
+
+
+class BadImage(Exception):
+    """Say what is wrong with one image file; stages collect these and report them together."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """Size in pixels, bit depth and whether the file holds three colour planes."""
+    width: int
+    height: int
+    bits: int
+    colour: bool
+
+
+# --- finding -----------------------------------------------------------------------------------------------
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """Map 'Id_colour' to its file for every image in `folder`; TIFF wins over PNG over JPEG."""
+    found = {}
+    if folder.is_dir():
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                stem, suffix = os.path.splitext(entry.name)
+                if suffix.lower() in SUFFIXES:
+                    rank = SUFFIXES.index(suffix.lower())
+                    if stem not in found or rank < found[stem][0]:
+                        found[stem] = (rank, Path(entry.path))
+    return {stem: path for stem, (_, path) in found.items()}
+
+
+def channel_files(Id: str, folders: list[dict[str, Path]]) -> tuple[list[Path], list[str]]:
+    """Return a sample's four files from the first folder that has all of them, and what is missing otherwise."""
+    wanted = [f"{Id}_{channel}" for channel in CHANNELS]
+    for files in folders:
+        if all(stem in files for stem in wanted):
+            return [files[stem] for stem in wanted], []
+    nearest = max(folders, key=lambda files: sum(stem in files for stem in wanted), default={})
+    return [], [stem for stem in wanted if stem not in nearest]
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+def read_header(path: Path) -> Header:
+    """Read size and type without decoding; raises BadImage for what is not a usable image."""
+    try:
+        if path.suffix.lower() in TIFF:
+            header = tiff_header(path)
+        else:
+            with Image.open(path) as image:
+                header = Header(*image.size, bits=16 if image.mode.startswith("I") else 8,
+                                colour=image.mode not in ("L", "I;16", "I;16B", "I"))
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise many kinds; each means an unreadable file
+        raise BadImage(f"cannot be read ({first_line(error)})") from None
+    if max(header.width, header.height) > MAX_SIDE:
+        raise BadImage(f"claims {header.width} x {header.height} px; at most {MAX_SIDE} are accepted")
+    if header.width != header.height:
+        raise BadImage(f"is not square ({header.width} x {header.height} px)")
+    return header
+
+
+def tiff_header(path: Path) -> Header:
+    with tifffile.TiffFile(path) as tiff:
+        if len(tiff.pages) != 1:
+            raise BadImage(f"has {len(tiff.pages)} pages; expected one channel a file")
+        page = tiff.pages.first
+        if page.dtype not in (np.uint8, np.uint16):
+            raise BadImage(f"holds {page.dtype}; expected 8 or 16 bit unsigned integers")
+        if page.photometric.name == "MINISWHITE":
+            raise BadImage("is stored inverted (white is zero); expected black is zero")
+        return Header(page.imagewidth, page.imagelength, page.dtype.itemsize * 8,
+                      page.samplesperpixel != 1 or page.photometric.name == "PALETTE")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def read_channel(path: Path, channel: str, rgb_coded: bool = False) -> np.ndarray:
+    """Decode one channel fully into a (side, side) uint8 or uint16 array.
+
+    rgb_coded : the Human Protein Atlas publishes each channel as a colour JPEG; its planes for `channel` are
+        taken (yellow: the mean of R and G), never a grey conversion, which would dim the channels unequally.
+    Raises BadImage, also for colour files where grey ones are expected.
+    """
+    header = read_header(path)
+    if header.colour and not rgb_coded:
+        raise BadImage("is a colour image; expected one grey channel a file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            image = tifffile.imread(path) if path.suffix.lower() in TIFF else decode(path)
+    except Exception as error:
+        raise BadImage(f"cannot be decoded ({first_line(error)})") from None
+    if image.shape[:2] != (header.height, header.width):
+        raise BadImage(f"decodes to {image.shape}, its header says {header.height} x {header.width}")
+    if image.ndim == 3:
+        planes = [image[..., plane].astype(np.uint16) for plane in RGB_PLANES[channel]]
+        image = ((sum(planes) + len(planes) // 2) // len(planes)).astype(image.dtype)
+    return image
+
+
+def decode(path: Path) -> np.ndarray:
+    """Decode a PNG or JPEG; Pillow refuses truncated files, where OpenCV fills up in silence."""
+    with Image.open(path) as image:
+        if image.mode in ("P", "RGBA", "CMYK", "LA", "YCbCr"):
+            image = image.convert("RGB")
+        pixels = np.asarray(image)
+    return pixels.astype(np.uint16) if pixels.dtype == np.int32 else pixels
+
+
+def read_sample(files: list[Path], rgb_coded: bool = False) -> list[np.ndarray]:
+    """Read the four channels of a sample and check that they have one size; raises BadImage with the file."""
+    planes = []
+    for path, channel in zip(files, CHANNELS, strict=True):
+        try:
+            planes.append(read_channel(path, channel, rgb_coded))
+        except BadImage as error:
+            raise BadImage(f"{path} {error}") from None
+    sides = {plane.shape[0] for plane in planes}
+    if len(sides) > 1:
+        raise BadImage(f"{files[0].parent}: channels of different sizes {sorted(sides)} px: "
+                       f"{', '.join(path.name for path in files)}")
+    return planes
+
+
+# --- resizing and storing ----------------------------------------------------------------------------------
+
+def resize(plane: np.ndarray, size: int) -> np.ndarray:
+    """Shrink one channel to (size, size) by area averaging; 16 bit becomes 8 bit as round(value / 257).
+
+    Averaging happens in the source's depth, so 16-bit data is rounded once. Raises ValueError for enlarging.
+    """
+    if plane.shape[0] < size:
+        raise ValueError(f"would enlarge {plane.shape[0]} px to {size} px")
+    if plane.shape[0] > size:
+        plane = cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA)
+    return plane if plane.dtype == np.uint8 else ((plane.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def write_planes(path: Path, planes: np.ndarray) -> None:
+    """Store (4, size, size) uint8 planes as a deflate-compressed TIFF that Fiji and napari open as 4 channels."""
+    with writing(path) as temporary:
+        tifffile.imwrite(temporary, planes, photometric="minisblack", compression="zlib", predictor=True,
+                         metadata={"axes": "CYX", "channels": CHANNELS})
+
+
+def read_planes(path: Path) -> np.ndarray:
+    """Read the (4, size, size) uint8 planes that `write_planes` stored."""
+    return tifffile.imread(path)
+
+
+def statistics(planes: np.ndarray) -> dict:
+    """Return per-channel mean and standard deviation on the 0-1 scale, and a CRC-32 of the pixels."""
+    values = {}
+    for channel, plane in zip(CHANNELS, planes, strict=True):
+        mean, std = cv2.meanStdDev(plane)
+        values[f"mean_{channel}"], values[f"std_{channel}"] = mean.item() / 255, std.item() / 255
+    return {**values, "crc": f"{zlib.crc32(np.ascontiguousarray(planes)):08x}"}

@@ -1,0 +1,101 @@
+"""Probabilities from a network: devices, normalisation, and test-time views."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.data import ImageSet, dihedral, loader
+from common.errors import UserError
+from common.progress import progress
+
+BATCH = 32  # whole images at once
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and how a network runs: device, autocast type (None = 32-bit floats), loader processes."""
+    device: torch.device
+    autocast: torch.dtype | None
+    workers: int
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def casting(self):
+        return torch.autocast(self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+
+def choose_hardware(device: str, precision: str, workers: int | None) -> Hardware:
+    """Resolve 'auto': a GPU where there is one, with bfloat16 (float16 on older ones); else the CPU in 32 bit.
+
+    On the CPU the batches are made in the training process by default: the cores are the network's.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
+    device = torch.device(device)
+    if precision == "auto":
+        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if workers is None:
+        workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
+    return Hardware(device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision], workers)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation of each channel on the 0-1 scale, (4,) each."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Turn (n, 4, h, w) uint8 images into normalised floats on the device, channels last."""
+        images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
+        scale = torch.tensor(self.std, device=device).mul(255).reciprocal()
+        shift = -torch.tensor(self.mean, device=device) / torch.tensor(self.std, device=device)
+        return torch.addcmul(shift.view(1, 4, 1, 1), images, scale.view(1, 4, 1, 1))
+
+
+def views(tta: str, crop: int | None = None) -> list:
+    """Return functions from images to the images that are predicted and averaged.
+
+    tta : none, or dihedral for all 8 symmetries
+    crop : side in pixels of five windows (corners and centre) to use in place of the whole image
+    """
+    def window(images, top, left):
+        rows, columns = round(top * (images.shape[-2] - crop)), round(left * (images.shape[-1] - crop))
+        return images[..., rows:rows + crop, columns:columns + crop]
+
+    corners = [(0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5)] if crop else [None]
+    turns = range(8) if tta == "dihedral" else range(1)
+    return [lambda images, corner=corner, turn=turn: dihedral(window(images, *corner) if corner else images, turn)
+            for corner in corners for turn in turns]
+
+
+@torch.inference_mode()
+def predict_logits(model, normalise: Normalisation, dataset: ImageSet, hardware: Hardware, looks: list,
+                   batch_size: int = BATCH, label: str | None = None) -> torch.Tensor:
+    """Return the logits of every image under every view, (n_views, n, n_classes) float32 on the CPU.
+
+    Images are decoded once for all views. label : shown with a progress bar
+    """
+    model.eval()
+    batches = loader(dataset, hardware.workers, hardware.is_gpu, batch_size=batch_size)
+    if label:
+        batches = progress(batches, -(-len(dataset) // batch_size), label, unit="batches")
+    result = []
+    for images, _ in batches:
+        images = normalise(images, hardware.device)
+        with hardware.casting():
+            result.append(torch.stack([model(look(images)).float() for look in looks]).cpu())
+    return torch.cat(result, dim=1)
+
+
+def mean_probabilities(logits: torch.Tensor) -> np.ndarray:
+    """Return the mean probability over views, (n, n_classes) float32, of logits (n_views, n, n_classes)."""
+    return logits.sigmoid().mean(dim=0).numpy()

@@ -1,0 +1,24 @@
+"""Progress with an estimate: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 15
+
+
+def progress(iterable, total: int, label: str, unit: str = "samples", initial: int = 0):
+    """Yield from `iterable` while showing how far it is and how long the rest will take."""
+    if sys.stderr.isatty():
+        yield from tqdm(iterable, total=total, initial=initial, desc=label, unit=f" {unit}", leave=False,
+                        dynamic_ncols=True)
+        return
+    started = shown = time.time()
+    for done, item in enumerate(iterable, start=1):
+        yield item
+        now = time.time()
+        if now - shown >= SECONDS_BETWEEN_LINES and initial + done < total:
+            left = (now - started) / done * (total - initial - done)
+            print(f"{label}: {initial + done}/{total} {unit}, {left:.0f} s left", file=sys.stderr, flush=True)
+            shown = now

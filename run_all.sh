@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# From raw images to submission.csv: all stages in order. What is up to date is left alone.
+# Without data at hand it makes demo data and runs on that.
+set -eo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,3,4] [--set FIELD=VALUE]
+                       [--quick] [--dry-run]
+
+  --data DIR     input in the competition's layout (default: data; where that is missing, demo data is made)
+  --work DIR     folder for everything that is made (default: work)
+  --recipes a,b  networks to train and average (default: resnet50; on demo data: demo,demo_large)
+  --folds 0,1    folds to train (default: all five; on demo data three)
+  --set F=V      change a field of every recipe; may be repeated
+  --quick        a run of minutes on a CPU to see that everything works: sizes divided by 8, few epochs,
+                 two folds, at most 1000 training samples, no test-time views
+  --dry-run      print the commands, each one pasteable, and run nothing
+
+example: bash run_all.sh --data data --work work --recipes resnet50 --folds 0,1,2,3,4
+TEXT
+}
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+caller=$PWD
+data='' work=work recipes='' folds='' quick=false dry=false settings=()
+flags=(--data --work --recipes --folds --set --quick --dry-run --help)
+
+fail() { echo "error: $1" >&2; exit 2; }
+
+while [ $# -gt 0 ]; do
+    case $1 in --data | --work | --recipes | --folds | --set) [ $# -ge 2 ] || fail "$1 needs a value" ;; esac
+    case $1 in
+        --data) data=$2; shift 2 ;;
+        --work) work=$2; shift 2 ;;
+        --recipes) recipes=$2; shift 2 ;;
+        --folds) folds=$2; shift 2 ;;
+        --set) settings+=("$2"); shift 2 ;;
+        --quick) quick=true; shift ;;
+        --dry-run) dry=true; shift ;;
+        -h | --help) usage; exit 0 ;;
+        *) fail "unknown argument $1; $(cd "$here" && python3 -c '
+import sys
+from common.errors import nearest
+print(nearest(sys.argv[1], sys.argv[2:]))' "$1" "${flags[@]}" 2>/dev/null || echo "known: ${flags[*]}")" ;;
+    esac
+done
+
+# Paths are the caller's; the commands are printed and run in the project's folder.
+absolute() { case $1 in /*) echo "$1" ;; *) [ "$caller" = "$here" ] && echo "$1" || echo "$caller/$1" ;; esac; }
+work=$(absolute "$work")
+[ -z "$data" ] || data=$(absolute "$data")
+cd "$here"
+
+run() {
+    if $dry; then printf '%q ' "$@" | sed 's/\\,/,/g; s/ $//'; echo; else "$@"; fi
+}
+
+n_folds=5 demo=false limit=() views=()
+if [ -z "$data" ]; then
+    data=data
+    if [ ! -e data ]; then
+        demo=true data=$work/demo_data n_folds=3 recipes=${recipes:-demo,demo_large}
+    fi
+fi
+recipes=${recipes:-resnet50}
+if $quick; then
+    recipes=$(sed 's/,/-quick,/g; s/$/-quick/' <<<"$recipes")
+    n_folds=2 limit=(--limit 1000) views=(--tta none)
+fi
+folds=${folds:-$(seq -s, 0 $((n_folds - 1)))}
+for fold in ${folds//,/ }; do
+    [[ $fold =~ ^[0-9]+$ ]] && [ "$fold" -lt "$n_folds" ] || fail "--folds must be numbers from 0 to $((n_folds - 1)) separated by commas, found $folds"
+done
+changes=()
+[ ${#settings[@]} -eq 0 ] || changes=(--set "${settings[@]}")
+
+if $dry; then source common/setup.sh --dry-run requirements.txt; else source common/setup.sh requirements.txt; fi
+places=(--data "$data" --work "$work")
+if $demo; then run "$PYTHON" -m common.demo_data --data "$data"; fi
+run "$PYTHON" 01_preprocess.py "${places[@]}" --recipes "$recipes" "${limit[@]}" "${changes[@]}"
+run "$PYTHON" 02_dedup.py "${places[@]}"
+run "$PYTHON" 03_make_folds.py "${places[@]}" --n-folds "$n_folds"
+for recipe in ${recipes//,/ }; do
+    run "$PYTHON" 04_train.py "${places[@]}" --recipe "$recipe" --folds "$folds" "${changes[@]}"
+done
+run "$PYTHON" 05_predict_oof.py "${places[@]}" --recipes "$recipes" --folds "$folds" "${views[@]}"
+run "$PYTHON" 06_thresholds.py "${places[@]}" --recipes "$recipes"
+run "$PYTHON" 07_ensemble.py "${places[@]}" --recipes "$recipes"

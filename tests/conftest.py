@@ -1,0 +1,70 @@
+"""Shared by all tests: the project on the path, real data where the environment names it, small input folders."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    folder = os.environ.get("HPA_REAL_DATA")
+    if not folder:
+        pytest.skip("HPA_REAL_DATA is not set: no real images to test with")
+    return Path(folder)
+
+
+@pytest.fixture
+def run_script():
+    """Run a script of the project in its own process; returns the finished process with its output as text."""
+    def run(script, *arguments, check=True, **kwargs):
+        command = ["bash" if script.endswith(".sh") else sys.executable, str(ROOT / script), *map(str, arguments)]
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)
+        if check:
+            assert result.returncode == 0, result.stdout + result.stderr
+        return result
+    return run
+
+
+@pytest.fixture
+def fails(run_script):
+    """Run a script that must refuse: exit code 2, no traceback; returns its message."""
+    def run(script, *arguments):
+        result = run_script(script, *arguments, check=False)
+        assert result.returncode == 2, result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
+        return result.stderr
+    return run
+
+
+def write_sample(folder: Path, Id: str, size: int = 160, seed: int = 0, dtype=np.uint8) -> None:
+    """Write four channel files of smooth noise, so that they have texture at every scale."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, sum(map(ord, Id))])
+    for colour in ("red", "green", "blue", "yellow"):
+        coarse = rng.random((8, 8)).repeat(size // 8, axis=0).repeat(size // 8, axis=1)
+        image = (coarse * 0.8 + rng.random(coarse.shape) * 0.2) * np.iinfo(dtype).max
+        tifffile.imwrite(folder / f"{Id}_{colour}.tif", image.astype(dtype))
+
+
+@pytest.fixture
+def small_data(tmp_path) -> Path:
+    """An input folder of 12 train and 3 test samples of 160 px with 3 classes."""
+    data = tmp_path / "data"
+    labels = ["0", "25", "0 25", "21"] * 3
+    for i in range(12):
+        write_sample(data / "train_full_size", f"train-{i}")
+    for i in range(3):
+        write_sample(data / "test_full_size", f"test-{i}")
+    pd.DataFrame({"Id": [f"train-{i}" for i in range(12)], "Target": labels}).to_csv(data / "train.csv", index=False)
+    pd.DataFrame({"Id": [f"test-{i}" for i in (2, 0, 1)], "Predicted": "0"}).to_csv(data / "sample_submission.csv", index=False)
+    return data

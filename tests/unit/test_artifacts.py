@@ -1,0 +1,98 @@
+import json
+
+import numpy as np
+import pytest
+
+from common.artifacts import (Stage, fingerprint, load_predictions, save_predictions, sidecar, write_json, write_text,
+                              writing)
+from common.classes import N_CLASSES
+from common.errors import UserError
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), writing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_predictions_come_back_as_written(tmp_path):
+    ids, probs = ["b", "a"], np.random.default_rng(0).random((2, N_CLASSES))
+    save_predictions(tmp_path / "p.npz", ids, probs)
+    read_ids, read_probs = load_predictions(tmp_path / "p.npz", "")
+    assert list(read_ids) == ids
+    np.testing.assert_array_equal(read_probs, probs.astype(np.float32))
+
+
+@pytest.mark.parametrize(("ids", "probs", "message"), [
+    (["a", "a"], np.zeros((2, N_CLASSES)), "appear more than once:\n  a"),
+    (["a", "b"], np.full((2, N_CLASSES), 1.5), "in \\[0, 1\\]"),
+    (["a", "b"], np.full((2, N_CLASSES), np.nan), "NaN"),
+    (["a", "b"], np.zeros((2, 27)), r"expected probabilities of shape \(2, 28\), found \(2, 27\)"),
+])
+def test_bad_predictions_are_refused(tmp_path, ids, probs, message):
+    with pytest.raises(UserError, match=message):
+        save_predictions(tmp_path / "p.npz", ids, probs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_pickle_is_loaded(tmp_path):
+    np.savez(tmp_path / "p.npz", ids=np.array([{}], dtype=object), probs=np.zeros((1, 28)), classes=np.zeros(28))
+    with pytest.raises(UserError, match="is not a predictions file"):
+        load_predictions(tmp_path / "p.npz", "python 05_predict_oof.py")
+
+
+def test_a_missing_file_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="p.npz is missing; run: python 05_predict_oof.py"):
+        load_predictions(tmp_path / "p.npz", "python 05_predict_oof.py")
+
+
+def make_stage(folder, parameter=1, text="input"):
+    write_text(folder / "in.txt", text)
+    return Stage("0x_stage", folder / "out.txt", {"parameter": parameter}, {"in.txt": folder / "in.txt"})
+
+
+def test_a_stage_is_stale_until_sealed_and_after_any_change(tmp_path):
+    stage = make_stage(tmp_path)
+    assert stage.why_stale() == "not made yet"
+    write_text(stage.artifact, "made")
+    assert stage.why_stale() == "not made yet"
+    stage.finish(rows=1)
+    assert make_stage(tmp_path).why_stale() is None
+    assert make_stage(tmp_path, parameter=2).why_stale() == "parameter was 1, now 2"
+    assert make_stage(tmp_path, text="other").why_stale() == "changed: in.txt"
+    write_text(stage.artifact, "edited")
+    assert make_stage(tmp_path).why_stale() == "out.txt is not the file that 0x_stage wrote"
+
+
+def test_a_rewritten_equal_input_changes_nothing(tmp_path):
+    before = make_stage(tmp_path)
+    assert make_stage(tmp_path).inputs == before.inputs == {"in.txt": fingerprint(tmp_path / "in.txt")}
+
+
+def test_begin_takes_the_seal_away(tmp_path):
+    stage = make_stage(tmp_path)
+    write_text(stage.artifact, "made")
+    stage.finish(rows=1)
+    stage.begin()
+    assert stage.why_stale() == "not made yet"
+
+
+def test_a_sidecar_says_what_its_artifact_was_made_from(tmp_path):
+    stage = make_stage(tmp_path)
+    write_text(stage.artifact, "made")
+    stage.finish(rows=7)
+    meta = json.loads(sidecar(stage.artifact).read_text())
+    assert (meta["stage"], meta["parameters"], meta["rows"]) == ("0x_stage", {"parameter": 1}, 7)
+    assert meta.keys() >= {"inputs", "outputs", "seconds"}
+
+
+def test_a_damaged_sidecar_is_an_error_with_its_name(tmp_path):
+    stage = make_stage(tmp_path)
+    write_json(stage.sidecar, {})
+    stage.sidecar.write_text("{")
+    with pytest.raises(UserError, match="out.txt.meta.json is not valid JSON"):
+        stage.why_stale()

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+
+from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop
+from common.errors import UserError
+from common.images import write_planes
+
+RNG = np.random.default_rng(0)
+
+
+def test_the_eight_symmetries_are_different_and_equal_in_torch():
+    image = RNG.integers(0, 256, (4, 5, 5), dtype=np.uint8)
+    turned = [dihedral(image, k) for k in range(8)]
+    assert len({np.ascontiguousarray(t).tobytes() for t in turned}) == 8
+    for k in range(8):
+        np.testing.assert_array_equal(dihedral(torch.from_numpy(image.copy()), k).numpy(), turned[k])
+
+
+def test_crops_keep_the_channels_ratio_and_reach_every_corner():
+    image = np.stack([np.arange(64).reshape(8, 8) + 100 * c for c in range(4)])
+    seen = set()
+    for seed in range(300):
+        crop = random_crop(image, 5, np.random.default_rng(seed))
+        assert crop.shape == (4, 5, 5)
+        np.testing.assert_array_equal(crop - crop[0], np.arange(0, 400, 100)[:, None, None] + np.zeros((4, 5, 5)))
+        seen |= set(crop[0].ravel())
+    assert {0, 7, 56, 63} <= seen
+
+
+def test_each_row_comes_once_an_epoch_in_another_order():
+    epochs = [[p[0] for batch in EpochBatches(40, 8, 0, epoch) for p in batch] for epoch in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
+    assert epochs[0] != epochs[1]
+
+
+def test_batches_are_full_and_small_sets_make_one():
+    assert [len(batch) for batch in EpochBatches(43, 8, 0, 0)] == [8] * 5
+    assert [len(batch) for batch in EpochBatches(5, 8, 0, 0)] == [5]
+
+
+def test_a_resumed_epoch_goes_on_where_it_stopped():
+    whole = list(EpochBatches(40, 8, 3, 2))
+    assert list(EpochBatches(40, 8, 3, 2, start=3)) == whole[3:]
+
+
+@pytest.fixture
+def stored(tmp_path):
+    for Id in "abcdef":
+        write_planes(tmp_path / f"{Id}.tif", RNG.integers(0, 256, (4, 48, 48), dtype=np.uint8))
+    return ImageSet(tmp_path, np.array(list("abcdef")), np.eye(6, 28, dtype=bool), crop=32, seed=1)
+
+
+def test_items_do_not_depend_on_the_number_of_workers(stored):
+    def images(workers):
+        return torch.cat([batch[0] for batch in loader(stored, workers, False, EpochBatches(6, 2, 0, 4))])
+    assert torch.equal(images(0), images(2))
+
+
+def test_copies_of_a_sample_get_different_crops(stored):
+    assert not np.array_equal(stored[0, 1, 5][0], stored[0, 1, 6][0])
+    assert not np.array_equal(stored[0, 1, 5][0], stored[0, 2, 5][0])
+    np.testing.assert_array_equal(stored[0, 1, 5][0], stored[0, 1, 5][0])
+
+
+def test_batches_are_bytes_until_they_are_on_the_device(stored):
+    images, targets = collate([stored[0, 0, 0], stored[1, 0, 1]])
+    assert (images.dtype, images.shape) == (torch.uint8, (2, 4, 32, 32))
+    assert (targets.dtype, targets.shape) == (torch.float32, (2, 28))
+
+
+def test_a_missing_image_names_the_stage_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="x.tif cannot be read .*; run: python 01_preprocess.py"):
+        ImageSet(tmp_path, np.array(["x"]), np.zeros((1, 28)))[0]

@@ -1,0 +1,75 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from common.errors import UserError
+from common.folds import audit, make_folds, oversampling_copies, stratified_group_folds
+from common.labels import format_targets, parse_targets, read_labels
+
+RNG = np.random.default_rng(0)
+
+
+def table(n=300, n_groups=200):
+    targets = RNG.random((n, 28)) < np.linspace(0.02, 0.3, 28)
+    targets[:, 27] |= ~targets.any(axis=1)
+    return pd.DataFrame({"Id": [f"s{i}" for i in range(n)], "part": "train", "Target": format_targets(targets),
+                         "group": [f"g{g}" for g in RNG.integers(n_groups, size=n)], "kept": 1})
+
+
+def test_groups_are_whole_and_folds_disjoint_and_complete():
+    folds = make_folds(table(), 5, 4, 0)
+    assert (folds.groupby("group")["fold"].nunique() == 1).all()
+    assert sorted(folds["fold"].unique()) == [0, 1, 2, 3, 4]
+    assert folds["Id"].is_unique and len(folds) == 300
+
+
+def test_the_same_seed_gives_the_same_folds():
+    data = table()
+    assert make_folds(data, 3, 4, 1).equals(make_folds(data, 3, 4, 1))
+    assert not make_folds(data, 3, 4, 1)["fold"].equals(make_folds(data, 3, 4, 2)["fold"])
+
+
+def test_removed_samples_are_left_out():
+    data = table()
+    data.loc[:9, "kept"] = 0
+    assert set(make_folds(data, 3, 4, 0)["Id"]) == set(data["Id"][10:])
+
+
+def test_copies_follow_the_rarest_class():
+    targets = np.zeros((111, 3), dtype=bool)
+    targets[:100, 0] = targets[100:110, 1] = targets[110:, 2] = True
+    targets[0, 1] = True  # counts 100, 11, 1: the median is 11
+    copies = oversampling_copies(targets, max_copies=3)
+    assert copies[[0, 1, 105, 110]].tolist() == [1, 1, 1, 3]
+    assert oversampling_copies(targets, max_copies=10)[110] == 4  # ceil(sqrt(11 / 1))
+
+
+def test_external_samples_are_for_training_only_unless_they_share_a_group():
+    data = table(30, 30)
+    data["group"] = data["Id"]
+    data.loc[20:, "part"] = "external"
+    data.loc[29, "group"] = "s0"
+    folds = make_folds(data, 3, 4, 0).set_index("Id")["fold"]
+    assert (folds.iloc[20:29] == -1).all() and folds["s29"] == folds["s0"] >= 0
+
+
+def test_fewer_samples_than_folds_is_an_error():
+    with pytest.raises(UserError, match="2 distinct samples cannot make 5 folds"):
+        stratified_group_folds(np.ones((4, 28), dtype=bool), np.array(["a", "a", "b", "b"]), 5, 0)
+
+
+def test_the_audit_names_classes_too_rare_for_every_fold():
+    folds = make_folds(table(), 5, 4, 0)
+    folds["Target"] = ["0 3"] + ["0"] * (len(folds) - 1)
+    lines = audit(folds)
+    assert "groups split: 0" in lines[1]
+    assert lines[-1] == "warning: 1 classes are too rare for every fold: Nucleoli fibrillar center"
+
+
+def test_the_real_labels_are_spread_evenly(real_data):
+    labels = read_labels(real_data / "labels" / "train.csv")
+    folds = make_folds(labels.assign(part="train", group=labels["Id"], kept=1), 5, 4, 0)
+    targets = parse_targets(folds["Target"])
+    for k in range(5):
+        positives = targets[folds["fold"] == k].sum(axis=0)
+        assert (positives > 0).all() and np.abs(positives - targets.sum(axis=0) / 5).max() < 1.01

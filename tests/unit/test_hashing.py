@@ -1,0 +1,73 @@
+import imagehash
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from common.hashing import choose_kept, connect, duplicate_tables, find_pairs, hash_planes
+
+RNG = np.random.default_rng(0)
+
+
+def random_hashes(n):
+    return RNG.integers(0, 256, (n, 3, 8), dtype=np.uint8)
+
+
+def brute_force(hashes, flat, thresholds):
+    """Every pair by itself, bit by bit."""
+    bits = np.unpackbits(hashes, axis=2).astype(int)
+    return [(i, j) for i in range(len(bits)) for j in range(i + 1, len(bits))
+            if not flat[i] and not flat[j] and all(abs(bits[i] - bits[j]).sum(axis=1) <= thresholds)]
+
+
+@pytest.mark.parametrize("thresholds", [(20, 20, 20), (30, 24, 28), (64, 0, 64)])
+def test_pairs_equal_brute_force(thresholds):
+    hashes = random_hashes(120)
+    hashes[60:70] = hashes[:10]
+    hashes[65, 1, 0] ^= 1
+    flat = np.zeros(120, dtype=bool)
+    flat[[3, 80]] = True
+    pairs, distances = find_pairs(hashes, flat, thresholds)
+    assert [tuple(pair) for pair in pairs] == brute_force(hashes, flat, thresholds)
+    assert (distances <= thresholds).all()
+
+
+def test_hashes_are_imagehashs():
+    planes = RNG.integers(0, 256, (4, 128, 128), dtype=np.uint8)
+    hashes, flat = hash_planes(planes)
+    for c in range(3):
+        assert (np.unpackbits(hashes[c]).astype(bool) == imagehash.phash(Image.fromarray(planes[c])).hash.ravel()).all()
+    assert not flat
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_a_constant_channel_never_matches(channel):
+    planes = RNG.integers(0, 256, (4, 128, 128), dtype=np.uint8)
+    planes[channel] = 7
+    assert hash_planes(planes)[1]
+
+
+def test_groups_are_connected_components():
+    assert connect(6, np.array([[1, 3], [3, 4], [0, 5]])).tolist() == [0, 1, 2, 1, 1, 0]
+    assert connect(3, np.empty((0, 2), dtype=int)).tolist() == [0, 1, 2]
+
+
+def test_one_sample_for_each_label_set_stays():
+    targets = np.zeros((5, 2), dtype=bool)
+    targets[[0, 1, 3, 4], 0] = targets[2, 1] = True
+    groups = np.array([0, 0, 0, 0, 4])
+    assert choose_kept(groups, targets, floor=0).tolist() == [True, False, True, False, True]
+
+
+def test_no_class_falls_below_the_floor():
+    targets = np.ones((10, 1), dtype=bool)
+    assert choose_kept(np.zeros(10), targets, floor=7).sum() == 7
+    assert choose_kept(np.zeros(10), targets, floor=50).sum() == 10
+
+
+def test_test_samples_are_listed_and_never_grouped():
+    hashes = np.repeat(random_hashes(1), 3, axis=0)
+    samples = pd.DataFrame({"Id": ["a", "b", "c"], "part": ["train", "test", "external"], "Target": ["1", "", "1"]})
+    duplicates, pairs = duplicate_tables(samples, hashes, np.zeros(3, dtype=bool), (12, 12, 12), floor=0)
+    assert duplicates[["Id", "group", "kept"]].values.tolist() == [["a", "a", 1], ["c", "a", 0]]
+    assert pairs[["Id", "other_Id"]].values.tolist() == [["a", "b"], ["a", "c"], ["b", "c"]]

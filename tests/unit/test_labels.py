@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.labels import absent_classes, format_targets, parse_targets, read_csv, read_labels
+
+
+def table(tmp_path, text):
+    path = tmp_path / "train.csv"
+    path.write_text(text)
+    return path
+
+
+def test_labels_and_texts_are_inverse():
+    targets = parse_targets(["2 22", "0", "27 1"])
+    assert targets.shape == (3, 28) and targets.sum() == 5
+    assert format_targets(targets) == ["2 22", "0", "1 27"]
+
+
+def test_absent_classes_are_named():
+    targets = np.ones((1, 28), dtype=bool)
+    targets[0, 27] = False
+    assert absent_classes(targets) == ["Rods & rings"]
+
+
+def test_ids_stay_text(tmp_path):
+    assert list(read_labels(table(tmp_path, "Id,Target\n001,1\n1e5,2\n"))["Id"]) == ["001", "1e5"]
+
+
+@pytest.mark.parametrize("Id", ["../x", "a/b", "/etc/passwd", "..", ".hidden", "a\\b", "", "c:d", "a\0b", "x" * 201])
+def test_an_id_with_a_path_in_it_is_refused(tmp_path, Id):
+    with pytest.raises(UserError, match="not plain file names"):
+        read_labels(table(tmp_path, f'Id,Target\n"{Id}",1\n'))
+
+
+@pytest.mark.parametrize("target", ["28", "x", "-1", "1,2", "", "1 x", "٣", "1.0", "001"])
+def test_a_wrong_label_is_refused_with_its_id(tmp_path, target):
+    with pytest.raises(UserError, match=r"labels 0 to 27 separated by spaces, found:\n  good-id: "):
+        read_labels(table(tmp_path, f'Id,Target\ngood-id,"{target}"\n'))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "is not a CSV file"),
+    ("Id,Target\n", "has no rows"),
+    ("Id,Label\na,1\n", "has no column Target; its columns are Id, Label"),
+    ("Id,Target\na,1\nb,2\na,3\n", "appear more than once:\n  a"),
+    ("Id,Target\na,1,2,3,4\nb,1\nc,1,2,3,4,5,6\n", "."),
+])
+def test_a_wrong_table_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        read_labels(table(tmp_path, text))
+
+
+def test_a_missing_table_says_what_was_expected(tmp_path):
+    with pytest.raises(UserError, match="none.csv is missing; expected a CSV file with the columns Id,Predicted"):
+        read_csv(tmp_path / "none.csv", "Predicted")
+
+
+def test_lists_of_errors_show_ten_and_the_count(tmp_path):
+    rows = "".join(f"id{i},99\n" for i in range(25))
+    with pytest.raises(UserError) as caught:
+        read_labels(table(tmp_path, "Id,Target\n" + rows))
+    assert "id9: " in str(caught.value) and "id10" not in str(caught.value)
+    assert "... and 15 more (25 in all)" in str(caught.value)
+
+
+def test_the_real_labels_have_the_published_counts(real_data):
+    counts = parse_targets(read_labels(real_data / "labels" / "train.csv")["Target"]).sum(axis=0)
+    assert counts.tolist() == [12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530,
+                               210, 902, 1482, 172, 3777, 802, 2965, 322, 8228, 328, 11]

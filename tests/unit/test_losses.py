@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.losses import effective_number_weights, effective_numbers, hard_samples, sample_losses
+from common.recipes import Recipe
+
+COUNTS = np.array([1, 2, 11, 500, 12885])
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.9, 0.99, 0.9999])
+def test_the_closed_form_equals_the_recursion_of_eq_5(alpha):
+    for n in COUNTS[:4]:
+        q = 1.0
+        for _ in range(n - 1):
+            q = alpha * q + 1
+        assert effective_numbers(np.array([n]), alpha)[0] == pytest.approx(q)
+
+
+def test_effective_numbers_reach_their_limits():
+    np.testing.assert_allclose(effective_numbers(COUNTS, 0.0), 1)
+    np.testing.assert_allclose(effective_numbers(COUNTS, 1 - 1e-12), COUNTS, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("alpha", "ratio"), [(0.9, 1.5), (0.99, 9.6), (0.999, 91), (0.9999, 659)])
+def test_the_spread_of_weights_on_the_real_counts(alpha, ratio):
+    weights = effective_number_weights(COUNTS[2:], alpha)
+    assert weights.max() / weights.min() == pytest.approx(ratio, rel=0.05)
+    assert weights.sum() == pytest.approx(3)
+
+
+def test_raw_weights_are_those_of_eq_6_and_none_are_one():
+    np.testing.assert_allclose(effective_number_weights(np.array([1, 2]), 0.9, "raw"), [1, 0.1 / 0.19])
+    assert effective_number_weights(COUNTS, 0.9, "none").tolist() == [1] * 5
+
+
+def test_a_class_without_samples_gets_the_smallest_weight():
+    weights = effective_number_weights(np.array([0, 10, 100]), 0.99)
+    assert np.isfinite(weights).all() and weights[0] == weights[2] == weights.min()
+    assert effective_number_weights(np.zeros(3), 0.99).tolist() == [1, 1, 1]
+
+
+def test_the_loss_is_the_weighted_sum_of_focal_losses():
+    logits, targets = torch.tensor([[0.3, -1.2], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    weights = torch.tensor([0.5, 1.5])
+    p = logits.sigmoid()
+    right = torch.where(targets > 0, p, 1 - p)
+    expected = (-weights * (1 - right) ** 2 * right.log()).sum(dim=1)
+    torch.testing.assert_close(sample_losses(logits, targets, weights, Recipe()), expected)
+    torch.testing.assert_close(sample_losses(logits, targets, weights, Recipe(class_reduction="mean")), expected / 2)
+
+
+def test_bce_and_weights_on_positives_only():
+    logits, targets, weights = torch.randn(4, 3), (torch.rand(4, 3) > 0.5).float(), torch.tensor([1.0, 2.0, 3.0])
+    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    recipe = Recipe(base_loss="bce", weighted_part="positives")
+    torch.testing.assert_close(sample_losses(logits, targets, weights, recipe),
+                               (bce * (1 + targets * (weights - 1))).sum(dim=1))
+
+
+def test_the_loss_stays_finite_for_extreme_logits():
+    logits = torch.tensor([[-1e4, 1e4]], requires_grad=True)
+    loss = sample_losses(logits, torch.tensor([[1.0, 0.0]]), torch.ones(2), Recipe()).sum()
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+def test_the_hard_sampler_keeps_the_largest():
+    losses = torch.tensor([0.1, 0.9, 0.5, 0.7])
+    assert hard_samples(losses, 0.5).tolist() == [1, 3]
+    assert sorted(hard_samples(losses, 1.0).tolist()) == [0, 1, 2, 3]
+    assert hard_samples(losses, 0.01).tolist() == [1]
+
+
+def test_ties_go_to_the_first():
+    assert hard_samples(torch.tensor([1.0, 2.0, 1.0, 1.0]), 0.5).tolist() == [1, 0]
+
+
+def test_keeping_all_is_the_plain_mean():
+    losses = torch.rand(10)
+    torch.testing.assert_close(losses[hard_samples(losses, 1.0)].mean(), losses.mean())

@@ -1,0 +1,62 @@
+import math
+import random
+
+import pytest
+import torch
+
+from common.schedules import (cosine_with_restarts, cycle_gain, exponential_range, has_diverged, smoothed,
+                              suggest_learning_rate)
+
+
+def test_start_middle_end_and_restart_of_a_cycle():
+    assert cosine_with_restarts(0, 100) == cosine_with_restarts(100, 100) == 1
+    assert cosine_with_restarts(50, 100) == pytest.approx(0.5)
+    assert cosine_with_restarts(99, 100) < 0.001
+
+
+def test_equals_torch_at_every_step():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=7)
+    for step in range(30):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(cosine_with_restarts(step, 7), abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_range_is_exponential():
+    rates = [exponential_range(k, 4, 1e-5, 1e-2) for k in range(4)]
+    assert rates == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2])
+
+
+def test_smoothing_has_no_bias_at_its_start():
+    assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
+
+
+def test_divergence():
+    assert not has_diverged([1.0, 2.0, 3.0])
+    assert has_diverged([1.0, math.nan])
+    assert has_diverged([1.0] * 5 + [100.0])
+
+
+def test_the_finder_on_a_noisy_quadratic_stops_where_gradient_descent_diverges():
+    # On f(x) = a x^2 / 2 a step multiplies x by 1 - lr a: it shrinks below lr = 2 / a and grows above. Noise, as
+    # of batches, keeps x from vanishing before that.
+    rng, a, x, rates, losses = random.Random(0), 10.0, 10.0, [], []
+    for k in range(400):
+        rates.append(exponential_range(k, 400, 1e-5, 10))
+        losses.append(a * x * x / 2)
+        if has_diverged(losses):
+            break
+        x += -rates[-1] * a * x + rng.gauss(0, 0.5)
+    assert 2 / a < rates[-1] < 4 * 2 / a
+    assert 0.1 * 2 / a < suggest_learning_rate(rates, losses) < 2 / a
+
+
+def test_nan_does_not_mislead_the_finder():
+    assert suggest_learning_rate([1, 2, 3, 4], [3.0, 2.0, 1.0, math.nan]) == 3
+
+
+def test_the_gain_of_a_cycle_is_over_the_best_before_it():
+    assert cycle_gain([4.0, 2.0], 2) == math.inf
+    assert cycle_gain([4.0, 2.0, 3.0, 1.0], 2) == pytest.approx(0.5)
+    assert cycle_gain([4.0, 2.0, 3.0, 2.5], 2) == pytest.approx(-0.25)

@@ -1,0 +1,51 @@
+"""The project's own rules: which module may import which, what starts without torch, how long scripts are."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+LAYERS = ["errors", "classes", "progress", "environment", "cli", "artifacts", "labels", "parallel", "images", "recipes",
+          "hashing", "folds", "metrics", "schedules", "thresholds", "ensemble", "preprocess", "demo_data",
+          "data", "losses", "models", "inference", "training"]
+SCRIPTS = sorted(ROOT.glob("0*_*.py"))
+
+
+def imports(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from ([f"common.{name.name}" for name in node.names] if node.module == "common" else [node.module])
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def test_every_module_has_its_place():
+    assert sorted(p.stem for p in (ROOT / "common").glob("*.py") if p.stem != "__init__") == sorted(LAYERS)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_imports_run_one_way(name):
+    used = [module.split(".")[1] for module in imports(ROOT / "common" / f"{name}.py") if module.startswith("common.")]
+    assert all(LAYERS.index(other) < LAYERS.index(name) for other in used), used
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_are_short_and_import_no_other(path):
+    assert len(path.read_text().splitlines()) <= 130
+    assert all(module.startswith("common") or module in sys.stdlib_module_names or module in ("numpy", "pandas")
+               for module in imports(path))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_help_shows_what_is_read_and_written_without_torch(path):
+    code = ("import sys, runpy; sys.argv = [sys.argv[1], '--help']\n"
+            "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "except SystemExit as stop: assert not stop.code\n"
+            "assert 'torch' not in sys.modules")
+    result = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(word in result.stdout for word in ("reads", "writes", "example python", "--data DIR", "--work DIR"))

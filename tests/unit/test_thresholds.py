@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+
+from common.thresholds import (GRID, cross_fit, evaluate_thresholds, f1_curves, find_thresholds, greedy_thresholds,
+                               single_threshold)
+
+
+def simulated(n=300, classes=28, seed=0):
+    rng = np.random.default_rng(seed)
+    targets = rng.random((n, classes)) < np.linspace(0.02, 0.4, classes)
+    probs = 1 / (1 + np.exp(-(rng.normal(size=targets.shape) + 2 * targets - 1.5)))
+    return targets, probs.astype(np.float32)
+
+
+def macro(targets, predicted):
+    return f1_score(targets, predicted, average="macro", zero_division=0)
+
+
+def test_the_grid_is_the_papers():
+    assert GRID.tolist() == [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
+
+
+def test_curves_equal_scikit_learn_also_on_the_thresholds_themselves():
+    targets, probs = simulated(100)
+    probs[:30] = np.round(probs[:30] * 20) / 20
+    curves = f1_curves(targets, probs)
+    for k, threshold in enumerate(GRID):
+        np.testing.assert_allclose(curves[:, k], f1_score(targets, probs >= threshold, average=None, zero_division=0))
+
+
+def test_single_and_greedy_equal_a_slow_search():
+    targets, probs = simulated()
+    scores = [macro(targets, probs >= t) for t in GRID]
+    single = GRID[int(np.argmax(scores))]
+    assert single_threshold(targets, probs) == single
+    slow = np.full(28, single)
+    best = max(scores)
+    for c in range(28):
+        for t in GRID:
+            trial = slow.copy()
+            trial[c] = t
+            score = macro(targets, probs >= trial)
+            if score > best + 1e-12:
+                best, slow = score, trial
+    np.testing.assert_array_equal(greedy_thresholds(targets, probs), slow)
+
+
+def test_a_class_without_positives_keeps_the_single_threshold():
+    targets, probs = simulated()
+    targets[:, 3] = False
+    assert greedy_thresholds(targets, probs)[3] == single_threshold(targets, probs)
+
+
+def test_cross_fitted_rows_do_not_see_their_own_labels():
+    targets, probs = simulated(120)
+    groups = np.arange(120) // 2
+    predicted = cross_fit(targets, probs, groups, "greedy", n_folds=4, repeats=1)[0]
+    changed = targets.copy()
+    changed[:2] = ~changed[:2]  # one group's labels
+    thresholds = [find_thresholds(t[2:], probs[2:], "greedy") for t in (targets, changed)]
+    np.testing.assert_array_equal(*thresholds)
+    assert predicted.shape == (120, 28)
+
+
+def test_the_report_has_the_contracts_fields_and_no_flattery_on_noise():
+    rng = np.random.default_rng(0)
+    targets, probs = rng.random((400, 28)) < 0.1, rng.random((400, 28))
+    result = evaluate_thresholds(targets, probs, np.arange(400), "greedy")
+    assert result.keys() >= {"method", "thresholds", "single", "score_cross_fitted", "interval", "score_in_sample", "per_class"}
+    assert len(result["thresholds"]) == len(result["per_class"]) == 28
+    assert result["score_in_sample"] > result["score_cross_fitted"]
+    low, high = result["interval"]
+    assert low < result["score_cross_fitted"] < high
+
+
+def test_absent_classes_count_as_zero_and_are_left_out_of_the_second_score():
+    targets, probs = simulated()
+    targets[:, :14] = False
+    result = evaluate_thresholds(targets, probs, np.arange(300), "greedy")
+    assert result["n_present"] == 14
+    assert result["score_cross_fitted"] == pytest.approx(result["score_cross_fitted_present"] / 2)
+
+
+def test_on_real_predictions_greedy_flatters_itself(real_data):
+    import pandas as pd
+
+    from common.labels import parse_targets
+    labels = pd.read_csv(real_data / "predictions" / "labels.csv", dtype=str)
+    order = pd.read_csv(real_data / "labels" / "sample_submission.csv", dtype=str)["Id"]
+    rows = pd.Series(range(len(order)), index=order)[labels["Id"]]
+    for name in ("inceptionv3_650", "inceptionv4_800", "xception_512"):
+        probs = np.load(real_data / "predictions" / f"{name}.npy", allow_pickle=False)[rows]
+        result = evaluate_thresholds(parse_targets(labels["Target"]), probs, labels["Id"].to_numpy(), "greedy")
+        assert 0.7 < result["score_cross_fitted"] < result["score_in_sample"] < 0.95
