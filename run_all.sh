@@ -56,11 +56,11 @@ run() {
     if $dry; then printf '%q ' "$@" | sed 's/\\,/,/g; s/ $//'; echo; else "$@"; fi
 }
 
-n_folds=5 demo=false limit=() views=()
+n_folds=5 demo=false limit=() views=() jobs=()
 if [ -z "$data" ]; then
     data=data
     if [ ! -e data ]; then
-        demo=true data=$work/demo_data n_folds=3 recipes=${recipes:-demo,demo_large}
+        demo=true data=$work/demo_data n_folds=3 recipes=${recipes:-demo,demo_large} jobs=(--jobs 2)
     fi
 fi
 recipes=${recipes:-resnet50}
@@ -81,9 +81,7 @@ if $demo; then run "$PYTHON" -m common.demo_data --data "$data"; fi
 run "$PYTHON" 01_preprocess.py "${places[@]}" --recipes "$recipes" "${limit[@]}" "${changes[@]}"
 run "$PYTHON" 02_dedup.py "${places[@]}"
 run "$PYTHON" 03_make_folds.py "${places[@]}" --n-folds "$n_folds"
-for recipe in ${recipes//,/ }; do
-    run "$PYTHON" 04_train.py "${places[@]}" --recipe "$recipe" --folds "$folds" "${changes[@]}"
-done
+run "$PYTHON" 04_train.py "${places[@]}" --recipe "$recipes" --folds "$folds" "${jobs[@]}" "${changes[@]}"
 run "$PYTHON" 05_predict_oof.py "${places[@]}" --recipes "$recipes" --folds "$folds" "${views[@]}"
 run "$PYTHON" 06_thresholds.py "${places[@]}" --recipes "$recipes"
 run "$PYTHON" 07_ensemble.py "${places[@]}" --recipes "$recipes"

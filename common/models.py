@@ -34,14 +34,28 @@ class Classifier(nn.Module):
 
 def resnet(name: str) -> nn.Module:
     """Return a ResNet by name, random weights, three input channels."""
-    if name == "resnet10":
-        return ResNet(BasicBlock, [1, 1, 1, 1])
+    if name == "resnet10_narrow":
+        return resnet10_narrow()
     with torch.random.fork_rng(devices=[]):  # its import draws random numbers; ours must not depend on that
         import pretrainedmodels
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision with arguments that are deprecated there
         return getattr(pretrainedmodels, name)(num_classes=1000, pretrained=None)
+
+
+def resnet10_narrow() -> ResNet:
+    """Return a ResNet for images of about 100 pixels: one block a stage, 16 to 128 channels, no early max pooling."""
+    network = ResNet(BasicBlock, [1, 1, 1, 1])
+    network.conv1 = nn.Conv2d(3, 16, 5, stride=2, padding=2, bias=False)
+    network.bn1, network.maxpool = nn.BatchNorm2d(16), nn.Identity()
+    network.inplanes = 16
+    for stage, width in enumerate((16, 32, 64, 128), start=1):
+        setattr(network, f"layer{stage}", network._make_layer(BasicBlock, width, 1, stride=1 if stage == 1 else 2))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
 
 
 def widen_stem(convolution: nn.Conv2d, fourth_channel: str) -> nn.Conv2d:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from common.classes import CLASS_NAMES, N_CLASSES
 from common.data import EpochBatches, ImageSet, loader
 from common.errors import UserError
 from common.images import CHANNELS
-from common.inference import Hardware, Normalisation, predict_logits, views
+from common.inference import Hardware, Normalisation, choose_hardware, predict_logits, views
 from common.labels import parse_targets
 from common.losses import effective_number_weights, hard_samples, sample_losses
 from common.metrics import macro_f1
@@ -49,11 +50,16 @@ def stored_images(work: Path, size: int, ids) -> pd.DataFrame:
     return table.loc[list(ids)].reset_index()
 
 
-def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe, seed: int) -> FoldData:
-    """Return the data of one fold of stage 03's table; raises UserError for a fold that it does not have."""
+def known_folds(work: Path, folds: pd.DataFrame, numbers: list[int]) -> None:
+    """Refuse fold numbers that stage 03's table does not have."""
     known = sorted(set(folds["fold"]) - {-1})
-    if fold not in known:
-        raise UserError(f"there is no fold {fold}; {work / 'folds.csv'} has the folds {', '.join(map(str, known))}")
+    for fold in numbers:
+        if fold not in known:
+            raise UserError(f"there is no fold {fold}; {work / 'folds.csv'} has the folds {', '.join(map(str, known))}")
+
+
+def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe, seed: int) -> FoldData:
+    """Return the data of one fold of stage 03's table."""
     targets = parse_targets(folds["Target"])
     train, valid = (folds["fold"] != fold).to_numpy(), (folds["fold"] == fold).to_numpy()
     rows = np.repeat(np.flatnonzero(train), folds["copies"].to_numpy()[train])
@@ -242,6 +248,31 @@ def train_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware,
         print(f"{label}: epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f} (valid {valid_loss:.3f}), "
               f"macro F1 {score:.3f}, best {run.best_score:.3f}, {row['seconds'] + row['valid_seconds']:.0f} s", flush=True)
     return run
+
+
+def train_job(stage: Stage, work: Path, recipe: Recipe, fold: int, seed: int, hardware_flags: tuple, label: str) -> None:
+    """Train one fold from what is on disk and seal it: one job of stage 04, in this process or a worker's."""
+    folds = read_table(work / "folds.csv", "python 03_make_folds.py")
+    data = load_fold(work, folds, fold, recipe, seed)
+    folder = stage.artifact.parent
+    run = train_fold(folder, data, recipe, choose_hardware(*hardware_flags), fold, seed, stage.made_from(), label)
+    # last.pt is not sealed: whoever needs its space may delete it.
+    stage.finish(rows=len(data.train), also=[folder / "log.jsonl"], epochs=run.epoch, score_best=run.best_score)
+
+
+def prepare(stage: Stage, force: bool) -> None:
+    """Refuse to overwrite or continue a run that was made from something else; clear it with `force`."""
+    folder = stage.artifact.parent
+    if force:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    cure = "use --force to throw it away and train anew, or another --work"
+    if stage.sidecar.is_file():
+        raise UserError(f"{folder} holds a finished training made from something else ({stage.why_stale()}); {cure}")
+    if (folder / "last.pt").is_file():
+        changes = stage.changes(load_checkpoint(folder / "last.pt").get("made_from", {}))
+        if changes:
+            raise UserError(f"{folder} holds an unfinished training made from something else ({changes}); {cure}")
 
 
 def network_checkpoint(run: Run, data: FoldData) -> dict:

@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import tifffile
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch is loaded
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -59,7 +59,7 @@ def test_two_buffers_and_the_other_order():
     assert [layer.p for layer in head if isinstance(layer, nn.Dropout)] == [0.25, 0.5]
 
 
-@pytest.mark.parametrize("name", ["resnet10", "resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet10_narrow", "resnet18", "resnet50"])
 @pytest.mark.parametrize("size", [64, 97])
 def test_any_input_size_gives_28_logits(name, size):
     model = build_model(Recipe(encoder=name, buffers=(64,)), 28).eval()
@@ -68,7 +68,7 @@ def test_any_input_size_gives_28_logits(name, size):
 
 @pytest.mark.parametrize("rates", [(1.0,), (1.0, 2.0), (1.0, 2.0, 3.0)])
 def test_every_parameter_is_in_one_group(rates):
-    model = build_model(Recipe(encoder="resnet10"), 28)
+    model = build_model(Recipe(encoder="resnet10_narrow"), 28)
     groups = param_groups(model, rates)
     assert [group["top_lr"] for group in groups] == list(rates)
     grouped = [id(p) for group in groups for p in group["params"]]
@@ -76,7 +76,7 @@ def test_every_parameter_is_in_one_group(rates):
 
 
 def test_groups_split_at_the_head_and_before_layer3():
-    model = build_model(Recipe(encoder="resnet10"), 28)
+    model = build_model(Recipe(encoder="resnet10_narrow"), 28)
     early, late, head = param_groups(model, (1.0, 2.0, 3.0))
     assert any(p is model.encoder.layer2[0].conv1.weight for p in early["params"])
     assert any(p is model.encoder.layer3[0].conv1.weight for p in late["params"])

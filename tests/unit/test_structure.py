@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = ["errors", "classes", "progress", "environment", "cli", "artifacts", "labels", "parallel", "images", "recipes",
-          "hashing", "folds", "metrics", "schedules", "thresholds", "ensemble", "preprocess", "demo_data",
+          "hashing", "folds", "metrics", "schedules", "thresholds", "ensemble", "preprocess", "demo_drawing", "demo_data",
           "data", "losses", "models", "inference", "training"]
 SCRIPTS = sorted(ROOT.glob("0*_*.py"))
 

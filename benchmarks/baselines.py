@@ -1,0 +1,57 @@
+"""What macro F1 is worth nothing: a constant predictor and an untrained network, on the folds of a work folder.
+
+example python benchmarks/baselines.py --work work --recipe demo
+The last line is a JSON object.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import cli
+from common.artifacts import read_json, read_table
+from common.classes import N_CLASSES
+from common.labels import parse_targets
+from common.metrics import macro_f1
+from common.recipes import get_recipe
+from common.thresholds import evaluate_thresholds
+
+
+def main():
+    parser = cli.parser(__doc__)
+    parser.add_argument("--recipe", default="demo", help="network to leave untrained (default: demo)")
+    args = parser.parse_args()
+    folds = read_table(args.work / "folds.csv", "bash run_all.sh")
+    folds = folds[folds["fold"] >= 0]
+    targets = parse_targets(folds["Target"])
+    everything = macro_f1(targets, np.ones(targets.shape, dtype=bool))
+
+    from common.inference import choose_hardware, mean_probabilities, predict_logits, views
+    from common.training import image_set, load_fold, new_run
+
+    recipe, hardware = get_recipe(args.recipe), choose_hardware("auto", "auto", None)
+    probs = np.zeros((len(folds), N_CLASSES), dtype=np.float32)
+    for fold in sorted(folds["fold"].unique()):
+        rows = (folds["fold"] == fold).to_numpy()
+        normalisation = load_fold(args.work, folds, fold, recipe, 0).normalisation
+        logits = predict_logits(new_run(recipe, hardware, 0, fold).model, normalisation,
+                                image_set(args.work, recipe, folds[rows]), hardware, views("none"))
+        probs[rows] = mean_probabilities(logits)
+    untrained = evaluate_thresholds(targets, probs, folds["group"].to_numpy(), "greedy")
+    figures = {"constant_all_classes": everything, "untrained_cross_fitted": untrained["score_cross_fitted"],
+               "untrained_interval": untrained["interval"]}
+    found = args.work / "thresholds.json"
+    if found.is_file():
+        trained = read_json(found)
+        figures |= {"trained_cross_fitted": trained["score_cross_fitted"], "trained_interval": trained["interval"]}
+    for name, value in figures.items():
+        print(f"{name:24s} {np.round(value, 3)}")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    cli.run(main)

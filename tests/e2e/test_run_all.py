@@ -1,0 +1,77 @@
+"""run_all.sh as users call it: to the end, again, killed in between, and with mistakes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from common.artifacts import load_predictions
+from tests.conftest import ROOT
+
+TINY = ("--quick", "--recipes", "demo", "--set", "cycle_epochs=3", "--set", "max_cycles=1", "--set", "buffers=16")
+
+
+def test_killed_at_any_time_it_ends_in_the_same_submission(run_script, small_data, tmp_path):
+    def run(work):
+        return run_script("run_all.sh", "--data", small_data, "--work", tmp_path / work, *TINY).stdout
+
+    run("whole")
+    checkpoint = tmp_path / "killed" / "runs" / "demo-quick" / "fold0" / "last.pt"
+    command = ["bash", str(ROOT / "run_all.sh"), "--data", str(small_data), "--work", str(tmp_path / "killed"), *TINY]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"})
+    while not checkpoint.is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "submission.csv").exists()
+    run("killed")
+    for name in ("submission.csv", "thresholds.json", "folds.csv", "predictions/demo-quick/oof.npz"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+    started = time.monotonic()
+    again = run("killed")
+    assert "making" not in again and again.count("is up to date") == 1 + 1 + 1 + 2 + 6 + 1 + 1
+    assert time.monotonic() - started < 60
+
+
+def test_dry_run_prints_commands_that_can_be_pasted(run_script, small_data, tmp_path):
+    strange = tmp_path / "my data's"
+    shutil.copytree(small_data, strange)
+    out = run_script("run_all.sh", "--data", strange, "--work", tmp_path / "work", "--quick", "--dry-run").stdout
+    assert not (tmp_path / "work").exists()
+    lines = out.splitlines()
+    assert [line.split()[1] for line in lines] == [
+        "01_preprocess.py", "02_dedup.py", "03_make_folds.py", "04_train.py", "05_predict_oof.py", "06_thresholds.py", "07_ensemble.py"]
+    subprocess.run(["bash", "-c", lines[0]], cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "work" / "samples.csv").is_file()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--fodls", "0"], "unknown argument --fodls; did you mean --folds?"),
+    (["--folds", "0,5"], "--folds must be numbers from 0 to 4"),
+    (["--folds"], "--folds needs a value"),
+    (["--recipes", "resnet5"], "unknown recipe 'resnet5'; did you mean resnet50?"),
+    (["--set", "alfa=0"], "unknown recipe field 'alfa'; did you mean alpha?"),
+    (["--data", "nowhere"], "train.csv is missing"),
+])
+def test_mistakes_end_at_once_with_one_message(fails, small_data, tmp_path, arguments, message):
+    data = [] if "--data" in arguments else ["--data", small_data]
+    assert message in fails("run_all.sh", *data, "--work", tmp_path / "work", *arguments)
+
+
+def test_the_real_63_samples_end_in_a_valid_submission(run_script, real_data, tmp_path):
+    out = run_script("run_all.sh", "--data", real_data / "kaggle_png", "--work", tmp_path, "--quick", timeout=600).stdout
+    assert "classes have no sample and count as 0" in out
+    submission = pd.read_csv(tmp_path / "submission.csv", dtype=str, keep_default_na=False)
+    test_ids = {path.name.rsplit("_", 1)[0] for path in (real_data / "kaggle_png" / "test").iterdir()}
+    assert set(submission["Id"]) == test_ids and len(submission) == 13
+    assert all(0 <= int(label) <= 27 for text in submission["Predicted"] for label in text.split())
+    ids, _ = load_predictions(tmp_path / "predictions" / "resnet50-quick" / "oof.npz", "")
+    assert len(set(ids)) == 50

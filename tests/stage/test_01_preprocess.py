@@ -1,0 +1,260 @@
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from PIL import Image
+
+from common.images import CHANNELS, read_planes
+from tests.conftest import write_sample
+
+SCRIPT = "01_preprocess.py"
+
+
+@pytest.fixture
+def make(run_script, tmp_path):
+    def run(data, *more):
+        return run_script(SCRIPT, "--data", data, "--work", tmp_path / "work", "--recipes", "demo", *more).stdout
+    return run
+
+
+@pytest.fixture
+def refuses(fails, tmp_path):
+    def run(data, *more):
+        return fails(SCRIPT, "--data", data, "--work", tmp_path / "work", "--recipes", "demo", *more)
+    return run
+
+
+def replace_csv(data, text, name="train.csv"):
+    (data / name).write_text(text)
+
+
+def test_every_sample_is_stored_at_every_size(make, small_data, tmp_path):
+    out = make(small_data)
+    assert "12 train, 3 test samples at 96, 128 px" in out
+    assert "25 classes have no training sample: Nuclear membrane" in out
+    samples = pd.read_csv(tmp_path / "work" / "samples.csv", dtype=str, keep_default_na=False)
+    assert list(samples.columns) == ["Id", "part", "Target", "side"] and len(samples) == 15
+    assert list(samples["Id"][12:]) == ["test-2", "test-0", "test-1"]
+    for size in (96, 128):
+        table = pd.read_csv(tmp_path / "work" / "images" / f"{size}.csv")
+        assert len(table) == 15 and {"mean_red", "std_yellow", "crc"} <= set(table.columns)
+        assert read_planes(tmp_path / "work" / "images" / str(size) / "test-2.tif").shape == (4, size, size)
+
+
+def test_planes_are_the_area_means_in_order(make, small_data, tmp_path):
+    make(small_data)
+    planes = read_planes(tmp_path / "work" / "images" / "96" / "train-0.tif")
+    for plane, channel in zip(planes, CHANNELS, strict=True):
+        source = tifffile.imread(small_data / "train_full_size" / f"train-0_{channel}.tif")
+        np.testing.assert_array_equal(plane, cv2.resize(source, (96, 96), interpolation=cv2.INTER_AREA))
+
+
+def test_a_second_run_does_nothing(make, small_data, tmp_path):
+    make(small_data)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*")}
+    assert "up to date" in make(small_data)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "work").rglob("*")} == before
+
+
+def test_only_a_changed_sample_is_made_again(make, small_data, tmp_path):
+    make(small_data)
+    images = tmp_path / "work" / "images" / "96"
+    before = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
+    write_sample(small_data / "train_full_size", "train-3", seed=9)
+    assert "changed: image files" in make(small_data)
+    after = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
+    assert [name for name in before if before[name] != after[name]] == ["train-3.tif"]
+
+
+def test_an_interrupted_run_repeats_only_what_was_not_finished(make, small_data, tmp_path):
+    make(small_data)
+    work = tmp_path / "work"
+    journal = work / "images" / "journal.jsonl"
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])  # as a kill in the middle of a line leaves it
+    (work / "samples.csv.meta.json").unlink()
+    finished = {json.loads(line)["Id"] for line in lines[:7]}
+    before = {p.stem: p.stat().st_mtime_ns for p in (work / "images" / "96").iterdir()}
+    make(small_data)
+    after = {p.stem: p.stat().st_mtime_ns for p in (work / "images" / "96").iterdir()}
+    assert {Id for Id in before if before[Id] == after[Id]} == finished
+
+
+def test_a_deleted_image_is_made_again(make, small_data, tmp_path):
+    make(small_data)
+    image = tmp_path / "work" / "images" / "96" / "train-3.tif"
+    image.unlink()
+    make(small_data)
+    assert image.is_file()
+
+
+def test_the_input_folder_may_be_read_only(make, small_data):
+    def listing():
+        return {p: p.stat().st_mtime_ns for p in small_data.rglob("*")}
+    before = listing()
+    make(small_data)
+    assert listing() == before
+
+
+def test_16_bit_tiff_is_scaled_and_not_clipped(make, small_data, tmp_path):
+    write_sample(small_data / "train_full_size", "train-0", dtype=np.uint16)
+    make(small_data)
+    plane = read_planes(tmp_path / "work" / "images" / "96" / "train-0.tif")[1]
+    source = tifffile.imread(small_data / "train_full_size" / "train-0_green.tif") / 257
+    np.testing.assert_allclose(plane.mean(), source.mean(), atol=0.5)
+
+
+def test_png_folders_are_used_where_there_is_no_tiff(make, small_data, tmp_path):
+    for part in ("train", "test"):
+        (small_data / part).mkdir()
+        for path in (small_data / f"{part}_full_size").iterdir():
+            Image.fromarray(tifffile.imread(path)).save(small_data / part / f"{path.stem}.png")
+        shutil.rmtree(small_data / f"{part}_full_size")
+    make(small_data)
+    assert len(list((tmp_path / "work" / "images" / "96").iterdir())) == 15
+
+
+def test_external_images_give_their_planes(make, small_data, tmp_path):
+    folder = small_data / "external" / "images"
+    folder.mkdir(parents=True)
+    colours = {"red": (200, 0, 0), "green": (0, 150, 0), "blue": (0, 0, 100), "yellow": (80, 80, 0)}
+    for channel, colour in colours.items():
+        Image.new("RGB", (160, 160), colour).save(folder / f"11088_89_B5_1_{channel}.jpg", quality=95)
+    (small_data / "external" / "external.csv").write_text("Id,Target\n11088_89_B5_1,6\n")
+    assert "1 external" in make(small_data)
+    planes = read_planes(tmp_path / "work" / "images" / "96" / "11088_89_B5_1.tif")
+    np.testing.assert_allclose(planes.mean(axis=(1, 2)), [200, 150, 100, 80], atol=2)
+
+
+def test_a_small_source_is_never_enlarged(run_script, small_data, tmp_path):
+    out = run_script(SCRIPT, "--data", small_data, "--work", tmp_path / "work").stdout
+    assert "resnet50 uses 160 px with crops of 96 in place of 768 and 512; nothing is enlarged" in out
+    assert sorted(p.name for p in (tmp_path / "work" / "images").glob("*.csv")) == ["128.csv", "160.csv"]
+
+
+def test_a_limit_keeps_the_same_samples_each_time(make, small_data, tmp_path):
+    make(small_data, "--limit", "5")
+    first = (tmp_path / "work" / "samples.csv").read_text()
+    make(small_data)
+    make(small_data, "--limit", "5")
+    assert (tmp_path / "work" / "samples.csv").read_text() == first
+    assert first.count(",train,") == 5 and first.count(",test,") == 3
+
+
+# --- bad input ---------------------------------------------------------------------------------------------
+
+def test_missing_train_csv(refuses, small_data):
+    (small_data / "train.csv").unlink()
+    assert "train.csv is missing; expected a CSV file with the columns Id,Target" in refuses(small_data)
+
+
+def test_missing_channel_files_are_all_listed(refuses, small_data):
+    (small_data / "train_full_size" / "train-1_blue.tif").unlink()
+    (small_data / "test_full_size" / "test-0_red.tif").unlink()
+    message = refuses(small_data)
+    assert "2 channel files are missing" in message
+    assert "train: train-1_blue" in message and "test: test-0_red" in message
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda p: p.write_bytes(p.read_bytes()[:9000]), "cannot be"),
+    (lambda p: tifffile.imwrite(p, np.zeros((160, 160, 3), np.uint8), photometric="rgb"), "is a colour image"),
+    (lambda p: tifffile.imwrite(p, np.zeros((160, 120), np.uint8)), "is not square (120 x 160 px)"),
+    (lambda p: tifffile.imwrite(p, np.zeros((96, 96), np.uint8)), "channels of different sizes [96, 160] px"),
+    (lambda p: p.write_bytes(b""), "cannot be read"),
+])
+def test_bad_images_are_listed_together_and_nothing_made_is_lost(refuses, small_data, tmp_path, spoil, message):
+    for i in (2, 5):
+        spoil(small_data / "train_full_size" / f"train-{i}_green.tif")
+    error = refuses(small_data)
+    assert "2 samples cannot be used" in error and message in error
+    assert "train-2_green.tif" in error and "train-5_green.tif" in error
+    report = pd.read_csv(tmp_path / "work" / "bad_files.csv")
+    assert list(report["Id"]) == ["train-2", "train-5"]
+
+
+def test_after_mending_the_bad_file_the_rest_is_not_made_again(refuses, make, small_data, tmp_path):
+    path = small_data / "train_full_size" / "train-2_green.tif"
+    good = path.read_bytes()
+    path.write_bytes(good[:9000])  # a whole header and half the pixels: found out when it is decoded
+    refuses(small_data)
+    images = tmp_path / "work" / "images" / "96"
+    before = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
+    assert len(before) == 14
+    path.write_bytes(good)
+    make(small_data)
+    after = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
+    assert len(after) == 15 and all(after[name] == before[name] for name in before)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("Id,Target\n../train-0,1\n", "not plain file names"),
+    ("Id,Target\ntrain-0,1\ntrain-0,2\n", "appear more than once"),
+    ("Id,Target\ntrain-0,28\n", "train-0: '28'"),
+    ("Id,Target\ntrain-0,x\n", "train-0: 'x'"),
+    ("", "is not a CSV file"),
+    ("Id,Target\n", "has no rows"),
+    ("Id,Target\ntest-0,1\n", "more than one of train.csv, sample_submission.csv"),
+])
+def test_bad_tables(refuses, small_data, text, message):
+    if "test-0" in text:
+        for path in list((small_data / "test_full_size").glob("test-0_*")):
+            shutil.copy(path, small_data / "train_full_size")
+    replace_csv(small_data, text)
+    assert message in refuses(small_data)
+
+
+def test_a_work_folder_that_cannot_be_written(fails, small_data, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = fails(SCRIPT, "--data", small_data, "--work", tmp_path / "file" / "work", "--recipes", "demo")
+    assert "Not a directory" in message and "can be written" in message
+
+
+def test_misspelt_flags_and_recipes_name_the_nearest(fails, small_data):
+    assert "unknown argument --dta; did you mean --data?" in fails(SCRIPT, "--dta", small_data)
+    assert "unknown argument --recipe; did you mean --recipes?" in fails(SCRIPT, "--recipe", "demo")
+    assert "unknown recipe 'resnet5'; did you mean resnet50?" in fails(SCRIPT, "--recipes", "resnet5")
+    assert "unknown recipe field 'alfa'; did you mean alpha?" in fails(SCRIPT, "--set", "alfa=1")
+
+
+# --- real images -------------------------------------------------------------------------------------------
+
+def test_real_full_size_tiffs(run_script, real_data, tmp_path):
+    run_script(SCRIPT, "--data", real_data / "kaggle_tiff", "--work", tmp_path)
+    for Id in ("000a6c98-bb9b-11e8-b2b9-ac1f6b6435d0", "a7faf0b4-bb99-11e8-b2b9-ac1f6b6435d0"):
+        planes = read_planes(tmp_path / "images" / "768" / f"{Id}.tif")
+        for plane, channel in zip(planes, CHANNELS, strict=True):
+            source = tifffile.imread(real_data / "kaggle_tiff" / "train_full_size" / f"{Id}_{channel}.tif")
+            np.testing.assert_array_equal(plane, cv2.resize(source, (768, 768), interpolation=cv2.INTER_AREA))
+            # an independent area mean of blocks, where the ratio is whole
+            if source.shape[0] == 3072:
+                assert np.abs(plane - source.reshape(768, 4, 768, 4).mean(axis=(1, 3))).max() <= 0.5
+
+
+def test_real_external_fields(run_script, real_data, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(real_data / "kaggle_tiff", data, copy_function=lambda a, b: __import__("os").symlink(a, b))
+    (data / "external").symlink_to(real_data / "external")
+    out = run_script(SCRIPT, "--data", data, "--work", tmp_path / "work").stdout
+    assert "2 train, 2 external samples at 128, 768 px" in out
+    for Id in ("11088_89_B5_1", "30741_800_A6_1"):
+        planes = read_planes(tmp_path / "work" / "images" / "768" / f"{Id}.tif")
+        for plane, channel, k in zip(planes, CHANNELS, (0, 1, 2, 0), strict=True):
+            source = np.asarray(Image.open(real_data / "external" / "images" / f"{Id}_{channel}.jpg"))[..., k]
+            # within a grey level or two of the plane itself, far from a grey conversion of the colour image
+            assert abs(plane.mean() - source.mean()) < 0.5
+
+
+def test_real_png_statistics_match_independent_values(run_script, real_data, tmp_path):
+    run_script(SCRIPT, "--data", real_data / "kaggle_png", "--work", tmp_path)
+    table = pd.read_csv(tmp_path / "images" / "512.csv").set_index("Id")
+    for Id in list(table.index)[::20]:
+        part = "train" if (real_data / "kaggle_png" / "train" / f"{Id}_red.png").is_file() else "test"
+        for channel in CHANNELS:
+            source = np.asarray(Image.open(real_data / "kaggle_png" / part / f"{Id}_{channel}.png")) / 255
+            assert table.loc[Id, f"mean_{channel}"] == pytest.approx(source.mean(), abs=1e-5)
+            assert table.loc[Id, f"std_{channel}"] == pytest.approx(source.std(), abs=1e-5)

@@ -1,0 +1,135 @@
+"""Stages 02 to 07 by themselves on a small folder: what they refuse, what they skip, what depends on what."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+
+from common.artifacts import load_predictions, save_predictions, sidecar
+
+RECIPE = "demo-quick"
+TINY = ("--set", "cycle_epochs=1", "max_cycles=1", "buffers=16")
+
+
+@pytest.fixture
+def stages(run_script, tmp_path):
+    """Run stages by number on one work folder; returns their output together."""
+    def run(data, numbers, *more):
+        places = ("--data", data, "--work", tmp_path / "work")
+        names = {1: ("01_preprocess.py", "--recipes", RECIPE), 2: ("02_dedup.py",), 3: ("03_make_folds.py", "--n-folds", 2),
+                 4: ("04_train.py", "--recipe", RECIPE, *TINY), 5: ("05_predict_oof.py", "--recipes", RECIPE),
+                 6: ("06_thresholds.py", "--recipes", RECIPE), 7: ("07_ensemble.py", "--recipes", RECIPE)}
+        return "".join(run_script(names[n][0], *places, *names[n][1:], *more).stdout for n in numbers)
+    return run
+
+
+def test_each_stage_names_the_one_that_is_missing_before_it(fails, stages, small_data, tmp_path):
+    work = ("--work", tmp_path / "work")
+    assert "samples.csv is missing; run: python 01_preprocess.py" in fails("02_dedup.py", *work)
+    assert "duplicates.csv is missing; run: python 02_dedup.py" in fails("03_make_folds.py", *work)
+    assert "samples.csv is missing; run: python 01_preprocess.py" in fails("04_train.py", *work)
+    assert "folds.csv is missing; run: python 03_make_folds.py" in fails("05_predict_oof.py", *work)
+    stages(small_data, [1, 2, 3])
+    assert "has no finished training; run: python 04_train.py" in fails("05_predict_oof.py", *work, "--recipes", RECIPE)
+    assert "oof.npz is missing; run: python 05_predict_oof.py" in fails("06_thresholds.py", *work, "--recipes", RECIPE)
+    assert "thresholds.json is missing; run: python 06_thresholds.py" in fails("07_ensemble.py", *work, "--recipes", RECIPE)
+
+
+def test_the_whole_row(stages, fails, small_data, tmp_path):
+    """One training serves many checks: it is the slowest part of a stage test."""
+    work = tmp_path / "work"
+    out = stages(small_data, range(1, 8))
+    assert "macro F1" in out and "cross-fitted" in out and "submission.csv: 3 rows" in out
+
+    # Out-of-fold: each kept sample once; test: in the order of sample_submission.csv.
+    folds = pd.read_csv(work / "folds.csv", dtype=str)
+    ids, probs = load_predictions(work / "predictions" / RECIPE / "oof.npz", "")
+    assert sorted(ids) == sorted(folds["Id"]) and probs.dtype == np.float32
+    for fold in "01":
+        part, _ = load_predictions(work / "predictions" / RECIPE / f"fold{fold}_oof.npz", "")
+        assert sorted(part) == sorted(folds["Id"][folds["fold"] == fold])
+    parts = [load_predictions(work / "predictions" / RECIPE / f"fold{k}_test.npz", "")[1] for k in (0, 1)]
+    np.testing.assert_allclose(load_predictions(work / "predictions" / RECIPE / "test.npz", "")[1], np.mean(parts, axis=0), atol=1e-7)
+    submission = pd.read_csv(work / "submission.csv", dtype=str)
+    assert list(submission.columns) == ["Id", "Predicted"] and list(submission["Id"]) == ["test-2", "test-0", "test-1"]
+    found = json.loads((work / "thresholds.json").read_text())
+    assert len(found["thresholds"]) == 28 and found["n_present"] == 3
+
+    # A second time nothing is done.
+    assert stages(small_data, range(1, 8)).count("is up to date") == 3 + 2 + 6 + 2
+
+    # One fold again, elsewhere: the other fold's network and predictions are left alone, the rest is rebuilt.
+    other = sidecar(work / "predictions" / RECIPE / "fold1_oof.npz").stat().st_mtime_ns
+    stages(small_data, [4], "--folds", "0", "--force", "--seed", "5")
+    out = stages(small_data, [5, 6, 7])
+    assert "fold0_oof.npz again (changed: network)" in out and "fold1_oof.npz is up to date" in out
+    assert "thresholds.json again (changed: demo-quick)" in out and "submission.csv again" in out
+    assert sidecar(work / "predictions" / RECIPE / "fold1_oof.npz").stat().st_mtime_ns == other
+
+    # Training refuses other settings, other folds and folds that are not there.
+    train = ("04_train.py", "--work", work, "--recipe", RECIPE)
+    message = fails(*train, *TINY, "alpha=0.5", "--folds", "1")
+    assert "alpha was 0.99, now 0.5" in message and "--force" in message
+    assert "there is no fold 7; " in fails(*train, "--folds", "7")
+    before = (work / "runs" / RECIPE / "fold1" / "best.pt").read_bytes()
+    stages(small_data, [3], "--seed", "3")
+    assert "changed: folds.csv" in fails(*train, *TINY, "--folds", "1")
+    message = fails("05_predict_oof.py", "--work", work, "--recipes", RECIPE)
+    assert "was trained on something else (changed: folds.csv); run: python 04_train.py" in message
+    assert (work / "runs" / RECIPE / "fold1" / "best.pt").read_bytes() == before
+
+
+def test_planted_duplicates_are_grouped_and_stay_together(stages, small_data, tmp_path):
+    for channel in ("red", "green", "blue", "yellow"):
+        source = small_data / "train_full_size" / f"train-0_{channel}.tif"
+        for copy in (small_data / "train_full_size" / f"train-4_{channel}.tif", small_data / "test_full_size" / f"test-1_{channel}.tif"):
+            copy.write_bytes(source.read_bytes())
+    out = stages(small_data, [1, 2])
+    assert "1 groups of near-identical samples" in out and "2 pairs join a labelled and a test sample" in out
+    duplicates = pd.read_csv(tmp_path / "work" / "duplicates.csv", dtype=str).set_index("Id")
+    assert duplicates.loc["train-4", "group"] == duplicates.loc["train-0", "group"] == "train-0"
+    assert (duplicates["kept"] == "1").all()  # classes are below the floor, so nothing is taken away
+    stages(small_data, [2], "--floor", "0")
+    duplicates = pd.read_csv(tmp_path / "work" / "duplicates.csv", dtype=str).set_index("Id")
+    assert duplicates.loc["train-4", "kept"] == "0" and (duplicates["kept"] == "0").sum() == 1
+
+
+def test_black_channels_match_nothing(stages, small_data):
+    for Id in ("train-0", "train-4"):
+        for channel in ("red", "green", "blue", "yellow"):
+            tifffile.imwrite(small_data / "train_full_size" / f"{Id}_{channel}.tif", np.zeros((160, 160), np.uint8))
+    out = stages(small_data, [1, 2])
+    assert "0 groups of near-identical samples" in out
+    assert "2 samples have a black or constant channel and match nothing:\n  train-0\n  train-4" in out
+
+
+def test_fewer_samples_than_folds(stages, fails, small_data, tmp_path):
+    stages(small_data, [1, 2])
+    message = fails("03_make_folds.py", "--work", tmp_path / "work", "--n-folds", "13")
+    assert "12 distinct samples cannot make 13 folds" in message
+
+
+def test_thresholds_are_for_the_recipes_they_were_found_on(stages, run_script, fails, small_data, tmp_path):
+    work = tmp_path / "work"
+    stages(small_data, [1, 2, 3])
+    folds = pd.read_csv(work / "folds.csv", dtype=str)
+    rng = np.random.default_rng(0)
+    for recipe in ("a", "b"):
+        save_predictions(work / "predictions" / recipe / "oof.npz", folds["Id"], rng.random((12, 28)))
+        save_predictions(work / "predictions" / recipe / "test.npz", ["test-0", "test-1", "test-2"], rng.random((3, 28)))
+    out = run_script("06_thresholds.py", "--work", work, "--recipes", "a,b").stdout
+    assert "mean of a, b" in out
+    assert "was made for a,b; run: python 06_thresholds.py" in fails("07_ensemble.py", "--work", work, "--recipes", "a")
+    run_script("07_ensemble.py", "--work", work, "--recipes", "a,b")
+    assert list(pd.read_csv(work / "submission.csv", dtype=str)["Id"]) == ["test-2", "test-0", "test-1"]
+
+
+def test_data_without_test_samples_ends_without_a_submission(stages, run_script, small_data, tmp_path):
+    shutil.rmtree(small_data / "test_full_size")
+    (small_data / "sample_submission.csv").unlink()
+    stages(small_data, [1])
+    out = run_script("07_ensemble.py", "--work", tmp_path / "work").stdout
+    assert "the data has no test samples, so there is no submission to make" in out
