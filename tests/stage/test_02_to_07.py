@@ -72,7 +72,7 @@ def test_the_whole_row(stages, fails, small_data, tmp_path):
     # Training refuses other settings, other folds and folds that are not there.
     train = ("04_train.py", "--work", work, "--recipe", RECIPE)
     message = fails(*train, *TINY, "alpha=0.5", "--folds", "1")
-    assert "alpha was 0.99, now 0.5" in message and "--force" in message
+    assert "alpha was 0.9, now 0.5" in message and "--force" in message
     assert "there is no fold 7; " in fails(*train, "--folds", "7")
     before = (work / "runs" / RECIPE / "fold1" / "best.pt").read_bytes()
     stages(small_data, [3], "--seed", "3")
