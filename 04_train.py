@@ -56,7 +56,7 @@ def main():
                 find_lr(args, folder, folds, recipe, fold, flags, label)
                 continue
             stage = Stage("04_train", folder / "best.pt", {**to_dict(recipe), "fold": fold, "seed": args.seed}, inputs)
-            if args.force or not stage.is_current():
+            if args.force or not stage.is_current(rebuilds=False):
                 jobs.append((stage, args.work, recipe, fold, args.seed, flags, label))
     # Every refusal comes before the first training.
     for stage, *_ in jobs:

@@ -162,12 +162,12 @@ class Stage:
                 return f"{name} is not the file that {self.name} wrote"
         return None
 
-    def is_current(self) -> bool:
-        """Print one line that says 'up to date', or why the stage runs again."""
+    def is_current(self, rebuilds: bool = True) -> bool:
+        """Print one line that says 'up to date', or (for stages that rebuild) why the stage runs again."""
         reason = self.why_stale()
         if reason is None:
             print(f"{self.name}: {self.artifact} is up to date")
-        elif reason != "not made yet":
+        elif rebuilds and reason != "not made yet":
             print(f"{self.name}: making {self.artifact} again ({reason})")
         return reason is None
 

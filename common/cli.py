@@ -70,7 +70,8 @@ def run(main) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # From a loader's worker process torch hands on the message with a traceback before it.
+        print(f"error: {str(error).split('UserError: ')[-1].rstrip()}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -63,6 +63,8 @@ def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe, seed: 
     targets = parse_targets(folds["Target"])
     train, valid = (folds["fold"] != fold).to_numpy(), (folds["fold"] == fold).to_numpy()
     rows = np.repeat(np.flatnonzero(train), folds["copies"].to_numpy()[train])
+    if len(rows) < 2:
+        raise UserError(f"fold {fold} leaves {len(rows)} samples to train on; give more data or fewer folds")
     ids, folder = folds["Id"].to_numpy(), work / "images" / str(recipe.size)
     statistics = stored_images(work, recipe.size, ids[train])
     mean = [float(statistics[f"mean_{c}"].mean()) for c in CHANNELS]
@@ -237,14 +239,15 @@ def train_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware,
                "valid_seconds": round(time.monotonic() - started, 1)}
         if not math.isfinite(row["train_loss"]) or not math.isfinite(valid_loss):
             raise UserError(f"{label}: the loss is not finite in epoch {row['epoch']}; lower the learning rates with "
-                            "--set learning_rates=..., the last good checkpoint is kept")
+                            "--set learning_rates=... and train anew with --force")
         run.history.append(row)
         run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
         if score > run.best_score:
             run.best_score = score
             save_checkpoint(folder / "best.pt", network_checkpoint(run, data))
-        save()
+        # The log comes before the checkpoint: killed in between, the epoch is done and written again.
         write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
+        save()
         print(f"{label}: epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f} (valid {valid_loss:.3f}), "
               f"macro F1 {score:.3f}, best {run.best_score:.3f}, {row['seconds'] + row['valid_seconds']:.0f} s", flush=True)
     return run

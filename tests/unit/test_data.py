@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import cli
 from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop
 from common.errors import UserError
 from common.images import write_planes
@@ -67,6 +68,14 @@ def test_batches_are_bytes_until_they_are_on_the_device(stored):
     images, targets = collate([stored[0, 0, 0], stored[1, 0, 1]])
     assert (images.dtype, images.shape) == (torch.uint8, (2, 4, 32, 32))
     assert (targets.dtype, targets.shape) == (torch.float32, (2, 28))
+
+
+def test_a_missing_image_is_one_message_also_from_a_worker_process(tmp_path, capsys):
+    missing = ImageSet(tmp_path, np.array(["x", "y"]), np.zeros((2, 28)))
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda: list(loader(missing, 1, False, batch_size=1)))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith(f"error: {tmp_path}") and "Traceback" not in message
 
 
 def test_a_missing_image_names_the_stage_that_makes_it(tmp_path):

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -80,6 +81,28 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, steps_be
     assert (tmp_path / "whole" / "best.pt").read_bytes() == (tmp_path / "killed" / "best.pt").read_bytes()
 
 
+@pytest.mark.parametrize("function", ["write_text", "save_checkpoint"])
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_killed_while_it_writes_it_ends_as_an_undisturbed_one(tmp_path, monkeypatch, function, call):
+    data = fold_data(tmp_path / "images", 16)
+    train(tmp_path / "whole", data)
+    write, calls = getattr(training, function), []
+
+    def dying_write(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        write(*arguments)
+
+    monkeypatch.setattr(training, function, dying_write)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", data)
+    monkeypatch.setattr(training, function, write)
+    train(tmp_path / "killed", data)
+    assert (tmp_path / "whole" / "best.pt").read_bytes() == (tmp_path / "killed" / "best.pt").read_bytes()
+    assert len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) == 4
+
+
 def test_folds_and_seeds_differ_from_the_start():
     def first(fold, seed):
         return training.new_run(SMALL, CPU, seed, fold).model.head[-1].weight
@@ -141,6 +164,12 @@ def test_bf16_autocast_trains_on_the_cpu(tmp_path):
 def test_a_device_that_is_not_there_is_an_error_with_the_cure():
     with pytest.raises(UserError, match="cannot be used .*; try --device cpu"):
         choose_hardware("cuda:99", "auto", None)
+
+
+def test_one_sample_is_not_enough_to_train_on(tmp_path):
+    folds = pd.DataFrame({"Id": ["a", "b"], "Target": ["0", "1"], "group": ["a", "b"], "fold": [0, 1], "copies": [1, 1]})
+    with pytest.raises(UserError, match="fold 0 leaves 1 samples to train on; give more data or fewer folds"):
+        training.load_fold(tmp_path, folds, 0, SMALL, 0)
 
 
 def test_the_finder_saves_its_curve(tmp_path):
