@@ -64,8 +64,11 @@ def channel_files(Id: str, folders: list[dict[str, Path]]) -> tuple[list[Path], 
 
 # --- reading -----------------------------------------------------------------------------------------------
 
-def read_header(path: Path) -> Header:
-    """Read size and type without decoding; raises BadImage for what is not a usable image."""
+def read_header(path: Path, rgb_coded: bool = False) -> Header:
+    """Read size and type without decoding; raises BadImage for what is not a usable image of one channel.
+
+    rgb_coded : whether a colour image may hold the channel
+    """
     try:
         if path.suffix.lower() in TIFF:
             header = tiff_header(path)
@@ -81,6 +84,8 @@ def read_header(path: Path) -> Header:
         raise BadImage(f"claims {header.width} x {header.height} px; at most {MAX_SIDE} are accepted")
     if header.width != header.height:
         raise BadImage(f"is not square ({header.width} x {header.height} px)")
+    if header.colour and not rgb_coded:
+        raise BadImage("is a colour image; expected one grey channel a file")
     return header
 
 
@@ -108,9 +113,7 @@ def read_channel(path: Path, channel: str, rgb_coded: bool = False) -> np.ndarra
         taken (yellow: the mean of R and G), never a grey conversion, which would dim the channels unequally.
     Raises BadImage, also for colour files where grey ones are expected.
     """
-    header = read_header(path)
-    if header.colour and not rgb_coded:
-        raise BadImage("is a colour image; expected one grey channel a file")
+    header = read_header(path, rgb_coded)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -134,19 +137,36 @@ def decode(path: Path) -> np.ndarray:
     return pixels.astype(np.uint16) if pixels.dtype == np.int32 else pixels
 
 
+def check_sample(files: list[Path], rgb_coded: bool = False) -> int:
+    """Return the side of a sample in pixels after reading its four headers; raises BadImage with the file."""
+    return one_side(files, [header.width for header in
+                            per_channel(lambda path, _: read_header(path, rgb_coded), files)])
+
+
 def read_sample(files: list[Path], rgb_coded: bool = False) -> list[np.ndarray]:
-    """Read the four channels of a sample and check that they have one size; raises BadImage with the file."""
-    planes = []
+    """Decode the four channels of a sample and check that they have one size; raises BadImage with the file."""
+    planes = per_channel(lambda path, channel: read_channel(path, channel, rgb_coded), files)
+    one_side(files, [len(plane) for plane in planes])
+    return planes
+
+
+def per_channel(read, files: list[Path]) -> list:
+    """Call `read(path, channel)` for each of a sample's files; a BadImage then names its file."""
+    results = []
     for path, channel in zip(files, CHANNELS, strict=True):
         try:
-            planes.append(read_channel(path, channel, rgb_coded))
+            results.append(read(path, channel))
         except BadImage as error:
             raise BadImage(f"{path} {error}") from None
-    sides = {plane.shape[0] for plane in planes}
-    if len(sides) > 1:
-        raise BadImage(f"{files[0].parent}: channels of different sizes {sorted(sides)} px: "
+    return results
+
+
+def one_side(files: list[Path], sides: list[int]) -> int:
+    """Return the common side of a sample's channels in pixels; raises BadImage where they differ."""
+    if len(set(sides)) > 1:
+        raise BadImage(f"{files[0].parent}: channels of different sizes {sorted(set(sides))} px: "
                        f"{', '.join(path.name for path in files)}")
-    return planes
+    return sides[0]
 
 
 # --- resizing and storing ----------------------------------------------------------------------------------

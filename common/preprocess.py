@@ -113,23 +113,6 @@ def done_sizes(record: dict | None, state: str, stored: dict[int, set]) -> dict[
 
 # --- checking and making -----------------------------------------------------------------------------------
 
-def check_headers(sample: Sample) -> int:
-    """Return the side of a sample in pixels after reading its four headers; raises BadImage."""
-    headers = []
-    for path in sample.files:
-        try:
-            headers.append(images.read_header(path))
-            if headers[-1].colour and not sample.rgb_coded:
-                raise images.BadImage("is a colour image; expected one grey channel a file")
-        except images.BadImage as error:
-            raise images.BadImage(f"{path} {error}") from None
-    sides = {header.width for header in headers}
-    if len(sides) > 1:
-        raise images.BadImage(f"{sample.files[0].parent}: channels of different sizes {sorted(sides)} px: "
-                              f"{', '.join(path.name for path in sample.files)}")
-    return sides.pop()
-
-
 def store_sample(sample: Sample, sizes: list[int], folder: Path) -> dict[int, dict]:
     """Read a sample once and write it at each size; returns size -> statistics. Raises BadImage."""
     cv2.setNumThreads(1)
@@ -174,7 +157,7 @@ def store_all(samples: list[Sample], states: list[str], sizes_for, work: Path, n
              if s.Id in records and records[s.Id]["source"] == states[i]}
     new = [i for i in range(len(samples)) if i not in known]
     bad = {}
-    for k, result in run_parallel(attempt, [(check_headers, samples[i]) for i in new], n_jobs, "checking"):
+    for k, result in run_parallel(attempt, [(images.check_sample, samples[i].files, samples[i].rgb_coded) for i in new], n_jobs, "checking"):
         (bad if isinstance(result, images.BadImage) else known)[new[k]] = result
     if bad:
         refuse_bad(bad, samples, work)

@@ -9,6 +9,7 @@ import pytest
 import tifffile
 
 from common.artifacts import load_predictions, save_predictions, sidecar
+from common.demo_data import make_demo_data
 
 RECIPE = "demo-quick"
 TINY = ("--set", "cycle_epochs=1", "max_cycles=1", "buffers=16")
@@ -95,6 +96,16 @@ def test_planted_duplicates_are_grouped_and_stay_together(stages, small_data, tm
     stages(small_data, [2], "--floor", "0")
     duplicates = pd.read_csv(tmp_path / "work" / "duplicates.csv", dtype=str).set_index("Id")
     assert duplicates.loc["train-4", "kept"] == "0" and (duplicates["kept"] == "0").sum() == 1
+
+
+def test_the_planted_duplicates_of_the_demo_data_are_found_and_no_others(stages, tmp_path):
+    make_demo_data(tmp_path / "demo", n_train=60, n_test=10)
+    stages(tmp_path / "demo", [1, 2])
+    planted = pd.read_csv(tmp_path / "demo" / "planted_duplicates.csv", dtype=str)
+    pairs = pd.read_csv(tmp_path / "work" / "duplicate_pairs.csv", dtype=str)
+    assert len(planted) > 0
+    assert ({frozenset(pair) for pair in pairs[["Id", "other_Id"]].to_numpy()}
+            == {frozenset(pair) for pair in planted[["Id", "duplicate_of"]].to_numpy()})
 
 
 def test_black_channels_match_nothing(stages, small_data):
