@@ -119,11 +119,15 @@ RECIPES = {
     "demo_large": replace(DEMO, image_size=1024, crop_size=768, cycle_epochs=10),
 }
 
+def quick(recipe: Recipe) -> Recipe:
+    """Return a recipe of minutes on a CPU: sizes divided by 8, few epochs, small batches with learning rates to match."""
+    batch_size = min(recipe.batch_size, 8)
+    rates = tuple(rate * batch_size / recipe.batch_size for rate in recipe.group_learning_rates)
+    return replace(recipe, size_divisor=8, batch_size=batch_size, learning_rates=rates, cycle_epochs=4, max_cycles=2)
+
+
 # Suffixes that turn any recipe into a variant of it: 'resnet50-quick'.
-VARIANTS = {
-    "quick": lambda recipe: replace(recipe, size_divisor=8, batch_size=min(recipe.batch_size, 8),
-                                    cycle_epochs=4, max_cycles=2),
-}
+VARIANTS = {"quick": quick}
 
 
 def get_recipe(name: str, settings: list[str] = ()) -> Recipe:

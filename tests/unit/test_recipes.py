@@ -25,6 +25,8 @@ def test_a_recipe_survives_being_saved(name):
 def test_quick_divides_sizes_by_eight():
     quick = get_recipe("resnet50-quick")
     assert (quick.size, quick.crop, quick.encoder) == (96, 64, "resnet50")
+    # 8 of 74 samples a batch: learning rates for 74 would diverge
+    assert quick.group_learning_rates == pytest.approx((1e-2 * 8 / 74, 2e-2 * 8 / 74))
 
 
 def test_settings_are_read_by_type():
