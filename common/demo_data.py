@@ -11,10 +11,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import tifffile
 
 from common import cli
-from common.artifacts import writing
+from common.artifacts import write_csv, writing
 from common.demo_drawing import draw_sample
 from common.errors import UserError
 from common.images import CHANNELS
@@ -113,12 +114,6 @@ def write_bytes(path, content):
         temporary.write_bytes(content)
 
 
-def write_table(path, header, rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    write_bytes(path, text.getvalue().encode())
-
-
 def encode_tiff(plane):
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, plane)
@@ -166,13 +161,13 @@ def target(sample):
 
 def write_tables(folder, samples):
     """Write the csv files, train.csv last: it says that everything is there."""
-    rows = {part: sorted((s.id, target(s)) for s in samples if s.part == part)
-            for part in ("train", "test", "external")}
-    write_table(folder / "external" / "external.csv", ("Id", "Target"), rows["external"])
-    write_table(folder / "planted_duplicates.csv", ("Id", "duplicate_of", "part"),
-                sorted((s.id, s.source.id, s.part) for s in samples if s.source))
-    write_table(folder / "sample_submission.csv", ("Id", "Predicted"), [(id_, 0) for id_, _ in rows["test"]])
-    write_table(folder / "train.csv", ("Id", "Target"), rows["train"])
+    table = pd.DataFrame([(s.id, s.part, target(s)) for s in samples], columns=["Id", "part", "Target"]).sort_values("Id")
+    copies = sorted((s.id, s.source.id, s.part) for s in samples if s.source)
+    parts = {part: rows[["Id", "Target"]] for part, rows in table.groupby("part")}
+    write_csv(folder / "external" / "external.csv", parts["external"])
+    write_csv(folder / "planted_duplicates.csv", pd.DataFrame(copies, columns=["Id", "duplicate_of", "part"]))
+    write_csv(folder / "sample_submission.csv", parts["test"][["Id"]].assign(Predicted=0))
+    write_csv(folder / "train.csv", parts["train"])
 
 
 def refuse_other_data(folder, samples):
