@@ -21,7 +21,7 @@ from common.recipes import fit_to_source, get_recipe
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipes", type=cli.names, default=["resnet50"], metavar="A,B",
+    parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
                         help="make the image sizes of these recipes (default: resnet50)")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
                         help="change a field of the recipes, as in stage 04")

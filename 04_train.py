@@ -4,12 +4,19 @@ reads   WORK/folds.csv, WORK/samples.csv, WORK/images/<size>/ and <size>.csv
 writes  WORK/runs/<recipe>/fold<k>/best.pt    network of the best epoch, for stage 05
         WORK/runs/<recipe>/fold<k>/last.pt    everything needed to go on after an interruption
         WORK/runs/<recipe>/fold<k>/log.jsonl  one line an epoch
-        with --find-lr only lr_find.csv and lr_find.png there
+        WORK/runs/<recipe>/fold<k>/lr_find.csv, .png             curve of the learning rate finder
+        WORK/runs/<recipe>/fold<k>/hard_samples.csv              Ids that the hard sampler kept most often
+        WORK/runs/<recipe>/fold<k>/hard_classes.csv              classes among the kept samples, per epoch
 
 A finished fold is left alone; one that was trained on other data or settings is refused without --force.
+A recipe's variants of the paper's ablation: resnet50-original, -customised, -hard, -eloss; resnet50 has everything.
 
 example python 04_train.py --recipe resnet50 --folds 0,2 --set alpha=0.999 batch_size=32
+        torchrun --nproc-per-node 4 04_train.py --recipe senet --folds 0
 """
+
+import json
+from pathlib import Path
 
 from common import cli
 from common.artifacts import Stage, read_table
@@ -19,64 +26,86 @@ from common.recipes import fit_to_source, get_recipe, to_dict
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipe", type=cli.names, default=["resnet50"], metavar="NAME",
+    parser.add_argument("--recipe", type=cli.recipe_names, default=["resnet50"], metavar="NAME",
                         help="recipe to train, or several: a,b (default: resnet50)")
     parser.add_argument("--folds", type=cli.fold_numbers, metavar="0,2", help="folds to train (default: all)")
     parser.add_argument("--force", action="store_true", help="throw away what these folds have and train anew")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
                         help="change fields of the recipe")
+    parser.add_argument("--pretrained", default="auto", metavar="auto|none|FILE",
+                        help="start from the encoder's published ImageNet weights where they can be had (default), from "
+                             "random weights, or from a file")
+    parser.add_argument("--weights-dir", type=Path, metavar="DIR",
+                        help="where published weights lie or are downloaded to (default: torch's hub cache)")
+    parser.add_argument("--list-recipes", action="store_true", help="only print the recipes and their networks")
+    parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
+    parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
     parser.add_argument("--find-lr", action="store_true", help="only run the learning rate finder and save its curve")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order, crops and dropout (default: 0)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="folds to train at once, each with its share of the cores; pays for small networks on a "
                              "CPU (default: 1)")
+    parser.add_argument("--micro-batch", type=cli.positive, metavar="N",
+                        help="images in memory at once; a batch is accumulated from several (default: the whole batch, "
+                             "halved when a GPU runs out of memory)")
     cli.add_hardware_flags(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    if args.list_recipes:
+        return list_recipes(args.json)
     recipes = {name: get_recipe(name, args.settings) for name in args.recipe}
     samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
     folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
     numbers = args.folds if args.folds is not None else sorted(set(folds["fold"]) - {-1})
-    flags = (args.device, args.precision, args.workers)
 
     # Imported here, so that --help and mistakes on the command line do not wait for torch.
-    from common.training import known_folds, prepare, train_job, training_inputs
+    from common.checkpoints import prepare
+    from common.fold_data import known_folds
+    from common.inference import choose_hardware
+    from common.jobs import find_lr, plan, train_job
 
     known_folds(args.work, folds, numbers)
-    jobs = []
-    for name, recipe in recipes.items():
-        recipe = fit_to_source(recipe, int(samples["side"].min()))
-        inputs = None if args.find_lr else training_inputs(args.work, folds, recipe)
-        for fold in numbers:
-            folder, label = args.work / "runs" / name / f"fold{fold}", f"{name} fold {fold}"
-            if args.find_lr:
-                find_lr(args, folder, folds, recipe, fold, flags, label)
-                continue
-            stage = Stage("04_train", folder / "best.pt", {**to_dict(recipe), "fold": fold, "seed": args.seed}, inputs)
-            if args.force or not stage.is_current(rebuilds=False):
-                jobs.append((stage, args.work, recipe, fold, args.seed, flags, label))
-    # Every refusal comes before the first training.
-    for stage, *_ in jobs:
-        prepare(stage, args.force)
-    if args.jobs == 1:
+    recipes = {name: fit_to_source(recipe, int(samples["side"].min())) for name, recipe in recipes.items()}
+    if args.show_class_weights:
+        return show_class_weights(recipes, folds, numbers)
+    flags = (args.device, args.precision, args.workers, args.micro_batch)
+    team = choose_hardware(*flags).team
+    jobs = plan(args.work, recipes, folds, numbers, args.seed, args.force or args.find_lr, args.pretrained,
+                args.weights_dir, team)
+    if not args.find_lr:
+        # Every refusal comes before the first training.
+        for stage, *_ in jobs if team.is_main else ():
+            prepare(stage, args.force)
+        team.agree("prepared")
+    do = find_lr if args.find_lr else train_job
+    jobs = [(*job, args.work, args.seed, flags) for job in jobs]
+    if args.jobs == 1 or team.size > 1:
         for job in jobs:
-            train_job(*job)
+            do(*job)
     else:
-        list(run_parallel(train_job, jobs, args.jobs, "training", unit="folds"))
+        list(run_parallel(do, jobs, args.jobs, "training", unit="folds"))
 
 
-def find_lr(args, folder, folds, recipe, fold, flags, label):
-    """Save the curve of the learning rate finder and say what it suggests."""
-    from common.inference import choose_hardware
-    from common.training import load_fold, lr_range_test, save_lr_curve
+def list_recipes(as_json):
+    """Print every recipe with the parameters of its network."""
+    from common.overview import recipe_records, recipe_table
 
-    data = load_fold(args.work, folds, fold, recipe, args.seed)
-    suggestion = save_lr_curve(folder, *lr_range_test(data, recipe, choose_hardware(*flags), fold, args.seed))
-    print(f"{label}: highest learning rate at which the loss still falls: {suggestion:.2g}; the recipe has "
-          f"{', '.join(f'{rate:g}' for rate in recipe.group_learning_rates)}; curve: {folder / 'lr_find.png'}")
+    print(json.dumps(recipe_records(), indent=1) if as_json else recipe_table().to_string(index=False))
+
+
+def show_class_weights(recipes, folds, numbers):
+    """Print what the E-loss will weigh each class with."""
+    from common.fold_data import class_counts
+    from common.overview import class_weight_table
+
+    for name, recipe in recipes.items():
+        for fold in numbers:
+            print(f"{name} fold {fold}: alpha {recipe.alpha:g}, weights {recipe.class_weights}, on the "
+                  f"{recipe.weighted_part} of each class")
+            print(class_weight_table(class_counts(folds, fold), recipe).to_string(index=False), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from common.ensemble import mean_predictions
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipes", type=cli.names, default=["resnet50"], metavar="A,B",
+    parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
                         help="recipes to predict with (default: resnet50)")
     parser.add_argument("--folds", type=cli.fold_numbers, metavar="0,2", help="folds to predict (default: all)")
     parser.add_argument("--tta", default="dihedral", choices=("none", "dihedral"),
@@ -27,19 +27,17 @@ def parse_args():
                         help="predict whole images (default) or the mean of five crops")
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"),
                         help="network of the best validation epoch (default) or of the last epoch")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
+    parser.add_argument("--no-test", action="store_true", help="predict the validation samples only")
+    parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at once (default: 32)")
     cli.add_hardware_flags(parser)
-    args = parser.parse_args()
-    if args.batch_size < 1:
-        parser.error("--batch-size must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
     folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
     samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
-    test = samples[samples["part"] == "test"]
+    test = samples[(samples["part"] == "test") & (not args.no_test)]
     numbers = args.folds if args.folds is not None else sorted(set(folds["fold"]) - {-1})
     for recipe in args.recipes:
         for fold in numbers:
@@ -51,8 +49,9 @@ def main():
 
 def predict_fold(args, recipe_name, fold, folds, parts):
     """Write a fold's probabilities for its validation rows and for test, where they are not up to date."""
+    from common.checkpoints import finished_checkpoint, load_network
+    from common.fold_data import image_set, stored_images
     from common.inference import choose_hardware, mean_probabilities, predict_logits, views
-    from common.training import finished_checkpoint, image_set, load_network, stored_images
 
     path, recipe = finished_checkpoint(args.work, recipe_name, fold, folds, args.checkpoint)
     network = None

@@ -19,7 +19,7 @@ from common.thresholds import METHODS, evaluate_thresholds
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipes", type=cli.names, default=["resnet50"], metavar="A,B",
+    parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
                         help="recipes whose probabilities are averaged (default: resnet50)")
     parser.add_argument("--method", default="greedy", choices=METHODS,
                         help="one threshold for all classes, or the paper's greedy search from there (default)")

@@ -16,7 +16,7 @@ from common.errors import UserError
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipes", type=cli.names, default=["resnet50"], metavar="A,B",
+    parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
                         help="recipes whose probabilities are averaged (default: resnet50)")
     parser.add_argument("--fallback", default="argmax", choices=("argmax", "empty"),
                         help="where no class passes its threshold: the most probable one (default) or none")

@@ -6,15 +6,19 @@ set -eo pipefail
 usage() {
     cat <<'TEXT'
 usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,3,4] [--set FIELD=VALUE]
-                       [--quick] [--dry-run]
+                       [--pretrained auto|none|FILE] [--quick] [--tables] [--dry-run]
 
   --data DIR     input in the competition's layout (default: data; where that is missing, demo data is made)
   --work DIR     folder for everything that is made (default: work)
-  --recipes a,b  networks to train and average (default: resnet50; on demo data: demo,demo_large)
+  --recipes a,b  networks to train and average (default: resnet50; on demo data: demo,demo_large); all of them:
+                 python 04_train.py --list-recipes
   --folds 0,1    folds to train (default: all five; on demo data three)
   --set F=V      change a field of every recipe; may be repeated
   --quick        a run of minutes on a CPU to see that everything works: sizes divided by 8, few epochs,
                  two folds, at most 1000 training samples, no test-time views
+  --tables       train what the paper's Tables 1, 2 and 3 compare (every variant of each recipe) and write the tables
+                 in place of a submission; the same as bash run_tables.sh
+  --pretrained X weights to start from: auto (default), none, or a file
   --dry-run      print the commands, each one pasteable, and run nothing
 
 example: bash run_all.sh --data data --work work --recipes resnet50 --folds 0,1,2,3,4
@@ -23,20 +27,22 @@ TEXT
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 caller=$PWD
-data='' work=work recipes='' folds='' quick=false dry=false settings=()
-flags=(--data --work --recipes --folds --set --quick --dry-run --help)
+data='' work=work recipes='' folds='' quick=false tables=false dry=false settings=() weights=()
+flags=(--data --work --recipes --folds --set --quick --pretrained --tables --dry-run --help)
 
 fail() { echo "error: $1" >&2; exit 2; }
 
 while [ $# -gt 0 ]; do
-    case $1 in --data | --work | --recipes | --folds | --set) [ $# -ge 2 ] || fail "$1 needs a value" ;; esac
+    case $1 in --data | --work | --recipes | --folds | --set | --pretrained) [ $# -ge 2 ] || fail "$1 needs a value" ;; esac
     case $1 in
         --data) data=$2; shift 2 ;;
         --work) work=$2; shift 2 ;;
         --recipes) recipes=$2; shift 2 ;;
         --folds) folds=$2; shift 2 ;;
         --set) settings+=("$2"); shift 2 ;;
+        --pretrained) case $2 in auto | none | /*) weights=(--pretrained "$2") ;; *) weights=(--pretrained "$PWD/$2") ;; esac; shift 2 ;;
         --quick) quick=true; shift ;;
+        --tables) tables=true; shift ;;
         --dry-run) dry=true; shift ;;
         -h | --help) usage; exit 0 ;;
         *) fail "unknown argument $1; $(cd "$here" && python3 -c '
@@ -60,10 +66,17 @@ n_folds=5 demo=false limit=() views=() jobs=()
 if [ -z "$data" ]; then
     data=data
     if [ ! -e data ]; then
-        demo=true data=$work/demo_data n_folds=3 recipes=${recipes:-demo,demo_large} jobs=(--jobs 2)
+        demo=true data=$work/demo_data n_folds=3 jobs=(--jobs 2)
     fi
 fi
-recipes=${recipes:-resnet50}
+if [ -z "$recipes" ]; then
+    case $demo,$tables in
+        true,false) recipes=demo,demo_large ;;
+        true,true) recipes=demo,demo_gapnet ;;
+        false,false) recipes=resnet50 ;;
+        false,true) recipes=resnet50,gapnet_pl ;;
+    esac
+fi
 if $quick; then
     recipes=$(sed 's/,/-quick,/g; s/$/-quick/' <<<"$recipes")
     n_folds=2 limit=(--limit 1000) views=(--tta none)
@@ -78,10 +91,23 @@ changes=()
 if $dry; then source common/setup.sh --dry-run requirements.txt; else source common/setup.sh requirements.txt; fi
 places=(--data "$data" --work "$work")
 if $demo; then run "$PYTHON" -m common.demo_data --data "$data"; fi
-run "$PYTHON" 01_preprocess.py "${places[@]}" --recipes "$recipes" "${limit[@]}" "${changes[@]}"
+runs=$recipes parts=()
+if $tables; then
+    parts=(--no-test)
+    runs=$("$PYTHON" -c '
+import sys
+from common import cli
+from common.recipes import ablation_runs
+cli.run(lambda: print(",".join(run for name in sys.argv[1].split(",") for run in ablation_runs(name).values())))' "$recipes")
+fi
+run "$PYTHON" 01_preprocess.py "${places[@]}" --recipes "$runs" "${limit[@]}" "${changes[@]}"
 run "$PYTHON" 02_dedup.py "${places[@]}"
 run "$PYTHON" 03_make_folds.py "${places[@]}" --n-folds "$n_folds"
-run "$PYTHON" 04_train.py "${places[@]}" --recipe "$recipes" --folds "$folds" "${jobs[@]}" "${changes[@]}"
-run "$PYTHON" 05_predict_oof.py "${places[@]}" --recipes "$recipes" --folds "$folds" "${views[@]}"
-run "$PYTHON" 06_thresholds.py "${places[@]}" --recipes "$recipes"
-run "$PYTHON" 07_ensemble.py "${places[@]}" --recipes "$recipes"
+run "$PYTHON" 04_train.py "${places[@]}" --recipe "$runs" --folds "$folds" "${jobs[@]}" "${weights[@]}" "${changes[@]}"
+run "$PYTHON" 05_predict_oof.py "${places[@]}" --recipes "$runs" --folds "$folds" "${views[@]}" "${parts[@]}"
+if $tables; then
+    run "$PYTHON" 09_tables.py "${places[@]}" --recipes "$recipes" --folds "$folds"
+else
+    run "$PYTHON" 06_thresholds.py "${places[@]}" --recipes "$recipes"
+    run "$PYTHON" 07_ensemble.py "${places[@]}" --recipes "$recipes"
+fi

@@ -30,15 +30,16 @@ def main():
     targets = parse_targets(folds["Target"])
     everything = macro_f1(targets, np.ones(targets.shape, dtype=bool))
 
+    from common.fold_data import image_set, load_fold
     from common.inference import choose_hardware, mean_probabilities, predict_logits, views
-    from common.training import image_set, load_fold, new_run
+    from common.training import new_run
 
     recipe, hardware = get_recipe(args.recipe), choose_hardware("auto", "auto", None)
     probs = np.zeros((len(folds), N_CLASSES), dtype=np.float32)
     for fold in sorted(folds["fold"].unique()):
         rows = (folds["fold"] == fold).to_numpy()
-        normalisation = load_fold(args.work, folds, fold, recipe, 0).normalisation
-        logits = predict_logits(new_run(recipe, hardware, 0, fold).model, normalisation,
+        data = load_fold(args.work, folds, fold, recipe, 0)
+        logits = predict_logits(new_run(recipe, data, hardware, fold, 0).model, data.normalisation,
                                 image_set(args.work, recipe, folds[rows]), hardware, views("none"))
         probs[rows] = mean_probabilities(logits)
     untrained = evaluate_thresholds(targets, probs, folds["group"].to_numpy(), "greedy")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError, nearest
+from common.recipes import run_name
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +52,18 @@ def names(text: str) -> list[str]:
     if not values or len(set(values)) != len(values):
         raise argparse.ArgumentTypeError(f"expected distinct names separated by commas, found {text!r}")
     return values
+
+
+def recipe_names(text: str) -> list[str]:
+    """Parse 'a,b-variant' into a list of distinct run names (see `recipes.run_name`)."""
+    return names(",".join(run_name(name) for name in names(text)))
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
 
 
 def fold_numbers(text: str) -> list[int]:

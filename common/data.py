@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from common.distributed import Team
 from common.errors import UserError
 from common.images import read_planes
 
@@ -67,20 +68,27 @@ class EpochBatches:
     Every batch is full, so that normalisation layers and the hard sampler see the same batch size; the rest
     of up to one batch falls away, another one each epoch. With fewer rows than a batch, one batch holds all.
     start : number of batches to leave out because an interrupted run had them
+    team : of several processes each one gets its part of every batch
     """
 
-    def __init__(self, n_rows: int, batch_size: int, seed: int, epoch: int, start: int = 0):
+    def __init__(self, n_rows: int, batch_size: int, seed: int, epoch: int, start: int = 0, team: Team = Team()):
         self.batch = min(batch_size, n_rows)
         self.steps = n_rows // self.batch
         self.order = np.random.default_rng([seed, epoch]).permutation(n_rows)
-        self.epoch, self.start = epoch, start
+        self.epoch, self.start, self.team = epoch, start, team
+        if self.batch < team.size:
+            raise UserError(f"a batch of {self.batch} samples cannot be shared by {team.size} processes; start fewer")
+
+    def rows(self, step: int) -> np.ndarray:
+        """Return the rows of a whole batch, (batch,)."""
+        return self.order[step * self.batch:(step + 1) * self.batch]
 
     def __len__(self):
         return self.steps - self.start
 
     def __iter__(self):
         for step in range(self.start, self.steps):
-            positions = range(step * self.batch, (step + 1) * self.batch)
+            positions = range(step * self.batch, (step + 1) * self.batch)[self.team.part(self.batch)]
             yield [(int(self.order[p]), self.epoch, p) for p in positions]
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from common.classes import N_CLASSES
 from common.data import ImageSet, dihedral, loader
+from common.distributed import Team, join_team, local_rank
 from common.errors import UserError
 from common.progress import progress
 
@@ -15,10 +17,13 @@ BATCH = 32  # whole images at once
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and how a network runs: device, autocast type (None = 32-bit floats), loader processes."""
+    """Where and how a network runs: device, autocast type (None = 32-bit floats), loader processes, the team of
+    processes that train together, and how many images of a batch are in memory at once (None = all)."""
     device: torch.device
-    autocast: torch.dtype | None
-    workers: int
+    autocast: torch.dtype | None = None
+    workers: int = 0
+    team: Team = Team()
+    micro_batch: int | None = None
 
     @property
     def is_gpu(self) -> bool:
@@ -28,13 +33,16 @@ class Hardware:
         return torch.autocast(self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
 
-def choose_hardware(device: str, precision: str, workers: int | None) -> Hardware:
+def choose_hardware(device: str, precision: str, workers: int | None, micro_batch: int | None = None) -> Hardware:
     """Resolve 'auto': a GPU where there is one, with bfloat16 (float16 on older ones); else the CPU in 32 bit.
 
-    On the CPU the batches are made in the training process by default: the cores are the network's.
+    On the CPU the batches are made in the training process by default: the cores are the network's. Of several
+    processes that torchrun started on one machine each gets its own GPU.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and local_rank() is not None:
+        device = f"cuda:{local_rank()}"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -44,7 +52,8 @@ def choose_hardware(device: str, precision: str, workers: int | None) -> Hardwar
         precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
-    return Hardware(device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision], workers)
+    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return Hardware(device, autocast, workers, join_team(device), micro_batch)
 
 
 @dataclass(frozen=True)
@@ -91,9 +100,22 @@ def predict_logits(model, normalise: Normalisation, dataset: ImageSet, hardware:
     result = []
     for images, _ in batches:
         images = normalise(images, hardware.device)
-        with hardware.casting():
-            result.append(torch.stack([model(look(images)).float() for look in looks]).cpu())
-    return torch.cat(result, dim=1)
+        result.append(torch.stack([logits_in_parts(model, look(images), hardware) for look in looks]).cpu())
+    return torch.cat(result, dim=1) if result else torch.zeros(len(looks), 0, N_CLASSES)
+
+
+def logits_in_parts(model, images: torch.Tensor, hardware: Hardware) -> torch.Tensor:
+    """Return the logits of a batch, (n, n_classes) float32, in as few parts as fit into memory."""
+    size = len(images)
+    while True:
+        try:
+            with hardware.casting():
+                return torch.cat([model(part).float() for part in images.split(size)])
+        except torch.cuda.OutOfMemoryError:
+            if size == 1:
+                raise UserError("one image does not fit into the GPU's memory; try --device cpu") from None
+        size = size // 2
+        torch.cuda.empty_cache()
 
 
 def mean_probabilities(logits: torch.Tensor) -> np.ndarray:

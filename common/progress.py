@@ -8,8 +8,11 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 15
 
 
-def progress(iterable, total: int, label: str, unit: str = "samples", initial: int = 0):
-    """Yield from `iterable` while showing how far it is and how long the rest will take."""
+def progress(iterable, total: int, label: str, unit: str = "samples", initial: int = 0, quiet: bool = False):
+    """Yield from `iterable` while showing how far it is and how long the rest will take; `quiet` shows nothing."""
+    if quiet:
+        yield from iterable
+        return
     if sys.stderr.isatty():
         yield from tqdm(iterable, total=total, initial=initial, desc=label, unit=f" {unit}", leave=False,
                         dynamic_ncols=True)

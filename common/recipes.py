@@ -10,13 +10,18 @@ from dataclasses import dataclass, replace
 from common.errors import UserError, nearest
 
 CHOICES = {
-    "encoder": ("resnet50", "resnet18", "resnet10_narrow"),
-    "head_order": ("linear-relu-dropout", "dropout-linear-relu"),
+    "encoder": ("resnet50", "resnet101", "inceptionv4", "se_resnext50_32x4d", "senet154", "densenet50", "densenet121",
+                "gapnet_pl", "gapnet_pl_plus", "resnet18", "resnet10_narrow"),
+    "pooling": ("acp", "average", "own"),
+    "head_order": ("linear-relu-dropout", "dropout-linear-relu", "linear-selu-dropout"),
     "fourth_channel": ("red", "zeros", "mean"),
+    "normalisation": ("weights", "data"),
     "base_loss": ("focal", "bce"),
     "class_weights": ("normalised", "raw", "none"),
     "weighted_part": ("column", "positives"),
     "class_reduction": ("sum", "mean"),
+    "schedule": ("cycles", "constant", "plateau"),
+    "finder": ("off", "record", "use"),
 }
 
 
@@ -29,12 +34,14 @@ class Recipe:
     crop_size: int = 512
     size_divisor: int = 1
 
-    # Network: encoder, adaptive concat pooling, buffering layers of decreasing width, 28 outputs.
+    # Network: encoder, pooling (adaptive concat; global average; the encoder's own), buffering layers, 28 outputs.
     encoder: str = "resnet50"
+    pooling: str = "acp"
     buffers: tuple[int, ...] = (1024,)
     dropouts: tuple[float, ...] = (0.5,)
-    head_order: str = "linear-relu-dropout"  # each block starts with BatchNorm; the other order is fastai's
-    fourth_channel: str = "red"  # where the stem's weights for yellow come from, with pretrained weights
+    head_order: str = "linear-relu-dropout"  # after a BatchNorm, as is fastai's other order; the one with SELU has none
+    fourth_channel: str = "red"  # where the stem's weights for yellow come from
+    normalisation: str = "weights"  # that of the pretrained weights; of the data, as always where there are none
 
     # E-loss (eq. 5-6) on the base loss; weights normalised to sum to 28 (Cui et al. 2019) unless raw.
     base_loss: str = "focal"
@@ -49,14 +56,21 @@ class Recipe:
     hard_warmup_epochs: int = 1
 
     # SGD with layer groups; `learning_rates` (first layers first) wins over `learning_rate` and `layer_groups`.
+    # The finder's curve is recorded before training; with "use" its suggestion is the last group's learning rate.
     batch_size: int = 64
     learning_rate: float = 0.01
     layer_groups: int = 2
     learning_rates: tuple[float, ...] = ()
+    finder: str = "record"
     momentum: float = 0.9
-    weight_decay: float = 1e-6
+    weight_decay: float = 1e-6  # L2
+    l1: float = 0.0
+    clip_norm: float = 0.0  # largest norm of the gradient; 0 = any
 
-    # Cosine cycles with restarts, until one improves the best validation loss by less than `min_cycle_gain`.
+    # Cosine cycles with restarts; or a constant rate; or one that halves after `patience` epochs without a better
+    # validation loss. All in cycles of epochs, until one improves that loss by less than `min_cycle_gain`.
+    schedule: str = "cycles"
+    patience: int = 3
     cycle_epochs: int = 4
     max_cycles: int = 4
     min_cycle_gain: float = 0.01
@@ -80,6 +94,9 @@ class Recipe:
             "learning_rates": len(self.learning_rates) <= 3 and all(rate > 0 for rate in self.learning_rates),
             "momentum": 0 <= self.momentum < 1,
             "weight_decay": self.weight_decay >= 0,
+            "l1": self.l1 >= 0,
+            "clip_norm": self.clip_norm >= 0,
+            "patience": self.patience >= 0,
             "cycle_epochs": self.cycle_epochs >= 1,
             "max_cycles": self.max_cycles >= 1,
             "min_cycle_gain": 0 <= self.min_cycle_gain < 1,
@@ -108,33 +125,98 @@ class Recipe:
 
 
 PAPER = Recipe()
+# Half of the paper's learning rates are its own; where it says "default" or "as large as fits", PAPER's stand.
+RESNET50 = replace(PAPER, batch_size=74, learning_rates=(1e-2, 2e-2))
+SENET = replace(PAPER, encoder="se_resnext50_32x4d", batch_size=80, learning_rates=(1e-3, 3e-3, 5e-3), max_cycles=8)
+DENSENET50 = replace(PAPER, encoder="densenet50", learning_rates=(2e-3, 4e-3), max_cycles=5)
+# The baseline with its own head, regularisation and schedule (Rumetshofer et al. 2019), trained with the E-loss.
+GAPNET_PL = replace(PAPER, image_size=1024, crop_size=768, encoder="gapnet_pl", pooling="own", buffers=(256, 256),
+                    dropouts=(0.3, 0.3), head_order="linear-selu-dropout", hard_share=1.0, batch_size=128, layer_groups=1,
+                    finder="off", weight_decay=1e-5, l1=1e-7, clip_norm=5.0, schedule="plateau", max_cycles=10)
 # For the demo data: the whole method at an eighth of the scale, on an encoder that learns from random weights on a
 # CPU in a minute. Small classes are common there, so alpha is the smaller of the paper's two examples.
 DEMO = replace(PAPER, encoder="resnet10_narrow", size_divisor=8, buffers=(256,), dropouts=(0.1,), alpha=0.9,
                batch_size=16, learning_rates=(2e-2, 2e-2), cycle_epochs=16, max_cycles=2)
 
 RECIPES = {
-    "resnet50": replace(PAPER, batch_size=74, learning_rates=(1e-2, 2e-2)),
+    "resnet50": RESNET50,
+    "resnet101": replace(RESNET50, encoder="resnet101", buffers=(4096, 1024), dropouts=(0.25, 0.5), batch_size=64),
+    "inceptionv4": replace(PAPER, encoder="inceptionv4", batch_size=48),
+    "senet": SENET,
+    "senet154": replace(SENET, encoder="senet154"),
+    "densenet50": DENSENET50,
+    "densenet121": replace(DENSENET50, encoder="densenet121"),
+    "gapnet_pl": GAPNET_PL,
+    "gapnet_pl_plus": replace(GAPNET_PL, encoder="gapnet_pl_plus"),
     "demo": DEMO,
     "demo_large": replace(DEMO, image_size=1024, crop_size=768, cycle_epochs=10),
+    "demo_gapnet": replace(GAPNET_PL, size_divisor=8, batch_size=16, cycle_epochs=16, max_cycles=2),
 }
+
+
+# --- variants: functions that turn any recipe into another one ----------------------------------------------
 
 def quick(recipe: Recipe) -> Recipe:
     """Return a recipe of minutes on a CPU: sizes divided by 8, few epochs, small batches with learning rates to match."""
     batch_size = min(recipe.batch_size, 8)
     rates = tuple(rate * batch_size / recipe.batch_size for rate in recipe.group_learning_rates)
-    return replace(recipe, size_divisor=8, batch_size=batch_size, learning_rates=rates, cycle_epochs=4, max_cycles=2)
+    return replace(recipe, size_divisor=8, batch_size=batch_size, learning_rates=rates, finder="off", cycle_epochs=4,
+                   max_cycles=2)
 
 
-# Suffixes that turn any recipe into a variant of it: 'resnet50-quick'.
-VARIANTS = {"quick": quick}
+def eloss(recipe: Recipe) -> Recipe:
+    """Return the recipe without training-time optimisation: one layer group at the constant default rate."""
+    if recipe.pooling == "own":
+        raise UserError(f"{recipe.encoder} has its own pooling, head and schedule, so it has no variants of them")
+    return replace(recipe, learning_rate=PAPER.learning_rate, learning_rates=(), layer_groups=1, finder="off",
+                   schedule="constant")
+
+
+def hard(recipe: Recipe) -> Recipe:
+    """Return `eloss` without class weights."""
+    return replace(eloss(recipe), class_weights="none")
+
+
+def customised(recipe: Recipe) -> Recipe:
+    """Return `hard` without the hard sampler."""
+    return replace(hard(recipe), hard_share=1.0)
+
+
+def original(recipe: Recipe) -> Recipe:
+    """Return `customised` with the backbone's own global average pooling and one linear layer."""
+    return replace(customised(recipe), pooling="average", buffers=(), dropouts=())
+
+
+# Suffixes that turn any recipe into a variant of it: 'resnet50-quick'. Those of the ablation each add one part of
+# the method, in this order; the last is the recipe itself.
+ABLATION = {"original": original, "customised": customised, "hard": hard, "eloss": eloss, "ta": lambda recipe: recipe}
+VARIANTS = {**ABLATION, "quick": quick}
+
+
+def run_name(name: str) -> str:
+    """Return the one name of a recipe and its variants: 'resnet50-ta' is 'resnet50', and 'quick' comes last."""
+    base, *variants = name.split("-")
+    return "-".join([base, *sorted((v for v in variants if v != "ta"), key=lambda variant: variant == "quick")])
+
+
+def ablation_runs(name: str) -> dict[str, str]:
+    """Return the columns of the ablation and the runs that fill them, for 'recipe' or 'recipe-quick'.
+
+    A network with its own head and schedule has the column eloss only, filled by itself.
+    """
+    base, *variants = name.split("-")
+    if get_recipe(name).pooling == "own":
+        return {"eloss": run_name(name)}
+    return {column: run_name("-".join([base, column, *variants])) for column in ABLATION}
 
 
 def get_recipe(name: str, settings: list[str] = ()) -> Recipe:
     """Return the recipe called 'name' or 'name-variant', changed by settings such as 'alpha=0.999'."""
-    base, *variants = name.split("-")
+    base, *variants = run_name(name).split("-")
     if base not in RECIPES:
         raise UserError(f"unknown recipe {base!r}; {nearest(base, RECIPES)}")
+    if len(set(variants) & set(ABLATION)) > 1:
+        raise UserError(f"{name}: each variant of the ablation holds the ones before it, so name only one")
     recipe = RECIPES[base]
     for variant in variants:
         if variant not in VARIANTS:

@@ -8,6 +8,22 @@ def cosine_with_restarts(step: int, cycle_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step % cycle_steps) / cycle_steps))
 
 
+def plateau_halvings(losses: list[float], patience: int, threshold: float = 1e-4) -> int:
+    """Return how often a rate has halved: each time after more than `patience` epochs without a better loss.
+
+    losses : validation loss per epoch; better means lower by the share `threshold`
+    """
+    best, waited, halvings = math.inf, 0, 0
+    for loss in losses:
+        if loss < best * (1 - threshold):
+            best, waited = loss, 0
+        else:
+            waited += 1
+        if waited > patience:
+            waited, halvings = 0, halvings + 1
+    return halvings
+
+
 def exponential_range(step: int, n_steps: int, low: float, high: float) -> float:
     """Return the learning rate of a range test's step: `low` at step 0, `high` at the last, exponential between."""
     return low * (high / low) ** (step / max(1, n_steps - 1))

@@ -2,132 +2,78 @@
 
 import json
 import math
-import shutil
 import time
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from common.artifacts import Stage, digest, read_json, read_table, sidecar, write_csv, write_text, writing
+from common.artifacts import write_text
+from common.checkpoints import save_checkpoint
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.data import EpochBatches, ImageSet, loader
+from common.data import EpochBatches, loader
 from common.errors import UserError
-from common.images import CHANNELS
-from common.inference import Hardware, Normalisation, choose_hardware, predict_logits, views
-from common.labels import parse_targets
+from common.fold_data import FoldData
+from common.inference import Hardware, Normalisation, predict_logits, views
 from common.losses import effective_number_weights, hard_samples, sample_losses
 from common.metrics import macro_f1
 from common.models import build_model, param_groups
 from common.progress import progress
-from common.recipes import Recipe, from_dict
-from common.schedules import (cosine_with_restarts, cycle_gain, exponential_range, has_diverged, smoothed,
-                              suggest_learning_rate)
+from common.recipes import Recipe
+from common.schedules import cosine_with_restarts, cycle_gain, exponential_range, has_diverged, plateau_halvings
+from common.telemetry import class_mix, sample_table, save_telemetry
 
 CHECKPOINT_SECONDS = 300  # within an epoch; a checkpoint is also written after each epoch
-
-
-# --- what a fold is trained on -----------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class FoldData:
-    """The images of one fold: training rows with copies, validation rows, class counts, normalisation."""
-    train: ImageSet
-    valid: ImageSet
-    counts: np.ndarray  # (28,) distinct training samples of each class
-    normalisation: Normalisation
-
-
-def stored_images(work: Path, size: int, ids) -> pd.DataFrame:
-    """Return stage 01's statistics of the given Ids at one size, in their order."""
-    rerun = f"python 01_preprocess.py --work {work} --recipes RECIPE"
-    table = read_table(work / "images" / f"{size}.csv", rerun).set_index("Id")
-    missing = [Id for Id in ids if Id not in table.index]
-    if missing:
-        raise UserError(f"{work / 'images' / str(size)} lacks {len(missing)} samples, such as {missing[0]}; run: {rerun}")
-    return table.loc[list(ids)].reset_index()
-
-
-def known_folds(work: Path, folds: pd.DataFrame, numbers: list[int]) -> None:
-    """Refuse fold numbers that stage 03's table does not have."""
-    known = sorted(set(folds["fold"]) - {-1})
-    for fold in numbers:
-        if fold not in known:
-            raise UserError(f"there is no fold {fold}; {work / 'folds.csv'} has the folds {', '.join(map(str, known))}")
-
-
-def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe, seed: int) -> FoldData:
-    """Return the data of one fold of stage 03's table."""
-    targets = parse_targets(folds["Target"])
-    train, valid = (folds["fold"] != fold).to_numpy(), (folds["fold"] == fold).to_numpy()
-    rows = np.repeat(np.flatnonzero(train), folds["copies"].to_numpy()[train])
-    if len(rows) < 2:
-        raise UserError(f"fold {fold} leaves {len(rows)} samples to train on; give more data or fewer folds")
-    ids, folder = folds["Id"].to_numpy(), work / "images" / str(recipe.size)
-    statistics = stored_images(work, recipe.size, ids[train])
-    mean = [float(statistics[f"mean_{c}"].mean()) for c in CHANNELS]
-    # The spread of all pixels together: within images and between them.
-    std = [float(np.sqrt((statistics[f"std_{c}"] ** 2 + statistics[f"mean_{c}"] ** 2).mean() - m ** 2))
-           for c, m in zip(CHANNELS, mean, strict=True)]
-    return FoldData(ImageSet(folder, ids[rows], targets[rows], recipe.crop, seed),
-                    image_set(work, recipe, folds[valid]), targets[train].sum(axis=0),
-                    Normalisation(tuple(mean), tuple(max(value, 1e-3) for value in std)))
-
-
-def training_inputs(work: Path, folds: pd.DataFrame, recipe: Recipe) -> dict:
-    """Return the fingerprints of all that a training reads."""
-    return {"folds.csv": work / "folds.csv",
-            "images": digest(stored_images(work, recipe.size, folds["Id"]))}
-
-
-def image_set(work: Path, recipe: Recipe, rows: pd.DataFrame) -> ImageSet:
-    """Return the whole stored images of a table with Id and Target."""
-    return ImageSet(work / "images" / str(recipe.size), rows["Id"].to_numpy(), parse_targets(rows["Target"]))
 
 
 # --- the state of a run ------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
-    """All that a checkpoint holds: network, optimizer, place in the epoch, best score, one record per epoch."""
+    """A training: what it works with (first part), and all that a checkpoint holds of it (second part)."""
+    recipe: Recipe
+    hardware: Hardware
+    normalise: Normalisation
+    class_weights: torch.Tensor  # (n_classes,) of the E-loss
+    seed: int
+    network: torch.nn.Module  # the model, wrapped where several processes train it
+
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    ranking: torch.Tensor  # (2, n_rows, 3): in this epoch and in all; times ranked, times kept, sum of losses
     epoch: int = 0
     step: int = 0  # batches done in this epoch
     loss_sum: float = 0.0  # over those batches
     seconds: float = 0.0  # spent on this epoch
     best_score: float = -math.inf
+    micro_batch: int | None = None  # images that are in memory at once; None = the whole batch
+    start: str = ""  # what it started from, in words
     history: list[dict] = field(default_factory=list)
+    class_mix: list[dict] = field(default_factory=list)
 
-    PLACE = ("epoch", "step", "loss_sum", "seconds", "best_score", "history")
+    TENSORS = ("model", "optimizer", "scaler")
+    PLACE = ("ranking", "epoch", "step", "loss_sum", "seconds", "best_score", "micro_batch", "start", "history",
+             "class_mix")
 
     def state(self) -> dict:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), **{name: getattr(self, name) for name in self.PLACE}}
+        return {**{name: getattr(self, name).state_dict() for name in self.TENSORS},
+                **{name: getattr(self, name) for name in self.PLACE}}
 
     def restore(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for name in self.TENSORS:
+            getattr(self, name).load_state_dict(state[name])
         for name in self.PLACE:
             setattr(self, name, state[name])
+        self.ranking = self.ranking.to(self.hardware.device)
 
-
-def save_checkpoint(path: Path, values: dict) -> None:
-    with writing(path) as temporary:
-        torch.save(values, temporary)
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint of tensors and plain types onto the CPU; no code in it is ever run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many kinds
-        raise UserError(f"{path} is not a checkpoint that can be read ({str(error).splitlines()[0]}); "
-                        "delete it and train the fold again") from None
+    def network_state(self) -> dict:
+        """Return what prediction needs: weights, normalisation, classes."""
+        return {"model": self.model.state_dict(), "mean": list(self.normalise.mean), "std": list(self.normalise.std),
+                "classes": list(CLASS_NAMES)}
 
 
 def seed_torch(*numbers: int) -> None:
@@ -135,50 +81,159 @@ def seed_torch(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
 
 
-def new_run(recipe: Recipe, hardware: Hardware, seed: int, fold: int) -> Run:
-    """Return a run at its very start; its weights depend on seed and fold only."""
+def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed: int, weights: dict | None = None,
+            rates: tuple[float, ...] | None = None) -> Run:
+    """Return a run at its very start; what `weights` does not give depends on seed and fold only.
+
+    weights : pretrained parameters of the encoder; rates : top learning rates in place of the recipe's
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
+    device, team = hardware.device, hardware.team
     seed_torch(seed, fold)
-    model = build_model(recipe, N_CLASSES).to(hardware.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(param_groups(model, recipe.group_learning_rates), lr=0.0,
+    model = build_model(recipe, N_CLASSES, weights).to(device, memory_format=torch.channels_last)
+    network = model
+    if team.size > 1:
+        network = DistributedDataParallel(model, device_ids=[device] if hardware.is_gpu else None)
+    optimizer = torch.optim.SGD(param_groups(model, rates or recipe.group_learning_rates), lr=0.0,
                                 momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.autocast == torch.float16)
-    return Run(model, optimizer, scaler)
+    scaler = torch.amp.GradScaler(device.type, enabled=hardware.autocast == torch.float16)
+    counts = effective_number_weights(data.counts, recipe.alpha, recipe.class_weights)
+    return Run(recipe, hardware, data.normalisation, torch.tensor(counts, dtype=torch.float32, device=device), seed,
+               network, model, optimizer, scaler, torch.zeros(2, len(data.train), 3, device=device),
+               micro_batch=hardware.micro_batch)
 
 
-# --- training ----------------------------------------------------------------------------------------------
+# --- one step ----------------------------------------------------------------------------------------------
 
-def train_step(run: Run, images, targets, weights, share: float, recipe: Recipe, hardware: Hardware) -> torch.Tensor:
-    """Learn from the hardest samples of one batch; returns their mean loss, still on the device."""
-    with hardware.casting():
-        logits = run.model(images)
-    losses = sample_losses(logits, targets, weights, recipe)
-    loss = losses[hard_samples(losses, share)].mean()
+@contextmanager
+def frozen_statistics(model):
+    """Keep the running statistics of normalisation layers as they are."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    before = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, before, strict=True):
+            layer.momentum = momentum
+
+
+def micro_batches(n: int, most: int | None) -> list[slice]:
+    """Return how n images are cut into parts of at most `most`, never one image alone: BatchNorm needs two."""
+    parts = max(1, min(-(-n // (most or n)), n // 2))
+    return [slice(n * k // parts, n * (k + 1) // parts) for k in range(parts)]
+
+
+def train_step(run: Run, images, targets, n: int, share: float, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Learn from the hardest samples of one batch, in as many parts as memory asks for.
+
+    images : (part, 4, h, w) uint8 and targets : (part, n_classes), this process's part of a batch of n
+    Returns the losses of the whole batch (n,) and the indices of those that were learnt from (K,), on the device.
+    """
+    targets = targets.to(run.hardware.device, non_blocking=True)
+    while True:
+        try:
+            return accumulate(run, images, targets, n, share, step)
+        except torch.cuda.OutOfMemoryError:
+            pass  # handled outside, where the failed step's tensors are free
+        run.micro_batch = smaller_micro_batch(run.micro_batch or len(images), run.hardware)
+        torch.cuda.empty_cache()
+
+
+def smaller_micro_batch(micro_batch: int, hardware: Hardware) -> int:
+    """Return half of a micro-batch that did not fit into memory, and say so; raises UserError where nothing fits."""
+    half = micro_batch // 2
+    if half < 2:
+        raise UserError("two images do not fit into the GPU's memory; use a smaller crop: --set crop_size=...")
+    if hardware.team.size > 1:  # the others wait in the middle of their step
+        raise UserError(f"{micro_batch} images do not fit into the GPU's memory; start again with --micro-batch {half}")
+    print(f"out of memory with {micro_batch} images at once: going on with {half}; the batch stays the recipe's", flush=True)
+    return half
+
+
+def accumulate(run: Run, images, targets, n: int, share: float, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do one step of the optimizer on the gradients of all parts of a batch; see `train_step`.
+
+    The sampler ranks the whole batch of all processes. In several parts that takes a pass of its own, without
+    gradients, with the same dropout and without a trace in the running statistics.
+    """
+    team, parts = run.hardware.team, micro_batches(len(images), run.micro_batch)
+
+    def losses_of(k, network):
+        seed_torch(run.seed, 1, step, team.rank, k)
+        with run.hardware.casting():
+            logits = network(run.normalise(images[parts[k]], run.hardware.device))
+        return sample_losses(logits, targets[parts[k]], run.class_weights, run.recipe)
+
+    whole = losses_of(0, run.network) if len(parts) == 1 else None
+    kept = torch.arange(n, device=targets.device)
+    if share < 1:
+        if whole is None:
+            with torch.no_grad(), frozen_statistics(run.model):
+                ranked = torch.cat([losses_of(k, run.model) for k in range(len(parts))])
+        else:
+            ranked = whole.detach()
+        kept = hard_samples(team.gather(ranked, n), share)
+    factors = torch.zeros(n, device=targets.device).index_fill(0, kept, team.size / len(kept))[team.part(n)]
+
     run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
+    losses = []
+    for k, part in enumerate(parts):
+        # Gradients of several processes meet once, with the last part.
+        with run.network.no_sync() if team.size > 1 and k < len(parts) - 1 else nullcontext():
+            part_losses = losses_of(k, run.network) if whole is None else whole
+            run.scaler.scale((part_losses * factors[part]).sum()).backward()
+        losses.append(part_losses.detach())
+    regularise(run)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    return loss.detach()
+    return team.gather(torch.cat(losses), n), kept
 
 
-def train_epoch(run: Run, data: FoldData, weights, recipe: Recipe, hardware: Hardware, seed: int, label: str, save) -> None:
+def regularise(run: Run) -> None:
+    """Add the L1 penalty's gradient and limit the gradient's norm, where the recipe asks for it."""
+    recipe = run.recipe
+    if not recipe.l1 and not recipe.clip_norm:
+        return
+    run.scaler.unscale_(run.optimizer)
+    for parameter in run.model.parameters():
+        parameter.grad.add_(parameter.detach().sign(), alpha=recipe.l1)
+    if recipe.clip_norm:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_norm)
+
+
+# --- epochs ------------------------------------------------------------------------------------------------
+
+def learning_rate_factor(run: Run, step: int, steps: int) -> float:
+    """Return the factor on the top learning rates at a step of the run with `steps` in an epoch."""
+    recipe = run.recipe
+    if recipe.schedule == "cycles":
+        return cosine_with_restarts(step, recipe.cycle_epochs * steps)
+    if recipe.schedule == "plateau":
+        return 0.5 ** plateau_halvings([row["valid_loss"] for row in run.history], recipe.patience)
+    return 1.0
+
+
+def train_epoch(run: Run, data: FoldData, label: str, save) -> None:
     """Go through the rest of the run's current epoch; calls `save` now and then."""
-    batches = EpochBatches(len(data.train), recipe.batch_size, seed, run.epoch, start=run.step)
+    recipe, hardware, team = run.recipe, run.hardware, run.hardware.team
+    batches = EpochBatches(len(data.train), recipe.batch_size, run.seed, run.epoch, run.step, team)
     share = 1.0 if run.epoch < recipe.hard_warmup_epochs else recipe.hard_share
-    cycle_steps = recipe.cycle_epochs * batches.steps
     loss_sum = torch.tensor(run.loss_sum, dtype=torch.float64, device=hardware.device)
     started = saved = time.monotonic()
     before = run.seconds
     run.model.train()
     for images, targets in progress(loader(data.train, hardware.workers, hardware.is_gpu, batches), batches.steps,
-                                    label, unit="batches", initial=run.step):
+                                    label, unit="batches", initial=run.step, quiet=not team.is_main):
         step = run.epoch * batches.steps + run.step
         for group in run.optimizer.param_groups:
-            group["lr"] = group["top_lr"] * cosine_with_restarts(step, cycle_steps)
-        seed_torch(seed, 1, step)
-        loss_sum += train_step(run, data.normalisation(images, hardware.device),
-                               targets.to(hardware.device, non_blocking=True), weights, share, recipe, hardware)
+            group["lr"] = group["top_lr"] * learning_rate_factor(run, step, batches.steps)
+        losses, kept = train_step(run, images, targets, batches.batch, share, step)
+        loss_sum += losses[kept].mean()
+        if share < 1:
+            note_ranking(run, torch.as_tensor(batches.rows(run.step), device=hardware.device), losses, kept)
         run.step += 1
         run.seconds = before + time.monotonic() - started
         if time.monotonic() - saved > CHECKPOINT_SECONDS and run.step < batches.steps:
@@ -188,21 +243,33 @@ def train_epoch(run: Run, data: FoldData, weights, recipe: Recipe, hardware: Har
     run.loss_sum = loss_sum.item()
 
 
-def evaluate(run: Run, data: FoldData, weights, recipe: Recipe, hardware: Hardware) -> tuple[float, float]:
+def note_ranking(run: Run, rows, losses, kept) -> None:
+    """Count for the batch's rows that they were ranked, whether they were kept, and their losses."""
+    counts = torch.stack([torch.ones_like(losses), torch.zeros_like(losses).index_fill(0, kept, 1.0), losses], dim=1)
+    run.ranking[:, rows] += counts
+
+
+def close_ranking(run: Run, data: FoldData, epoch: int) -> None:
+    """Turn the epoch's counts of the hard sampler into a class mix, and begin to count anew."""
+    ranked, kept, _ = run.ranking[0].cpu().numpy().T
+    if ranked.any():
+        run.class_mix += class_mix(epoch, data.train.targets, ranked, kept)
+    run.ranking[0] = 0
+
+
+def evaluate(run: Run, data: FoldData) -> tuple[float, float]:
     """Return the mean E-loss and the macro F1 at 0.5 on the whole validation images."""
-    logits = predict_logits(run.model, data.normalisation, data.valid, hardware, views("none"))[0]
-    targets = torch.from_numpy(data.valid.targets)
-    loss = sample_losses(logits, targets, weights.cpu(), recipe).double().mean().item()
-    return loss, macro_f1(data.valid.targets, (logits > 0).numpy())
+    team, valid = run.hardware.team, data.valid
+    part = team.part(len(valid))
+    mine = replace(valid, ids=valid.ids[part], targets=valid.targets[part])
+    logits = team.gather_rows(predict_logits(run.model, run.normalise, mine, run.hardware, views("none"))[0])
+    loss = sample_losses(logits, torch.from_numpy(valid.targets), run.class_weights.cpu(), run.recipe)
+    return loss.double().mean().item(), macro_f1(valid.targets, (logits > 0).numpy())
 
 
-def class_weights(data: FoldData, recipe: Recipe, hardware: Hardware) -> torch.Tensor:
-    weights = effective_number_weights(data.counts, recipe.alpha, recipe.class_weights)
-    return torch.tensor(weights, dtype=torch.float32, device=hardware.device)
-
-
-def is_finished(run: Run, recipe: Recipe) -> bool:
+def is_finished(run: Run) -> bool:
     """Tell whether the cycles are over: the recipe's maximum, or one that hardly improved the validation loss."""
+    recipe = run.recipe
     if run.epoch == 0 or run.epoch % recipe.cycle_epochs or run.step:
         return False
     if run.epoch == recipe.cycle_epochs * recipe.max_cycles:
@@ -210,29 +277,28 @@ def is_finished(run: Run, recipe: Recipe) -> bool:
     return cycle_gain([row["valid_loss"] for row in run.history], recipe.cycle_epochs) < recipe.min_cycle_gain
 
 
-def train_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware, fold: int, seed: int,
-               made_from: dict, label: str) -> Run:
-    """Train until the cycles are over, going on from `folder`/last.pt where there is one.
+# --- whole folds -------------------------------------------------------------------------------------------
+
+def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: str) -> Run:
+    """Train a run until its cycles are over.
 
     made_from : what the run depends on; saved in every checkpoint
-    Writes last.pt (everything), best.pt (network of the best epoch by macro F1 at 0.5), log.jsonl.
+    Writes last.pt (everything), best.pt (network of the best epoch by macro F1 at 0.5), log.jsonl, and what the
+    hard sampler did (see `telemetry`).
     Raises UserError when the loss stops being finite.
     """
-    run = new_run(recipe, hardware, seed, fold)
-    if (folder / "last.pt").is_file():
-        run.restore(load_checkpoint(folder / "last.pt"))
-        print(f"{label}: going on at epoch {run.epoch + 1}" + (f", batch {run.step + 1}" if run.step else ""))
-    weights = class_weights(data, recipe, hardware)
-    steps = EpochBatches(len(data.train), recipe.batch_size, seed, 0).steps
+    recipe, is_main = run.recipe, run.hardware.team.is_main
+    steps = EpochBatches(len(data.train), recipe.batch_size, run.seed, 0).steps
     epochs = recipe.cycle_epochs * recipe.max_cycles
 
     def save():
-        save_checkpoint(folder / "last.pt", {**network_checkpoint(run, data), **run.state(), "made_from": made_from})
+        if is_main:
+            save_checkpoint(folder / "last.pt", {**run.network_state(), **run.state(), "made_from": made_from})
 
-    while not is_finished(run, recipe):
-        train_epoch(run, data, weights, recipe, hardware, seed, f"{label} epoch {run.epoch + 1}/{epochs}", save)
+    while not is_finished(run):
+        train_epoch(run, data, f"{label} epoch {run.epoch + 1}/{epochs}", save)
         started = time.monotonic()
-        valid_loss, score = evaluate(run, data, weights, recipe, hardware)
+        valid_loss, score = evaluate(run, data)
         row = {"epoch": run.epoch + 1, "cycle": run.epoch // recipe.cycle_epochs + 1,
                "learning_rate": run.optimizer.param_groups[-1]["lr"], "train_loss": run.loss_sum / steps,
                "valid_loss": valid_loss, "macro_f1": score, "seconds": round(run.seconds, 1),
@@ -241,130 +307,55 @@ def train_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware,
             raise UserError(f"{label}: the loss is not finite in epoch {row['epoch']}; lower the learning rates with "
                             "--set learning_rates=... and train anew with --force")
         run.history.append(row)
+        close_ranking(run, data, row["epoch"])
         run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
         if score > run.best_score:
             run.best_score = score
-            save_checkpoint(folder / "best.pt", network_checkpoint(run, data))
+            if is_main:
+                save_checkpoint(folder / "best.pt", run.network_state())
         # The log comes before the checkpoint: killed in between, the epoch is done and written again.
-        write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
+        if is_main:
+            write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
+            if run.class_mix:
+                totals = run.ranking[1].cpu().numpy().T
+                save_telemetry(folder, run.class_mix, sample_table(data.train.ids, data.train.targets, *totals))
         save()
         print(f"{label}: epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f} (valid {valid_loss:.3f}), "
               f"macro F1 {score:.3f}, best {run.best_score:.3f}, {row['seconds'] + row['valid_seconds']:.0f} s", flush=True)
     return run
 
 
-def train_job(stage: Stage, work: Path, recipe: Recipe, fold: int, seed: int, hardware_flags: tuple, label: str) -> None:
-    """Train one fold from what is on disk and seal it: one job of stage 04, in this process or a worker's."""
-    folds = read_table(work / "folds.csv", "python 03_make_folds.py")
-    data = load_fold(work, folds, fold, recipe, seed)
-    folder = stage.artifact.parent
-    run = train_fold(folder, data, recipe, choose_hardware(*hardware_flags), fold, seed, stage.made_from(), label)
-    # last.pt is not sealed: whoever needs its space may delete it.
-    stage.finish(rows=len(data.train), also=[folder / "log.jsonl"], epochs=run.epoch, score_best=run.best_score)
-
-
-def prepare(stage: Stage, force: bool) -> None:
-    """Refuse to overwrite or continue a run that was made from something else; clear it with `force`."""
-    folder = stage.artifact.parent
-    if force:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    cure = "use --force to throw it away and train anew, or another --work"
-    if stage.sidecar.is_file():
-        raise UserError(f"{folder} holds a finished training made from something else ({stage.why_stale()}); {cure}")
-    if (folder / "last.pt").is_file():
-        changes = stage.changes(load_checkpoint(folder / "last.pt").get("made_from", {}))
-        if changes:
-            raise UserError(f"{folder} holds an unfinished training made from something else ({changes}); {cure}")
-
-
-def network_checkpoint(run: Run, data: FoldData) -> dict:
-    """Return what prediction needs: weights, normalisation, classes."""
-    return {"model": run.model.state_dict(), "mean": list(data.normalisation.mean), "std": list(data.normalisation.std),
-            "classes": list(CLASS_NAMES)}
-
-
-def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, which: str) -> tuple[Path, Recipe]:
-    """Return the path of a fold's best.pt or last.pt, and the recipe that it was trained with.
-
-    Raises UserError where the fold is not trained to its end, or was trained on other folds or images than
-    there are now: its out-of-fold rows would not be out of fold.
-    """
-    folder = work / "runs" / name / f"fold{fold}"
-    train = f"python 04_train.py --work {work} --recipe {name} --folds {fold}"
-    if not sidecar(folder / "best.pt").is_file():
-        raise UserError(f"{folder} has no finished training; run: {train}")
-    meta = read_json(sidecar(folder / "best.pt"))
-    recipe = from_dict({key: value for key, value in meta["parameters"].items() if key not in ("fold", "seed")})
-    stage = Stage("04_train", folder / "best.pt", meta["parameters"], training_inputs(work, folds, recipe))
-    reason = stage.why_stale()
-    if reason:
-        raise UserError(f"{folder} was trained on something else ({reason}); run: {train} --force")
-    return folder / f"{which}.pt", recipe
-
-
-def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.nn.Module, Normalisation]:
-    """Return a trained network on the device, and the normalisation it was trained with."""
-    saved = load_checkpoint(path)
-    if saved["classes"] != list(CLASS_NAMES):
-        raise UserError(f"{path} was trained for {len(saved['classes'])} other classes; expected {N_CLASSES}")
-    model = build_model(recipe, N_CLASSES)
-    model.load_state_dict(saved["model"])
-    return (model.to(hardware.device, memory_format=torch.channels_last),
-            Normalisation(tuple(saved["mean"]), tuple(saved["std"])))
-
-
 # --- learning rate finder ----------------------------------------------------------------------------------
 
-def lr_range_test(data: FoldData, recipe: Recipe, hardware: Hardware, fold: int, seed: int, n_steps: int = 100,
-                  low: float = 1e-5, high: float = 10.0, label: str = "learning rates") -> tuple[list[float], list[float]]:
+def lr_range_test(data: FoldData, recipe: Recipe, hardware: Hardware, fold: int, seed: int, weights: dict | None = None,
+                  n_steps: int = 100, low: float = 1e-5, high: float = 10.0,
+                  label: str = "learning rates") -> tuple[list[float], list[float]]:
     """Train a fresh network while the learning rate grows per batch from `low` to `high`; stop when it diverges.
 
     The rate is that of the last layer group; the others keep their ratio to it. Returns rates and losses.
     """
-    run = new_run(recipe, hardware, seed, fold)
-    weights = class_weights(data, recipe, hardware)
+    run = new_run(recipe, data, hardware, fold, seed, weights)
     rates, losses = [], []
     run.model.train()
-    for images, targets in progress(endless(data, recipe, hardware, seed, n_steps), n_steps, label, unit="batches"):
+    for images, targets, n in progress(endless(data, run, n_steps), n_steps, label, unit="batches",
+                                       quiet=not hardware.team.is_main):
         rates.append(exponential_range(len(rates), n_steps, low, high))
         for group in run.optimizer.param_groups:
             group["lr"] = rates[-1] * group["top_lr"] / run.optimizer.param_groups[-1]["top_lr"]
-        seed_torch(seed, 1, len(rates))
-        losses.append(train_step(run, data.normalisation(images, hardware.device), targets.to(hardware.device),
-                                 weights, 1.0, recipe, hardware).item())
+        losses.append(train_step(run, images, targets, n, 1.0, len(rates))[0].mean().item())
         if has_diverged(losses):
             break
     return rates, losses
 
 
-def endless(data: FoldData, recipe: Recipe, hardware: Hardware, seed: int, n_steps: int):
-    """Yield `n_steps` training batches, epoch after epoch."""
+def endless(data: FoldData, run: Run, n_steps: int):
+    """Yield `n_steps` training batches and their size, epoch after epoch."""
     done = epoch = 0
     while done < n_steps:
-        batches = EpochBatches(len(data.train), recipe.batch_size, seed, epoch)
-        for batch in loader(data.train, hardware.workers, hardware.is_gpu, batches):
-            yield batch
+        batches = EpochBatches(len(data.train), run.recipe.batch_size, run.seed, epoch, 0, run.hardware.team)
+        for images, targets in loader(data.train, run.hardware.workers, run.hardware.is_gpu, batches):
+            yield images, targets, batches.batch
             done += 1
             if done == n_steps:
                 return
         epoch += 1
-
-
-def save_lr_curve(folder: Path, rates: list[float], losses: list[float]) -> float:
-    """Write lr_find.csv and lr_find.png; returns the suggested learning rate."""
-    from matplotlib.figure import Figure
-
-    suggestion = suggest_learning_rate(rates, losses)
-    write_csv(folder / "lr_find.csv", pd.DataFrame({"learning_rate": rates, "loss": losses, "smoothed": smoothed(losses)}))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(rates, losses, color="0.75", label="loss of the batch")
-    axes.plot(rates, smoothed(losses), color="C0", label="smoothed")
-    axes.axvline(suggestion, color="C1", linestyle="--", label=f"suggestion {suggestion:.2g}")
-    axes.set(xscale="log", xlabel="learning rate of the head (per batch, growing)", ylabel="E-loss",
-             ylim=(0, 1.1 * max(losses[0], np.median(losses))))
-    axes.legend()
-    with writing(folder / "lr_find.png") as temporary:
-        figure.savefig(temporary, dpi=120)
-    return suggestion

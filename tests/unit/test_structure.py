@@ -8,9 +8,11 @@ import pytest
 
 from tests.conftest import ROOT
 
-LAYERS = ["errors", "classes", "progress", "environment", "cli", "artifacts", "labels", "parallel", "images", "recipes",
-          "hashing", "folds", "metrics", "schedules", "thresholds", "ensemble", "preprocess", "demo_drawing", "demo_data",
-          "data", "losses", "models", "inference", "training"]
+LAYERS = ["errors", "classes", "progress", "environment", "recipes", "cli", "artifacts", "labels", "parallel", "images",
+          "hashing", "folds", "metrics", "schedules", "thresholds", "ensemble", "tables", "preprocess", "demo_drawing",
+          "demo_data", "telemetry", "finder",
+          "distributed", "data", "losses", "weights", "models", "overview", "inference", "start", "fold_data",
+          "checkpoints", "training", "jobs"]
 SCRIPTS = sorted(ROOT.glob("0*_*.py"))
 
 

@@ -8,18 +8,23 @@ import torch
 
 from common import training
 from common.artifacts import write_text
-from common.data import ImageSet
+from common.checkpoints import load_checkpoint, load_network, save_checkpoint
+from common.data import EpochBatches, ImageSet
 from common.errors import UserError
+from common.finder import save_lr_curve
+from common.fold_data import FoldData, load_fold
 from common.images import write_planes
 from common.inference import (Hardware, Normalisation, choose_hardware, mean_probabilities, predict_logits, views)
+from common.jobs import begin_fold
+from common.losses import hard_samples, sample_losses
 from common.models import build_model
-from common.recipes import DEMO, Recipe
-from common.training import (FoldData, Run, is_finished, load_checkpoint, load_network, lr_range_test, save_checkpoint,
-                             save_lr_curve, train_fold)
+from common.recipes import DEMO, GAPNET_PL, Recipe, get_recipe
+from common.start import Start
+from common.training import Run, is_finished, lr_range_test, micro_batches, new_run, train_fold, train_step
 
-CPU = Hardware(torch.device("cpu"), None, 0)
+CPU = Hardware(torch.device("cpu"))
 SMALL = replace(DEMO, image_size=512, crop_size=512, buffers=(64,), batch_size=8, cycle_epochs=2, max_cycles=2,
-                min_cycle_gain=0.0)
+                min_cycle_gain=0.0, finder="off")
 
 
 def fold_data(folder, n, n_classes=28, size=64, crop=64, seed=0):
@@ -34,8 +39,9 @@ def fold_data(folder, n, n_classes=28, size=64, crop=64, seed=0):
                     Normalisation((0.5,) * 4, (0.3,) * 4))
 
 
-def train(folder, data, recipe=SMALL, fold=0, seed=0):
-    return train_fold(folder, data, recipe, CPU, fold, seed, {}, "test")
+def train(folder, data, recipe=SMALL, fold=0, seed=0, hardware=CPU):
+    run = begin_fold(folder, data, recipe, hardware, fold, seed, Start(), "test")
+    return train_fold(run, folder, data, {}, "test")
 
 
 def same(a, b):
@@ -49,7 +55,7 @@ def same(a, b):
 
 
 def test_it_learns_32_samples_by_heart(tmp_path):
-    recipe = replace(SMALL, batch_size=32, cycle_epochs=25, max_cycles=4, dropouts=(0.2,))
+    recipe = replace(SMALL, batch_size=32, cycle_epochs=25, max_cycles=4, dropouts=(0.0,), learning_rates=(5e-2, 5e-2))
     run = train(tmp_path / "run", fold_data(tmp_path / "images", 32), recipe)
     assert run.best_score > 0.95
 
@@ -103,9 +109,11 @@ def test_killed_while_it_writes_it_ends_as_an_undisturbed_one(tmp_path, monkeypa
     assert len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) == 4
 
 
-def test_folds_and_seeds_differ_from_the_start():
+def test_folds_and_seeds_differ_from_the_start(tmp_path):
+    data = fold_data(tmp_path, 4)
+
     def first(fold, seed):
-        return training.new_run(SMALL, CPU, seed, fold).model.head[-1].weight
+        return new_run(SMALL, data, CPU, fold, seed).model.head[-1].weight
     assert torch.equal(first(0, 0), first(0, 0))
     assert not torch.equal(first(0, 0), first(1, 0)) and not torch.equal(first(0, 0), first(0, 1))
 
@@ -125,13 +133,142 @@ def test_the_hard_sampler_waits_for_its_warm_up(tmp_path, monkeypatch):
     assert shares == [1.0, 1.0, 0.7, 0.7]
 
 
-def test_only_hard_samples_have_a_gradient():
-    torch.manual_seed(0)
-    run = training.new_run(replace(SMALL, dropouts=(0.0,)), CPU, 0, 0)
-    run.model.eval()  # so that samples do not meet in the normalisation layers
-    images, targets = torch.randn(4, 4, 64, 64, requires_grad=True), torch.eye(4, 28)
-    training.train_step(run, images, targets, torch.ones(28), 0.5, SMALL, CPU)
-    assert (images.grad.flatten(1).abs().sum(dim=1) > 0).sum() == 2
+def batch(n, size=64, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 4, size, size), dtype=torch.uint8, generator=rng), torch.eye(n, 28)
+
+
+def gradients(run):
+    return torch.cat([parameter.grad.flatten() for parameter in run.model.parameters()])
+
+
+def plain(data, dropout=0.0, **changes):
+    """A run of GapNet-PL, which has no BatchNorm, without regularisation."""
+    recipe = replace(GAPNET_PL, size_divisor=8, dropouts=(dropout, dropout), l1=0.0, clip_norm=0.0, **changes)
+    return new_run(recipe, data, CPU, 0, 0)
+
+
+def test_only_the_hardest_samples_are_learnt_from(tmp_path):
+    run = plain(fold_data(tmp_path, 4))
+    images, targets = batch(8)
+    losses, kept = train_step(run, images, targets, 8, 0.5, 0)
+    mine = gradients(run).clone()
+    run = plain(fold_data(tmp_path, 4))
+    expected = sample_losses(run.model(run.normalise(images, CPU.device)), targets, run.class_weights, run.recipe)
+    assert sorted(kept.tolist()) == sorted(range(8), key=lambda i: -expected[i])[:4] or \
+        sorted(kept.tolist()) == sorted(sorted(range(8), key=lambda i: -expected[i])[:4])
+    torch.testing.assert_close(losses, expected)
+    expected[kept].mean().backward()
+    torch.testing.assert_close(mine, gradients(run))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+@pytest.mark.parametrize("micro_batch", [2, 3, 7])
+def test_parts_of_a_batch_add_up_to_the_whole(tmp_path, share, micro_batch):
+    results = []
+    for size in (None, micro_batch):
+        run = plain(fold_data(tmp_path, 4))
+        run.micro_batch = size
+        losses, kept = train_step(run, *batch(10), 10, share, 0)
+        results.append((losses, kept, gradients(run)))
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
+def test_ranking_in_parts_uses_the_same_dropout_and_leaves_no_trace(tmp_path):
+    data = fold_data(tmp_path, 4)
+    run = new_run(replace(SMALL, dropouts=(0.5,)), data, CPU, 0, 0)
+    run.micro_batch = 4
+    seen = []
+    run.network.register_forward_hook(lambda module, inputs, logits: seen.append(logits.detach()))
+    train_step(run, *batch(8), 8, 0.5, 0)
+    ranking, training_pass = torch.cat(seen[:2]), torch.cat(seen[2:])
+    assert torch.equal(ranking, training_pass)
+    counted = new_run(replace(SMALL, dropouts=(0.5,)), data, CPU, 0, 0)
+    counted.micro_batch = 4
+    train_step(counted, *batch(8), 8, 1.0, 0)  # without a ranking pass
+    for (name, buffer), other in zip(run.model.named_buffers(), counted.model.buffers(), strict=True):
+        assert name.endswith("num_batches_tracked") or torch.equal(buffer, other)
+
+
+@pytest.mark.parametrize(("n", "most", "sizes"), [(8, None, [8]), (8, 4, [4, 4]), (7, 4, [3, 4]), (3, 2, [3]), (1, 2, [1]), (9, 2, [2, 2, 2, 3])])
+def test_no_part_has_one_image(n, most, sizes):
+    assert [part.stop - part.start for part in micro_batches(n, most)] == sizes
+
+
+def test_out_of_memory_halves_the_micro_batch_and_goes_on(tmp_path, capsys, monkeypatch):
+    data = fold_data(tmp_path, 4)
+    run, calm = plain(data), plain(data)
+    forward = run.network.forward
+
+    def small_gpu(images):
+        if len(images) > 3:
+            raise torch.cuda.OutOfMemoryError
+        return forward(images)
+
+    monkeypatch.setattr(run.network, "forward", small_gpu)
+    for step in range(2):
+        train_step(run, *batch(12), 12, 0.5, step)
+        train_step(calm, *batch(12), 12, 0.5, step)
+    assert capsys.readouterr().out.splitlines() == [
+        "out of memory with 12 images at once: going on with 6; the batch stays the recipe's",
+        "out of memory with 6 images at once: going on with 3; the batch stays the recipe's"]
+    assert run.micro_batch == run.state()["micro_batch"] == 3
+    for mine, expected in zip(run.model.parameters(), calm.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_two_images_that_do_not_fit_end_with_a_cure(tmp_path, monkeypatch):
+    run = plain(fold_data(tmp_path, 4))
+
+    def no_gpu(images):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(run.network, "forward", no_gpu)
+    with pytest.raises(UserError, match="two images do not fit into the GPU's memory; use a smaller crop"):
+        train_step(run, *batch(4), 4, 1.0, 0)
+
+
+def test_l1_and_the_limit_on_the_gradient_are_applied(tmp_path):
+    free, bound = plain(fold_data(tmp_path, 4)), plain(fold_data(tmp_path, 4))
+    bound.recipe = replace(bound.recipe, l1=0.1)
+    weights = torch.cat([p.detach().flatten().clone() for p in free.model.parameters()])
+    for run in (free, bound):
+        train_step(run, *batch(4), 4, 1.0, 0)
+    torch.testing.assert_close(gradients(bound), gradients(free) + 0.1 * weights.sign(), rtol=1e-4, atol=1e-5)
+    bound.recipe = replace(bound.recipe, l1=0.0, clip_norm=1e-3)
+    train_step(bound, *batch(4), 4, 1.0, 0)
+    assert gradients(bound).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("constant", [1, 1, 1, 1]), ("plateau", [1, 1, 0.5, 0.25])])
+def test_other_schedules(tmp_path, monkeypatch, schedule, expected):
+    monkeypatch.setattr(training, "evaluate", lambda run, data: ([1.0, 2.0, 2.0, 0.5][run.epoch], 0.1))
+    run = train(tmp_path / "run", fold_data(tmp_path / "images", 8), replace(SMALL, schedule=schedule, patience=0))
+    assert [row["learning_rate"] / 2e-2 for row in run.history] == pytest.approx(expected)
+
+
+def test_the_hard_samplers_choices_are_told(tmp_path):
+    recipe = replace(SMALL, hard_share=0.5, hard_warmup_epochs=1)
+    train(tmp_path / "run", fold_data(tmp_path / "images", 16), recipe)
+    mix = pd.read_csv(tmp_path / "run" / "hard_classes.csv")
+    assert sorted(mix["epoch"].unique()) == [2, 3, 4]  # the first one ranks nothing
+    np.testing.assert_allclose(mix.groupby("epoch")[["share_of_ranked", "share_of_kept"]].sum(), 1, atol=0.01)
+    assert (mix.groupby("epoch")["kept"].sum() == 8).all()
+    samples = pd.read_csv(tmp_path / "run" / "hard_samples.csv")
+    assert len(samples) == 16 and (samples["ranked"] == 3).all() and samples["kept"].sum() == 3 * 8
+    assert samples["share_kept"].is_monotonic_decreasing
+
+
+def test_a_wrong_label_is_kept_most_often(tmp_path):
+    data = fold_data(tmp_path / "images", 32, n_classes=2)
+    blocks = [np.full((4, 64, 64), 40 + 120 * (i % 2), np.uint8) for i in range(32)]  # class 1 is brighter
+    for Id, block in zip(data.train.ids, blocks, strict=True):
+        write_planes(tmp_path / "images" / f"{Id}.tif", block)
+    data.train.targets[5] = data.train.targets[4]  # a bright one with the other's label
+    train(tmp_path / "run", data, replace(SMALL, batch_size=16, hard_share=0.5, cycle_epochs=6))
+    samples = pd.read_csv(tmp_path / "run" / "hard_samples.csv")
+    assert samples["Id"][0] == "s5" and samples["mean_loss"][0] > 2 * samples["mean_loss"][1]
 
 
 @pytest.mark.parametrize(("losses", "epoch", "finished"), [
@@ -144,8 +281,8 @@ def test_only_hard_samples_have_a_gradient():
 ])
 def test_cycles_end_when_one_gains_less_than_a_hundredth(losses, epoch, finished):
     recipe = replace(SMALL, cycle_epochs=2, max_cycles=3, min_cycle_gain=0.01)
-    run = Run(None, None, None, epoch=epoch, history=[{"valid_loss": loss} for loss in losses])
-    assert is_finished(run, recipe) == finished
+    run = Run(recipe, *[None] * 9, epoch=epoch, history=[{"valid_loss": loss} for loss in losses])
+    assert is_finished(run) == finished
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_advice(tmp_path):
@@ -156,7 +293,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_advice(tmp_path):
 def test_bf16_autocast_trains_on_the_cpu(tmp_path):
     hardware = choose_hardware("cpu", "bf16", None)
     assert hardware.autocast == torch.bfloat16
-    run = train_fold(tmp_path / "run", fold_data(tmp_path / "images", 16), SMALL, hardware, 0, 0, {}, "test")
+    run = train(tmp_path / "run", fold_data(tmp_path / "images", 16), hardware=hardware)
     assert np.isfinite(run.history[-1]["train_loss"])
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
 
@@ -169,7 +306,7 @@ def test_a_device_that_is_not_there_is_an_error_with_the_cure():
 def test_one_sample_is_not_enough_to_train_on(tmp_path):
     folds = pd.DataFrame({"Id": ["a", "b"], "Target": ["0", "1"], "group": ["a", "b"], "fold": [0, 1], "copies": [1, 1]})
     with pytest.raises(UserError, match="fold 0 leaves 1 samples to train on; give more data or fewer folds"):
-        training.load_fold(tmp_path, folds, 0, SMALL, 0)
+        load_fold(tmp_path, folds, 0, SMALL, 0)
 
 
 def test_the_finder_saves_its_curve(tmp_path):

@@ -1,0 +1,66 @@
+"""Make the paper's Tables 1 to 3 again, step by step of the method, from out-of-fold predictions of every step's run.
+
+reads   WORK/predictions/<run>/fold<k>_oof.npz of each run of the recipes, WORK/folds.csv
+writes  WORK/tables/tables.md    the three tables beside the paper's figures, gains with intervals, notes; also printed
+        WORK/tables/table1.csv, table2.csv, table3.csv   the same, a row for each model and fold
+        WORK/tables/tables.csv   the same, a row for each cell
+        WORK/tables/gains.csv    model, column, against, gain, low, high, paper, n_folds, n_samples
+
+example python 09_tables.py --work work --recipes resnet50,gapnet_pl
+"""
+
+from common import cli, tables
+from common.artifacts import Stage, digest, read_table, write_csv, write_text
+from common.errors import UserError, listing
+from common.recipes import ablation_runs
+
+
+def parse_args():
+    parser = cli.parser(__doc__)
+    parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
+                        help="systems to show (default: resnet50)")
+    parser.add_argument("--folds", type=cli.fold_numbers, metavar="0,2", help="folds to score (default: all)")
+    parser.add_argument("--partial", action="store_true", help="show '-' where a run has no predictions")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    systems = {recipe: ablation_runs(recipe) for recipe in args.recipes}
+    source = args.work / "folds.csv"
+    rows = tables.validation_rows(read_table(source, f"python 03_make_folds.py --work {args.work}"), args.folds)
+    files = tables.prediction_files(args.work, {run for runs in systems.values() for run in runs.values()},
+                                    sorted(set(rows["fold"])))
+    missing = tables.missing_runs(systems, files)
+    if missing and not args.partial:
+        raise UserError(f"runs are missing; run: {command(args, missing)}\n"
+                        f"or give --partial to leave these columns empty:\n{listing(sum(missing.values(), []))}")
+    files = {run: paths for run, paths in sorted(files.items()) if all(path.is_file() for path in paths.values())}
+    stage = Stage("09_tables", args.work / "tables" / "tables.md",
+                  {"recipes": args.recipes, "folds": sorted(map(int, set(rows["fold"])))},
+                  {"folds.csv": source, "missing runs": digest(missing),
+                   **{f"{run}/{path.name}": path for run, paths in files.items() for path in paths.values()}})
+    if not stage.is_current():
+        stage.begin()
+        probs = {run: tables.load_run(paths, rows, command(args, args.recipes)) for run, paths in files.items()}
+        write(stage, *tables.score_systems(systems, probs, rows), tables.notes(systems, missing, rows))
+    print("\n" + stage.artifact.read_text(encoding="utf-8"), end="")
+
+
+def command(args, recipes):
+    return f"bash run_tables.sh --recipes {','.join(recipes)} --data {args.data} --work {args.work}"
+
+
+def write(stage, scores, gains, remarks):
+    """Write the tables in all their forms."""
+    folder = stage.artifact.parent
+    frames = {"tables.csv": scores, "gains.csv": gains,
+              **{f"table{table}.csv": tables.wide_table(scores, gains, table) for table in tables.HEADINGS}}
+    for name, frame in frames.items():
+        write_csv(folder / name, frame.round(6))
+    write_text(stage.artifact, tables.markdown(scores, gains, remarks))
+    stage.finish(rows=len(scores), also=[folder / name for name in frames])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,84 @@
+"""Checkpoints on disk: what stage 04 may go on from or must not overwrite, and networks for prediction."""
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from common.artifacts import Stage, read_json, sidecar, writing
+from common.classes import CLASS_NAMES, N_CLASSES
+from common.errors import UserError
+from common.fold_data import training_inputs
+from common.inference import Hardware, Normalisation
+from common.models import build_model
+from common.recipes import Recipe, from_dict
+
+
+def save_checkpoint(path: Path, values: dict) -> None:
+    """Write a checkpoint of tensors and plain types in one go."""
+    with writing(path) as temporary:
+        torch.save(values, temporary)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint of tensors and plain types onto the CPU; no code in it is ever run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise many kinds
+        raise UserError(f"{path} is not a checkpoint that can be read ({str(error).splitlines()[0]}); "
+                        "delete it and train the fold again") from None
+
+
+def made_from(folder: Path) -> dict | None:
+    """Return what a fold's finished or unfinished training was made from; None where there is none."""
+    if sidecar(folder / "best.pt").is_file():
+        return read_json(sidecar(folder / "best.pt"))
+    if (folder / "last.pt").is_file():
+        return load_checkpoint(folder / "last.pt").get("made_from", {})
+    return None
+
+
+def prepare(stage: Stage, force: bool) -> None:
+    """Refuse to overwrite or continue a run that was made from something else; clear it with `force`."""
+    folder = stage.artifact.parent
+    if force:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    cure = "use --force to throw it away and train anew, or another --work"
+    if stage.sidecar.is_file():
+        raise UserError(f"{folder} holds a finished training made from something else ({stage.why_stale()}); {cure}")
+    changes = stage.changes(made_from(folder) or stage.made_from())
+    if changes:
+        raise UserError(f"{folder} holds an unfinished training made from something else ({changes}); {cure}")
+
+
+def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, which: str) -> tuple[Path, Recipe]:
+    """Return the path of a fold's best.pt or last.pt, and the recipe that it was trained with.
+
+    Raises UserError where the fold is not trained to its end, or was trained on other folds or images than
+    there are now: its out-of-fold rows would not be out of fold.
+    """
+    folder = work / "runs" / name / f"fold{fold}"
+    train = f"python 04_train.py --work {work} --recipe {name} --folds {fold}"
+    if not sidecar(folder / "best.pt").is_file():
+        raise UserError(f"{folder} has no finished training; run: {train}")
+    meta = read_json(sidecar(folder / "best.pt"))
+    recipe = from_dict({key: value for key, value in meta["parameters"].items() if key not in ("fold", "seed")})
+    # Which weights it began with is of no concern here.
+    inputs = {**meta["inputs"], **training_inputs(work, folds, recipe)}
+    reason = Stage("04_train", folder / "best.pt", meta["parameters"], inputs).why_stale()
+    if reason:
+        raise UserError(f"{folder} was trained on something else ({reason}); run: {train} --force")
+    return folder / f"{which}.pt", recipe
+
+
+def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.nn.Module, Normalisation]:
+    """Return a trained network on the device, and the normalisation it was trained with."""
+    saved = load_checkpoint(path)
+    if saved["classes"] != list(CLASS_NAMES):
+        raise UserError(f"{path} was trained for {len(saved['classes'])} other classes; expected {N_CLASSES}")
+    model = build_model(recipe, N_CLASSES)
+    model.load_state_dict(saved["model"])
+    return (model.to(hardware.device, memory_format=torch.channels_last),
+            Normalisation(tuple(saved["mean"]), tuple(saved["std"])))

@@ -1,0 +1,81 @@
+"""What a fold is trained and validated on: images, targets, class counts and normalisation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common.artifacts import digest, read_table
+from common.data import ImageSet
+from common.errors import UserError
+from common.images import CHANNELS
+from common.inference import Normalisation
+from common.labels import parse_targets
+from common.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class FoldData:
+    """The images of one fold: training rows with copies, validation rows, class counts, normalisation."""
+    train: ImageSet
+    valid: ImageSet
+    counts: np.ndarray  # (28,) distinct training samples of each class
+    normalisation: Normalisation
+
+
+def stored_images(work: Path, size: int, ids) -> pd.DataFrame:
+    """Return stage 01's statistics of the given Ids at one size, in their order."""
+    rerun = f"python 01_preprocess.py --work {work} --recipes RECIPE"
+    table = read_table(work / "images" / f"{size}.csv", rerun).set_index("Id")
+    missing = [Id for Id in ids if Id not in table.index]
+    if missing:
+        raise UserError(f"{work / 'images' / str(size)} lacks {len(missing)} samples, such as {missing[0]}; run: {rerun}")
+    return table.loc[list(ids)].reset_index()
+
+
+def known_folds(work: Path, folds: pd.DataFrame, numbers: list[int]) -> None:
+    """Refuse fold numbers that stage 03's table does not have."""
+    known = sorted(set(folds["fold"]) - {-1})
+    for fold in numbers:
+        if fold not in known:
+            raise UserError(f"there is no fold {fold}; {work / 'folds.csv'} has the folds {', '.join(map(str, known))}")
+
+
+def class_counts(folds: pd.DataFrame, fold: int) -> np.ndarray:
+    """Return the distinct training samples of each class, (28,), when `fold` is kept for validation."""
+    return parse_targets(folds.loc[folds["fold"] != fold, "Target"]).sum(axis=0)
+
+
+def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe, seed: int,
+              normalisation: Normalisation | None = None) -> FoldData:
+    """Return the data of one fold of stage 03's table; normalised by its own statistics unless given others."""
+    targets = parse_targets(folds["Target"])
+    train, valid = (folds["fold"] != fold).to_numpy(), (folds["fold"] == fold).to_numpy()
+    rows = np.repeat(np.flatnonzero(train), folds["copies"].to_numpy()[train])
+    if len(rows) < 2:
+        raise UserError(f"fold {fold} leaves {len(rows)} samples to train on; give more data or fewer folds")
+    ids, folder = folds["Id"].to_numpy(), work / "images" / str(recipe.size)
+    if normalisation is None:
+        normalisation = measured_normalisation(stored_images(work, recipe.size, ids[train]))
+    return FoldData(ImageSet(folder, ids[rows], targets[rows], recipe.crop, seed),
+                    image_set(work, recipe, folds[valid]), class_counts(folds, fold), normalisation)
+
+
+def measured_normalisation(statistics: pd.DataFrame) -> Normalisation:
+    """Return mean and spread of all pixels together: within images and between them."""
+    mean = [float(statistics[f"mean_{c}"].mean()) for c in CHANNELS]
+    std = [float(np.sqrt((statistics[f"std_{c}"] ** 2 + statistics[f"mean_{c}"] ** 2).mean() - m ** 2))
+           for c, m in zip(CHANNELS, mean, strict=True)]
+    return Normalisation(tuple(mean), tuple(max(value, 1e-3) for value in std))
+
+
+def training_inputs(work: Path, folds: pd.DataFrame, recipe: Recipe) -> dict:
+    """Return the fingerprints of all that a training reads, but pretrained weights."""
+    return {"folds.csv": work / "folds.csv",
+            "images": digest(stored_images(work, recipe.size, folds["Id"]))}
+
+
+def image_set(work: Path, recipe: Recipe, rows: pd.DataFrame) -> ImageSet:
+    """Return the whole stored images of a table with Id and Target."""
+    return ImageSet(work / "images" / str(recipe.size), rows["Id"].to_numpy(), parse_targets(rows["Target"]))

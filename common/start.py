@@ -1,0 +1,53 @@
+"""Where a training starts: from a file of pretrained weights with the normalisation that belongs to it, or at random."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.artifacts import fingerprint
+from common.errors import UserError
+from common.inference import Normalisation
+from common.recipes import Recipe
+from common.weights import PUBLISHED, read_file, read_weights
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights that a training starts from; without a file, random ones."""
+    file: Path | None = None
+    normalisation: Normalisation | None = None  # that of the weights; None = that of the data
+
+    def read(self) -> dict[str, torch.Tensor] | None:
+        """Return the encoder's parameters, None for random ones."""
+        return read_weights(self.file) if self.file else None
+
+    def inputs(self) -> dict:
+        """Return what a sidecar says of the file."""
+        return {"weights": fingerprint(self.file)} if self.file else {}
+
+    def describe(self) -> str:
+        """Say in a few words what training starts from and how images are normalised, for logs and records."""
+        weights = f"from {self.file.name}" if self.file else "from random weights"
+        return f"{weights}, normalised as {'those were' if self.normalisation else 'the data asks for'}"
+
+
+def start_from(recipe: Recipe, file: Path | None) -> Start:
+    """Return the start of a recipe from a file of weights, or from random ones."""
+    normalise = weights_normalisation(recipe, file) if file and recipe.normalisation == "weights" else None
+    return Start(file, normalise)
+
+
+def weights_normalisation(recipe: Recipe, file: Path) -> Normalisation | None:
+    """Return the normalisation that weights were trained with: a checkpoint's own, or the published one.
+
+    Yellow is normalised as the channel that its stem weights come from. None where nothing is known.
+    """
+    saved = read_file(file)
+    if "mean" in saved and "std" in saved:
+        return Normalisation(tuple(saved["mean"]), tuple(saved["std"]))
+    if recipe.encoder not in PUBLISHED:
+        return None
+    published = PUBLISHED[recipe.encoder]
+    return Normalisation(*((*values, sum(values) / 3 if recipe.fourth_channel == "mean" else values[0])
+                           for values in (published.mean, published.std)))

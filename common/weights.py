@@ -1,0 +1,177 @@
+"""ImageNet weights for encoders: which file is published where, found or downloaded, checked and read.
+
+No pickle is ever run: files hold tensors, or are refused.
+"""
+
+import hashlib
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import torch
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from common.progress import progress
+
+SECONDS_TO_ANSWER = 20
+MEGABYTE = 2 ** 20
+CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.", "AuxLogits.")
+CURE = "expected a .pth, .pt or .safetensors file of tensors: download it again, or give another with --pretrained FILE"
+OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # as torchvision published them
+
+PYTORCH = "https://download.pytorch.org/models"
+# One host twice: the project moved, and its old address forwards to the new one.
+TIMM = ("https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights",
+        "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights")
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file of published weights, and what its network expects of RGB values in [0, 1]."""
+
+    file: str
+    urls: tuple[str, ...]  # tried in order
+    sha256: str  # the first digits at least
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def named_by_digest(file: str, *hosts: str) -> Published:
+    """Describe a file whose name ends in the first digits of its SHA-256, as torchvision and timm name theirs."""
+    return Published(file, tuple(f"{host}/{file}" for host in hosts), Path(file).stem.rsplit("-", 1)[1], *IMAGENET)
+
+
+PUBLISHED = {
+    "resnet18": named_by_digest("resnet18-f37072fd.pth", PYTORCH),
+    "resnet34": named_by_digest("resnet34-b627a593.pth", PYTORCH),
+    "resnet50": named_by_digest("resnet50-0676ba61.pth", PYTORCH),
+    "resnet101": named_by_digest("resnet101-63fe2227.pth", PYTORCH),
+    "densenet121": named_by_digest("densenet121-a639ec97.pth", PYTORCH),
+    "se_resnext50_32x4d": named_by_digest("legacy_se_resnext50_32x4d-f3651bad.pth", *TIMM),
+    "senet154": named_by_digest("legacy_senet154-e9eb9fe6.pth", *TIMM),
+    "inceptionv4": Published(  # on its host it is called model.safetensors, and its whole digest is on record
+        "inception_v4.tf_in1k-a756a086.safetensors",
+        ("https://huggingface.co/timm/inception_v4.tf_in1k/resolve/main/model.safetensors",),
+        "a756a086851c8d5a8de135ec15c76b90ea56cb5aef450e3299107e659e725bb1", *HALVES),
+}
+
+
+# --- finding -----------------------------------------------------------------------------------------------
+
+def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Path | None:
+    """Return the file of weights that `encoder` is to start from; None for random weights.
+
+    pretrained : 'none'; 'auto' for the published file, from `weights_dir`, torch's cache or its host; or a file
+
+    Where the host cannot be reached, a message on stdout says which file to put where. Raises UserError for a
+    file that is not there, and for one at hand that is not the published one.
+    """
+    if pretrained == "none":
+        return None
+    if pretrained != "auto" and not Path(pretrained).is_file():
+        raise UserError(f"--pretrained {pretrained}: there is no such file; give a .pth or .safetensors file, 'auto' "
+                        "for the published weights, or 'none' for random ones")
+    if pretrained != "auto":
+        return Path(pretrained)
+    if encoder not in PUBLISHED:
+        return None
+    published, cache = PUBLISHED[encoder], Path(torch.hub.get_dir()) / "checkpoints"
+    places = [folder / published.file for folder in (weights_dir, cache) if folder]
+    for path in places:
+        if path.is_file():
+            return genuine(path, published.sha256)
+    return download(encoder, published, places[0])
+
+
+def genuine(path: Path, sha256: str) -> Path:
+    """Return a published file that was found; raises UserError where its SHA-256 does not begin with `sha256`."""
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(sha256):
+        raise UserError(f"{path} is damaged or another file: its SHA-256 should begin with {sha256}, found {found}; "
+                        "delete it, and it is downloaded anew (or give it a name of its own, and --pretrained FILE)")
+    return path
+
+
+# --- downloading -------------------------------------------------------------------------------------------
+
+def download(encoder: str, published: Published, path: Path) -> Path | None:
+    """Download to `path` from the first host that has the file; where none has, print what to do and return None."""
+    failures = []
+    for url in published.urls:
+        try:
+            fetch(url, path, published.sha256)
+            return path
+        except (OSError, HTTPException, ValueError) as error:
+            failures.append(f"  {url} ({error})")
+    print(f"{encoder}: the ImageNet weights could not be downloaded, so training goes on from random weights.\n"
+          f"To start from them, save one of these as {path.absolute()}:\n" + "\n".join(failures) +
+          "\n(--pretrained none starts from random weights without asking for them)", flush=True)
+    return None
+
+
+def fetch(url: str, path: Path, sha256: str) -> None:
+    """Download one file under a temporary name and move it into place once its checksum is right, else ValueError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    digest = hashlib.sha256()
+    try:
+        with (urlopen(Request(url, headers={"User-Agent": "python"}), timeout=SECONDS_TO_ANSWER) as response,
+              open(temporary, "wb") as file):
+            size = math.ceil(int(response.headers.get("Content-Length", 0)) / MEGABYTE)
+            print(f"downloading {path.name} ({size} MB) from {urlsplit(url).netloc}", file=sys.stderr, flush=True)
+            for chunk in progress(iter(lambda: response.read(MEGABYTE), b""), size, path.name, "MB"):
+                digest.update(chunk)
+                file.write(chunk)
+        if not digest.hexdigest().startswith(sha256):
+            raise ValueError(f"SHA-256 should begin with {sha256}, found {digest.hexdigest()}")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+def read_file(path: Path) -> dict:
+    """Read a file of tensors and plain types onto the CPU; no code in it is ever run. Raises UserError."""
+    try:
+        read = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # damaged files raise many kinds
+        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}); {CURE}") from None
+    return read if isinstance(read, dict) else {}
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of weights onto the CPU: tensors of the encoder alone, under the encoder's own parameter names.
+
+    Takes torchvision's, timm's and pretrainedmodels' files of whole networks and this project's checkpoints.
+    Raises UserError for what cannot be read or is not such a file.
+    """
+    state = read_file(path)
+    for wrapper in ("state_dict", "model"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else {}
+    named = isinstance(state, dict) and all(isinstance(name, str) and torch.is_tensor(tensor)
+                                            for name, tensor in state.items())
+    tensors = encoder_tensors(state) if named else {}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors of an encoder, or other things too; {CURE}")
+    return tensors
+
+
+def encoder_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a network's tensors without its classifier, named as in the encoder."""
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    own = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    if own:
+        return own
+    return {OLD_DENSENET_NAME.sub(r"\1\2", name.removeprefix("features.")): tensor
+            for name, tensor in state.items() if not name.startswith(CLASSIFIERS)}

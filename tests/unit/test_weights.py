@@ -1,0 +1,345 @@
+import hashlib
+import http.server
+import socket
+import threading
+import warnings
+from collections import OrderedDict
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pretrainedmodels
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from common import weights
+from common.errors import UserError
+from common.weights import PUBLISHED, find_weights, read_weights
+
+TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121")
+TIMM = {"se_resnext50_32x4d": "legacy_seresnext50_32x4d", "senet154": "legacy_senet154", "inceptionv4": "inception_v4"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of torch's own, and no way to a host outside this machine."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for encoder, published in PUBLISHED.items():
+        publish(monkeypatch, encoder, urls=tuple(f"{nobody()}/{published.file}{i}" for i in range(len(published.urls))))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+def publish(monkeypatch, encoder, **changes):
+    monkeypatch.setitem(PUBLISHED, encoder, replace(PUBLISHED[encoder], **changes))
+
+
+def nobody() -> str:
+    """Return the address of a port of this machine where nobody listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- the table ---------------------------------------------------------------------------------------------
+
+REAL = dict(PUBLISHED)
+
+
+@pytest.mark.parametrize("encoder", TORCHVISION)
+def test_the_table_agrees_with_torchvision(encoder):
+    assert REAL[encoder].urls == (torchvision.models.get_model_weights(encoder).IMAGENET1K_V1.url,)
+
+
+@pytest.mark.parametrize("encoder", TIMM)
+def test_the_table_agrees_with_timm(encoder):
+    settings, published = timm.get_pretrained_cfg(TIMM[encoder]), REAL[encoder]
+    hub = f"https://huggingface.co/{settings.hf_hub_id}/resolve/main/model.safetensors"
+    assert (settings.url or hub) in published.urls
+    assert (settings.mean, settings.std) == (published.mean, published.std)
+
+
+@pytest.mark.parametrize("encoder", REAL)
+def test_each_file_can_be_checked_and_has_the_normalisation_of_its_network(encoder):
+    published, settings = REAL[encoder], pretrainedmodels.pretrained_settings[encoder]["imagenet"]
+    assert len(published.sha256) >= 8 and set(published.sha256) <= set("0123456789abcdef")
+    assert published.sha256[:8] in published.file
+    assert (published.mean, published.std) == (tuple(settings["mean"]), tuple(settings["std"]))
+
+
+# --- reading: the same features as the network that the file comes from ------------------------------------
+
+def features_of(encoder: str) -> nn.Sequential:
+    """Return an encoder with random weights, three input channels, the original network's parameter names."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        network = getattr(pretrainedmodels, encoder)(num_classes=1000, pretrained=None)
+    if encoder in ("densenet121", "inceptionv4"):
+        return network.features
+    names = [name for name, _ in network.named_children()]
+    return nn.Sequential(OrderedDict((name, getattr(network, name)) for name in names
+                                     if name in ("conv1", "bn1", "relu", "maxpool") or name.startswith("layer")))
+
+
+def source(encoder: str) -> nn.Module:
+    """Return the network whose weights are published for `encoder`, every parameter and statistic drawn at random."""
+    torch.manual_seed(0)
+    if encoder in TIMM:
+        network = timm.create_model(TIMM[encoder], pretrained=False)
+    else:
+        network = getattr(torchvision.models, encoder)(weights=None)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in ((module.weight, 0.5, 1), (module.bias, -0.5, 0.5),
+                                      (module.running_mean, -0.5, 0.5), (module.running_var, 1, 2)):
+                nn.init.uniform_(tensor, low, high)
+    return network.eval()
+
+
+def source_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return what the original network gives before pooling; a ResNet of torchvision has no method for it."""
+    if hasattr(network, "forward_features"):
+        return network.forward_features(images)
+    if hasattr(network, "features"):
+        return network.features(images)
+    return nn.Sequential(*list(network.children())[:-2])(images)
+
+
+@torch.inference_mode()
+def assert_same_features(path: Path, encoder: str, network: nn.Module, after=nn.Identity()):
+    target, size = features_of(encoder), 96 if encoder == "inceptionv4" else 64
+    target.load_state_dict(read_weights(path))
+    path.unlink()  # up to 460 MB, and pytest keeps the folders of three runs
+    images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+    expected, found = source_features(network, images), after(target.eval()(images))
+    assert found.shape == expected.shape and expected.std() > 0
+    torch.testing.assert_close(found / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-5)
+
+
+def save_published(network, encoder, folder, monkeypatch, **how) -> Path:
+    """Save weights as the file that is published for `encoder`, in its format; `how` is torch.save's."""
+    path = folder / PUBLISHED[encoder].file
+    folder.mkdir(exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(network.state_dict(), path)
+    else:
+        torch.save(network.state_dict(), path, **how)
+    publish(monkeypatch, encoder, sha256=digest(path))
+    return path
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50", "densenet121", *TIMM])
+def test_published_weights_are_found_and_give_the_networks_features(encoder, tmp_path, monkeypatch):
+    network = source(encoder)
+    old_format = {"_use_new_zipfile_serialization": False} if "se" in encoder else {}
+    path = save_published(network, encoder, tmp_path / "weights", monkeypatch, **old_format)
+    assert find_weights(encoder, "auto", tmp_path / "weights") == path
+    assert_same_features(path, encoder, network)
+
+
+def test_timms_densenet_ends_in_a_relu_that_ours_leaves_to_the_model(tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("densenet121", pretrained=False).eval()
+    torch.save(network.state_dict(), tmp_path / "densenet121.pth")
+    assert_same_features(tmp_path / "densenet121.pth", "densenet121", network, after=nn.ReLU())
+
+
+FORMS = {
+    "as it is": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "model": lambda state: {"model": state, "classes": ["a"]},
+    "module.": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "batches not counted": lambda state: {name: tensor for name, tensor in state.items() if "num_batches" not in name},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_networks_file_may_have_any_usual_form(form, tmp_path):
+    network = source("resnet18")
+    torch.save(FORMS[form](network.state_dict()), tmp_path / "weights.pt")
+    assert_same_features(tmp_path / "weights.pt", "resnet18", network)
+
+
+def test_safetensors_give_the_same(tmp_path):
+    network = source("resnet18")
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    assert_same_features(tmp_path / "model.safetensors", "resnet18", network)
+
+
+def test_names_of_old_densenet_files_are_mapped(tmp_path):
+    network = source("densenet121")
+    old = {}
+    for name, tensor in network.state_dict().items():
+        for part in ("norm1", "norm2", "conv1", "conv2") if "denselayer" in name else ():
+            name = name.replace(f".{part}.", f".{part[:-1]}.{part[-1]}.")
+        old[name] = tensor
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old and "features.norm0.weight" in old
+    torch.save(old, tmp_path / "densenet121.pth")
+    assert_same_features(tmp_path / "densenet121.pth", "densenet121", network)
+
+
+def test_of_a_checkpoint_of_this_project_the_encoder_is_read(tmp_path):
+    network = source("resnet18")
+    model = {f"encoder.{name}": tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    torch.save({"model": {**model, "head.0.weight": torch.ones(3)}, "classes": ["a"]}, tmp_path / "best.pt")
+    assert_same_features(tmp_path / "best.pt", "resnet18", network)
+
+
+def test_only_the_encoder_is_read_under_its_own_names(tmp_path):
+    names = ("features.0.conv.weight", "layer1.0.fc1.weight", "last_linear.bias", "fc.bias", "classifier.weight",
+             "AuxLogits.fc.weight", "head.weight")
+    torch.save({name: torch.ones(1) for name in names}, tmp_path / "a.pth")
+    assert list(read_weights(tmp_path / "a.pth")) == ["0.conv.weight", "layer1.0.fc1.weight"]
+
+
+class Trap:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    torch.save({"conv1.weight": torch.ones(1), "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"evil\.pth cannot be read as weights \(UnpicklingError\); expected a \.pth"):
+        read_weights(tmp_path / "evil.pth")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("content", ["empty", "text", "cut off"])
+def test_damaged_files_are_named(tmp_path, suffix, content):
+    path = tmp_path / f"damaged{suffix}"
+    save_file({"a": torch.ones(999)}, path) if suffix == ".safetensors" else torch.save({"a": torch.ones(999)}, path)
+    path.write_bytes({"empty": b"", "text": b"<html>not found</html>", "cut off": path.read_bytes()[:-500]}[content])
+    with pytest.raises(UserError, match=r"damaged\.(pth|safetensors) cannot be read as weights .* --pretrained FILE"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), [torch.ones(3)], {}, {"conv1.weight": 3}, {0: torch.ones(3)},
+                                     {"state_dict": torch.ones(3)}, {"model": [3]}, {"fc.weight": torch.ones(3)}])
+def test_what_is_no_dictionary_of_an_encoders_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth holds no tensors of an encoder"):
+        read_weights(tmp_path / "other.pth")
+
+
+# --- finding -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """A host that publishes a small file as ResNet18's weights; returns its address."""
+    folder = tmp_path / "host"
+    folder.mkdir()
+    torch.save({"conv1.weight": torch.arange(600_000.)}, folder / PUBLISHED["resnet18"].file)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        address = f"http://127.0.0.1:{server.server_port}/{PUBLISHED['resnet18'].file}"
+        publish(monkeypatch, "resnet18", urls=(address,), sha256=digest(folder / PUBLISHED["resnet18"].file))
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield address
+        server.shutdown()
+
+
+def test_none_and_encoders_without_published_weights_need_no_file(capsys):
+    assert find_weights("resnet18", "none", None) is None
+    assert find_weights("resnet10_narrow", "auto", None) is None
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_file_of_ones_own(tmp_path):
+    (tmp_path / "mine.pth").touch()
+    assert find_weights("resnet10_narrow", str(tmp_path / "mine.pth"), None) == tmp_path / "mine.pth"
+    for wrong in ("missing.pth", "."):
+        with pytest.raises(UserError, match=r"--pretrained .*: there is no such file; give .* 'auto' .* 'none'"):
+            find_weights("resnet18", str(tmp_path / wrong), None)
+
+
+def test_the_folder_of_weights_comes_before_the_cache(tmp_path, cache, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    cache.mkdir(parents=True)
+    name = PUBLISHED["resnet18"].file
+    for folder in (cache, tmp_path / "weights"):
+        (folder / name).write_bytes(b"same")
+    publish(monkeypatch, "resnet18", sha256=digest(cache / name)[:8])
+    assert find_weights("resnet18", "auto", tmp_path / "weights") == tmp_path / "weights" / name
+    assert find_weights("resnet18", "auto", None) == cache / name
+    (tmp_path / "weights" / name).unlink()
+    assert find_weights("resnet18", "auto", tmp_path / "weights") == cache / name
+
+
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_a_file_at_hand_that_is_not_the_published_one_is_refused(tmp_path, cache, in_cache):
+    folder = cache if in_cache else tmp_path
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PUBLISHED["resnet18"].file
+    path.write_bytes(b"other")
+    with pytest.raises(UserError) as error:
+        find_weights("resnet18", "auto", None if in_cache else tmp_path)
+    for part in (str(path), f"begin with {REAL['resnet18'].sha256}", f"found {digest(path)}", "delete it"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_download_leaves_one_file_where_it_is_looked_for(tmp_path, cache, host, capsys, given):
+    folder = tmp_path / "weights" if given else cache
+    path = find_weights("resnet18", "auto", folder if given else None)
+    assert path == folder / PUBLISHED["resnet18"].file and list(folder.iterdir()) == [path]
+    assert torch.equal(read_weights(path)["conv1.weight"], torch.arange(600_000.))
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"downloading {path.name} (3 MB) from {host.split('/')[2]}\n")
+    assert find_weights("resnet18", "auto", folder) == path
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_second_host_is_asked_where_the_first_is_dead(tmp_path, host, monkeypatch, capsys):
+    publish(monkeypatch, "resnet18", urls=(nobody(), host + ".gone", host))
+    assert find_weights("resnet18", "auto", tmp_path / "weights").is_file()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_download_with_a_wrong_checksum_is_refused(tmp_path, host, monkeypatch, capsys):
+    publish(monkeypatch, "resnet18", sha256="0" * 8)
+    assert find_weights("resnet18", "auto", tmp_path / "weights") is None
+    assert list((tmp_path / "weights").iterdir()) == []
+    assert f"{host} (SHA-256 should begin with 00000000, found " in capsys.readouterr().out
+
+
+def test_a_stopped_download_leaves_nothing(tmp_path, host, monkeypatch):
+    def stopped(chunks, *_):
+        yield next(chunks)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(weights, "progress", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        find_weights("resnet18", "auto", tmp_path / "weights")
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+@pytest.mark.parametrize("encoder", ["resnet50", "senet154", "inceptionv4"])
+def test_without_a_network_the_message_says_what_to_put_where(tmp_path, encoder, capsys):
+    assert find_weights(encoder, "auto", tmp_path / "weights") is None
+    message = capsys.readouterr().out
+    published = PUBLISHED[encoder]
+    assert f"save one of these as {tmp_path / 'weights' / published.file}:\n" in message
+    for part in (f"{encoder}: ", *published.urls, "refused", "random weights", "--pretrained none"):
+        assert part in message
+    assert message.count("Connection refused") == len(published.urls)
+
+
+def test_a_folder_that_cannot_be_made_is_told_too(tmp_path, host, capsys):
+    (tmp_path / "file").touch()
+    assert find_weights("resnet18", "auto", tmp_path / "file") is None
+    assert "Errno" in capsys.readouterr().out
