@@ -85,6 +85,7 @@ def main():
     if args.jobs == 1 or team.size > 1:
         for job in jobs:
             do(*job)
+        team.leave()
     else:
         list(run_parallel(do, jobs, args.jobs, "training", unit="folds"))
 

@@ -80,6 +80,8 @@ def run(main) -> None:
     # a quiet machine, and on a shared one torch is ten times faster. Set before torch is loaded, which `main` does.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it a GPU's matrix products vary between runs
+    if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started one talks
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
     except UserError as error:

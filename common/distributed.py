@@ -42,6 +42,11 @@ class Team:
         distributed.all_gather_object(parts, rows)
         return torch.cat(parts)
 
+    def leave(self) -> None:
+        """End the connection to the other processes."""
+        if self.size > 1:
+            distributed.destroy_process_group()
+
     def agree(self, value):
         """Return what the main process has (plain types)."""
         if self.size == 1:

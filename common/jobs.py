@@ -36,7 +36,7 @@ def plan(work: Path, recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: l
             if begun and pretrained == "auto":
                 start, began_with = Start(), {key: value for key, value in begun["inputs"].items() if key == "weights"}
             else:
-                start = start_from(recipe, weights(recipe.encoder))
+                start = start_from(recipe, pretrained, weights(recipe.encoder))
                 began_with = start.inputs()
             stage = Stage("04_train", folder / "best.pt", {**to_dict(recipe), "fold": fold, "seed": seed},
                           {**inputs, **began_with})

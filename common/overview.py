@@ -8,7 +8,7 @@ import torch
 
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.losses import effective_number_weights, effective_numbers
-from common.models import build_encoder, count_parameters
+from common.models import build_model, count_parameters
 from common.recipes import RECIPES, Recipe, to_dict
 
 
@@ -19,17 +19,18 @@ def recipe_table() -> pd.DataFrame:
 
 def describe(recipe: Recipe) -> dict:
     with torch.device("meta"):
-        features = build_encoder(recipe)[1]
-    pooled = {"acp": f"{features} -> {2 * features}", "average": f"{features}", "own": f"own, {features}"}[recipe.pooling]
-    lengths = f"{recipe.max_cycles} of {recipe.cycle_epochs} epochs"
-    schedule = {"cycles": lengths, "plateau": f"halves on plateau, {recipe.max_cycles * recipe.cycle_epochs} epochs",
-                "constant": f"constant, {recipe.max_cycles * recipe.cycle_epochs} epochs"}[recipe.schedule]
-    return {"encoder": recipe.encoder, "features -> pooled": pooled,
+        model = build_model(recipe, N_CLASSES)
+    pooled = next(layer for layer in model.head if isinstance(layer, torch.nn.Linear)).in_features
+    epochs = recipe.max_cycles * recipe.cycle_epochs
+    return {"encoder": recipe.encoder, "pooling": f"{recipe.pooling} -> {pooled}",
             "buffers (dropout)": ", ".join(f"{width} ({dropout:g})" for width, dropout in
                                            zip(recipe.buffers, recipe.dropouts, strict=True)) or "-",
             "crop of image": f"{recipe.crop} of {recipe.size}", "batch": recipe.batch_size,
             "learning rates": ", ".join(f"{rate:.2g}" for rate in recipe.group_learning_rates),
-            "at most": schedule, "parameters": count_parameters(recipe, N_CLASSES)}
+            "at most": {"cycles": f"{recipe.max_cycles} cycles of {recipe.cycle_epochs} epochs",
+                        "plateau": f"{epochs} epochs, halving", "constant": f"{epochs} epochs"}[recipe.schedule],
+            "weight decay": f"{recipe.weight_decay:g}" + (f", L1 {recipe.l1:g}" if recipe.l1 else ""),
+            "parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
 def recipe_records() -> list[dict]:

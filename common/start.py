@@ -17,6 +17,7 @@ class Start:
     """The weights that a training starts from; without a file, random ones."""
     file: Path | None = None
     normalisation: Normalisation | None = None  # that of the weights; None = that of the data
+    reason: str = "as asked for"  # why random
 
     def read(self) -> dict[str, torch.Tensor] | None:
         """Return the encoder's parameters, None for random ones."""
@@ -28,14 +29,18 @@ class Start:
 
     def describe(self) -> str:
         """Say in a few words what training starts from and how images are normalised, for logs and records."""
-        weights = f"from {self.file.name}" if self.file else "from random weights"
-        return f"{weights}, normalised as {'those were' if self.normalisation else 'the data asks for'}"
+        weights = f"from {self.file.name}" if self.file else f"from random weights ({self.reason})"
+        return f"{weights}, images normalised as {'for those' if self.normalisation else 'the data asks for'}"
 
 
-def start_from(recipe: Recipe, file: Path | None) -> Start:
-    """Return the start of a recipe from a file of weights, or from random ones."""
-    normalise = weights_normalisation(recipe, file) if file and recipe.normalisation == "weights" else None
-    return Start(file, normalise)
+def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
+    """Return the start of a recipe: `file` is what `weights.find_weights` found for `pretrained`."""
+    if file:
+        return Start(file, weights_normalisation(recipe, file) if recipe.normalisation == "weights" else None)
+    if pretrained == "none":
+        return Start()
+    return Start(reason="the published ones could not be had" if recipe.encoder in PUBLISHED else
+                 f"none are published for {recipe.encoder}")
 
 
 def weights_normalisation(recipe: Recipe, file: Path) -> Normalisation | None:

@@ -302,7 +302,7 @@ def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: s
         row = {"epoch": run.epoch + 1, "cycle": run.epoch // recipe.cycle_epochs + 1,
                "learning_rate": run.optimizer.param_groups[-1]["lr"], "train_loss": run.loss_sum / steps,
                "valid_loss": valid_loss, "macro_f1": score, "seconds": round(run.seconds, 1),
-               "valid_seconds": round(time.monotonic() - started, 1)}
+               "valid_seconds": round(time.monotonic() - started, 1), **({} if run.epoch else {"start": run.start})}
         if not math.isfinite(row["train_loss"]) or not math.isfinite(valid_loss):
             raise UserError(f"{label}: the loss is not finite in epoch {row['epoch']}; lower the learning rates with "
                             "--set learning_rates=... and train anew with --force")

@@ -53,11 +53,31 @@ def test_dry_run_prints_commands_that_can_be_pasted(run_script, small_data, tmp_
     assert (tmp_path / "work" / "samples.csv").is_file()
 
 
+def test_the_tables_come_from_one_command_and_use_what_is_there(run_script, small_data, tmp_path):
+    flags = ("--data", small_data, "--work", tmp_path, "--quick", "--recipes", "demo,demo_gapnet", "--folds", "0,1",
+             "--set", "cycle_epochs=1", "--set", "max_cycles=1", "--pretrained", "none")
+    out = run_script("run_tables.sh", *flags).stdout
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted([
+        "demo-original-quick", "demo-customised-quick", "demo-hard-quick", "demo-eloss-quick", "demo-quick", "demo_gapnet-quick"])
+    for heading in ("## Table 1", "## Table 2", "## Table 3", "## Gains", "demo-quick (fold 1)", "demo_gapnet-quick mean"):
+        assert heading in out
+    assert (tmp_path / "tables" / "tables.md").read_text() in out
+    scores = pd.read_csv(tmp_path / "tables" / "tables.csv")
+    assert len(scores) == 7 * 4 + 4 * 4  # columns of demo and of the baseline x two folds, mean and spread
+
+    shutil.rmtree(tmp_path / "runs" / "demo-hard-quick" / "fold1")
+    again = run_script("run_tables.sh", *flags).stdout
+    assert again.count("epoch 1/1") == 1 and "demo-hard-quick fold 1: epoch 1/1" in again
+    assert again.split("## Table 1")[1] == out.split("## Table 1")[1]  # the same network again
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--fodls", "0"], "unknown argument --fodls; did you mean --folds?"),
     (["--folds", "0,5"], "--folds must be numbers from 0 to 4"),
     (["--folds"], "--folds needs a value"),
     (["--recipes", "resnet5"], "unknown recipe 'resnet5'; did you mean resnet50?"),
+    (["--tables", "--recipes", "resnet5"], "unknown recipe 'resnet5'; did you mean resnet50?"),
+    (["--pretrained", "nowhere.pth", "--recipes", "demo", "--quick"], "nowhere.pth: there is no such file"),
     (["--set", "alfa=0"], "unknown recipe field 'alfa'; did you mean alpha?"),
     (["--data", "nowhere"], "train.csv is missing"),
 ])
@@ -67,7 +87,8 @@ def test_mistakes_end_at_once_with_one_message(fails, small_data, tmp_path, argu
 
 
 def test_the_real_63_samples_end_in_a_valid_submission(run_script, real_data, tmp_path):
-    out = run_script("run_all.sh", "--data", real_data / "kaggle_png", "--work", tmp_path, "--quick", timeout=600).stdout
+    out = run_script("run_all.sh", "--data", real_data / "kaggle_png", "--work", tmp_path, "--quick",
+                     "--pretrained", "none", timeout=600).stdout
     assert "classes have no sample and count as 0" in out
     submission = pd.read_csv(tmp_path / "submission.csv", dtype=str, keep_default_na=False)
     test_ids = {path.name.rsplit("_", 1)[0] for path in (real_data / "kaggle_png" / "test").iterdir()}

@@ -1,7 +1,8 @@
 import pytest
 
 from common.errors import UserError
-from common.recipes import RECIPES, Recipe, fit_to_source, from_dict, get_recipe, to_dict
+from common.recipes import (ABLATION, RECIPES, Recipe, ablation_runs, fit_to_source, from_dict, get_recipe, run_name,
+                            to_dict)
 
 
 def test_resnet50_has_the_papers_numbers():
@@ -10,6 +11,61 @@ def test_resnet50_has_the_papers_numbers():
     assert recipe.group_learning_rates == (1e-2, 2e-2)
     assert (recipe.momentum, recipe.weight_decay, recipe.cycle_epochs, recipe.max_cycles) == (0.9, 1e-6, 4, 4)
     assert (recipe.buffers, recipe.dropouts, recipe.hard_share, recipe.alpha) == ((1024,), (0.5,), 0.7, 0.99)
+
+
+# METHOD: encoder, buffers, dropouts, crop, batch (None: as large as fits), learning rates, most cycles, epochs a cycle.
+PAPER = {
+    "resnet50": ("resnet50", (1024,), (0.5,), 512, 74, (1e-2, 2e-2), 4, 4),
+    "resnet101": ("resnet101", (4096, 1024), (0.25, 0.5), 512, None, (1e-2, 2e-2), 4, 4),
+    "inceptionv4": ("inceptionv4", (1024,), (0.5,), 512, 48, (0.01 / 3, 0.01), 4, 4),
+    "senet": ("se_resnext50_32x4d", (1024,), (0.5,), 512, 80, (1e-3, 3e-3, 5e-3), 8, 4),
+    "senet154": ("senet154", (1024,), (0.5,), 512, 80, (1e-3, 3e-3, 5e-3), 8, 4),
+    "densenet50": ("densenet50", (1024,), (0.5,), 512, None, (2e-3, 4e-3), 5, 4),
+    "densenet121": ("densenet121", (1024,), (0.5,), 512, None, (2e-3, 4e-3), 5, 4),
+    "gapnet_pl": ("gapnet_pl", (256, 256), (0.3, 0.3), 768, 128, (1e-2,), 10, 4),
+    "gapnet_pl_plus": ("gapnet_pl_plus", (256, 256), (0.3, 0.3), 768, 128, (1e-2,), 10, 4),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_have_the_papers_numbers(name):
+    recipe = get_recipe(name)
+    encoder, buffers, dropouts, crop, batch, rates, cycles, epochs = PAPER[name]
+    assert (recipe.encoder, recipe.buffers, recipe.dropouts, recipe.crop) == (encoder, buffers, dropouts, crop)
+    assert recipe.image_size == {512: 768, 768: 1024}[crop] and batch in (None, recipe.batch_size)
+    assert recipe.group_learning_rates == pytest.approx(rates)
+    assert (recipe.max_cycles, recipe.cycle_epochs, recipe.momentum) == (cycles, epochs, 0.9)
+
+
+def test_gapnet_pl_keeps_its_own_regularisation():
+    recipe = get_recipe("gapnet_pl")
+    assert (recipe.l1, recipe.weight_decay, recipe.clip_norm, recipe.schedule) == (1e-7, 1e-5, 5.0, "plateau")
+    assert get_recipe("resnet50").weight_decay == 1e-6 and get_recipe("resnet50").l1 == 0
+
+
+def changed(a: Recipe, b: Recipe) -> set:
+    return {field for field, value in to_dict(a).items() if to_dict(b)[field] != value}
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101", "inceptionv4", "senet", "densenet50", "demo"])
+def test_each_variant_adds_one_part_of_the_method(name):
+    original, customised, hard, eloss, ta = (get_recipe(f"{name}-{variant}") for variant in ABLATION)
+    assert ta == get_recipe(name)
+    assert changed(original, customised) == {"pooling", "buffers", "dropouts"}
+    assert changed(customised, hard) == {"hard_share"} and customised.hard_share == 1
+    assert changed(hard, eloss) == {"class_weights"} and hard.class_weights == "none"
+    assert changed(eloss, ta) <= {"learning_rate", "learning_rates", "layer_groups", "finder", "schedule"}
+    assert (eloss.group_learning_rates, eloss.schedule, eloss.finder) == ((0.01,), "constant", "off")
+    assert (original.pooling, original.buffers) == ("average", ())
+
+
+def test_a_run_has_one_name():
+    assert run_name("resnet50-ta") == "resnet50" and run_name("resnet50-quick-hard") == "resnet50-hard-quick"
+    assert get_recipe("resnet50-quick-hard") == get_recipe("resnet50-hard-quick")
+    assert ablation_runs("senet-quick") == {
+        "original": "senet-original-quick", "customised": "senet-customised-quick", "hard": "senet-hard-quick",
+        "eloss": "senet-eloss-quick", "ta": "senet-quick"}
+    assert ablation_runs("gapnet_pl") == {"eloss": "gapnet_pl"}
 
 
 def test_learning_rates_of_groups_follow_the_paper():
@@ -49,6 +105,10 @@ def test_a_small_source_is_used_at_its_own_size():
     ("resnet50", ["alpha"], "cannot read the setting 'alpha'"),
     ("resnet50", ["alpha=1"], "alpha has an impossible value: 1.0"),
     ("resnet50", ["encoder=resnet51"], "encoder is 'resnet51'; did you mean resnet50"),
+    ("resnet50-hard-eloss", [], "each variant of the ablation holds the ones before it, so name only one"),
+    ("gapnet_pl-original", [], "gapnet_pl has its own pooling, head and schedule, so it has no variants of them"),
+    ("resnet50", ["schedule=cosine"], "schedule is 'cosine'"),
+    ("resnet50", ["l1=-1"], "l1 has an impossible value"),
     ("resnet50", ["crop_size=1024"], "crop_size has an impossible value"),
     ("resnet50", ["dropouts=0.5,0.5"], "dropouts has an impossible value"),
 ])

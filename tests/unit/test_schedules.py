@@ -4,8 +4,8 @@ import random
 import pytest
 import torch
 
-from common.schedules import (cosine_with_restarts, cycle_gain, exponential_range, has_diverged, smoothed,
-                              suggest_learning_rate)
+from common.schedules import (cosine_with_restarts, cycle_gain, exponential_range, has_diverged, plateau_halvings,
+                              smoothed, suggest_learning_rate)
 
 
 def test_start_middle_end_and_restart_of_a_cycle():
@@ -21,6 +21,18 @@ def test_equals_torch_at_every_step():
         assert optimizer.param_groups[0]["lr"] == pytest.approx(cosine_with_restarts(step, 7), abs=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_halving_on_a_plateau_equals_torch(patience):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=patience)
+    rng, losses = random.Random(patience), []
+    for _ in range(40):
+        losses.append(1 / (1 + len(losses)) + rng.random())
+        scheduler.step(losses[-1])
+        # torch stops at steps below 1e-8
+        assert optimizer.param_groups[0]["lr"] == max(0.5 ** plateau_halvings(losses, patience), 2 ** -26)
 
 
 def test_the_range_is_exponential():

@@ -1,0 +1,113 @@
+"""Stage 04's own flags: recipes, variants, pretrained weights, several processes, tables."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from common.artifacts import read_json, sidecar
+from common.models import build_encoder
+from common.recipes import Recipe
+from tests.conftest import ROOT
+
+RECIPE = "demo-quick"
+TINY = ("--set", "cycle_epochs=1", "max_cycles=1", "buffers=16")
+RESNET18 = ("--set", "cycle_epochs=1", "max_cycles=1", "buffers=16", "encoder=resnet18")
+
+
+@pytest.fixture
+def work(run_script, small_data, tmp_path) -> Path:
+    """A work folder up to stage 03, two folds."""
+    places = ("--data", small_data, "--work", tmp_path / "work")
+    run_script("01_preprocess.py", *places, "--recipes", RECIPE)
+    run_script("02_dedup.py", *places)
+    run_script("03_make_folds.py", *places, "--n-folds", 2)
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def train(run_script, work):
+    return lambda *more, recipe=RECIPE: run_script("04_train.py", "--work", work, "--recipe", recipe, *more).stdout
+
+
+def test_recipes_are_listed_for_people_and_for_programs(run_script):
+    lines = run_script("04_train.py", "--list-recipes").stdout.splitlines()
+    assert "parameters" in lines[0] and any(line.split()[:2] == ["gapnet_pl", "gapnet_pl"] and line.endswith("630076") for line in lines)
+    records = json.loads(run_script("04_train.py", "--list-recipes", "--json").stdout)
+    assert {"recipe", "encoder", "parameters", "learning_rates"} <= records[0].keys()
+
+
+def test_class_weights_are_shown_before_training(train, work):
+    out = train("--show-class-weights", "--folds", "1", "--set", "alpha=0.99")
+    assert "demo-quick fold 1: alpha 0.99" in out and "Rods & rings" in out and "Q_n" in out
+    assert not (work / "runs").exists()
+
+
+def test_variants_have_runs_of_their_own_and_ta_is_the_recipe(train, run_script, work, fails):
+    train(*TINY[:3], "--folds", "0", recipe="demo-original-quick,demo-ta-quick")
+    assert sorted(path.name for path in (work / "runs").iterdir()) == ["demo-original-quick", "demo-quick"]
+    assert read_json(sidecar(work / "runs" / "demo-original-quick" / "fold0" / "best.pt"))["parameters"]["pooling"] == "average"
+    out = run_script("05_predict_oof.py", "--work", work, "--recipes", "demo-quick-original,demo-quick-ta", "--folds", "0",
+                     "--no-test").stdout
+    assert out.count("oof samples x 8 views") == 2
+    assert sorted(path.name for path in (work / "predictions" / "demo-quick").glob("*.npz")) == ["fold0_oof.npz", "oof.npz"]
+    message = fails("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0")
+    assert "Customised of demo-quick: demo-customised-quick has no predictions of fold 0" in message
+    assert "bash run_tables.sh --recipes demo-quick" in message
+    out = run_script("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0", "--partial").stdout
+    assert "## Table 3" in out and "TA + TE" in out
+
+
+def test_a_file_of_weights_its_normalisation_and_its_record(train, work, fails, tmp_path):
+    torch.manual_seed(0)
+    torch.save(build_encoder(Recipe(encoder="resnet18"))[0].state_dict(), tmp_path / "mine.pth")
+    out = train(*RESNET18, "--folds", "0", "--pretrained", tmp_path / "mine.pth")
+    assert "demo-quick fold 0: from mine.pth, images normalised as for those" in out
+    meta = read_json(sidecar(work / "runs" / RECIPE / "fold0" / "best.pt"))
+    assert meta["start"] == "from mine.pth, images normalised as for those" and meta["mean"] == [0.485, 0.456, 0.406, 0.485]
+    assert "is up to date" in train(*RESNET18, "--folds", "0")  # auto: as it began
+    flags = ("04_train.py", "--work", work, "--recipe", RECIPE, *RESNET18, "--folds", "0")
+    assert "(changed: weights); use --force" in fails(*flags, "--pretrained", "none")
+    assert "there is no such file" in fails(*flags, "--pretrained", tmp_path / "other.pth")
+    assert "these are not weights of resnet10_narrow" in fails(*flags[:5], *TINY, "--folds", "1", "--pretrained", tmp_path / "mine.pth")
+
+
+def test_without_a_network_auto_says_where_the_file_goes_and_goes_on(train, work, monkeypatch, tmp_path):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    out = train(*RESNET18, "--weights-dir", tmp_path / "weights")
+    assert out.count("the ImageNet weights could not be downloaded, so training goes on from random weights") == 1
+    assert str(tmp_path / "weights" / "resnet18-f37072fd.pth") in out and "https://download.pytorch.org" in out
+    for fold in (0, 1):
+        meta = read_json(sidecar(work / "runs" / RECIPE / f"fold{fold}" / "best.pt"))
+        assert meta["start"] == ("from random weights (the published ones could not be had), images normalised as the data "
+                                 "asks for")
+        log = (work / "runs" / RECIPE / f"fold{fold}" / "log.jsonl").read_text()
+        assert json.loads(log)["start"] == meta["start"]
+
+
+def test_parts_of_a_batch_and_bf16_train_too(train, work):
+    out = train(*TINY, "--micro-batch", "3", "--precision", "bf16", "--pretrained", "none")
+    assert out.count("epoch 1/1, loss") == 2 and len(pd.read_csv(work / "folds.csv")) == 12
+
+
+def test_torchrun_trains_a_fold_on_two_processes(work, run_script):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "04_train.py"),
+               "--work", str(work), "--recipe", RECIPE, "--folds", "0", "--set", "cycle_epochs=1", "max_cycles=2", "buffers=16",
+               "hard_warmup_epochs=1", "min_cycle_gain=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.count("epoch 2/2") == 1  # one process talks
+    run = work / "runs" / RECIPE / "fold0"
+    assert {"best.pt", "last.pt", "log.jsonl", "hard_samples.csv"} <= {path.name for path in run.iterdir()}
+    rows = read_json(sidecar(run / "best.pt"))["rows"]
+    assert pd.read_csv(run / "hard_samples.csv")["ranked"].sum() == rows  # of both processes
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "is up to date" in again.stdout
+    assert "6 oof samples" in run_script("05_predict_oof.py", "--work", work, "--recipes", RECIPE, "--folds", "0").stdout
