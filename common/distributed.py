@@ -42,6 +42,12 @@ class Team:
         distributed.all_gather_object(parts, rows)
         return torch.cat(parts)
 
+    def share_buffers(self, model: torch.nn.Module) -> None:
+        """Give every process the main process's running statistics, which each one updates from its own images."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, 0)
+
     def leave(self) -> None:
         """End the connection to the other processes."""
         if self.size > 1:
@@ -66,5 +72,7 @@ def join_team(device: torch.device) -> Team:
     if local_rank() is None:
         return Team()
     if not distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL's collectives of plain objects work on the current device
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Team(distributed.get_rank(), distributed.get_world_size())

@@ -260,6 +260,7 @@ def close_ranking(run: Run, data: FoldData, epoch: int) -> None:
 def evaluate(run: Run, data: FoldData) -> tuple[float, float]:
     """Return the mean E-loss and the macro F1 at 0.5 on the whole validation images."""
     team, valid = run.hardware.team, data.valid
+    team.share_buffers(run.model)
     part = team.part(len(valid))
     mine = replace(valid, ids=valid.ids[part], targets=valid.targets[part])
     logits = team.gather_rows(predict_logits(run.model, run.normalise, mine, run.hardware, views("none"))[0])
