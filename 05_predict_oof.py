@@ -60,7 +60,7 @@ def predict_fold(args, recipe_name, fold, folds, parts):
             continue
         images = digest(stored_images(args.work, recipe.size, rows["Id"]))
         stage = Stage("05_predict_oof", prediction_file(args.work, recipe_name, part, fold),
-                      {"tta": args.tta, "view": args.view}, {"network": path, "images": images})
+                      {"tta": args.tta, "view": args.view, "checkpoint": args.checkpoint}, {"network": path, "images": images})
         if stage.is_current():
             continue
         stage.begin()

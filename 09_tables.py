@@ -36,6 +36,7 @@ def main():
         raise UserError(f"runs are missing; run: {command(args, missing)}\n"
                         f"or give --partial to leave these columns empty:\n{listing(sum(missing.values(), []))}")
     files = {run: paths for run, paths in sorted(files.items()) if all(path.is_file() for path in paths.values())}
+    tables.check_same_views(files)
     stage = Stage("09_tables", args.work / "tables" / "tables.md",
                   {"recipes": args.recipes, "folds": sorted(map(int, set(rows["fold"])))},
                   {"folds.csv": source, "missing runs": digest(missing),

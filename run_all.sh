@@ -6,7 +6,7 @@ set -eo pipefail
 usage() {
     cat <<'TEXT'
 usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,3,4] [--set FIELD=VALUE]
-                       [--pretrained auto|none|FILE] [--quick] [--tables] [--dry-run]
+                       [--pretrained auto|none|FILE] [--weights-dir DIR] [--quick] [--tables] [--dry-run]
 
   --data DIR     input in the competition's layout (default: data; where that is missing, demo data is made)
   --work DIR     folder for everything that is made (default: work)
@@ -19,6 +19,7 @@ usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,
   --tables       train what the paper's Tables 1, 2 and 3 compare (every variant of each recipe) and write the tables
                  in place of a submission; the same as bash run_tables.sh
   --pretrained X weights to start from: auto (default), none, or a file
+  --weights-dir DIR  where published weights lie or are downloaded to (default: torch's cache)
   --dry-run      print the commands, each one pasteable, and run nothing
 
 example: bash run_all.sh --data data --work work --recipes resnet50 --folds 0,1,2,3,4
@@ -27,20 +28,23 @@ TEXT
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 caller=$PWD
-data='' work=work recipes='' folds='' quick=false tables=false dry=false settings=() weights=()
-flags=(--data --work --recipes --folds --set --quick --pretrained --tables --dry-run --help)
+data='' work=work recipes='' folds='' quick=false tables=false dry=false settings=() pretrained='' weights_dir='' weights=()
+flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir --tables --dry-run --help)
 
 fail() { echo "error: $1" >&2; exit 2; }
 
 while [ $# -gt 0 ]; do
-    case $1 in --data | --work | --recipes | --folds | --set | --pretrained) [ $# -ge 2 ] || fail "$1 needs a value" ;; esac
+    case $1 in
+        --data | --work | --recipes | --folds | --set | --pretrained | --weights-dir) [ $# -ge 2 ] || fail "$1 needs a value" ;;
+    esac
     case $1 in
         --data) data=$2; shift 2 ;;
         --work) work=$2; shift 2 ;;
         --recipes) recipes=$2; shift 2 ;;
         --folds) folds=$2; shift 2 ;;
         --set) settings+=("$2"); shift 2 ;;
-        --pretrained) case $2 in auto | none | /*) weights=(--pretrained "$2") ;; *) weights=(--pretrained "$PWD/$2") ;; esac; shift 2 ;;
+        --pretrained) pretrained=$2; shift 2 ;;
+        --weights-dir) weights_dir=$2; shift 2 ;;
         --quick) quick=true; shift ;;
         --tables) tables=true; shift ;;
         --dry-run) dry=true; shift ;;
@@ -56,6 +60,8 @@ done
 absolute() { case $1 in /*) echo "$1" ;; *) [ "$caller" = "$here" ] && echo "$1" || echo "$caller/$1" ;; esac; }
 work=$(absolute "$work")
 [ -z "$data" ] || data=$(absolute "$data")
+case $pretrained in '') ;; auto | none) weights=(--pretrained "$pretrained") ;; *) weights=(--pretrained "$(absolute "$pretrained")") ;; esac
+[ -z "$weights_dir" ] || weights+=(--weights-dir "$(absolute "$weights_dir")")
 cd "$here"
 
 run() {

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from common.artifacts import load_predictions
+from common.artifacts import load_predictions, read_json, sidecar
 from common.classes import N_CLASSES
 from common.ensemble import align
 from common.errors import UserError
@@ -108,6 +108,17 @@ def missing_runs(systems: dict[str, dict[str, str]], files: dict[str, dict[int, 
                 text = f"{TITLES[step]} of {model}: {run} has no predictions of fold {', '.join(lacking)}"
                 lines.setdefault(model, []).append(text)
     return lines
+
+
+def check_same_views(files: dict[str, dict[int, Path]]) -> None:
+    """Refuse runs that stage 05 predicted in different ways: a difference of views would look like a gain."""
+    ways = {path: read_json(sidecar(path))["parameters"] for paths in files.values() for path in paths.values()
+            if sidecar(path).is_file()}
+    for path, way in ways.items():
+        first, expected = next(iter(ways.items()))
+        if way != expected:
+            raise UserError(f"{first} was predicted with {expected}, {path} with {way}; run stage 05 for all runs with the "
+                            "same --tta, --view and --checkpoint")
 
 
 def load_run(files: dict[int, Path], rows: pd.DataFrame, made_by: str) -> np.ndarray:

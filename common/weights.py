@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 import torch
 from safetensors.torch import load_file
 
+from common.artifacts import fingerprint
 from common.errors import UserError
 from common.progress import progress
 
@@ -72,8 +73,8 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
 
     pretrained : 'none'; 'auto' for the published file, from `weights_dir`, torch's cache or its host; or a file
 
-    Where the host cannot be reached, a message on stdout says which file to put where. Raises UserError for a
-    file that is not there, and for one at hand that is not the published one.
+    Where the host cannot be reached, a message on stdout says which file to put where. A file at hand that is not
+    the published one is used, with a warning. Raises UserError for a file that is not there.
     """
     if pretrained == "none":
         return None
@@ -88,17 +89,16 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
     places = [folder / published.file for folder in (weights_dir, cache) if folder]
     for path in places:
         if path.is_file():
-            return genuine(path, published.sha256)
+            return told_if_other(path, published.sha256)
     return download(encoder, published, places[0])
 
 
-def genuine(path: Path, sha256: str) -> Path:
-    """Return a published file that was found; raises UserError where its SHA-256 does not begin with `sha256`."""
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+def told_if_other(path: Path, sha256: str) -> Path:
+    """Return a file that was found under a published name; print a warning where its SHA-256 is another one's."""
+    found = fingerprint(path)
     if not found.startswith(sha256):
-        raise UserError(f"{path} is damaged or another file: its SHA-256 should begin with {sha256}, found {found}; "
-                        "delete it, and it is downloaded anew (or give it a name of its own, and --pretrained FILE)")
+        print(f"warning: {path} is not the published file: its SHA-256 should begin with {sha256}, found {found}. It is "
+              "used as it is; delete it to have the published one downloaded", flush=True)
     return path
 
 

@@ -61,6 +61,9 @@ def test_variants_have_runs_of_their_own_and_ta_is_the_recipe(train, run_script,
     assert "bash run_tables.sh --recipes demo-quick" in message
     out = run_script("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0", "--partial").stdout
     assert "## Table 3" in out and "TA + TE" in out
+    run_script("05_predict_oof.py", "--work", work, "--recipes", "demo-original-quick", "--folds", "0", "--no-test", "--tta", "none")
+    message = fails("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0", "--partial")
+    assert "run stage 05 for all runs with the same --tta, --view and --checkpoint" in message
 
 
 def test_a_file_of_weights_its_normalisation_and_its_record(train, work, fails, tmp_path):

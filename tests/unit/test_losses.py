@@ -73,6 +73,24 @@ def test_the_hard_sampler_keeps_the_largest():
     assert hard_samples(losses, 0.01).tolist() == [1]
 
 
+@pytest.mark.parametrize("share", [0.1, 0.37, 0.7, 1.0])
+def test_the_hard_sampler_equals_a_sort_also_with_ties(share):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        losses = rng.integers(0, 4, rng.integers(1, 20)) / 4  # few values: many ties
+        expected = sorted(range(len(losses)), key=lambda i: (-losses[i], i))[:max(1, round(share * len(losses)))]
+        assert hard_samples(torch.tensor(losses), share).tolist() == expected
+
+
+def test_classes_absent_from_a_batch_keep_finite_weights():
+    counts = np.array([1000, 3, 40])  # of the whole fold: the batch below has the first class only
+    weights = torch.tensor(effective_number_weights(counts, 0.99), dtype=torch.float32)
+    logits = torch.zeros(4, 3, requires_grad=True)
+    loss = sample_losses(logits, torch.tensor([[1.0, 0, 0]] * 4), weights, Recipe()).mean()
+    loss.backward()
+    assert weights.isfinite().all() and loss.isfinite() and logits.grad.isfinite().all()
+
+
 def test_ties_go_to_the_first():
     assert hard_samples(torch.tensor([1.0, 2.0, 1.0, 1.0]), 0.5).tolist() == [1, 0]
 
