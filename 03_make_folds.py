@@ -1,7 +1,9 @@
 """Split the kept samples into stratified folds, whole groups at a time, and oversample rare classes by copies.
 
 reads   WORK/duplicates.csv
-writes  WORK/folds.csv   Id, Target, part, group, fold, copies; fold -1 = for training only
+writes  WORK/folds.csv        Id, Target, part, group, fold, copies; fold -1 = for training only, -2 = held out
+        WORK/folds.audit.csv  positives of each class in each fold
+        WORK/folds.audit.json the same with what must be even and what must be 0
 
 Copies count in training only: a validation fold holds every sample once.
 
@@ -9,8 +11,8 @@ example python 03_make_folds.py --work work --n-folds 5
 """
 
 from common import cli
-from common.artifacts import Stage, read_table, write_csv
-from common.folds import audit, make_folds
+from common.artifacts import Stage, read_table, write_csv, write_json
+from common.folds import audit, audit_table, describe_audit, make_folds
 
 
 def parse_args():
@@ -18,12 +20,18 @@ def parse_args():
     parser.add_argument("--n-folds", type=int, default=5, metavar="N", help="number of folds (default: 5)")
     parser.add_argument("--max-copies", type=int, default=4, metavar="N",
                         help="copies of the rarest classes' samples; 1 = no oversampling (default: 4)")
+    parser.add_argument("--external", default="train", choices=("train", "stratified"),
+                        help="external samples are for training only (default), or are split into folds as the others")
+    parser.add_argument("--hold-out", type=float, default=0.0, metavar="SHARE",
+                        help="set this share of the samples aside, neither trained on nor validated on (default: none)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
     args = parser.parse_args()
     if args.n_folds < 2:
         parser.error("--n-folds must be at least 2")
     if args.max_copies < 1:
         parser.error("--max-copies must be at least 1")
+    if not 0 <= args.hold_out <= 0.5:
+        parser.error("--hold-out must be a share from 0 to 0.5")
     return args
 
 
@@ -31,16 +39,19 @@ def main():
     args = parse_args()
     source, table = args.work / "duplicates.csv", args.work / "folds.csv"
     duplicates = read_table(source, f"python 02_dedup.py --work {args.work}")
-    stage = Stage("03_make_folds", table,
-                  {"n_folds": args.n_folds, "max_copies": args.max_copies, "seed": args.seed},
-                  {"duplicates.csv": source})
+    settings = {name: getattr(args, name) for name in ("n_folds", "max_copies", "seed", "external", "hold_out")}
+    stage = Stage("03_make_folds", table, settings, {"duplicates.csv": source})
     if stage.is_current():
         return
     stage.begin()
-    folds = make_folds(duplicates, args.n_folds, args.max_copies, args.seed)
+    folds = make_folds(duplicates, **settings)
+    found = audit(folds)
+    reports = [args.work / "folds.audit.csv", args.work / "folds.audit.json"]
     write_csv(table, folds)
-    stage.finish(rows=len(folds))
-    print("\n  ".join([f"03_make_folds: {len(folds)} samples in {args.n_folds} folds", *audit(folds)]))
+    write_csv(reports[0], audit_table(found))
+    write_json(reports[1], found)
+    stage.finish(rows=len(folds), also=reports)
+    print("\n  ".join([f"03_make_folds: {len(folds)} samples in {args.n_folds} folds", *describe_audit(found)]))
 
 
 if __name__ == "__main__":

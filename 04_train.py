@@ -59,14 +59,15 @@ def main():
     recipes = {name: get_recipe(name, args.settings) for name in args.recipe}
     samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
     folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
-    numbers = args.folds if args.folds is not None else sorted(set(folds["fold"]) - {-1})
 
     # Imported here, so that --help and mistakes on the command line do not wait for torch.
     from common.checkpoints import prepare
     from common.fold_data import known_folds
+    from common.folds import fold_numbers
     from common.inference import choose_hardware
     from common.jobs import find_lr, plan, train_job
 
+    numbers = args.folds if args.folds is not None else fold_numbers(folds)
     known_folds(args.work, folds, numbers)
     recipes = {name: fit_to_source(recipe, int(samples["side"].min())) for name, recipe in recipes.items()}
     if args.show_class_weights:

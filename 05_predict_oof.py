@@ -3,7 +3,7 @@
 reads   WORK/runs/<recipe>/fold<k>/best.pt, WORK/folds.csv, WORK/samples.csv, WORK/images/
 writes  WORK/predictions/<recipe>/fold<k>_oof.npz, fold<k>_test.npz   one fold's
         WORK/predictions/<recipe>/oof.npz    the folds' out-of-fold rows together, each sample once
-        WORK/predictions/<recipe>/test.npz   the mean over the folds
+        WORK/predictions/<recipe>/test.npz   the mean over the folds; held_out.npz likewise, where stage 03 held some out
         each: ids (n,), probs (n, 28) float32 in [0, 1], classes (28,)
 
 example python 05_predict_oof.py --work work --recipes resnet50 --folds 0,1,2,3,4
@@ -37,14 +37,19 @@ def main():
     args = parse_args()
     folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
     samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
-    test = samples[(samples["part"] == "test") & (not args.no_test)]
-    numbers = args.folds if args.folds is not None else sorted(set(folds["fold"]) - {-1})
+
+    from common.folds import HOLD_OUT, fold_numbers
+
+    means = {"held_out": folds[folds["fold"] == HOLD_OUT],
+             "test": samples[(samples["part"] == "test") & (not args.no_test)]}
+    means = {part: rows for part, rows in means.items() if len(rows)}
+    numbers = args.folds if args.folds is not None else fold_numbers(folds)
     for recipe in args.recipes:
         for fold in numbers:
-            predict_fold(args, recipe, fold, folds, {"oof": folds[folds["fold"] == fold], "test": test})
+            predict_fold(args, recipe, fold, folds, {"oof": folds[folds["fold"] == fold], **means})
         combine(args, recipe, numbers, "oof", join_folds)
-        if len(test):
-            combine(args, recipe, numbers, "test", mean_predictions)
+        for part in means:
+            combine(args, recipe, numbers, part, mean_predictions)
 
 
 def predict_fold(args, recipe_name, fold, folds, parts):
@@ -56,8 +61,6 @@ def predict_fold(args, recipe_name, fold, folds, parts):
     path, recipe = finished_checkpoint(args.work, recipe_name, fold, folds, args.checkpoint)
     network = None
     for part, rows in parts.items():
-        if len(rows) == 0:
-            continue
         images = digest(stored_images(args.work, recipe.size, rows["Id"]))
         stage = Stage("05_predict_oof", prediction_file(args.work, recipe_name, part, fold),
                       {"tta": args.tta, "view": args.view, "checkpoint": args.checkpoint}, {"network": path, "images": images})

@@ -1,8 +1,8 @@
 """Find a threshold per class on the averaged out-of-fold probabilities: a single one, then greedily per class.
 
-reads   WORK/predictions/<recipe>/oof.npz of each recipe, WORK/folds.csv
+reads   WORK/predictions/<recipe>/oof.npz of each recipe, and held_out.npz where there is one, WORK/folds.csv
 writes  WORK/thresholds.json   method, recipes, thresholds (28), single, score_cross_fitted, interval,
-                               score_in_sample, per_class
+                               score_in_sample, per_class; score_held_out, interval_held_out
 
 Its first figure is cross-fitted: macro F1 on rows that the thresholds were not searched on.
 
@@ -14,7 +14,7 @@ from common.artifacts import Stage, load_predictions, read_table, write_json
 from common.ensemble import mean_predictions
 from common.errors import UserError, listing
 from common.labels import absent_classes, parse_targets
-from common.thresholds import METHODS, evaluate_thresholds
+from common.thresholds import METHODS, evaluate_thresholds, score_held_out
 
 
 def parse_args():
@@ -32,22 +32,33 @@ def main():
     hint = f"python 05_predict_oof.py --work {args.work} --recipes {','.join(args.recipes)}"
     folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
     members = [load_predictions(path, hint) for path in sources]
+    held_out = {f"{path.parent.name} held out": path for path in (source.with_name("held_out.npz") for source in sources)
+                if path.is_file()}
     stage = Stage("06_thresholds", args.work / "thresholds.json", {"method": args.method, "recipes": args.recipes},
-                  {"folds.csv": args.work / "folds.csv", **dict(zip(args.recipes, sources, strict=True))})
+                  {"folds.csv": args.work / "folds.csv", **dict(zip(args.recipes, sources, strict=True)), **held_out})
     if stage.is_current():
         return
     stage.begin()
-    ids, probs = mean_predictions(members, [str(path) for path in sources])
     labelled = folds.set_index("Id")
+    rows, probs = labelled_mean(members, sources, labelled, hint)
+    targets = parse_targets(rows["Target"])
+    result = {"recipes": args.recipes, **evaluate_thresholds(targets, probs, rows["group"].to_numpy(), args.method)}
+    if len(held_out) == len(sources):
+        members = [load_predictions(path, hint) for path in held_out.values()]
+        unseen, probs = labelled_mean(members, held_out.values(), labelled, hint)
+        result |= score_held_out(parse_targets(unseen["Target"]), probs, result["thresholds"])
+    write_json(stage.artifact, result)
+    stage.finish(rows=len(rows))
+    report(result, targets)
+
+
+def labelled_mean(members, sources, labelled, hint):
+    """Return the rows of folds.csv that are predicted, and the members' mean probabilities."""
+    ids, probs = mean_predictions(members, [str(path) for path in sources])
     unknown = [Id for Id in ids if Id not in labelled.index]
     if unknown:
         raise UserError(f"the predictions have Ids that folds.csv does not have; run: {hint}\n{listing(unknown)}")
-    rows = labelled.loc[ids]
-    targets = parse_targets(rows["Target"])
-    result = {"recipes": args.recipes, **evaluate_thresholds(targets, probs, rows["group"].to_numpy(), args.method)}
-    write_json(stage.artifact, result)
-    stage.finish(rows=len(ids))
-    report(result, targets)
+    return labelled.loc[ids], probs
 
 
 def report(result, targets):
@@ -57,6 +68,10 @@ def report(result, targets):
           f"{result['n_samples']} out-of-fold samples, mean of {', '.join(result['recipes'])}")
     print(f"  on the rows that the thresholds were searched on, so flattering: {result['score_in_sample']:.3f}; "
           f"at 0.5: {result['score_at_half']:.3f}; single threshold: {result['single']:.2f}")
+    if "score_held_out" in result:
+        low, high = result["interval_held_out"]
+        print(f"  on the {result['n_held_out']} samples held out, decided by the mean of all folds: "
+              f"{result['score_held_out']:.3f} [{low:.3f}, {high:.3f}]")
     absent = absent_classes(targets)
     if absent:
         print(f"  over the {result['n_present']} classes present: {result['score_cross_fitted_present']:.3f}; "

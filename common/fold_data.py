@@ -9,6 +9,7 @@ import pandas as pd
 from common.artifacts import digest, read_table
 from common.data import ImageSet
 from common.errors import UserError
+from common.folds import HOLD_OUT, fold_numbers
 from common.images import CHANNELS
 from common.inference import Normalisation
 from common.labels import parse_targets
@@ -36,7 +37,7 @@ def stored_images(work: Path, size: int, ids) -> pd.DataFrame:
 
 def known_folds(work: Path, folds: pd.DataFrame, numbers: list[int]) -> None:
     """Refuse fold numbers that stage 03's table does not have."""
-    known = sorted(set(folds["fold"]) - {-1})
+    known = fold_numbers(folds)
     for fold in numbers:
         if fold not in known:
             raise UserError(f"there is no fold {fold}; {work / 'folds.csv'} has the folds {', '.join(map(str, known))}")
@@ -44,14 +45,19 @@ def known_folds(work: Path, folds: pd.DataFrame, numbers: list[int]) -> None:
 
 def class_counts(folds: pd.DataFrame, fold: int) -> np.ndarray:
     """Return the distinct training samples of each class, (28,), when `fold` is kept for validation."""
-    return parse_targets(folds.loc[folds["fold"] != fold, "Target"]).sum(axis=0)
+    return parse_targets(folds.loc[training_rows(folds, fold), "Target"]).sum(axis=0)
+
+
+def training_rows(folds: pd.DataFrame, fold: int) -> np.ndarray:
+    """Return which rows are trained on when `fold` is kept for validation, (n,) bool."""
+    return ~folds["fold"].isin([fold, HOLD_OUT]).to_numpy()
 
 
 def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe, seed: int,
               normalisation: Normalisation | None = None) -> FoldData:
     """Return the data of one fold of stage 03's table; normalised by its own statistics unless given others."""
     targets = parse_targets(folds["Target"])
-    train, valid = (folds["fold"] != fold).to_numpy(), (folds["fold"] == fold).to_numpy()
+    train, valid = training_rows(folds, fold), (folds["fold"] == fold).to_numpy()
     rows = np.repeat(np.flatnonzero(train), folds["copies"].to_numpy()[train])
     if len(rows) < 2:
         raise UserError(f"fold {fold} leaves {len(rows)} samples to train on; give more data or fewer folds")

@@ -1,4 +1,4 @@
-"""Stratified folds on duplicate groups, and oversampling as a number of copies."""
+"""Stratified folds on duplicate groups, a hold-out part, oversampling as a number of copies, and an audit of it all."""
 
 import numpy as np
 import pandas as pd
@@ -9,6 +9,7 @@ from common.errors import UserError
 from common.labels import parse_targets
 
 TRAIN_ONLY = -1  # fold of samples that are never validated on
+HOLD_OUT = -2  # fold of samples that are never trained on, and looked at only in the end
 
 
 def stratified_group_folds(targets: np.ndarray, groups: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
@@ -43,36 +44,79 @@ def oversampling_copies(targets: np.ndarray, max_copies: int) -> np.ndarray:
     return np.clip(np.ceil(np.sqrt(target / rarest)), 1, max_copies).astype(int)
 
 
-def make_folds(duplicates: pd.DataFrame, n_folds: int, max_copies: int, seed: int) -> pd.DataFrame:
+def fold_numbers(folds: pd.DataFrame) -> list[int]:
+    """Return the numbers of the validation folds."""
+    return sorted(int(fold) for fold in set(folds["fold"]) if fold >= 0)
+
+
+def make_folds(duplicates: pd.DataFrame, n_folds: int, max_copies: int, seed: int, external: str = "train",
+               hold_out: float = 0.0) -> pd.DataFrame:
     """Return Id, Target, part, group, fold, copies of the kept samples of stage 02's table.
 
-    External samples are for training only (fold -1), but one that shares a group with a competition sample
-    goes into that sample's fold, so that no group is on both sides.
+    external : train = external samples are for training only (fold -1), but one that shares a group with a
+        competition sample goes where that goes; stratified = they are split as the others are
+    hold_out : share of the samples set aside (fold -2), whole groups and stratified as well
+    No group is ever on two sides. Copies are of training rows only: held-out samples have one.
     """
     kept = duplicates[duplicates["kept"] == 1].reset_index(drop=True)
-    targets = parse_targets(kept["Target"])
-    inner = (kept["part"] == "train").to_numpy()
-    folds = stratified_group_folds(targets[inner], kept["group"][inner].to_numpy(), n_folds, seed)
-    fold_of_group = dict(zip(kept["group"][inner], folds, strict=True))
-    return kept[["Id", "Target", "part", "group"]].assign(
-        fold=[fold_of_group.get(group, TRAIN_ONLY) for group in kept["group"]],
-        copies=oversampling_copies(targets, max_copies))
+    targets, groups = parse_targets(kept["Target"]), kept["group"].to_numpy()
+    inner = np.ones(len(kept), dtype=bool) if external == "stratified" else (kept["part"] == "train").to_numpy()
+    place = dict.fromkeys(groups, TRAIN_ONLY)
+    if hold_out:
+        aside = stratified_group_folds(targets[inner], groups[inner], round(1 / hold_out), seed) == 0
+        place |= dict.fromkeys(groups[inner][aside], HOLD_OUT)
+        inner = inner & np.array([place[group] != HOLD_OUT for group in groups])
+    place |= zip(groups[inner], stratified_group_folds(targets[inner], groups[inner], n_folds, seed), strict=True)
+    folds = np.array([place[group] for group in groups])
+    copies = np.ones(len(kept), dtype=int)
+    copies[folds != HOLD_OUT] = oversampling_copies(targets[folds != HOLD_OUT], max_copies)
+    return kept[["Id", "Target", "part", "group"]].assign(fold=folds, copies=copies)
 
 
-def audit(folds: pd.DataFrame) -> list[str]:
-    """Describe a fold table in a few lines: sizes, worst class deviation, empty classes, groups split."""
-    targets = parse_targets(folds["Target"])
-    fold = folds["fold"].to_numpy()
-    numbers = np.unique(fold[fold >= 0])
+def audit(folds: pd.DataFrame) -> dict:
+    """Count what a fold table holds, as plain types: what is to be even, and what must be 0.
+
+    worst_deviation : largest difference of a class's positives in a fold from an even share
+    classes_missing_folds : class -> folds without a positive of it, for classes that have any
+    groups_split, copies_outside_training : must be 0
+    """
+    targets, fold = parse_targets(folds["Target"]), folds["fold"].to_numpy()
+    numbers = fold_numbers(folds)
     positives = np.stack([targets[fold == k].sum(axis=0) for k in numbers])
-    deviation = np.abs(positives - positives.sum(axis=0) / len(numbers)).max(axis=0)
-    worst = deviation.argmax()
-    split = (folds[fold >= 0].groupby("group")["fold"].nunique() > 1).sum()
-    lines = [f"samples per fold: {', '.join(str((fold == k).sum()) for k in numbers)}"
-             + (f"; {(fold < 0).sum()} for training only" if (fold < 0).any() else ""),
-             f"worst class: {CLASS_NAMES[worst]}, {deviation[worst]:.1f} off an even share; groups split: {split}",
-             f"copies: {np.bincount(folds['copies'])[1:].tolist()} samples appear 1, 2, ... times in training"]
-    short = [name for name, counts in zip(CLASS_NAMES, positives.T, strict=True) if counts.any() and not counts.all()]
+    deviation = np.abs(positives - positives.mean(axis=0)).max(axis=0)
+    places = [*numbers, *(place for place in (TRAIN_ONLY, HOLD_OUT) if (fold == place).any())]
+    return {
+        "samples": {str(place): int((fold == place).sum()) for place in places},
+        "positives": {name: {str(place): int(targets[fold == place, c].sum()) for place in places}
+                      for c, name in enumerate(CLASS_NAMES)},
+        "worst_class": CLASS_NAMES[deviation.argmax()], "worst_deviation": round(float(deviation.max()), 2),
+        "classes_missing_folds": {name: [k for k, count in zip(numbers, counts, strict=True) if not count]
+                                  for name, counts in zip(CLASS_NAMES, positives.T, strict=True)
+                                  if counts.any() and not counts.all()},
+        "groups_split": int((folds.groupby("group")["fold"].nunique() > 1).sum()),
+        "copies_outside_training": int((folds["copies"][fold == HOLD_OUT] > 1).sum()) + int(folds["Id"].duplicated().sum()),
+        "copies": {str(n): int(count) for n, count in enumerate(np.bincount(folds["copies"])) if n and count}}
+
+
+def describe_audit(found: dict) -> list[str]:
+    """Say what an audit found in a few lines."""
+    names = {str(TRAIN_ONLY): "for training only", str(HOLD_OUT): "held out"}
+    aside = [f"{found['samples'][place]} {name}" for place, name in names.items() if place in found["samples"]]
+    sizes = ", ".join(str(n) for place, n in found["samples"].items() if place not in names)
+    copies = ", ".join(f"{count} {n}x" for n, count in found["copies"].items())
+    lines = ["; ".join([f"samples per fold: {sizes}", *aside]),
+             f"worst class: {found['worst_class']}, {found['worst_deviation']:.1f} off an even share",
+             f"in training: {copies}; groups split: {found['groups_split']}; copies outside training: "
+             f"{found['copies_outside_training']}"]
+    short = found["classes_missing_folds"]
     if short:
         lines.append(f"warning: {len(short)} classes are too rare for every fold: {', '.join(short)}")
     return lines
+
+
+def audit_table(found: dict) -> pd.DataFrame:
+    """Return an audit's positives as a table: a row a class, a column a fold, the rest and the sum."""
+    table = pd.DataFrame.from_dict(found["positives"], orient="index").rename_axis("class")
+    names = {str(TRAIN_ONLY): "training_only", str(HOLD_OUT): "held_out"}
+    table.columns = [names.get(place, f"fold{place}") for place in table.columns]
+    return table.assign(all=table.sum(axis=1)).reset_index()

@@ -13,6 +13,7 @@ from common.artifacts import load_predictions, read_json, sidecar
 from common.classes import N_CLASSES
 from common.ensemble import align
 from common.errors import UserError
+from common.folds import fold_numbers
 from common.labels import absent_classes, parse_targets
 from common.metrics import f1_from_counts, macro_f1
 from common.thresholds import cross_fit
@@ -83,7 +84,7 @@ def paper_cells(model: str, key: str, numbers) -> dict:
 
 def validation_rows(folds: pd.DataFrame, numbers: list[int] | None) -> pd.DataFrame:
     """Return the rows of folds.csv in the folds asked for (None: all); raises UserError for folds it does not have."""
-    known = sorted(set(folds["fold"]) - {-1})
+    known = fold_numbers(folds)
     unknown = sorted(set(numbers or ()) - set(known))
     if unknown:
         raise UserError(f"there is no fold {unknown[0]}; folds.csv has the folds {', '.join(map(str, known))}")

@@ -92,3 +92,10 @@ def evaluate_thresholds(targets: np.ndarray, probs: np.ndarray, groups, method: 
                        "f1_cross_fitted": float(honest[c]), "f1_in_sample": float(in_sample[c])}
                       for c, name in enumerate(CLASS_NAMES)],
     }
+
+
+def score_held_out(targets: np.ndarray, probs: np.ndarray, thresholds) -> dict:
+    """Return macro F1 and its interval on samples that nothing was fitted to, as plain types for thresholds.json."""
+    predicted = probs >= np.array(thresholds)
+    return {"score_held_out": macro_f1(targets, predicted),
+            "interval_held_out": list(bootstrap_macro_f1(targets, [predicted])), "n_held_out": len(targets)}

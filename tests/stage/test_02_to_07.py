@@ -83,6 +83,22 @@ def test_the_whole_row(stages, fails, small_data, tmp_path):
     assert (work / "runs" / RECIPE / "fold1" / "best.pt").read_bytes() == before
 
 
+def test_a_held_out_part_is_predicted_by_all_folds_and_scored(stages, run_script, small_data, tmp_path):
+    work = tmp_path / "work"
+    stages(small_data, [1, 2])
+    out = run_script("03_make_folds.py", "--work", work, "--n-folds", "2", "--hold-out", "0.25").stdout
+    assert "3 held out" in out and json.loads((work / "folds.audit.json").read_text())["copies_outside_training"] == 0
+    assert pd.read_csv(work / "folds.audit.csv")["held_out"].sum() > 0
+    stages(small_data, [4, 5])
+    folds = pd.read_csv(work / "folds.csv", dtype={"Id": str})
+    ids, _ = load_predictions(work / "predictions" / RECIPE / "held_out.npz", "")
+    assert sorted(ids) == sorted(folds["Id"][folds["fold"] == -2])
+    ids, _ = load_predictions(work / "predictions" / RECIPE / "oof.npz", "")
+    assert sorted(ids) == sorted(folds["Id"][folds["fold"] >= 0])
+    assert "on the 3 samples held out, decided by the mean of all folds" in stages(small_data, [6, 7])
+    assert json.loads((work / "thresholds.json").read_text())["n_held_out"] == 3
+
+
 def test_planted_duplicates_are_grouped_and_stay_together(stages, small_data, tmp_path):
     for channel in ("red", "green", "blue", "yellow"):
         source = small_data / "train_full_size" / f"train-0_{channel}.tif"

@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 
 from common.errors import UserError
-from common.folds import audit, make_folds, oversampling_copies, stratified_group_folds
+from common.folds import (audit, audit_table, describe_audit, fold_numbers, make_folds, oversampling_copies,
+                          stratified_group_folds)
 from common.labels import format_targets, parse_targets, read_labels
 
 RNG = np.random.default_rng(0)
@@ -58,12 +59,48 @@ def test_fewer_samples_than_folds_is_an_error():
         stratified_group_folds(np.ones((4, 28), dtype=bool), np.array(["a", "a", "b", "b"]), 5, 0)
 
 
-def test_the_audit_names_classes_too_rare_for_every_fold():
+def test_external_samples_are_stratified_on_request():
+    data = table()
+    data.loc[200:, "part"] = "external"
+    folds = make_folds(data, 3, 4, 0, external="stratified")
+    assert (folds["fold"] >= 0).all() and (folds.groupby("group")["fold"].nunique() == 1).all()
+    shares = folds[folds["part"] == "external"]["fold"].value_counts() / 100
+    assert shares.between(0.2, 0.5).all()
+
+
+def test_a_held_out_part_is_whole_stratified_and_has_no_copies():
+    folds = make_folds(table(), 4, 4, 0, hold_out=0.2)
+    aside = folds["fold"] == -2
+    assert 0.1 < aside.mean() < 0.3 and (folds["copies"][aside] == 1).all() and (folds["copies"] > 1).any()
+    assert (folds.groupby("group")["fold"].nunique() == 1).all()
+    assert fold_numbers(folds) == [0, 1, 2, 3]
+    counts = parse_targets(folds["Target"])
+    assert (counts[aside].sum(axis=0) > 0).all()
+
+
+def test_the_audit_counts_what_must_be_even_and_what_must_be_zero():
     folds = make_folds(table(), 5, 4, 0)
     folds["Target"] = ["0 3"] + ["0"] * (len(folds) - 1)
-    lines = audit(folds)
-    assert "groups split: 0" in lines[1]
+    found = audit(folds)
+    assert found["groups_split"] == found["copies_outside_training"] == 0
+    assert sum(found["samples"].values()) == 300 and sum(found["positives"]["Nucleoplasm"].values()) == 300
+    assert len(found["classes_missing_folds"]["Nucleoli fibrillar center"]) == 4
+    lines = describe_audit(found)
+    assert "groups split: 0; copies outside training: 0" in lines[2]
     assert lines[-1] == "warning: 1 classes are too rare for every fold: Nucleoli fibrillar center"
+    counts = audit_table(found)
+    assert list(counts.columns) == ["class", "fold0", "fold1", "fold2", "fold3", "fold4", "all"]
+    assert counts["all"].tolist()[:4] == [300, 0, 0, 1]
+
+
+def test_the_audit_sees_split_groups_and_copies_outside_training():
+    folds = make_folds(table(), 3, 4, 0, hold_out=0.2)
+    folds.loc[folds.index[folds["fold"] == -2][-1], "copies"] = 2
+    folds.loc[0, ["group", "fold"]] = ["one", 0]
+    folds.loc[1, ["group", "fold"]] = ["one", 1]
+    found = audit(folds)
+    assert found["groups_split"] >= 1 and found["copies_outside_training"] == 1
+    assert "held out" in describe_audit(found)[0]
 
 
 def test_the_real_labels_are_spread_evenly(real_data):
