@@ -4,7 +4,8 @@ reads   DATA/train.csv, DATA/sample_submission.csv, DATA/external/external.csv (
         DATA/train_full_size, DATA/test_full_size (TIFF), else DATA/train, DATA/test (PNG); DATA/external
 writes  WORK/samples.csv         Id, part, Target, side of the source image in pixels
         WORK/images/<size>/      <Id>.tif with the planes red, green, blue, yellow
-        WORK/images/<size>.csv   mean and standard deviation per channel, checksum of the pixels
+        WORK/images/<size>.csv   per channel: mean, standard deviation, shares of black and saturated pixels; checksum
+        WORK/left_out.csv        Id, part, Target, place, reason of samples that --keep-going leaves out
 
 example python 01_preprocess.py --data data --work work --recipes resnet50
 """
@@ -12,9 +13,11 @@ example python 01_preprocess.py --data data --work work --recipes resnet50
 import pandas as pd
 
 from common import cli
-from common.artifacts import Stage, digest, write_csv
+from common.artifacts import Stage, digest, read_table, write_csv
+from common.errors import listing
+from common.images import WHITE
 from common.labels import absent_classes, parse_targets
-from common.preprocess import (HASH_SIZE, all_stored, list_samples, sample_table, source_state,
+from common.preprocess import (HASH_SIZE, all_stored, bad_table, list_samples, refuse_bad, sample_table, source_state,
                                statistics_table, store_all)
 from common.recipes import fit_to_source, get_recipe
 
@@ -25,19 +28,22 @@ def parse_args():
                         help="make the image sizes of these recipes (default: resnet50)")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
                         help="change a field of the recipes, as in stage 04")
-    parser.add_argument("--limit", type=int, metavar="N", help="use only N training samples, drawn at random")
+    parser.add_argument("--limit", type=cli.positive, metavar="N", help="use only N training samples, drawn at random")
+    parser.add_argument("--keep-going", action="store_true",
+                        help="leave out samples with missing or bad files, by name, in place of refusing to begin")
+    parser.add_argument("--white-level", type=cli.positive, default=WHITE, metavar="V",
+                        help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)")
     parser.add_argument("--jobs", type=int, default=-1, metavar="N", help="worker processes (default: all cores)")
-    args = parser.parse_args()
-    if args.limit is not None and args.limit < 1:
-        parser.error("--limit must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
     recipes = {name: get_recipe(name, args.settings) for name in args.recipes}
-    samples = list_samples(args.data, args.limit)
-    states = [source_state(sample) for sample in samples]
+    samples, bad = list_samples(args.data, args.limit)
+    if bad and not args.keep_going:
+        refuse_bad(bad, samples, args.work / "bad_files.csv")
+    states = {sample: source_state(sample) for sample in samples}
     wanted = sorted({HASH_SIZE, *(recipe.size for recipe in recipes.values())})
 
     def sizes_for(side):
@@ -48,28 +54,35 @@ def main():
                       f"{fitted.crop} in place of {recipe.size} and {recipe.crop}; nothing is enlarged")
         return sorted({min(size, side) for size in wanted})
 
-    table = args.work / "samples.csv"
+    table, left_out = args.work / "samples.csv", args.work / "left_out.csv"
     listed = pd.DataFrame([(s.Id, s.part, s.Target) for s in samples])
-    stage = Stage("01_preprocess", table, {"sizes": wanted},
-                  {"samples and labels": digest(listed), "image files": digest(states)})
-    if stage.is_current() and all_stored(samples, args.work / "images"):
+    stage = Stage("01_preprocess", table, {"sizes": wanted, "white_level": args.white_level, "keep_going": args.keep_going},
+                  {"samples and labels": digest(listed), "image files": digest(list(states.values()))})
+    if stage.is_current() and all_stored(read_table(table, "")["Id"], args.work / "images"):
         return
-    sides, statistics = store_all(samples, states, sizes_for, args.work, args.jobs)
+    stored = store_all(samples, states, bad, sizes_for, args.work, args.jobs, args.white_level, args.keep_going)
     stage.begin()
-    tables = {size: args.work / "images" / f"{size}.csv" for size in statistics}
+    tables = {size: args.work / "images" / f"{size}.csv" for size in stored.statistics}
     for size, path in tables.items():
-        write_csv(path, statistics_table(samples, statistics[size]))
-    write_csv(table, sample_table(samples, sides))
-    stage.finish(rows=len(samples), also=tables.values())
-    report(samples, statistics, args.work)
+        write_csv(path, statistics_table(stored.samples, stored.statistics[size]))
+    write_csv(left_out, bad_table(stored.bad, samples))
+    write_csv(table, sample_table(stored.samples, stored.sides))
+    stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()])
+    report(stored, args, left_out)
 
 
-def report(samples, statistics, work):
-    """Print what there is now."""
-    counts = pd.Series([sample.part for sample in samples]).value_counts()
+def report(stored, args, left_out):
+    """Print what there is now, and what is to be wondered at."""
+    counts = pd.Series([sample.part for sample in stored.samples]).value_counts()
     parts = ", ".join(f"{counts[part]} {part}" for part in ("train", "test", "external") if part in counts)
-    print(f"01_preprocess: {parts} samples at {', '.join(map(str, statistics))} px in {work / 'images'}")
-    absent = absent_classes(parse_targets([sample.Target for sample in samples if sample.part == "train"]))
+    print(f"01_preprocess: {parts} samples at {', '.join(map(str, stored.statistics))} px in {args.work / 'images'}")
+    if stored.bad:
+        print(f"warning: {len(stored.bad)} samples are left out here and in all stages (all of them in {left_out}):\n"
+              f"{listing(stored.bad.values())}")
+    if stored.peaks and max(stored.peaks) < args.white_level / 4:
+        print(f"warning: the 16-bit files never exceed {max(stored.peaks)} of {args.white_level}, so most of the range is "
+              f"unused and images are dark; give --white-level (4095 for a 12-bit camera)")
+    absent = absent_classes(parse_targets([sample.Target for sample in stored.samples if sample.part == "train"]))
     if absent:
         print(f"warning: {len(absent)} classes have no training sample: {', '.join(absent)}")
 

@@ -47,6 +47,14 @@ def submission_table(ids, predicted: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"Id": ids, "Predicted": format_targets(predicted)})
 
 
+def with_empty_rows(submission: pd.DataFrame, lost: pd.DataFrame) -> pd.DataFrame:
+    """Return the submission with an empty prediction for each row of `lost` (Id, place), at its place."""
+    rows = submission.to_dict("records")
+    for row in lost.sort_values("place").itertuples():
+        rows.insert(int(row.place), {"Id": row.Id, "Predicted": ""})
+    return pd.DataFrame(rows, columns=submission.columns)
+
+
 def check_submission(frame: pd.DataFrame, wanted) -> None:
     """Refuse a submission whose Ids are not `wanted` in that order, or whose labels are not 0 to 27."""
     if list(frame["Id"]) != list(wanted):

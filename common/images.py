@@ -19,6 +19,7 @@ from common.artifacts import writing
 CHANNELS = ("red", "green", "blue", "yellow")
 TIFF = (".tif", ".tiff")
 SUFFIXES = (*TIFF, ".png", ".jpg", ".jpeg")
+WHITE = 65535  # the 16-bit value that becomes 255
 MAX_SIDE = 16384  # pixels; a header that claims more is damaged or hostile
 RGB_PLANES = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1)}
 
@@ -171,16 +172,19 @@ def one_side(files: list[Path], sides: list[int]) -> int:
 
 # --- resizing and storing ----------------------------------------------------------------------------------
 
-def resize(plane: np.ndarray, size: int) -> np.ndarray:
-    """Shrink one channel to (size, size) by area averaging; 16 bit becomes 8 bit as round(value / 257).
+def resize(plane: np.ndarray, size: int, white: int = WHITE) -> np.ndarray:
+    """Shrink one channel to (size, size) by area averaging; 16 bit becomes 8 bit as round(255 * value / white).
 
-    Averaging happens in the source's depth, so 16-bit data is rounded once. Raises ValueError for enlarging.
+    Averaging happens in the source's depth, so 16-bit data is rounded once; what is above `white` becomes 255.
+    Raises ValueError for enlarging.
     """
     if plane.shape[0] < size:
         raise ValueError(f"would enlarge {plane.shape[0]} px to {size} px")
     if plane.shape[0] > size:
         plane = cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA)
-    return plane if plane.dtype == np.uint8 else ((plane.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if plane.dtype == np.uint8:
+        return plane
+    return np.minimum((plane.astype(np.uint32) * 510 + white) // (2 * white), 255).astype(np.uint8)
 
 
 def write_planes(path: Path, planes: np.ndarray) -> None:
@@ -202,9 +206,12 @@ def read_planes(path: Path) -> np.ndarray:
 
 
 def statistics(planes: np.ndarray) -> dict:
-    """Return per-channel mean and standard deviation on the 0-1 scale, and a CRC-32 of the pixels."""
+    """Return per-channel mean and standard deviation on the 0-1 scale, shares of black and saturated pixels, and a
+    CRC-32 of the pixels."""
     values = {}
     for channel, plane in zip(CHANNELS, planes, strict=True):
         mean, std = cv2.meanStdDev(plane)
         values[f"mean_{channel}"], values[f"std_{channel}"] = mean.item() / 255, std.item() / 255
+        values[f"zeros_{channel}"] = 1 - cv2.countNonZero(plane) / plane.size
+        values[f"saturated_{channel}"] = cv2.countNonZero(cv2.compare(plane, 255, cv2.CMP_EQ)) / plane.size
     return {**values, "crc": f"{zlib.crc32(np.ascontiguousarray(planes)):08x}"}

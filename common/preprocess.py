@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import numpy as np
 import pandas as pd
 
 from common import images
-from common.artifacts import digest
+from common.artifacts import digest, write_csv
 from common.errors import UserError, listing
 from common.labels import read_csv, read_labels
 from common.parallel import run_parallel
 
 HASH_SIZE = 128  # pixels; every sample is stored at this size too, for stage 02
+COMPRESSED = 0.35  # of the raw bytes that a stored image takes, about: 0.3 to 0.8 MB of 2.36 MB at 768 px
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,11 @@ class Sample:
 
 # --- what there is -----------------------------------------------------------------------------------------
 
-def list_samples(data: Path, limit: int | None = None) -> list[Sample]:
-    """List all samples of an input folder: train, test, external.
+def list_samples(data: Path, limit: int | None = None) -> tuple[list[Sample], dict[Sample, str]]:
+    """List all samples of an input folder: train, test, external; and those that lack files, with the reason.
 
     limit : keep this many training samples, drawn at random but always the same ones
-    Raises UserError for anything wrong with the CSV files, and for missing channel files (all of them at once).
+    Raises UserError for anything wrong with the CSV files.
     """
     train = read_labels(data / "train.csv")
     if limit is not None and limit < len(train):
@@ -48,20 +50,18 @@ def list_samples(data: Path, limit: int | None = None) -> list[Sample]:
         ("test", list_test(data, test_folders), test_folders),
         ("external", *list_external(data)),
     ]
-    samples, missing = [], []
+    samples, bad = [], {}
     for part, frame, folders in parts:
         for row in frame.itertuples():
             files, lacking = images.channel_files(row.Id, folders)
-            missing += [f"{part}: {stem}" for stem in lacking]
             samples.append(Sample(row.Id, part, row.Target, tuple(files)))
-    if missing:
-        raise UserError(f"{data}: {len(missing)} channel files are missing (looked for .tif, .png and .jpg in "
-                        f"train_full_size, train, test_full_size, test, external):\n{listing(missing)}")
+            if lacking:
+                bad[samples[-1]] = f"{part}: {', '.join(lacking)} not found as .tif, .png or .jpg"
     ids = pd.Series([sample.Id for sample in samples])
     if ids.duplicated().any():
         raise UserError(f"{data}: these Ids appear in more than one of train.csv, sample_submission.csv and "
                         f"external.csv:\n{listing(ids[ids.duplicated()])}")
-    return samples
+    return samples, bad
 
 
 def list_test(data: Path, folders: list[dict]) -> pd.DataFrame:
@@ -113,16 +113,20 @@ def done_sizes(record: dict | None, state: str, stored: dict[int, set]) -> dict[
 
 # --- checking and making -----------------------------------------------------------------------------------
 
-def store_sample(sample: Sample, sizes: list[int], folder: Path) -> dict[int, dict]:
-    """Read a sample once and write it at each size; returns size -> statistics. Raises BadImage."""
+def store_sample(sample: Sample, sizes: list[int], folder: Path, white: int) -> tuple[dict[int, dict], int | None]:
+    """Read a sample once and write it at each size. Raises BadImage.
+
+    Returns size -> statistics, and the largest value of a 16-bit source (None for 8 bit).
+    """
     cv2.setNumThreads(1)
     channels = images.read_sample(sample.files, sample.rgb_coded)
     made = {}
     for size in sizes:
-        planes = np.stack([images.resize(channel, size) for channel in channels])
+        planes = np.stack([images.resize(channel, size, white) for channel in channels])
         images.write_planes(folder / str(size) / f"{sample.Id}.tif", planes)
         made[size] = images.statistics(planes)
-    return made
+    deep = [int(channel.max()) for channel in channels if channel.dtype == np.uint16]
+    return made, max(deep, default=None)
 
 
 def attempt(function, *arguments):
@@ -133,60 +137,98 @@ def attempt(function, *arguments):
         return error
 
 
-def refuse_bad(bad: dict[int, str], samples: list[Sample], work: Path) -> None:
-    """Write bad_files.csv and raise a UserError that lists the first of them."""
-    report = work / "bad_files.csv"
-    rows = [{"Id": samples[i].Id, "part": samples[i].part, "reason": bad[i]} for i in sorted(bad)]
-    report.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(report, index=False)
-    raise UserError(f"{len(bad)} samples cannot be used (all of them in {report}):\n"
-                    f"{listing(row['reason'] for row in rows)}\nmend or remove them, then run this again")
+def bad_table(bad: dict[Sample, str], samples: list[Sample]) -> pd.DataFrame:
+    """Table of samples that cannot be used: Id, part, Target, place among the samples of that part, reason."""
+    places, counts = {}, {}
+    for sample in samples:
+        places[sample] = counts.setdefault(sample.part, 0)
+        counts[sample.part] += 1
+    return pd.DataFrame([(s.Id, s.part, s.Target, places[s], bad[s]) for s in samples if s in bad],
+                        columns=["Id", "part", "Target", "place", "reason"])
 
 
-def store_all(samples: list[Sample], states: list[str], sizes_for, work: Path, n_jobs: int):
+def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path) -> None:
+    """Write a table of the bad samples and raise a UserError that lists the first of them."""
+    table = bad_table(bad, samples)
+    write_csv(report, table)
+    raise UserError(f"{len(bad)} samples cannot be used (all of them in {report}):\n{listing(table['reason'])}\n"
+                    "mend or remove them and run this again, or leave them out with --keep-going")
+
+
+def check_space(n_images: dict[int, int], work: Path) -> None:
+    """Refuse to begin what the disk cannot hold; n_images : size in pixels -> images to store."""
+    needed = sum(COMPRESSED * n * len(images.CHANNELS) * size ** 2 for size, n in n_images.items())
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise UserError(f"about {needed / 1e9:.1f} GB are needed in {work} for {', '.join(map(str, n_images))} px, "
+                        f"{free / 1e9:.1f} GB are free; make room, or give another --work")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What stage 01 made, all in the order of `samples`: sides of the sources in pixels, size -> statistics of each
+    image, the largest values of 16-bit sources; and the samples that cannot be used, with the reason."""
+    samples: list[Sample]
+    sides: list[int]
+    statistics: dict[int, list[dict]]
+    peaks: list[int]
+    bad: dict[Sample, str]
+
+
+def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample, str], sizes_for, work: Path,
+              n_jobs: int, white: int = images.WHITE, keep_going: bool = False) -> Stored:
     """Check and store all samples, going on where an earlier run stopped.
 
+    states : what the files of each sample were, as `source_state` says
+    bad : samples known to be of no use; keep_going : leave these and what else is found out, rather than refuse
     sizes_for : function of the smallest source side in pixels -> list of sizes to store
-    Returns (sides of the sources in pixels, list; statistics, dict of size -> list of dict), both in the
-    order of `samples`.
     """
     folder = work / "images"
     journal = folder / "journal.jsonl"
-    records = read_journal(journal)
-    known = {i: records[s.Id]["side"] for i, s in enumerate(samples)
-             if s.Id in records and records[s.Id]["source"] == states[i]}
-    new = [i for i in range(len(samples)) if i not in known]
-    bad = {}
-    for k, result in run_parallel(attempt, [(images.check_sample, samples[i].files, samples[i].rgb_coded) for i in new], n_jobs, "checking"):
-        (bad if isinstance(result, images.BadImage) else known)[new[k]] = result
-    if bad:
-        refuse_bad(bad, samples, work)
+    records = {Id: record for Id, record in read_journal(journal).items() if record.get("white") == white}
+    bad, known = dict(bad), {}
+    known = {s: records[s.Id]["side"] for s in samples if s.Id in records and records[s.Id]["source"] == states[s]}
+    new = [s for s in samples if s not in known and s not in bad]
+    for k, result in run_parallel(attempt, [(images.check_sample, s.files, s.rgb_coded) for s in new], n_jobs, "checking"):
+        if isinstance(result, images.BadImage):
+            bad[new[k]] = str(result)
+        else:
+            known[new[k]] = result
+    if bad and not keep_going or not known:
+        refuse_bad(bad, samples, work / "bad_files.csv")
 
-    sizes = sizes_for(min(known.values()))
+    sizes = sizes_for(min(known[s] for s in samples if s in known))
     stored = {size: stored_ids(folder / str(size)) for size in sizes}
-    done = [done_sizes(records.get(s.Id), states[i], stored) for i, s in enumerate(samples)]
-    todo = [i for i in range(len(samples)) if any(size not in done[i] for size in sizes)]
-    jobs = [(store_sample, samples[i], [size for size in sizes if size not in done[i]], folder) for i in todo]
+    done = {s: done_sizes(records.get(s.Id), states[s], stored) for s in samples if s in known}
+    peaks = {s: records[s.Id].get("peak") for s in done if done[s]}
+    todo = [s for s in done if any(size not in done[s] for size in sizes)]
     folder.mkdir(parents=True, exist_ok=True)
+    check_space({size: sum(size not in done[s] for s in todo) for size in sizes}, work)
+    jobs = [(store_sample, s, [size for size in sizes if size not in done[s]], folder, white) for s in todo]
     with open(journal, "a", encoding="utf-8") as file:
         for k, result in run_parallel(attempt, jobs, n_jobs, "resizing"):
-            i = todo[k]
+            sample = todo[k]
             if isinstance(result, images.BadImage):
-                bad[i] = result
+                bad[sample] = str(result)
                 continue
-            done[i].update(result)
-            record = {"Id": samples[i].Id, "source": states[i], "side": known[i], "sizes": done[i]}
+            made, peaks[sample] = result
+            done[sample].update(made)
+            record = {"Id": sample.Id, "source": states[sample], "side": known[sample], "white": white,
+                      "peak": peaks[sample], "sizes": done[sample]}
             file.write(json.dumps(record) + "\n")
             file.flush()
-    if bad:
-        refuse_bad(bad, samples, work)
-    return [known[i] for i in range(len(samples))], {size: [row[size] for row in done] for size in sizes}
+    if bad and not keep_going:
+        refuse_bad(bad, samples, work / "bad_files.csv")
+    used = [s for s in samples if s not in bad]
+    if not used:
+        refuse_bad(bad, samples, work / "bad_files.csv")
+    return Stored(used, [known[s] for s in used], {size: [done[s][size] for s in used] for size in sizes},
+                  [peaks[s] for s in used if peaks[s] is not None], bad)
 
 
-def all_stored(samples: list[Sample], folder: Path) -> bool:
+def all_stored(Ids, folder: Path) -> bool:
     """Tell whether every sample is there at every size of which `folder` has a table."""
-    wanted = {sample.Id for sample in samples}
-    return all(wanted <= stored_ids(table.with_suffix("")) for table in folder.glob("*.csv"))
+    return all(set(Ids) <= stored_ids(table.with_suffix("")) for table in folder.glob("*.csv"))
 
 
 def stored_ids(folder: Path) -> set[str]:
@@ -200,5 +242,5 @@ def sample_table(samples: list[Sample], sides: list[int]) -> pd.DataFrame:
 
 
 def statistics_table(samples: list[Sample], rows: list[dict]) -> pd.DataFrame:
-    """Table of one size's stored images: Id, mean and std per channel (0-1), crc of the pixels."""
+    """Table of one size's stored images: Id, statistics per channel (0-1), crc of the pixels."""
     return pd.DataFrame([{"Id": s.Id, **row} for s, row in zip(samples, rows, strict=True)]).round(6)

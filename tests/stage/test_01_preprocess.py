@@ -145,6 +145,29 @@ def test_a_limit_keeps_the_same_samples_each_time(make, small_data, tmp_path):
     assert first.count(",train,") == 5 and first.count(",test,") == 3
 
 
+def test_shares_of_black_and_saturated_pixels_are_counted(make, small_data, tmp_path):
+    for channel in CHANNELS:
+        plane = np.full((160, 160), 100, np.uint8)
+        plane[:40], plane[40:60] = 0, 255  # a quarter and an eighth
+        tifffile.imwrite(small_data / "train_full_size" / f"train-0_{channel}.tif", plane)
+    make(small_data)
+    row = pd.read_csv(tmp_path / "work" / "images" / "96.csv").set_index("Id").loc["train-0"]
+    assert row["zeros_green"] == pytest.approx(0.25) and row["saturated_yellow"] == pytest.approx(0.125)
+
+
+def test_16_bit_files_of_a_12_bit_camera_are_noticed_and_mended(make, small_data, tmp_path):
+    for folder in ("train_full_size", "test_full_size"):
+        for path in (small_data / folder).iterdir():
+            tifffile.imwrite(path, tifffile.imread(path).astype(np.uint16) * 16)
+    out = make(small_data)
+    assert "the 16-bit files never exceed 4" in out and "give --white-level (4095 for a 12-bit camera)" in out
+    out = make(small_data, "--white-level", "4080")
+    assert "white_level was 65535, now 4080" in out and "never exceed" not in out
+    source = tifffile.imread(small_data / "train_full_size" / "train-0_green.tif") / 16
+    plane = read_planes(tmp_path / "work" / "images" / "96" / "train-0.tif")[1]
+    np.testing.assert_allclose(plane.mean(), source.mean(), atol=0.5)
+
+
 # --- bad input ---------------------------------------------------------------------------------------------
 
 def test_missing_train_csv(refuses, small_data):
@@ -156,7 +179,7 @@ def test_missing_channel_files_are_all_listed(refuses, small_data):
     (small_data / "train_full_size" / "train-1_blue.tif").unlink()
     (small_data / "test_full_size" / "test-0_red.tif").unlink()
     message = refuses(small_data)
-    assert "2 channel files are missing" in message
+    assert "2 samples cannot be used" in message and "with --keep-going" in message
     assert "train: train-1_blue" in message and "test: test-0_red" in message
 
 
@@ -258,3 +281,32 @@ def test_real_png_statistics_match_independent_values(run_script, real_data, tmp
             source = np.asarray(Image.open(real_data / "kaggle_png" / part / f"{Id}_{channel}.png")) / 255
             assert table.loc[Id, f"mean_{channel}"] == pytest.approx(source.mean(), abs=1e-5)
             assert table.loc[Id, f"std_{channel}"] == pytest.approx(source.std(), abs=1e-5)
+
+
+def test_keep_going_leaves_samples_out_by_name_everywhere(make, run_script, refuses, small_data, tmp_path):
+    (small_data / "train_full_size" / "train-1_blue.tif").unlink()
+    (small_data / "test_full_size" / "test-0_red.tif").write_bytes(b"no image")
+    whole = small_data / "train_full_size" / "train-2_green.tif"
+    whole.write_bytes(whole.read_bytes()[:9000])  # its header is fine
+    refuses(small_data)
+    out = make(small_data, "--keep-going")
+    assert "warning: 3 samples are left out here and in all stages" in out
+    assert all(name in out for name in ("train-1_blue", "test-0_red", "train-2_green"))
+    work = tmp_path / "work"
+    left_out = pd.read_csv(work / "left_out.csv", dtype=str)
+    assert left_out[["Id", "part", "place"]].to_numpy().tolist() == [
+        ["train-1", "train", "1"], ["train-2", "train", "2"], ["test-0", "test", "1"]]
+    assert "up to date" in make(small_data, "--keep-going")
+    for name in ("samples.csv", "images/96.csv"):
+        ids = set(pd.read_csv(work / name, dtype=str)["Id"])
+        assert len(ids) == 12 and not ids & {"train-1", "train-2", "test-0"}
+    write_sample(small_data / "train_full_size", "train-2")  # mended: it is back
+    assert "2 samples are left out" in make(small_data, "--keep-going")
+
+
+def test_a_full_disk_is_noticed_before_the_first_image(refuses, small_data, tmp_path, monkeypatch):
+    from common.errors import UserError
+    from common.preprocess import check_space
+    with pytest.raises(UserError, match=r"about 3303.0 GB are needed in .* for 768 px, .* GB are free; make room"):
+        check_space({768: 4_000_000}, tmp_path)
+    check_space({768: 1}, tmp_path)

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.ensemble import align, check_submission, decide, mean_predictions, submission_table
+from common.ensemble import align, check_submission, decide, mean_predictions, submission_table, with_empty_rows
 from common.errors import UserError
 
 
@@ -43,3 +43,9 @@ def test_a_probability_at_its_threshold_passes():
 def test_a_wrong_submission_is_refused(ids, predicted, message):
     with pytest.raises(UserError, match=message):
         check_submission(pd.DataFrame({"Id": ids, "Predicted": predicted}), ["a", "b"])
+
+
+def test_lost_samples_have_empty_rows_at_their_places():
+    lost = pd.DataFrame({"Id": ["y", "x", "z"], "place": [2, 0, 4]})
+    whole = with_empty_rows(pd.DataFrame({"Id": ["a", "b"], "Predicted": ["1", "2"]}), lost)
+    assert whole.to_numpy().tolist() == [["x", ""], ["a", "1"], ["y", ""], ["b", "2"], ["z", ""]]
