@@ -1,8 +1,10 @@
 """Find near-identical samples by perceptual hashes, group them, and choose which stay for training.
 
 reads   WORK/samples.csv, WORK/images/128/
-writes  WORK/duplicates.csv       Id, part, Target, group, kept (1 or 0) of every labelled sample
+writes  WORK/duplicates.csv       Id, part, Target, near_group (first of the near-identical ones), group (what stays in
+                                  one fold), kept (1 or 0) of every labelled sample
         WORK/duplicate_pairs.csv  all pairs within the distance, with test samples too; distances in bits of 64
+        WORK/duplicate_pairs.png  the closest pairs, the farthest ones still within, the nearest ones outside: look at it
 
 Nothing is removed from test. Within a group of duplicates one sample for each distinct label set stays, unless
 a class would fall below --floor samples. Thresholds are for the red, green and blue channel, all must hold.
@@ -16,10 +18,13 @@ import numpy as np
 
 from common import cli
 from common.artifacts import Stage, read_table, write_csv
+from common.contact_sheet import SHOWN, save_contact_sheet
 from common.errors import listing
-from common.hashing import duplicate_tables, hash_file
+from common.hashing import HASHED, doubtful_pairs, duplicate_tables, hash_file
 from common.parallel import run_parallel
 from common.preprocess import HASH_SIZE
+
+BEYOND = 6  # bits outside the thresholds in which the contact sheet looks for doubtful pairs
 
 
 def parse_args():
@@ -28,6 +33,8 @@ def parse_args():
                         help="largest distance in bits of 64 per channel, or one for all (default: 12)")
     parser.add_argument("--floor", type=int, default=50, metavar="N",
                         help="take no class below N kept samples (default: 50)")
+    parser.add_argument("--external-groups", default="antibody", choices=("antibody", "none"),
+                        help="keep external fields of one antibody in one fold (default), or treat each by itself")
     parser.add_argument("--jobs", type=int, default=-1, metavar="N", help="worker processes (default: all cores)")
     return parser.parse_args()
 
@@ -43,8 +50,8 @@ def main():
     args = parse_args()
     samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
     folder = args.work / "images" / str(min(HASH_SIZE, samples["side"].min()))
-    table, pair_table = args.work / "duplicates.csv", args.work / "duplicate_pairs.csv"
-    stage = Stage("02_dedup", table, {"thresholds": args.threshold, "floor": args.floor},
+    table, pair_file = args.work / "duplicates.csv", args.work / "duplicate_pairs.csv"
+    stage = Stage("02_dedup", table, {"thresholds": args.threshold, "floor": args.floor, "external_groups": args.external_groups},
                   {"samples.csv": args.work / "samples.csv", "images": folder.with_suffix(".csv")})
     if stage.is_current():
         return
@@ -53,25 +60,33 @@ def main():
     jobs = [(folder / f"{Id}.tif",) for Id in samples["Id"]]
     for i, result in run_parallel(hash_file, jobs, args.jobs, "hashing"):
         hashes[i], flat[i] = result
-    duplicates, pairs = duplicate_tables(samples, hashes, flat, args.threshold, args.floor)
-    write_csv(pair_table, pairs)
+    duplicates, pairs = duplicate_tables(samples, hashes, flat, args.threshold, args.floor, args.external_groups == "antibody")
+    write_csv(pair_file, pairs)
+    sheet = pair_file.with_suffix(".png")
+    far = pairs[list(HASHED)].sum(axis=1).sort_values(kind="stable")
+    save_contact_sheet(sheet, folder, {
+        "closest pairs": pairs.loc[far.index], "farthest pairs that count as duplicates": pairs.loc[far.index[::-1]],
+        "nearest pairs that do not": doubtful_pairs(samples, hashes, flat, args.threshold, BEYOND, SHOWN)})
     write_csv(table, duplicates)
-    stage.finish(rows=len(duplicates), also=[pair_table])
-    report(samples, flat, duplicates, pairs, pair_table)
+    stage.finish(rows=len(duplicates), also=[pair_file, sheet])
+    report(samples, flat, duplicates, pairs, pair_file)
 
 
-def report(samples, flat, duplicates, pairs, pair_table):
-    """Print how many there are, what happened to them, and the matches between labelled and test samples."""
-    groups = duplicates["group"].value_counts()
-    print(f"02_dedup: {(groups > 1).sum()} groups of near-identical samples; {(duplicates['kept'] == 0).sum()} of "
-          f"{len(duplicates)} labelled samples are left out of training")
+def report(samples, flat, duplicates, pairs, pair_file):
+    """Print how many there are, what happened to them, and the matches with test and external samples."""
+    groups = duplicates["near_group"].value_counts()
+    print(f"02_dedup: {(groups > 1).sum()} groups of near-identical samples; {(duplicates['kept'] == 0).sum()} of {len(duplicates)} labelled samples are left out of training")
     if flat.any():
         print(f"{flat.sum()} samples have a black or constant channel and match nothing:\n"
               f"{listing(samples['Id'][flat])}")
-    to_test = pairs[(pairs["part"] == "test") != (pairs["other_part"] == "test")]
-    if len(to_test):
-        print(f"{len(to_test)} pairs join a labelled and a test sample (kept; listed in {pair_table}):\n"
-              f"{listing((to_test['Id'] + '  ~  ' + to_test['other_Id']).tolist())}")
+    parts = pairs[["part", "other_part"]].apply(frozenset, axis=1) if len(pairs) else pairs["part"]
+    for part in ("test", "external"):
+        some = pairs[[len(both) == 2 and part in both for both in parts]]
+        if len(some):
+            bits = some[list(HASHED)].astype(str).agg("/".join, axis=1)
+            agreed = some["agreement"].where(some["agreement"] == "", "  labels agree " + some["agreement"])
+            print(f"{len(some)} pairs join {part} samples with other parts (kept; listed in {pair_file}); bits apart:\n"
+                  f"{listing(some['Id'] + '  ~  ' + some['other_Id'] + '  ' + bits + agreed)}")
 
 
 if __name__ == "__main__":

@@ -80,26 +80,60 @@ def choose_kept(groups: np.ndarray, targets: np.ndarray, floor: int) -> np.ndarr
     return kept
 
 
-def duplicate_tables(samples: pd.DataFrame, hashes, flat, thresholds, floor: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the table of labelled samples with group and kept, and the table of all near-identical pairs.
+def antibodies(samples: pd.DataFrame) -> np.ndarray:
+    """Return pairs (p, 2) that link each external sample to the first one of its antibody.
 
-    samples : Id, part, Target as stage 01 writes them; test samples are matched, never grouped or removed.
+    An external Id is <antibody>_<plate>_<well>_<field>: fields of one antibody show the same protein.
+    """
+    external = np.flatnonzero(samples["part"] == "external")
+    antibody = samples["Id"].iloc[external].str.split("_").str[0].to_numpy()
+    _, first, which = np.unique(antibody, return_index=True, return_inverse=True)
+    return np.stack([external[first[which]], external], axis=1)
+
+
+def agreement(targets: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the share of two label sets' labels that both have, (n,): 1 for the same set, 0 for nothing in common."""
+    return (targets & others).sum(axis=1) / np.maximum(1, (targets | others).sum(axis=1))
+
+
+def pair_table(samples: pd.DataFrame, pairs: np.ndarray, distances: np.ndarray) -> pd.DataFrame:
+    """Return pairs as a table: Ids, parts, distance per channel in bits, labels and their agreement (empty for test)."""
+    first, second = (samples.iloc[pairs[:, side]].reset_index(drop=True) for side in (0, 1))
+    table = pd.DataFrame({
+        "Id": first["Id"], "part": first["part"], "other_Id": second["Id"], "other_part": second["part"],
+        **{channel: distances[:, c] for c, channel in enumerate(HASHED)},
+        "Target": first["Target"], "other_Target": second["Target"]})
+    labels = agreement(parse_targets(first["Target"]), parse_targets(second["Target"]))
+    known = (first["part"] != "test") & (second["part"] != "test")
+    return table.assign(agreement=[f"{value:.2f}" if told else "" for value, told in zip(labels, known, strict=True)])
+
+
+def duplicate_tables(samples: pd.DataFrame, hashes, flat, thresholds, floor: int, by_antibody: bool = True):
+    """Return the table of labelled samples with near_group, group and kept, and the table of all near-identical pairs.
+
+    samples : Id, part, Target as stage 01 writes them; test samples are matched, never grouped or removed
+    by_antibody : whether the external fields of one antibody are a group for folds; they do not replace each other
     """
     pairs, distances = find_pairs(hashes, flat, thresholds)
     labelled = np.flatnonzero(samples["part"] != "test")
     position = np.full(len(samples), -1)
     position[labelled] = np.arange(len(labelled))
     inner = position[pairs]
-    groups = connect(len(labelled), inner[(inner >= 0).all(axis=1)])
+    inner = inner[(inner >= 0).all(axis=1)]
     known = samples.iloc[labelled].reset_index(drop=True)
+    near = connect(len(known), inner)
+    groups = connect(len(known), np.vstack([inner, antibodies(known)])) if by_antibody else near
+    ids = known["Id"].to_numpy()
     duplicates = known[["Id", "part", "Target"]].assign(
-        group=known["Id"].to_numpy()[groups],
-        kept=choose_kept(groups, parse_targets(known["Target"]), floor).astype(int))
+        near_group=ids[near], group=ids[groups],
+        kept=choose_kept(near, parse_targets(known["Target"]), floor).astype(int))
+    return duplicates, pair_table(samples, pairs, distances)
 
-    first, second = samples.iloc[pairs[:, 0]], samples.iloc[pairs[:, 1]]
-    listed = pd.DataFrame({
-        "Id": first["Id"].to_numpy(), "part": first["part"].to_numpy(),
-        "other_Id": second["Id"].to_numpy(), "other_part": second["part"].to_numpy(),
-        **{channel: distances[:, c] for c, channel in enumerate(HASHED)},
-        "Target": first["Target"].to_numpy(), "other_Target": second["Target"].to_numpy()})
-    return duplicates, listed
+
+def doubtful_pairs(samples: pd.DataFrame, hashes, flat, thresholds, beyond: int, n: int) -> pd.DataFrame:
+    """Return the `n` pairs just outside the thresholds: within `beyond` bits more, the nearest first."""
+    pairs, distances = find_pairs(hashes, flat, tuple(threshold + beyond for threshold in thresholds))
+    excess = (distances - thresholds).max(axis=1)
+    order = np.flatnonzero(excess > 0)
+    order = order[np.argsort(excess[order], kind="stable")][:n]
+    return pair_table(samples, pairs[order], distances[order])

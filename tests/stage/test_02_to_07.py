@@ -105,7 +105,9 @@ def test_planted_duplicates_are_grouped_and_stay_together(stages, small_data, tm
         for copy in (small_data / "train_full_size" / f"train-4_{channel}.tif", small_data / "test_full_size" / f"test-1_{channel}.tif"):
             copy.write_bytes(source.read_bytes())
     out = stages(small_data, [1, 2])
-    assert "1 groups of near-identical samples" in out and "2 pairs join a labelled and a test sample" in out
+    assert "1 groups of near-identical samples" in out and "2 pairs join test samples with other parts" in out
+    assert "train-0  ~  test-1  0/0/0" in out
+    assert (tmp_path / "work" / "duplicate_pairs.png").read_bytes().startswith(b"\x89PNG")
     duplicates = pd.read_csv(tmp_path / "work" / "duplicates.csv", dtype=str).set_index("Id")
     assert duplicates.loc["train-4", "group"] == duplicates.loc["train-0", "group"] == "train-0"
     assert (duplicates["kept"] == "1").all()  # classes are below the floor, so nothing is taken away

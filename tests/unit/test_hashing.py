@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from common.hashing import choose_kept, connect, duplicate_tables, find_pairs, hash_planes
+from common.hashing import (agreement, choose_kept, connect, doubtful_pairs, duplicate_tables, find_pairs,
+                            hash_planes)
 
 RNG = np.random.default_rng(0)
 
@@ -70,4 +71,31 @@ def test_test_samples_are_listed_and_never_grouped():
     samples = pd.DataFrame({"Id": ["a", "b", "c"], "part": ["train", "test", "external"], "Target": ["1", "", "1"]})
     duplicates, pairs = duplicate_tables(samples, hashes, np.zeros(3, dtype=bool), (12, 12, 12), floor=0)
     assert duplicates[["Id", "group", "kept"]].values.tolist() == [["a", "a", 1], ["c", "a", 0]]
-    assert pairs[["Id", "other_Id"]].values.tolist() == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert pairs[["Id", "other_Id", "agreement"]].values.tolist() == [["a", "b", ""], ["a", "c", "1.00"], ["b", "c", ""]]
+
+
+def test_fields_of_one_antibody_are_a_group_but_do_not_replace_each_other():
+    samples = pd.DataFrame({"Id": ["a", "77_1_A_1", "77_2_B_9", "8_1_A_1"], "part": ["train", *["external"] * 3], "Target": "1"})
+    hashes = random_hashes(4)
+    hashes[2] = hashes[0]  # the competition has one of the antibody's fields
+    flat = np.zeros(4, dtype=bool)
+    table, pairs = duplicate_tables(samples, hashes, flat, (12, 12, 12), floor=0)
+    assert table["group"].tolist() == ["a", "a", "a", "8_1_A_1"] and table["kept"].tolist() == [1, 1, 0, 1]
+    assert table["near_group"].tolist() == ["a", "77_1_A_1", "a", "8_1_A_1"]
+    apart, _ = duplicate_tables(samples, hashes, flat, (12, 12, 12), floor=0, by_antibody=False)
+    assert apart["group"].tolist() == table["near_group"].tolist()
+
+
+def test_labels_agree_by_what_both_have():
+    a, b = np.zeros((3, 4), dtype=bool), np.zeros((3, 4), dtype=bool)
+    a[0, :2] = b[0, :2] = a[1, 0] = b[1, 1] = a[2, :3] = b[2, 2:] = True
+    assert agreement(a, b).tolist() == [1, 0, 0.25]
+
+
+def test_doubtful_pairs_are_those_just_outside():
+    hashes = np.zeros((3, 3, 8), dtype=np.uint8)
+    hashes[1, 1, 0] = 0b1111  # 4 bits from the first
+    hashes[2, 1, 0] = 0b1111_1111  # 8 bits from the first, 4 from the second
+    samples = pd.DataFrame({"Id": list("abc"), "part": "train", "Target": "0"})
+    pairs = doubtful_pairs(samples, hashes, np.zeros(3, dtype=bool), (3, 3, 3), beyond=3, n=9)
+    assert pairs[["Id", "other_Id", "green"]].values.tolist() == [["a", "b", 4], ["b", "c", 4]]
