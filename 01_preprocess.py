@@ -56,7 +56,8 @@ def main():
 
     table, left_out = args.work / "samples.csv", args.work / "left_out.csv"
     listed = pd.DataFrame([(s.Id, s.part, s.Target) for s in samples])
-    stage = Stage("01_preprocess", table, {"sizes": wanted, "white_level": args.white_level, "keep_going": args.keep_going},
+    stage = Stage("01_preprocess", table,
+                  {"sizes": wanted, "white_level": args.white_level, "keep_going": args.keep_going},
                   {"samples and labels": digest(listed), "image files": digest(list(states.values()))})
     if stage.is_current() and all_stored(read_table(table, "")["Id"], args.work / "images"):
         return

@@ -51,7 +51,8 @@ def main():
     samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
     folder = args.work / "images" / str(min(HASH_SIZE, samples["side"].min()))
     table, pair_file = args.work / "duplicates.csv", args.work / "duplicate_pairs.csv"
-    stage = Stage("02_dedup", table, {"thresholds": args.threshold, "floor": args.floor, "external_groups": args.external_groups},
+    stage = Stage("02_dedup", table,
+                  {"thresholds": args.threshold, "floor": args.floor, "external_groups": args.external_groups},
                   {"samples.csv": args.work / "samples.csv", "images": folder.with_suffix(".csv")})
     if stage.is_current():
         return
@@ -60,7 +61,8 @@ def main():
     jobs = [(folder / f"{Id}.tif",) for Id in samples["Id"]]
     for i, result in run_parallel(hash_file, jobs, args.jobs, "hashing"):
         hashes[i], flat[i] = result
-    duplicates, pairs = duplicate_tables(samples, hashes, flat, args.threshold, args.floor, args.external_groups == "antibody")
+    duplicates, pairs = duplicate_tables(samples, hashes, flat, args.threshold, args.floor,
+                                         by_antibody=args.external_groups == "antibody")
     write_csv(pair_file, pairs)
     sheet = pair_file.with_suffix(".png")
     far = pairs[list(HASHED)].sum(axis=1).sort_values(kind="stable")
@@ -75,7 +77,8 @@ def main():
 def report(samples, flat, duplicates, pairs, pair_file):
     """Print how many there are, what happened to them, and the matches with test and external samples."""
     groups = duplicates["near_group"].value_counts()
-    print(f"02_dedup: {(groups > 1).sum()} groups of near-identical samples; {(duplicates['kept'] == 0).sum()} of {len(duplicates)} labelled samples are left out of training")
+    print(f"02_dedup: {(groups > 1).sum()} groups of near-identical samples; {(duplicates['kept'] == 0).sum()} of "
+          f"{len(duplicates)} labelled samples are left out of training")
     if flat.any():
         print(f"{flat.sum()} samples have a black or constant channel and match nothing:\n"
               f"{listing(samples['Id'][flat])}")

@@ -9,11 +9,14 @@ from common.artifacts import writing
 from common.hashing import HASHED
 from common.images import read_planes
 
-SHOWN = 12  # pairs of each kind
+SHOWN, COLUMNS = 12, 3  # pairs of each kind, pairs in a row
 
 
 def composite(planes: np.ndarray) -> np.ndarray:
-    """Return (4, h, w) uint8 planes in the atlas's colours as (h, w, 3) uint8: yellow adds to red and green, bright enough to see."""
+    """Return (4, h, w) uint8 planes in the atlas's colours, (h, w, 3) uint8, bright enough to see.
+
+    Yellow adds to red and green.
+    """
     red, green, blue, yellow = planes.astype(np.float32)
     picture = np.stack([red + yellow / 2, green + yellow / 2, blue], axis=-1)
     return np.clip(picture * (255 / max(1.0, np.percentile(picture, 99.5))), 0, 255).astype(np.uint8)
@@ -27,22 +30,26 @@ def save_contact_sheet(path: Path, folder: Path, sections: dict[str, pd.DataFram
     from matplotlib.figure import Figure
 
     sections = {title: pairs.head(SHOWN) for title, pairs in sections.items() if len(pairs)}
-    rows = sum(-(-len(pairs) // 3) for pairs in sections.values())
-    figure = Figure(figsize=(15, 2.9 * max(1, rows) + 0.6 * len(sections) + 0.4), layout="constrained")
+    heights = [-(-len(pairs) // COLUMNS) for pairs in sections.values()] or [1]
+    figure = Figure(figsize=(15, 3.1 * sum(heights) + 0.4), layout="constrained")
+    parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
     if not sections:
-        figure.text(0.5, 0.5, "no pairs within the distance or near it", ha="center")
-    heights = [-(-len(pairs) // 3) for pairs in sections.values()]
-    for part, (title, pairs) in zip(np.atleast_1d(figure.subfigures(max(1, len(sections)), 1, height_ratios=heights or [1])),
-                                    sections.items(), strict=False):
+        parts[0].suptitle("no pairs within the thresholds or near them")
+    for part, height, (title, pairs) in zip(parts, heights, sections.items(), strict=False):
         part.suptitle(title, fontsize=13)
-        for axes, pair in zip(part.subplots(-(-len(pairs) // 3), 3, squeeze=False).flat, pairs.itertuples(), strict=False):
-            both = [composite(read_planes(folder / f"{Id}.tif")) for Id in (pair.Id, pair.other_Id)]
-            gap = np.full((len(both[0]), 4, 3), 255, np.uint8)
-            axes.imshow(np.hstack([both[0], gap, both[1]]))
-            bits = ", ".join(f"{channel} {getattr(pair, channel)}" for channel in HASHED)
-            labels = f"labels {pair.Target or '?'} | {pair.other_Target or '?'}"
-            axes.set_title(f"{pair.Id[:24]} ({pair.part}) | {pair.other_Id[:24]} ({pair.other_part})\n{bits} bits; {labels}", fontsize=8)
-        for axes in part.axes:
+        cells = list(part.subplots(height, COLUMNS, squeeze=False).flat)
+        for axes in cells:
             axes.axis("off")
+        for axes, pair in zip(cells, pairs.itertuples(), strict=False):
+            draw_pair(axes, pair, folder)
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
+
+
+def draw_pair(axes, pair, folder: Path) -> None:
+    """Draw one pair with its Ids, distances and labels."""
+    left, right = (composite(read_planes(folder / f"{Id}.tif")) for Id in (pair.Id, pair.other_Id))
+    axes.imshow(np.hstack([left, np.full((len(left), 4, 3), 255, np.uint8), right]))
+    bits = ", ".join(f"{channel} {getattr(pair, channel)}" for channel in HASHED)
+    axes.set_title(f"{pair.Id[:24]} ({pair.part}) | {pair.other_Id[:24]} ({pair.other_part})\n"
+                   f"{bits} bits; labels {pair.Target or '?'} | {pair.other_Target or '?'}", fontsize=8)
