@@ -17,6 +17,7 @@ from common.artifacts import Stage, digest, read_table, write_csv
 from common.errors import listing
 from common.images import WHITE
 from common.labels import absent_classes, parse_targets
+from common.parallel import workers
 from common.preprocess import (HASH_SIZE, all_stored, bad_table, list_samples, refuse_bad, sample_table, source_state,
                                statistics_table, store_all)
 from common.recipes import fit_to_source, get_recipe
@@ -34,13 +35,14 @@ def parse_args():
     parser.add_argument("--white-level", type=cli.positive, default=WHITE, metavar="V",
                         help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)")
     parser.add_argument("--jobs", type=int, default=-1, metavar="N", help="worker processes (default: all cores)")
+    cli.add_cluster_flag(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     recipes = {name: get_recipe(name, args.settings) for name in args.recipes}
-    samples, bad = list_samples(args.data, args.limit)
+    samples, bad = list_samples(args.data.resolve(), args.limit)
     if bad and not args.keep_going:
         refuse_bad(bad, samples, args.work / "bad_files.csv")
     states = {sample: source_state(sample) for sample in samples}
@@ -61,7 +63,8 @@ def main():
                   {"samples and labels": digest(listed), "image files": digest(list(states.values()))})
     if stage.is_current() and all_stored(read_table(table, "")["Id"], args.work / "images"):
         return
-    stored = store_all(samples, states, bad, sizes_for, args.work, args.jobs, args.white_level, args.keep_going)
+    with workers(args.jobs, args.cluster) as n_jobs:
+        stored = store_all(samples, states, bad, sizes_for, args.work.resolve(), n_jobs, args.white_level, args.keep_going)
     stage.begin()
     tables = {size: args.work / "images" / f"{size}.csv" for size in stored.statistics}
     for size, path in tables.items():

@@ -21,7 +21,7 @@ from common.artifacts import Stage, read_table, write_csv
 from common.contact_sheet import SHOWN, save_contact_sheet
 from common.errors import listing
 from common.hashing import HASHED, doubtful_pairs, duplicate_tables, hash_file
-from common.parallel import run_parallel
+from common.parallel import run_parallel, workers
 from common.preprocess import HASH_SIZE
 
 BEYOND = 6  # bits outside the thresholds in which the contact sheet looks for doubtful pairs
@@ -36,6 +36,7 @@ def parse_args():
     parser.add_argument("--external-groups", default="antibody", choices=("antibody", "none"),
                         help="keep external fields of one antibody in one fold (default), or treat each by itself")
     parser.add_argument("--jobs", type=int, default=-1, metavar="N", help="worker processes (default: all cores)")
+    cli.add_cluster_flag(parser)
     return parser.parse_args()
 
 
@@ -58,9 +59,10 @@ def main():
         return
     stage.begin()
     hashes, flat = np.empty((len(samples), 3, 8), dtype=np.uint8), np.empty(len(samples), dtype=bool)
-    jobs = [(folder / f"{Id}.tif",) for Id in samples["Id"]]
-    for i, result in run_parallel(hash_file, jobs, args.jobs, "hashing"):
-        hashes[i], flat[i] = result
+    jobs = [(folder.resolve() / f"{Id}.tif",) for Id in samples["Id"]]
+    with workers(args.jobs, args.cluster) as n_jobs:
+        for i, result in run_parallel(hash_file, jobs, n_jobs, "hashing"):
+            hashes[i], flat[i] = result
     duplicates, pairs = duplicate_tables(samples, hashes, flat, args.threshold, args.floor,
                                          by_antibody=args.external_groups == "antibody")
     write_csv(pair_file, pairs)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import cli
 from common.artifacts import Stage, read_table
-from common.parallel import run_parallel
+from common.parallel import run_jobs
 from common.recipes import fit_to_source, get_recipe, to_dict
 
 
@@ -49,6 +49,7 @@ def parse_args():
                         help="images in memory at once; a batch is accumulated from several (default: the whole batch, "
                              "halved when a GPU runs out of memory)")
     cli.add_hardware_flags(parser)
+    cli.add_cluster_flag(parser)
     return parser.parse_args()
 
 
@@ -56,6 +57,8 @@ def main():
     args = parse_args()
     if args.list_recipes:
         return list_recipes(args.json)
+    if args.cluster:
+        args.work = args.work.resolve()  # the workers' folder is another one
     recipes = {name: get_recipe(name, args.settings) for name in args.recipe}
     samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
     folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
@@ -82,13 +85,8 @@ def main():
             prepare(stage, args.force)
         team.agree("prepared")
     do = find_lr if args.find_lr else train_job
-    jobs = [(*job, args.work, args.seed, flags) for job in jobs]
-    if args.jobs == 1 or team.size > 1:
-        for job in jobs:
-            do(*job)
-        team.leave()
-    else:
-        list(run_parallel(do, jobs, args.jobs, "training", unit="folds"))
+    run_jobs(do, [(*job, args.work, args.seed, flags) for job in jobs], args.jobs, args.cluster, "training")
+    team.leave()
 
 
 def list_recipes(as_json):

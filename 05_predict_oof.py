@@ -12,8 +12,9 @@ example python 05_predict_oof.py --work work --recipes resnet50 --folds 0,1,2,3,
 import numpy as np
 
 from common import cli
-from common.artifacts import Stage, digest, load_predictions, read_table, save_predictions
+from common.artifacts import Stage, load_predictions, prediction_file, read_table, save_predictions
 from common.ensemble import mean_predictions
+from common.parallel import run_jobs
 
 
 def parse_args():
@@ -29,12 +30,16 @@ def parse_args():
                         help="network of the best validation epoch (default) or of the last epoch")
     parser.add_argument("--no-test", action="store_true", help="predict the validation samples only")
     parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at once (default: 32)")
+    parser.add_argument("--jobs", type=cli.positive, default=1, metavar="N", help="folds to predict at once (default: 1)")
     cli.add_hardware_flags(parser)
+    cli.add_cluster_flag(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    if args.cluster:
+        args.work = args.work.resolve()  # the workers' folder is another one
     folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
     samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
 
@@ -44,37 +49,18 @@ def main():
              "test": samples[(samples["part"] == "test") & (not args.no_test)]}
     means = {part: rows for part, rows in means.items() if len(rows)}
     numbers = args.folds if args.folds is not None else fold_numbers(folds)
+    settings = {"tta": args.tta, "view": args.view, "checkpoint": args.checkpoint}
+    flags = (args.device, args.precision, args.workers)
+    jobs = [(args.work, recipe, fold, folds, {"oof": folds[folds["fold"] == fold], **means}, settings, args.batch_size, flags)
+            for recipe in args.recipes for fold in numbers]
+
+    from common.jobs import predict_job
+
+    run_jobs(predict_job, jobs, args.jobs, args.cluster, "predicting")
     for recipe in args.recipes:
-        for fold in numbers:
-            predict_fold(args, recipe, fold, folds, {"oof": folds[folds["fold"] == fold], **means})
         combine(args, recipe, numbers, "oof", join_folds)
         for part in means:
             combine(args, recipe, numbers, part, mean_predictions)
-
-
-def predict_fold(args, recipe_name, fold, folds, parts):
-    """Write a fold's probabilities for its validation rows and for test, where they are not up to date."""
-    from common.checkpoints import finished_checkpoint, load_network
-    from common.fold_data import image_set, stored_images
-    from common.inference import choose_hardware, mean_probabilities, predict_logits, views
-
-    path, recipe = finished_checkpoint(args.work, recipe_name, fold, folds, args.checkpoint)
-    network = None
-    for part, rows in parts.items():
-        images = digest(stored_images(args.work, recipe.size, rows["Id"]))
-        stage = Stage("05_predict_oof", prediction_file(args.work, recipe_name, part, fold),
-                      {"tta": args.tta, "view": args.view, "checkpoint": args.checkpoint}, {"network": path, "images": images})
-        if stage.is_current():
-            continue
-        stage.begin()
-        hardware = choose_hardware(args.device, args.precision, args.workers)
-        network = network or load_network(path, recipe, hardware)
-        logits = predict_logits(*network, image_set(args.work, recipe, rows), hardware,
-                                views(args.tta, recipe.crop if args.view == "crops" else None),
-                                args.batch_size, f"{recipe_name} fold {fold} {part}")
-        save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
-        stage.finish(rows=len(rows))
-        print(f"05_predict_oof: {recipe_name} fold {fold}: {len(rows)} {part} samples x {len(logits)} views", flush=True)
 
 
 def combine(args, recipe_name, numbers, part, how):
@@ -93,10 +79,6 @@ def combine(args, recipe_name, numbers, part, how):
 def join_folds(members, _):
     """Put the folds' rows below each other; each sample is in one fold only."""
     return tuple(np.concatenate(arrays) for arrays in zip(*members, strict=True))
-
-
-def prediction_file(work, recipe_name, part, fold=None):
-    return work / "predictions" / recipe_name / (f"{part}.npz" if fold is None else f"fold{fold}_{part}.npz")
 
 
 if __name__ == "__main__":

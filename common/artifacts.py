@@ -77,6 +77,11 @@ def check_probabilities(ids, probs, name) -> None:
         raise UserError(f"{name}: these Ids appear more than once:\n{listing(values[counts > 1])}")
 
 
+def prediction_file(work: Path, recipe_name: str, part: str, fold: int | None = None) -> Path:
+    """Return where stage 05 writes the probabilities of a part (oof, test, held_out): one fold's, or all together."""
+    return work / "predictions" / recipe_name / (f"{part}.npz" if fold is None else f"fold{fold}_{part}.npz")
+
+
 def save_predictions(path: Path, ids, probs) -> None:
     """Write `ids (n,)`, `probs (n, 28) float32` in [0, 1] and `classes (28,)` as one .npz."""
     ids, probs = np.asarray(ids, dtype=str), np.asarray(probs, dtype=np.float32)

@@ -46,6 +46,13 @@ def add_hardware_flags(parser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: 0 on the CPU, up to 8 on a GPU)")
 
 
+def add_cluster_flag(parser) -> None:
+    """Add --cluster to a stage that does many independent jobs."""
+    parser.add_argument("--cluster", metavar="ADDRESS",
+                        help="do the jobs on the workers of a dask scheduler, such as tcp://host:8786, that see the same "
+                             "files (default: on this machine)")
+
+
 def names(text: str) -> list[str]:
     """Parse 'a,b' into a list of distinct names."""
     values = [part.strip() for part in text.split(",") if part.strip()]

@@ -1,16 +1,16 @@
-"""The jobs of stage 04: which folds are to be trained, from what, and each of them from start to seal."""
+"""The jobs of stages 04 and 05, a recipe and fold each: which ones there are to do, and each from start to seal."""
 
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
-from common.artifacts import Stage, read_table
-from common.checkpoints import load_checkpoint, made_from
+from common.artifacts import Stage, digest, prediction_file, read_table, save_predictions
+from common.checkpoints import finished_checkpoint, load_checkpoint, load_network, made_from
 from common.distributed import Team
 from common.finder import save_lr_curve
-from common.fold_data import FoldData, load_fold, training_inputs
-from common.inference import Hardware, Normalisation, choose_hardware
+from common.fold_data import FoldData, image_set, load_fold, stored_images, training_inputs
+from common.inference import (Hardware, Normalisation, choose_hardware, mean_probabilities, predict_logits, views)
 from common.recipes import Recipe, to_dict
 from common.start import Start, start_from
 from common.training import Run, lr_range_test, new_run, train_fold
@@ -100,3 +100,25 @@ def find_lr(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, w
     data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe, seed,
                      start.normalisation)
     found_rates(stage.artifact.parent, data, recipe, choose_hardware(*hardware_flags), fold, seed, start.read(), label)
+
+
+def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame], settings: dict,
+                batch_size: int, hardware_flags: tuple) -> None:
+    """Write a fold's probabilities for each part of the samples, where they are not up to date: one job of stage 05."""
+    path, recipe = finished_checkpoint(work, recipe_name, fold, folds, settings["checkpoint"])
+    network = None
+    for part, rows in parts.items():
+        images = digest(stored_images(work, recipe.size, rows["Id"]))
+        stage = Stage("05_predict_oof", prediction_file(work, recipe_name, part, fold), settings,
+                      {"network": path, "images": images})
+        if stage.is_current():
+            continue
+        stage.begin()
+        hardware = choose_hardware(*hardware_flags)
+        network = network or load_network(path, recipe, hardware)
+        logits = predict_logits(*network, image_set(work, recipe, rows), hardware,
+                                views(settings["tta"], recipe.crop if settings["view"] == "crops" else None),
+                                batch_size, f"{recipe_name} fold {fold} {part}")
+        save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
+        stage.finish(rows=len(rows))
+        print(f"05_predict_oof: {recipe_name} fold {fold}: {len(rows)} {part} samples x {len(logits)} views", flush=True)
