@@ -3,8 +3,8 @@
 reads   DATA/train.csv, DATA/sample_submission.csv, DATA/external/external.csv (optional)
         DATA/train_full_size, DATA/test_full_size (TIFF), else DATA/train, DATA/test (PNG); DATA/external
 writes  WORK/samples.csv         Id, part, Target, side of the source image in pixels
-        WORK/images/<size>/      <Id>.tif with the planes red, green, blue, yellow
-        WORK/images/<size>.csv   per channel: mean, standard deviation, shares of black and saturated pixels; checksum
+        WORK/images/<size>/      <Id>.tif with the planes red, green, blue, yellow; by-source-1/ for --set size_rule=by-source
+        WORK/images/<size>.csv   side; per channel: mean, standard deviation, shares of black and saturated pixels; checksum
         WORK/left_out.csv        Id, part, Target, place, reason of samples that --keep-going leaves out
 
 example python 01_preprocess.py --data data --work work --recipes resnet50
@@ -46,15 +46,15 @@ def main():
     if bad and not args.keep_going:
         refuse_bad(bad, samples, args.work / "bad_files.csv")
     states = {sample: source_state(sample) for sample in samples}
-    wanted = sorted({HASH_SIZE, *(recipe.size for recipe in recipes.values())})
+    wanted = sorted({str(HASH_SIZE), *(recipe.store for recipe in recipes.values())})
 
-    def sizes_for(side):
+    def stores_for(side):
+        fitted = {name: fit_to_source(recipe, side) for name, recipe in recipes.items()}
         for name, recipe in recipes.items():
-            fitted = fit_to_source(recipe, side)
-            if fitted != recipe:
-                print(f"the smallest source image has {side} px: {name} uses {fitted.size} px with crops of "
-                      f"{fitted.crop} in place of {recipe.size} and {recipe.crop}; nothing is enlarged")
-        return sorted({min(size, side) for size in wanted})
+            if fitted[name] != recipe:
+                print(f"the smallest source image has {side} px: {name} uses {fitted[name].size} px with crops of "
+                      f"{fitted[name].crop} in place of {recipe.size} and {recipe.crop}; nothing is enlarged")
+        return sorted({str(min(HASH_SIZE, side)), *(recipe.store for recipe in fitted.values())}, key=lambda s: (len(s), s))
 
     table, left_out = args.work / "samples.csv", args.work / "left_out.csv"
     listed = pd.DataFrame([(s.Id, s.part, s.Target) for s in samples])
@@ -64,11 +64,11 @@ def main():
     if stage.is_current() and all_stored(read_table(table, "")["Id"], args.work / "images"):
         return
     with workers(args.jobs, args.cluster) as n_jobs:
-        stored = store_all(samples, states, bad, sizes_for, args.work.resolve(), n_jobs, args.white_level, args.keep_going)
+        stored = store_all(samples, states, bad, stores_for, args.work.resolve(), n_jobs, args.white_level, args.keep_going)
     stage.begin()
-    tables = {size: args.work / "images" / f"{size}.csv" for size in stored.statistics}
-    for size, path in tables.items():
-        write_csv(path, statistics_table(stored.samples, stored.statistics[size]))
+    tables = {store: args.work / "images" / f"{store}.csv" for store in stored.statistics}
+    for store, path in tables.items():
+        write_csv(path, statistics_table(stored.samples, stored.statistics[store]))
     write_csv(left_out, bad_table(stored.bad, samples))
     write_csv(table, sample_table(stored.samples, stored.sides))
     stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()])
@@ -79,7 +79,7 @@ def report(stored, args, left_out):
     """Print what there is now, and what is to be wondered at."""
     counts = pd.Series([sample.part for sample in stored.samples]).value_counts()
     parts = ", ".join(f"{counts[part]} {part}" for part in ("train", "test", "external") if part in counts)
-    print(f"01_preprocess: {parts} samples at {', '.join(map(str, stored.statistics))} px in {args.work / 'images'}")
+    print(f"01_preprocess: {parts} samples at {', '.join(stored.statistics)} px in {args.work / 'images'}")
     if stored.bad:
         print(f"warning: {len(stored.bad)} samples are left out here and in all stages (all of them in {left_out}):\n"
               f"{listing(stored.bad.values())}")

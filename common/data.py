@@ -39,6 +39,7 @@ class ImageSet(Dataset):
     """Images of `ids` under `folder` with their targets; one item is a (4, h, w) uint8 array and its targets.
 
     crop : side of random training crops in pixels; None for whole images
+    sides : side of each stored image in pixels, where they may differ: one batch of whole images has one size
     A training item is asked for by (row, epoch, position), a whole image by its row.
     """
     folder: Path
@@ -46,6 +47,7 @@ class ImageSet(Dataset):
     targets: np.ndarray
     crop: int | None = None
     seed: int = 0
+    sides: np.ndarray | None = None
 
     def __len__(self):
         return len(self.ids)
@@ -60,6 +62,13 @@ class ImageSet(Dataset):
         if self.crop is not None:
             image = random_crop(image, self.crop, np.random.default_rng([self.seed, *place]))
         return image, self.targets[row]
+
+
+def whole_batches(dataset: ImageSet, batch_size: int) -> list[np.ndarray]:
+    """Return the rows of each batch of whole images: all rows, in order, those of one size together."""
+    sides = np.zeros(len(dataset)) if dataset.sides is None else dataset.sides
+    rows = [np.flatnonzero(sides == side) for side in np.unique(sides)]
+    return [part for same in rows for part in np.split(same, range(batch_size, len(same), batch_size))]
 
 
 class EpochBatches:
@@ -98,7 +107,6 @@ def collate(items):
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(targets).astype(np.float32))
 
 
-def loader(dataset: ImageSet, workers: int, pin: bool, batches=None, batch_size: int = 1) -> DataLoader:
-    """Return a loader of the given batches, or of all items in order."""
-    how = {"batch_sampler": batches} if batches is not None else {"batch_size": batch_size}
-    return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, **how)
+def loader(dataset: ImageSet, workers: int, pin: bool, batches) -> DataLoader:
+    """Return a loader of the given batches: lists of the dataset's keys."""
+    return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches)

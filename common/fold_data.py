@@ -25,13 +25,13 @@ class FoldData:
     normalisation: Normalisation
 
 
-def stored_images(work: Path, size: int, ids) -> pd.DataFrame:
-    """Return stage 01's statistics of the given Ids at one size, in their order."""
+def stored_images(work: Path, store: str, ids) -> pd.DataFrame:
+    """Return stage 01's statistics of the given Ids in one folder of stored images, in their order."""
     rerun = f"python 01_preprocess.py --work {work} --recipes RECIPE"
-    table = read_table(work / "images" / f"{size}.csv", rerun).set_index("Id")
+    table = read_table(work / "images" / f"{store}.csv", rerun).set_index("Id")
     missing = [Id for Id in ids if Id not in table.index]
     if missing:
-        raise UserError(f"{work / 'images' / str(size)} lacks {len(missing)} samples, such as {missing[0]}; run: {rerun}")
+        raise UserError(f"{work / 'images' / store} lacks {len(missing)} samples, such as {missing[0]}; run: {rerun}")
     return table.loc[list(ids)].reset_index()
 
 
@@ -61,9 +61,9 @@ def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe, seed: 
     rows = np.repeat(np.flatnonzero(train), folds["copies"].to_numpy()[train])
     if len(rows) < 2:
         raise UserError(f"fold {fold} leaves {len(rows)} samples to train on; give more data or fewer folds")
-    ids, folder = folds["Id"].to_numpy(), work / "images" / str(recipe.size)
+    ids, folder = folds["Id"].to_numpy(), work / "images" / recipe.store
     if normalisation is None:
-        normalisation = measured_normalisation(stored_images(work, recipe.size, ids[train]))
+        normalisation = measured_normalisation(stored_images(work, recipe.store, ids[train]))
     return FoldData(ImageSet(folder, ids[rows], targets[rows], recipe.crop, seed),
                     image_set(work, recipe, folds[valid]), class_counts(folds, fold), normalisation)
 
@@ -79,9 +79,10 @@ def measured_normalisation(statistics: pd.DataFrame) -> Normalisation:
 def training_inputs(work: Path, folds: pd.DataFrame, recipe: Recipe) -> dict:
     """Return the fingerprints of all that a training reads, but pretrained weights."""
     return {"folds.csv": work / "folds.csv",
-            "images": digest(stored_images(work, recipe.size, folds["Id"]))}
+            "images": digest(stored_images(work, recipe.store, folds["Id"]))}
 
 
 def image_set(work: Path, recipe: Recipe, rows: pd.DataFrame) -> ImageSet:
     """Return the whole stored images of a table with Id and Target."""
-    return ImageSet(work / "images" / str(recipe.size), rows["Id"].to_numpy(), parse_targets(rows["Target"]))
+    sides = stored_images(work, recipe.store, rows["Id"])["side"].to_numpy()
+    return ImageSet(work / "images" / recipe.store, rows["Id"].to_numpy(), parse_targets(rows["Target"]), sides=sides)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from common.classes import N_CLASSES
-from common.data import ImageSet, dihedral, loader
+from common.data import ImageSet, dihedral, loader, whole_batches
 from common.distributed import Team, join_team, local_rank
 from common.errors import UserError
 from common.progress import progress
@@ -94,14 +94,13 @@ def predict_logits(model, normalise: Normalisation, dataset: ImageSet, hardware:
     Images are decoded once for all views. label : shown with a progress bar
     """
     model.eval()
-    batches = loader(dataset, hardware.workers, hardware.is_gpu, batch_size=batch_size)
-    if label:
-        batches = progress(batches, -(-len(dataset) // batch_size), label, unit="batches")
-    result = []
-    for images, _ in batches:
+    parts = whole_batches(dataset, batch_size)
+    batches = loader(dataset, hardware.workers, hardware.is_gpu, parts)
+    result = torch.empty(len(looks), len(dataset), N_CLASSES)
+    for rows, (images, _) in zip(parts, progress(batches, len(parts), label or "", unit="batches", quiet=not label), strict=True):
         images = normalise(images, hardware.device)
-        result.append(torch.stack([logits_in_parts(model, look(images), hardware) for look in looks]).cpu())
-    return torch.cat(result, dim=1) if result else torch.zeros(len(looks), 0, N_CLASSES)
+        result[:, rows] = torch.stack([logits_in_parts(model, look(images), hardware) for look in looks]).cpu()
+    return result
 
 
 def logits_in_parts(model, images: torch.Tensor, hardware: Hardware) -> torch.Tensor:

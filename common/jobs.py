@@ -108,7 +108,7 @@ def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, pa
     path, recipe = finished_checkpoint(work, recipe_name, fold, folds, settings["checkpoint"])
     network = None
     for part, rows in parts.items():
-        images = digest(stored_images(work, recipe.size, rows["Id"]))
+        images = digest(stored_images(work, recipe.store, rows["Id"]))
         stage = Stage("05_predict_oof", prediction_file(work, recipe_name, part, fold), settings,
                       {"network": path, "images": images})
         if stage.is_current():

@@ -25,7 +25,7 @@ def describe(recipe: Recipe) -> dict:
     return {"encoder": recipe.encoder, "pooling": f"{recipe.pooling} -> {pooled}",
             "buffers (dropout)": ", ".join(f"{width} ({dropout:g})" for width, dropout in
                                            zip(recipe.buffers, recipe.dropouts, strict=True)) or "-",
-            "crop of image": f"{recipe.crop} of {recipe.size}", "batch": recipe.batch_size,
+            "crop of image": f"{recipe.crop} of {recipe.size if recipe.size_rule == 'fixed' else recipe.store}", "batch": recipe.batch_size,
             "learning rates": ", ".join(f"{rate:.2g}" for rate in recipe.group_learning_rates),
             "at most": {"cycles": f"{recipe.max_cycles} cycles of {recipe.cycle_epochs} epochs",
                         "plateau": f"{epochs} epochs, halving", "constant": f"{epochs} epochs"}[recipe.schedule],

@@ -15,6 +15,7 @@ from common.artifacts import digest, write_csv
 from common.errors import UserError, listing
 from common.labels import read_csv, read_labels
 from common.parallel import run_parallel
+from common.recipes import stored_size
 
 HASH_SIZE = 128  # pixels; every sample is stored at this size too, for stage 02
 COMPRESSED = 0.35  # of the raw bytes that a stored image takes, about: 0.3 to 0.8 MB of 2.36 MB at 768 px
@@ -103,28 +104,28 @@ def read_journal(path: Path) -> dict[str, dict]:
     return records
 
 
-def done_sizes(record: dict | None, state: str, stored: dict[int, set]) -> dict[int, dict]:
-    """Return size -> statistics for what is stored already and still belongs to the same source files."""
+def done_stores(record: dict | None, state: str, stored: dict[str, set]) -> dict[str, dict]:
+    """Return store -> statistics for what is stored already and still belongs to the same source files."""
     if record is None or record["source"] != state:
         return {}
-    return {int(size): values for size, values in record["sizes"].items()
-            if record["Id"] in stored.get(int(size), ())}
+    return {store: values for store, values in record["stores"].items() if record["Id"] in stored.get(store, ())}
 
 
 # --- checking and making -----------------------------------------------------------------------------------
 
-def store_sample(sample: Sample, sizes: list[int], folder: Path, white: int) -> tuple[dict[int, dict], int | None]:
-    """Read a sample once and write it at each size. Raises BadImage.
+def store_sample(sample: Sample, stores: list[str], folder: Path, white: int) -> tuple[dict[str, dict], int | None]:
+    """Read a sample once and write it to each store (see `recipes.stored_size`). Raises BadImage.
 
-    Returns size -> statistics, and the largest value of a 16-bit source (None for 8 bit).
+    Returns store -> statistics, and the largest value of a 16-bit source (None for 8 bit).
     """
     cv2.setNumThreads(1)
     channels = images.read_sample(sample.files, sample.rgb_coded)
     made = {}
-    for size in sizes:
+    for store in stores:
+        size = stored_size(store, len(channels[0]))
         planes = np.stack([images.resize(channel, size, white) for channel in channels])
-        images.write_planes(folder / str(size) / f"{sample.Id}.tif", planes)
-        made[size] = images.statistics(planes)
+        images.write_planes(folder / store / f"{sample.Id}.tif", planes)
+        made[store] = {"side": size, **images.statistics(planes)}
     deep = [int(channel.max()) for channel in channels if channel.dtype == np.uint16]
     return made, max(deep, default=None)
 
@@ -155,33 +156,33 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path) -> N
                     "mend or remove them and run this again, or leave them out with --keep-going")
 
 
-def check_space(n_images: dict[int, int], work: Path) -> None:
-    """Refuse to begin what the disk cannot hold; n_images : size in pixels -> images to store."""
-    needed = sum(COMPRESSED * n * len(images.CHANNELS) * size ** 2 for size, n in n_images.items())
+def check_space(sides: list[int], work: Path) -> None:
+    """Refuse to begin what the disk cannot hold; sides : of all images to store, in pixels."""
+    needed = COMPRESSED * len(images.CHANNELS) * sum(side ** 2 for side in sides)
     free = shutil.disk_usage(work).free
     if needed > free:
-        raise UserError(f"about {needed / 1e9:.1f} GB are needed in {work} for {', '.join(map(str, n_images))} px, "
-                        f"{free / 1e9:.1f} GB are free; make room, or give another --work")
+        raise UserError(f"about {needed / 1e9:.1f} GB are needed in {work} for {len(sides)} images, {free / 1e9:.1f} GB "
+                        "are free; make room, or give another --work")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What stage 01 made, all in the order of `samples`: sides of the sources in pixels, size -> statistics of each
+    """What stage 01 made, all in the order of `samples`: sides of the sources in pixels, store -> statistics of each
     image, the largest values of 16-bit sources; and the samples that cannot be used, with the reason."""
     samples: list[Sample]
     sides: list[int]
-    statistics: dict[int, list[dict]]
+    statistics: dict[str, list[dict]]
     peaks: list[int]
     bad: dict[Sample, str]
 
 
-def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample, str], sizes_for, work: Path,
+def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample, str], stores_for, work: Path,
               n_jobs: int, white: int = images.WHITE, keep_going: bool = False) -> Stored:
     """Check and store all samples, going on where an earlier run stopped.
 
     states : what the files of each sample were, as `source_state` says
     bad : samples known to be of no use; keep_going : leave these and what else is found out, rather than refuse
-    sizes_for : function of the smallest source side in pixels -> list of sizes to store
+    stores_for : function of the smallest source side in pixels -> list of stores to fill
     """
     folder = work / "images"
     journal = folder / "journal.jsonl"
@@ -197,14 +198,15 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     if bad and not keep_going or not known:
         refuse_bad(bad, samples, work / "bad_files.csv")
 
-    sizes = sizes_for(min(known[s] for s in samples if s in known))
-    stored = {size: stored_ids(folder / str(size)) for size in sizes}
-    done = {s: done_sizes(records.get(s.Id), states[s], stored) for s in samples if s in known}
+    stores = stores_for(min(known[s] for s in samples if s in known))
+    stored = {store: stored_ids(folder / store) for store in stores}
+    done = {s: done_stores(records.get(s.Id), states[s], stored) for s in samples if s in known}
     peaks = {s: records[s.Id].get("peak") for s in done if done[s]}
-    todo = [s for s in done if any(size not in done[s] for size in sizes)]
+    lacking = {s: [store for store in stores if store not in done[s]] for s in done}
+    todo = [s for s in done if lacking[s]]
     folder.mkdir(parents=True, exist_ok=True)
-    check_space({size: sum(size not in done[s] for s in todo) for size in sizes}, work)
-    jobs = [(store_sample, s, [size for size in sizes if size not in done[s]], folder, white) for s in todo]
+    check_space([stored_size(store, known[s]) for s in todo for store in lacking[s]], work)
+    jobs = [(store_sample, s, lacking[s], folder, white) for s in todo]
     with open(journal, "a", encoding="utf-8") as file:
         for k, result in run_parallel(attempt, jobs, n_jobs, "resizing"):
             sample = todo[k]
@@ -214,7 +216,7 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
             made, peaks[sample] = result
             done[sample].update(made)
             record = {"Id": sample.Id, "source": states[sample], "side": known[sample], "white": white,
-                      "peak": peaks[sample], "sizes": done[sample]}
+                      "peak": peaks[sample], "stores": done[sample]}
             file.write(json.dumps(record) + "\n")
             file.flush()
     if bad and not keep_going:
@@ -222,7 +224,7 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     used = [s for s in samples if s not in bad]
     if not used:
         refuse_bad(bad, samples, work / "bad_files.csv")
-    return Stored(used, [known[s] for s in used], {size: [done[s][size] for s in used] for size in sizes},
+    return Stored(used, [known[s] for s in used], {store: [done[s][store] for s in used] for store in stores},
                   [peaks[s] for s in used if peaks[s] is not None], bad)
 
 
@@ -242,5 +244,5 @@ def sample_table(samples: list[Sample], sides: list[int]) -> pd.DataFrame:
 
 
 def statistics_table(samples: list[Sample], rows: list[dict]) -> pd.DataFrame:
-    """Table of one size's stored images: Id, statistics per channel (0-1), crc of the pixels."""
+    """Table of one store's images: Id, side in pixels, statistics per channel (0-1), crc of the pixels."""
     return pd.DataFrame([{"Id": s.Id, **row} for s, row in zip(samples, rows, strict=True)]).round(6)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from common.errors import UserError, nearest
 
 CHOICES = {
+    "size_rule": ("fixed", "by-source"),
     "encoder": ("resnet50", "resnet101", "inceptionv4", "se_resnext50_32x4d", "senet154", "densenet50", "densenet121",
                 "gapnet_pl", "gapnet_pl_plus", "resnet18", "resnet10_narrow"),
     "pooling": ("acp", "average", "own"),
@@ -25,11 +26,16 @@ CHOICES = {
 }
 
 
+BY_SOURCE = "by-source"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How one network is built and trained; checked when made. Sizes in pixels, lengths in epochs."""
 
     # Images: random crops of `crop_size` from `image_size`, both divided by `size_divisor`.
+    # By source: 768 from sources up to 2048 pixels, 1024 from larger ones, whatever `image_size` says.
+    size_rule: str = "fixed"
     image_size: int = 768
     crop_size: int = 512
     size_divisor: int = 1
@@ -111,6 +117,11 @@ class Recipe:
         return self.image_size // self.size_divisor
 
     @property
+    def store(self) -> str:
+        """Name of the folder of stored images; see `stored_size`."""
+        return str(self.size) if self.size_rule == "fixed" else f"{BY_SOURCE}-{self.size_divisor}"
+
+    @property
     def crop(self) -> int:
         """Side of the training crops in pixels."""
         return self.crop_size // self.size_divisor
@@ -122,6 +133,13 @@ class Recipe:
             return self.learning_rates
         divisors = {1: (1,), 2: (3, 1), 3: (4, 2, 1)}[self.layer_groups]
         return tuple(self.learning_rate / divisor for divisor in divisors)
+
+
+def stored_size(store: str, side: int) -> int:
+    """Return the side in pixels at which a source of `side` pixels lies in a folder of stored images."""
+    if not store.startswith(BY_SOURCE):
+        return int(store)
+    return (768 if side <= 2048 else 1024) // int(store.rsplit("-", 1)[1])
 
 
 PAPER = Recipe()
@@ -263,6 +281,7 @@ def fit_to_source(recipe: Recipe, side: int) -> Recipe:
     A 512 px source is used at 512 with crops of 384: the source's own size, and three quarters of it rounded
     to a multiple of 32.
     """
-    if recipe.size <= side:
+    if (stored_size(recipe.store, side) if recipe.size_rule == BY_SOURCE else recipe.size) <= side:
         return recipe
-    return replace(recipe, image_size=side, crop_size=min(side, max(32, side * 3 // 4 // 32 * 32)), size_divisor=1)
+    return replace(recipe, size_rule="fixed", image_size=side, crop_size=min(side, max(32, side * 3 // 4 // 32 * 32)),
+                   size_divisor=1)

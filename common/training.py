@@ -262,7 +262,8 @@ def evaluate(run: Run, data: FoldData) -> tuple[float, float]:
     team, valid = run.hardware.team, data.valid
     team.share_buffers(run.model)
     part = team.part(len(valid))
-    mine = replace(valid, ids=valid.ids[part], targets=valid.targets[part])
+    mine = replace(valid, ids=valid.ids[part], targets=valid.targets[part],
+                   sides=None if valid.sides is None else valid.sides[part])
     logits = team.gather_rows(predict_logits(run.model, run.normalise, mine, run.hardware, views("none"))[0])
     loss = sample_losses(logits, torch.from_numpy(valid.targets), run.class_weights.cpu(), run.recipe)
     return loss.double().mean().item(), macro_f1(valid.targets, (logits > 0).numpy())

@@ -83,6 +83,24 @@ def test_the_whole_row(stages, fails, small_data, tmp_path):
     assert (work / "runs" / RECIPE / "fold1" / "best.pt").read_bytes() == before
 
 
+def test_sizes_by_source_go_through_all_stages(run_script, small_data, tmp_path):
+    for channel in ("red", "green", "blue", "yellow"):
+        for part, Id in (("train", "train-1"), ("test", "test-2")):
+            path = small_data / f"{part}_full_size" / f"{Id}_{channel}.tif"
+            tifffile.imwrite(path, np.kron(tifffile.imread(path), np.ones((13, 13), np.uint8)))  # 2080 px
+    work, by_source = tmp_path / "work", (*TINY, "size_rule=by-source")
+    places = ("--data", small_data, "--work", work)
+    run_script("01_preprocess.py", *places, "--recipes", RECIPE, "--set", "size_rule=by-source")
+    table = pd.read_csv(work / "images" / "by-source-8.csv").set_index("Id")
+    assert table["side"].value_counts().to_dict() == {96: 13, 128: 2} and table.loc["train-1", "side"] == 128
+    run_script("02_dedup.py", *places)
+    run_script("03_make_folds.py", *places, "--n-folds", "2")
+    run_script("04_train.py", *places, "--recipe", RECIPE, *by_source)
+    run_script("05_predict_oof.py", *places, "--recipes", RECIPE)
+    ids, probs = load_predictions(work / "predictions" / RECIPE / "test.npz", "")
+    assert list(ids) == ["test-2", "test-0", "test-1"] and len(np.unique(probs, axis=0)) == 3
+
+
 def test_a_held_out_part_is_predicted_by_all_folds_and_scored(stages, run_script, small_data, tmp_path):
     work = tmp_path / "work"
     stages(small_data, [1, 2])

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from common import cli
-from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop
+from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop, whole_batches
 from common.errors import UserError
 from common.images import write_planes
 
@@ -73,7 +73,7 @@ def test_batches_are_bytes_until_they_are_on_the_device(stored):
 def test_a_missing_image_is_one_message_also_from_a_worker_process(tmp_path, capsys):
     missing = ImageSet(tmp_path, np.array(["x", "y"]), np.zeros((2, 28)))
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: list(loader(missing, 1, False, batch_size=1)))
+        cli.run(lambda: list(loader(missing, 1, False, [[0]])))
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.startswith(f"error: {tmp_path}") and "Traceback" not in message
 
@@ -81,3 +81,12 @@ def test_a_missing_image_is_one_message_also_from_a_worker_process(tmp_path, cap
 def test_a_missing_image_names_the_stage_that_makes_it(tmp_path):
     with pytest.raises(UserError, match="x.tif cannot be read .*; run: python 01_preprocess.py"):
         ImageSet(tmp_path, np.array(["x"]), np.zeros((1, 28)))[0]
+
+
+def test_whole_images_of_one_size_are_a_batch(tmp_path):
+    names = np.array(list("abcdefg"))
+    mixed = ImageSet(tmp_path, names, np.zeros((7, 28), dtype=bool), sides=np.array([96, 128, 96, 96, 128, 96, 96]))
+    assert [rows.tolist() for rows in whole_batches(mixed, 3)] == [[0, 2, 3], [5, 6], [1, 4]]
+    alike = ImageSet(tmp_path, names, np.zeros((7, 28), dtype=bool))
+    assert [rows.tolist() for rows in whole_batches(alike, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert whole_batches(ImageSet(tmp_path, names[:0], np.zeros((0, 28), dtype=bool)), 3) == []

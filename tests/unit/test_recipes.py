@@ -2,7 +2,7 @@ import pytest
 
 from common.errors import UserError
 from common.recipes import (ABLATION, RECIPES, Recipe, ablation_runs, fit_to_source, from_dict, get_recipe, run_name,
-                            to_dict)
+                            stored_size, to_dict)
 
 
 def test_resnet50_has_the_papers_numbers():
@@ -95,6 +95,16 @@ def test_a_small_source_is_used_at_its_own_size():
     assert (fitted.size, fitted.crop) == (512, 384)
     assert fit_to_source(get_recipe("resnet50"), 2048) == get_recipe("resnet50")
     assert fit_to_source(get_recipe("resnet50-quick"), 512).size == 96
+
+
+def test_sizes_by_source_follow_the_papers_two():
+    recipe = get_recipe("resnet50", ["size_rule=by-source"])
+    assert recipe.store == "by-source-1" and recipe.crop == 512
+    assert [stored_size(recipe.store, side) for side in (1728, 2048, 3072)] == [768, 768, 1024]
+    quick = get_recipe("resnet50-quick", ["size_rule=by-source"])
+    assert [stored_size(quick.store, side) for side in (2048, 3072)] == [96, 128]
+    assert get_recipe("resnet50").store == "768" and stored_size("768", 3072) == 768
+    assert fit_to_source(recipe, 2048) == recipe and fit_to_source(recipe, 512).store == "512"
 
 
 @pytest.mark.parametrize(("name", "settings", "message"), [

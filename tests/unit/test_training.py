@@ -354,6 +354,21 @@ def test_predictions_hardly_depend_on_the_batch_size_and_views_are_averaged(tmp_
     np.testing.assert_allclose(mean_probabilities(one), (1 / (1 + np.exp(-one.numpy()))).mean(axis=0), rtol=1e-5)
 
 
+def test_images_of_several_sizes_are_predicted_in_their_places(tmp_path):
+    sides = np.array([64, 96, 64, 96, 96])
+    rng = np.random.default_rng(0)
+    ids = np.array([f"s{i}" for i in range(5)])
+    for Id, side in zip(ids, sides, strict=True):
+        write_planes(tmp_path / f"{Id}.tif", rng.integers(0, 256, (4, side, side), dtype=np.uint8))
+    torch.manual_seed(0)
+    model, normalise = build_model(SMALL, 28), Normalisation((0.5,) * 4, (0.3,) * 4)
+    targets = np.zeros((5, 28), dtype=bool)
+    together = predict_logits(model, normalise, ImageSet(tmp_path, ids, targets, sides=sides), CPU, views("dihedral"), 2)
+    for i in range(5):
+        alone = predict_logits(model, normalise, ImageSet(tmp_path, ids[i:i + 1], targets[:1]), CPU, views("dihedral"))
+        torch.testing.assert_close(together[:, i:i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_crops_are_five_windows():
     images = torch.arange(64.0).reshape(1, 1, 8, 8)
     looks = views("none", crop=4)
