@@ -41,12 +41,13 @@ def find_pairs(hashes: np.ndarray, flat: np.ndarray, thresholds: tuple[int, int,
     usable = np.flatnonzero(~flat)
     green = np.ascontiguousarray(hashes[usable, 1])
     index = faiss.IndexBinaryFlat(64)
-    index.add(green)
     found = []
     for start in range(0, len(usable), BLOCK):
-        limits, _, others = index.range_search(green[start:start + BLOCK], thresholds[1] + 1)
-        first = np.repeat(np.arange(start, start + len(limits) - 1), np.diff(limits.astype(np.int64)))
-        pairs = np.stack([usable[first], usable[others]], axis=1)[first < others]
+        block = green[start:start + BLOCK]
+        index.add(block)  # so that each block is compared with those before it only
+        limits, _, others = index.range_search(block, thresholds[1] + 1)
+        second = np.repeat(np.arange(start, start + len(block)), np.diff(limits.astype(np.int64)))
+        pairs = np.stack([usable[others], usable[second]], axis=1)[others < second]
         distances = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]).sum(axis=2, dtype=np.int64)
         near = (distances <= thresholds).all(axis=1)
         found.append(np.hstack([pairs[near], distances[near]]))

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from common import hashing
 from common.hashing import (agreement, choose_kept, connect, doubtful_pairs, duplicate_tables, find_pairs,
                             hash_planes)
 
@@ -21,8 +22,10 @@ def brute_force(hashes, flat, thresholds):
             if not flat[i] and not flat[j] and all(abs(bits[i] - bits[j]).sum(axis=1) <= thresholds)]
 
 
+@pytest.mark.parametrize("block", [8192, 50, 7])
 @pytest.mark.parametrize("thresholds", [(20, 20, 20), (30, 24, 28), (64, 0, 64)])
-def test_pairs_equal_brute_force(thresholds):
+def test_pairs_equal_brute_force(thresholds, block, monkeypatch):
+    monkeypatch.setattr(hashing, "BLOCK", block)
     hashes = random_hashes(120)
     hashes[60:70] = hashes[:10]
     hashes[65, 1, 0] ^= 1

@@ -116,3 +116,17 @@ def test_channels_of_different_sizes_are_refused(tmp_path):
         grey(path, size)
     with pytest.raises(BadImage, match=r"channels of different sizes \[8, 16\] px"):
         read_sample(files)
+
+
+@pytest.mark.parametrize("size", [96, 512])  # small files and large ones are read by different libraries
+def test_stored_planes_come_back_and_damaged_ones_are_refused(tmp_path, size):
+    planes = np.random.default_rng(0).integers(0, 256, (4, size, size), dtype=np.uint8)
+    path = tmp_path / "a.tif"
+    write_planes(path, planes)
+    np.testing.assert_array_equal(read_planes(path), planes)
+    path.write_bytes(path.read_bytes()[:size * size * 2])
+    with pytest.raises(ValueError, match="."):
+        read_planes(path)
+    path.write_bytes(b"no image" * size)
+    with pytest.raises(ValueError, match="."):
+        read_planes(path)
