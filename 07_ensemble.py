@@ -54,8 +54,9 @@ def main():
     predicted = decide(align(ids, probs, wanted, "the test predictions"), np.array(thresholds["thresholds"]), args.fallback)
     lost = read_table(left_out, "") if left_out.is_file() else pd.DataFrame({"part": [], "Id": [], "place": []})
     lost = lost[lost["part"] == "test"]
-    submission = with_empty_rows(submission_table(wanted, predicted), lost)
-    check_submission(submission, submission["Id"])
+    submission = submission_table(wanted, predicted)
+    check_submission(submission, wanted)
+    submission = with_empty_rows(submission, lost)
     write_csv(stage.artifact, submission)
     stage.finish(rows=len(submission))
     low, high = thresholds["interval"]

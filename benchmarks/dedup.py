@@ -11,7 +11,6 @@ example HPA_REAL_DATA=real python benchmarks/dedup.py --sizes 10000,42774,117000
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli
-from common.errors import UserError
 from common.hashing import find_pairs, hash_planes
 from common.images import channel_files, list_files, read_planes, read_sample, resize, write_planes
+from real_data import real
 
 ORACLE_LIMIT = 42774  # hashes; beyond that NumPy takes minutes
 THRESHOLD = (12, 12, 12)
@@ -58,15 +57,6 @@ def main():
     print(f"{'search':>10s} {'pairs':>8s} {'planted':>8s} {'s':>8s} {'MiB':>6s} {'NumPy s':>8s} {'MiB':>6s} same", flush=True)
     searches = [compare_search(n, args.repeats) for n in args.sizes]
     print(json.dumps({"hash": hash_speed(samples, full, args.repeats), "search": searches, "recall": recall(samples)}))
-
-
-def real(name: str) -> Path:
-    """Return a folder of the real data."""
-    folder = Path(os.environ.get("HPA_REAL_DATA", ""), name)
-    if not os.environ.get("HPA_REAL_DATA") or not folder.is_dir():
-        raise UserError(f"HPA_REAL_DATA is not set or has no {name}; it names the folder that holds kaggle_tiff/, "
-                        "kaggle_png/ and labels/: HPA_REAL_DATA=DIR python benchmarks/dedup.py")
-    return folder
 
 
 def read_samples(data: Path) -> list:

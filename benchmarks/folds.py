@@ -8,7 +8,6 @@ example HPA_REAL_DATA=real python benchmarks/folds.py
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli
 from common.classes import CLASS_NAMES
-from common.errors import UserError
 from common.folds import make_folds
 from common.hashing import antibodies, connect
 from common.labels import parse_targets, read_labels
+from real_data import real
 
 N_FOLDS, MAX_COPIES, SEED = 5, 4, 0
 
@@ -48,15 +47,6 @@ def main():
             folds[name] = make_folds(duplicates, N_FOLDS, MAX_COPIES, SEED, external)
             seconds[name].append(time.perf_counter() - started)
     report({name: {"seconds": round(min(seconds[name]), 2), **spread(folds[name])} for name in cases})
-
-
-def real(name: str) -> Path:
-    """Return a folder of the real data."""
-    folder = Path(os.environ.get("HPA_REAL_DATA", ""), name)
-    if not os.environ.get("HPA_REAL_DATA") or not folder.is_dir():
-        raise UserError(f"HPA_REAL_DATA is not set or has no {name}; it names the folder that holds kaggle_tiff/, "
-                        "kaggle_png/ and labels/: HPA_REAL_DATA=DIR python benchmarks/folds.py")
-    return folder
 
 
 def table(path: Path, part: str) -> pd.DataFrame:

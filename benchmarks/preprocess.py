@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from common import cli
 from common.errors import UserError
+from real_data import real
 
 CHANNELS = ("red", "green", "blue", "yellow")
 SIZES = (128, 768)
@@ -61,15 +62,6 @@ def main():
                         runs.setdefault((name, count), []).append(watch(command(name, data, work, args.jobs)))
     best = {key: (min(seconds for seconds, _ in results), max(mib for _, mib in results)) for key, results in runs.items()}
     report(best, *counts, args.jobs)
-
-
-def real(name: str) -> Path:
-    """Return a folder of the real data."""
-    folder = Path(os.environ.get("HPA_REAL_DATA", ""), name)
-    if not os.environ.get("HPA_REAL_DATA") or not folder.is_dir():
-        raise UserError(f"HPA_REAL_DATA is not set or has no {name}; it names the folder that holds kaggle_tiff/, "
-                        "kaggle_png/ and labels/: HPA_REAL_DATA=DIR python benchmarks/preprocess.py")
-    return folder
 
 
 def make_samples(source: Path, folder: Path, counts: tuple[int, ...]) -> dict[int, Path]:

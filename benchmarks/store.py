@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli, images
 from common.artifacts import writing
-from common.errors import UserError
+from real_data import real
 
 
 def parse_args():
@@ -59,15 +59,6 @@ def main():
 
 def has_imagecodecs() -> bool:
     return importlib.util.find_spec("imagecodecs") is not None
-
-
-def real(name: str) -> Path:
-    """Return a folder of the real data."""
-    folder = Path(os.environ.get("HPA_REAL_DATA", ""), name)
-    if not os.environ.get("HPA_REAL_DATA") or not folder.is_dir():
-        raise UserError(f"HPA_REAL_DATA is not set or has no {name}; it names the folder that holds kaggle_tiff/, "
-                        "kaggle_png/ and labels/: HPA_REAL_DATA=DIR python benchmarks/store.py")
-    return folder
 
 
 def samples(data: Path, limit: int):

@@ -174,6 +174,21 @@ def test_thresholds_are_for_the_recipes_they_were_found_on(stages, run_script, f
     assert list(pd.read_csv(work / "submission.csv", dtype=str)["Id"]) == ["test-2", "test-0", "test-1"]
 
 
+def test_test_samples_that_were_left_out_have_empty_rows_in_their_places(stages, run_script, small_data, tmp_path):
+    work = tmp_path / "work"
+    (small_data / "test_full_size" / "test-0_red.tif").unlink()
+    run_script("01_preprocess.py", "--data", small_data, "--work", work, "--recipes", RECIPE, "--keep-going")
+    stages(small_data, [2, 3])
+    rng = np.random.default_rng(0)
+    ids = pd.read_csv(work / "folds.csv", dtype=str)["Id"]
+    save_predictions(work / "predictions" / RECIPE / "oof.npz", ids, rng.random((12, 28)))
+    save_predictions(work / "predictions" / RECIPE / "test.npz", ["test-1", "test-2"], rng.random((2, 28)))
+    assert "1 test samples were left out by stage 01 and have empty rows:\n  test-0" in stages(small_data, [6, 7])
+    submission = pd.read_csv(work / "submission.csv", dtype=str, keep_default_na=False)
+    assert list(submission["Id"]) == ["test-2", "test-0", "test-1"]
+    assert [bool(text) for text in submission["Predicted"]] == [True, False, True]
+
+
 def test_data_without_test_samples_ends_without_a_submission(stages, run_script, small_data, tmp_path):
     shutil.rmtree(small_data / "test_full_size")
     (small_data / "sample_submission.csv").unlink()
