@@ -281,6 +281,8 @@ def test_real_png_statistics_match_independent_values(run_script, real_data, tmp
             source = np.asarray(Image.open(real_data / "kaggle_png" / part / f"{Id}_{channel}.png")) / 255
             assert table.loc[Id, f"mean_{channel}"] == pytest.approx(source.mean(), abs=1e-5)
             assert table.loc[Id, f"std_{channel}"] == pytest.approx(source.std(), abs=1e-5)
+            assert table.loc[Id, f"zeros_{channel}"] == pytest.approx((source == 0).mean(), abs=1e-5)
+            assert table.loc[Id, f"saturated_{channel}"] == pytest.approx((source == 1).mean(), abs=1e-5)
 
 
 def test_keep_going_leaves_samples_out_by_name_everywhere(make, run_script, refuses, small_data, tmp_path):
