@@ -19,9 +19,9 @@ import json
 from pathlib import Path
 
 from common import cli
-from common.artifacts import Stage, read_table
+from common.artifacts import read_table
 from common.parallel import run_jobs
-from common.recipes import fit_to_source, get_recipe, to_dict
+from common.recipes import fit_to_source, get_recipe
 
 
 def parse_args():

@@ -27,6 +27,10 @@ def plan(work: Path, recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: l
     def weights(encoder):
         return team.agree(find_weights(encoder, pretrained, weights_dir) if team.is_main else None)
 
+    @cache
+    def fresh_start(recipe):
+        return start_from(recipe, pretrained, weights(recipe.encoder))
+
     jobs = []
     for name, recipe in recipes.items():
         inputs = training_inputs(work, folds, recipe)
@@ -36,7 +40,7 @@ def plan(work: Path, recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: l
             if begun and pretrained == "auto":
                 start, began_with = Start(), {key: value for key, value in begun["inputs"].items() if key == "weights"}
             else:
-                start = start_from(recipe, pretrained, weights(recipe.encoder))
+                start = fresh_start(recipe)
                 began_with = start.inputs()
             stage = Stage("04_train", folder / "best.pt", {**to_dict(recipe), "fold": fold, "seed": seed},
                           {**inputs, **began_with})

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from common.artifacts import fingerprint
-from common.errors import UserError
 from common.inference import Normalisation
+from common.models import build_encoder
 from common.recipes import Recipe
 from common.weights import PUBLISHED, read_file, read_weights
 
@@ -34,8 +34,12 @@ class Start:
 
 
 def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
-    """Return the start of a recipe: `file` is what `weights.find_weights` found for `pretrained`."""
+    """Return the start of a recipe: `file` is what `weights.find_weights` found for `pretrained`.
+
+    Raises UserError where the file is another network's: now, before anything is trained or thrown away.
+    """
     if file:
+        build_encoder(recipe, read_weights(file))
         return Start(file, weights_normalisation(recipe, file) if recipe.normalisation == "weights" else None)
     if pretrained == "none":
         return Start()

@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from common import start
+from common.errors import UserError
 from common.inference import Normalisation
 from common.models import build_encoder
 from common.recipes import Recipe
-from common.start import Start, start_from
+from common.start import Start, start_from, weights_normalisation
 
 RESNET = Recipe(encoder="resnet18")
 
@@ -32,12 +33,17 @@ def test_imagenet_weights_bring_theirs_and_yellow_follows_its_weights(file, four
 
 
 def test_inceptions_weights_want_halves(file):
-    assert start_from(Recipe(encoder="inceptionv4"), "auto", file).normalisation == Normalisation((0.5,) * 4, (0.5,) * 4)
+    assert weights_normalisation(Recipe(encoder="inceptionv4"), file) == Normalisation((0.5,) * 4, (0.5,) * 4)
 
 
 def test_the_datas_own_can_be_asked_for_and_is_used_where_nothing_is_known(file):
     assert start_from(Recipe(encoder="resnet18", normalisation="data"), "auto", file).normalisation is None
-    assert start_from(Recipe(encoder="densenet50"), "auto", file).normalisation is None
+    assert weights_normalisation(Recipe(encoder="densenet50"), file) is None
+
+
+def test_another_networks_file_is_refused_at_once(file):
+    with pytest.raises(UserError, match="these are not weights of densenet50"):
+        start_from(Recipe(encoder="densenet50"), "mine.pth", file)
 
 
 def test_a_checkpoint_of_this_project_brings_its_own(tmp_path):
