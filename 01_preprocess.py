@@ -18,7 +18,7 @@ from common.errors import listing
 from common.images import WHITE
 from common.labels import absent_classes, parse_targets
 from common.parallel import workers
-from common.preprocess import (HASH_SIZE, all_stored, bad_table, list_samples, refuse_bad, sample_table, source_state,
+from common.preprocess import (HASH_SIZE, all_stored, bad_table, list_samples, sample_table, source_state,
                                statistics_table, store_all)
 from common.recipes import fit_to_source, get_recipe
 
@@ -31,7 +31,7 @@ def parse_args():
                         help="change a field of the recipes, as in stage 04")
     parser.add_argument("--limit", type=cli.positive, metavar="N", help="use only N training samples, drawn at random")
     parser.add_argument("--keep-going", action="store_true",
-                        help="leave out samples with missing or bad files, by name, in place of refusing to begin")
+                        help="leave out samples with missing or bad files, by name, in place of an error at the end")
     parser.add_argument("--white-level", type=cli.positive, default=WHITE, metavar="V",
                         help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)")
     parser.add_argument("--jobs", type=int, default=-1, metavar="N", help="worker processes (default: all cores)")
@@ -43,8 +43,6 @@ def main():
     args = parse_args()
     recipes = {name: get_recipe(name, args.settings) for name in args.recipes}
     samples, bad = list_samples(args.data.resolve(), args.limit)
-    if bad and not args.keep_going:
-        refuse_bad(bad, samples, args.work / "bad_files.csv")
     states = {sample: source_state(sample) for sample in samples}
     wanted = sorted({str(HASH_SIZE), *(recipe.store for recipe in recipes.values())})
 

@@ -11,7 +11,8 @@ example python 03_make_folds.py --work work --n-folds 5
 """
 
 from common import cli
-from common.artifacts import Stage, read_table, write_csv, write_json
+from common.artifacts import Stage, read_table, write_csv
+from common.files import write_json
 from common.folds import audit, audit_table, describe_audit, make_folds
 
 

@@ -10,9 +10,10 @@ example python 06_thresholds.py --work work --recipes resnet50
 """
 
 from common import cli
-from common.artifacts import Stage, load_predictions, read_table, write_json
+from common.artifacts import Stage, load_predictions, read_table
 from common.ensemble import mean_predictions
 from common.errors import UserError, listing
+from common.files import write_json
 from common.labels import absent_classes, parse_targets
 from common.thresholds import METHODS, evaluate_thresholds, score_held_out
 

@@ -10,8 +10,9 @@ example python 09_tables.py --work work --recipes resnet50,gapnet_pl
 """
 
 from common import cli, tables
-from common.artifacts import Stage, digest, read_table, write_csv, write_text
+from common.artifacts import Stage, digest, read_table, write_csv
 from common.errors import UserError, listing
+from common.files import write_text
 from common.recipes import ablation_runs
 
 

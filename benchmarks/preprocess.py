@@ -5,9 +5,10 @@ files and cores, in processes of their own, one after the other and again:
 stage01  01_preprocess.py --recipes resnet50: headers checked, 768 and 128 px stored and flushed to disk, statistics, journal
 bare     a pool that reads, shrinks and writes the same two sizes with the same calls, and nothing else
 usual    a pool with Pillow: open, LANCZOS to 768 px, one PNG a channel
-Each does a quarter of the samples and all of them: `samples/s` is all of them with the start of Python as it is, and
-`further` is what the other three quarters took, in which no start is left. The fastest run of --repeats counts, which
-is steadier than the median for a difference, and the largest memory: resident sets of all processes, looked at every 50 ms.
+Each does a quarter of the samples, all of them, and all of them four times over (the same files under other names).
+`samples/s` is all of them with the start of Python and its workers; `further` is what the three more rounds took, in which
+no start is left: the speed of a collection. The fastest run of --repeats counts, which is steadier than the median for a
+difference, and the largest memory: resident sets of all processes, looked at every 50 ms.
 
 example HPA_REAL_DATA=real python benchmarks/preprocess.py --samples 40
 """
@@ -51,8 +52,8 @@ def main():
         run_loop(*args.loop, args.jobs)
         return
     with tempfile.TemporaryDirectory() as folder:
-        counts = (args.samples // 4, args.samples)
-        folders = make_samples(real("kaggle_tiff"), Path(folder), counts)
+        counts = (args.samples // 4, args.samples, 4 * args.samples)
+        folders = make_samples(real("kaggle_tiff"), Path(folder), args.samples, counts)
         runs = {}
         for _ in range(args.repeats):
             for count, data in folders.items():
@@ -64,8 +65,8 @@ def main():
     report(best, *counts, args.jobs)
 
 
-def make_samples(source: Path, folder: Path, counts: tuple[int, ...]) -> dict[int, Path]:
-    """Write max(counts) samples and for each count an input folder with that many of them in its train.csv."""
+def make_samples(source: Path, folder: Path, made: int, counts: tuple[int, ...]) -> dict[int, Path]:
+    """Write `made` samples and for each count an input folder with that many in its train.csv, further ones by links."""
     import numpy as np
     import tifffile
 
@@ -74,12 +75,15 @@ def make_samples(source: Path, folder: Path, counts: tuple[int, ...]) -> dict[in
     Ids = sorted(path.name.removesuffix("_green.tif") for path in (source / "train_full_size").glob("*_green.tif"))
     planes = {Id: [tifffile.imread(source / "train_full_size" / f"{Id}_{channel}.tif") for channel in CHANNELS] for Id in Ids}
     rng = np.random.default_rng(0)
-    for i in range(max(counts)):
+    for i in range(made):
         which, shift = rng.integers(8), tuple(rng.integers(2048, size=2))
         for channel, plane in zip(CHANNELS, planes[Ids[i % len(Ids)]], strict=True):
             plane = np.rot90(plane if which < 4 else plane[:, ::-1], which % 4)
             plane = np.roll(plane, shift, axis=(0, 1))
             tifffile.imwrite(images / f"s{i:04d}_{channel}.tif", plane, photometric="minisblack")
+    for i in range(made, max(counts)):
+        for channel in CHANNELS:
+            (images / f"s{i:04d}_{channel}.tif").hardlink_to(images / f"s{i % made:04d}_{channel}.tif")
     folders = {count: folder / f"data{count}" for count in counts}
     for count, data in folders.items():
         data.mkdir()
@@ -159,24 +163,25 @@ def usual(job):
 
 # --- the figures -------------------------------------------------------------------------------------------
 
-def report(runs: dict, few: int, all_: int, jobs: int) -> None:
+def report(runs: dict, few: int, all_: int, many: int, jobs: int) -> None:
     """Print a row a contestant, the ratios and the JSON; runs : (name, count) -> seconds, MiB."""
     rows = {}
     codecs = importlib.util.find_spec("imagecodecs") is not None  # tifffile deflates with it twice as fast
     print(f"{all_} samples on {jobs} cores, {'with' if codecs else 'without'} imagecodecs")
-    print(f"{'':8s} {'s':>7s} {'samples/s':>10s} {'further':>8s} {f'MiB, {few}':>9s} {f'MiB, {all_}':>9s}")
+    print(f"{'':8s} {'s':>7s} {'samples/s':>10s} {'further':>8s} " + "".join(f"{f'MiB, {count}':>10s}" for count in (few, all_, many)))
     for name in ("stage01", "bare", "usual"):
-        (seconds_few, mib_few), (seconds, mib) = runs[name, few], runs[name, all_]
-        further = (all_ - few) / max(seconds - seconds_few, 1e-9)
+        seconds = runs[name, all_][0]
+        further = (many - all_) / max(runs[name, many][0] - seconds, 1e-9)
+        peaks = {count: round(runs[name, count][1]) for count in (few, all_, many)}
         rows[name] = {"seconds": round(seconds, 2), "samples_per_s": round(all_ / seconds, 2),
-                      "further_per_s": round(further, 2), "peak_mib_few": round(mib_few), "peak_mib_all": round(mib)}
-        print(f"{name:8s} {seconds:7.2f} {all_ / seconds:10.2f} {further:8.2f} {mib_few:9.0f} {mib:9.0f}")
+                      "further_per_s": round(further, 2), "peak_mib": peaks}
+        print(f"{name:8s} {seconds:7.2f} {all_ / seconds:10.2f} {further:8.2f}" + "".join(f"{peak:10d}" for peak in peaks.values()))
     ratios = {f"{kind}_stage01_to_{other}": round(rows["stage01"][kind] / rows[other][kind], 3)
               for other in ("bare", "usual") for kind in ("samples_per_s", "further_per_s")}
     for other, wanted in (("bare", 0.85), ("usual", 2)):
         print(f"stage01 / {other}: {ratios[f'samples_per_s_stage01_to_{other}']:.2f} with the start of Python, "
               f"{ratios[f'further_per_s_stage01_to_{other}']:.2f} without (wanted: at least {wanted})")
-    print(json.dumps({"samples": all_, "few": few, "jobs": jobs, "imagecodecs": codecs, **rows, **ratios}))
+    print(json.dumps({"samples": all_, "few": few, "many": many, "jobs": jobs, "imagecodecs": codecs, **rows, **ratios}))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import tifffile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli, images
-from common.artifacts import writing
+from common.files import writing
 from real_data import real
 
 

@@ -4,7 +4,6 @@ A stage's main output `X` gets `X.meta.json` (stage, parameters, fingerprints of
 seconds) after every output is in place. No sidecar = unfinished; a different one = stale.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,31 +15,7 @@ import pandas as pd
 
 from common.classes import CLASS_NAMES
 from common.errors import UserError, listing
-
-
-@contextlib.contextmanager
-def writing(path: Path):
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: many writers choose their format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+from common.files import write_json, writing
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from common.artifacts import Stage, read_json, sidecar, writing
+from common.artifacts import Stage, read_json, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError
+from common.files import writing
 from common.fold_data import training_inputs
 from common.inference import Hardware, Normalisation
 from common.models import build_model

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts import writing
+from common.files import writing
 from common.hashing import HASHED
 from common.images import read_planes
 

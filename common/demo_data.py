@@ -15,9 +15,10 @@ import pandas as pd
 import tifffile
 
 from common import cli
-from common.artifacts import write_csv, writing
+from common.artifacts import write_csv
 from common.demo_drawing import draw_sample
 from common.errors import UserError
+from common.files import writing
 from common.images import CHANNELS
 from common.parallel import run_parallel
 

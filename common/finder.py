@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts import write_csv, writing
+from common.artifacts import write_csv
+from common.files import writing
 from common.schedules import smoothed, suggest_learning_rate
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from common.artifacts import writing
+from common.files import writing
+from common.recipes import stored_size
 
 CHANNELS = ("red", "green", "blue", "yellow")
 TIFF = (".tif", ".tiff")
@@ -223,3 +224,29 @@ def statistics(planes: np.ndarray) -> dict:
         values[f"zeros_{channel}"] = 1 - cv2.countNonZero(plane) / plane.size
         values[f"saturated_{channel}"] = cv2.countNonZero(cv2.compare(plane, 255, cv2.CMP_EQ)) / plane.size
     return {**values, "crc": f"{zlib.crc32(np.ascontiguousarray(planes)):08x}"}
+
+
+def store_sample(Id: str, files: list[Path], rgb_coded: bool, stores: list[str], folder: Path,
+                 white: int = WHITE) -> tuple[dict[str, dict], int | None]:
+    """Read a sample once and write it to each store (see `recipes.stored_size`) in `folder`. Raises BadImage.
+
+    Returns store -> statistics, and the largest value of a 16-bit source (None for 8 bit).
+    """
+    cv2.setNumThreads(1)
+    channels = read_sample(files, rgb_coded)
+    made = {}
+    for store in stores:
+        size = stored_size(store, len(channels[0]))
+        planes = np.stack([resize(channel, size, white) for channel in channels])
+        write_planes(folder / store / f"{Id}.tif", planes)
+        made[store] = {"side": size, **statistics(planes)}
+    deep = [int(channel.max()) for channel in channels if channel.dtype == np.uint16]
+    return made, max(deep, default=None)
+
+
+def attempt(function, *arguments):
+    """Call `function`; a BadImage comes back as a value, so that one bad file does not end a parallel run."""
+    try:
+        return function(*arguments)
+    except BadImage as error:
+        return error

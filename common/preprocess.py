@@ -6,7 +6,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 
@@ -113,31 +112,6 @@ def done_stores(record: dict | None, state: str, stored: dict[str, set]) -> dict
 
 # --- checking and making -----------------------------------------------------------------------------------
 
-def store_sample(sample: Sample, stores: list[str], folder: Path, white: int) -> tuple[dict[str, dict], int | None]:
-    """Read a sample once and write it to each store (see `recipes.stored_size`). Raises BadImage.
-
-    Returns store -> statistics, and the largest value of a 16-bit source (None for 8 bit).
-    """
-    cv2.setNumThreads(1)
-    channels = images.read_sample(sample.files, sample.rgb_coded)
-    made = {}
-    for store in stores:
-        size = stored_size(store, len(channels[0]))
-        planes = np.stack([images.resize(channel, size, white) for channel in channels])
-        images.write_planes(folder / store / f"{sample.Id}.tif", planes)
-        made[store] = {"side": size, **images.statistics(planes)}
-    deep = [int(channel.max()) for channel in channels if channel.dtype == np.uint16]
-    return made, max(deep, default=None)
-
-
-def attempt(function, *arguments):
-    """Call `function`; a BadImage comes back as a value, so that one bad file does not end a parallel run."""
-    try:
-        return function(*arguments)
-    except images.BadImage as error:
-        return error
-
-
 def bad_table(bad: dict[Sample, str], samples: list[Sample]) -> pd.DataFrame:
     """Table of samples that cannot be used: Id, part, Target, place among the samples of that part, reason."""
     places, counts = {}, {}
@@ -190,13 +164,16 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     bad, known = dict(bad), {}
     known = {s: records[s.Id]["side"] for s in samples if s.Id in records and records[s.Id]["source"] == states[s]}
     new = [s for s in samples if s not in known and s not in bad]
-    for k, result in run_parallel(attempt, [(images.check_sample, s.files, s.rgb_coded) for s in new], n_jobs, "checking"):
+    for k, result in run_parallel(images.attempt, [(images.check_sample, s.files, s.rgb_coded) for s in new], n_jobs, "checking"):
         if isinstance(result, images.BadImage):
             bad[new[k]] = str(result)
         else:
             known[new[k]] = result
-    if bad and not keep_going or not known:
+    if not known:
         refuse_bad(bad, samples, work / "bad_files.csv")
+    if bad and not keep_going:
+        print(f"warning: {len(bad)} samples cannot be used, the first: {next(iter(bad.values()))}; the others are stored, "
+              "then all such samples are listed")
 
     stores = stores_for(min(known[s] for s in samples if s in known))
     stored = {store: stored_ids(folder / store) for store in stores}
@@ -206,9 +183,9 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     todo = [s for s in done if lacking[s]]
     folder.mkdir(parents=True, exist_ok=True)
     check_space([stored_size(store, known[s]) for s in todo for store in lacking[s]], work)
-    jobs = [(store_sample, s, lacking[s], folder, white) for s in todo]
+    jobs = [(images.store_sample, s.Id, s.files, s.rgb_coded, lacking[s], folder, white) for s in todo]
     with open(journal, "a", encoding="utf-8") as file:
-        for k, result in run_parallel(attempt, jobs, n_jobs, "resizing"):
+        for k, result in run_parallel(images.attempt, jobs, n_jobs, "resizing"):
             sample = todo[k]
             if isinstance(result, images.BadImage):
                 bad[sample] = str(result)

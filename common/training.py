@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common.artifacts import write_text
 from common.checkpoints import save_checkpoint
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data import EpochBatches, loader
 from common.errors import UserError
+from common.files import write_text
 from common.fold_data import FoldData
 from common.inference import Hardware, Normalisation, predict_logits, views
 from common.losses import effective_number_weights, hard_samples, sample_losses

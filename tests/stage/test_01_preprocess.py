@@ -200,6 +200,18 @@ def test_bad_images_are_listed_together_and_nothing_made_is_lost(refuses, small_
     assert list(report["Id"]) == ["train-2", "train-5"]
 
 
+def test_missing_damaged_and_undecodable_files_come_in_one_list_after_the_good_ones_are_stored(refuses, small_data, tmp_path):
+    folder = small_data / "train_full_size"
+    (folder / "train-1_blue.tif").unlink()
+    (folder / "train-2_green.tif").write_bytes(b"")
+    whole = (folder / "train-5_green.tif").read_bytes()
+    (folder / "train-5_green.tif").write_bytes(whole[:9000])  # a whole header: found out when it is decoded
+    error = refuses(small_data)
+    assert "3 samples cannot be used" in error and error.count("cannot be used") == 1
+    assert list(pd.read_csv(tmp_path / "work" / "bad_files.csv")["Id"]) == ["train-1", "train-2", "train-5"]
+    assert len(list((tmp_path / "work" / "images" / "96").iterdir())) == 12
+
+
 def test_after_mending_the_bad_file_the_rest_is_not_made_again(refuses, make, small_data, tmp_path):
     path = small_data / "train_full_size" / "train-2_green.tif"
     good = path.read_bytes()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from common import training
-from common.artifacts import write_text
 from common.checkpoints import load_checkpoint, load_network, save_checkpoint
 from common.data import ImageSet
 from common.errors import UserError
+from common.files import write_text
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, load_fold
 from common.images import write_planes
