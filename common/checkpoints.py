@@ -1,6 +1,7 @@
 """Checkpoints on disk: what stage 04 may go on from or must not overwrite, and networks for prediction."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +21,36 @@ def save_checkpoint(path: Path, values: dict) -> None:
     """Write a checkpoint of tensors and plain types in one go."""
     with writing(path) as temporary:
         torch.save(values, temporary)
+
+
+def snapshot(value):
+    """Return a copy on the CPU of nested dicts, lists and tensors, which training goes on to change."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(part) for key, part in value.items()}
+    return [snapshot(part) for part in value] if isinstance(value, list) else value
+
+
+class Writer:
+    """A thread that writes while training goes on, one thing after the other; the next call raises what failed."""
+
+    def __init__(self):
+        self.thread, self.job = ThreadPoolExecutor(1), None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.thread.shutdown()
+        if kind is None and self.job:
+            self.job.result()
+
+    def start(self, write) -> None:
+        """Call `write()` beside what the caller does next, as soon as the write before it is done."""
+        if self.job:
+            self.job.result()
+        self.job = self.thread.submit(write)
 
 
 def load_checkpoint(path: Path) -> dict:

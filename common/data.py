@@ -4,16 +4,21 @@ Every random number is a function of (seed, epoch, position in the epoch), so wo
 and a resumed run draws what an undisturbed one would have drawn.
 """
 
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.distributed import Team
 from common.errors import UserError
 from common.images import read_planes
+from common.recipes import Recipe
+
+
+CACHE_BYTES = 2 ** 29
 
 
 def dihedral(image, which: int):
@@ -34,6 +39,19 @@ def random_crop(image: np.ndarray, crop: int, rng: np.random.Generator) -> np.nd
     return dihedral(image[:, top:top + crop, left:left + crop], int(rng.integers(8)))
 
 
+class Cache(dict):
+    """Decoded images by path, as many as fit into `room` bytes: small images are decoded once, large ones each time."""
+
+    def __init__(self, room: int = CACHE_BYTES):
+        super().__init__()
+        self.room = room
+
+    def keep(self, path: Path, image: np.ndarray) -> None:
+        if image.nbytes <= self.room and get_worker_info() is None:  # a loader process ends with its epoch
+            self[path] = image
+            self.room -= image.nbytes
+
+
 @dataclass
 class ImageSet(Dataset):
     """Images of `ids` under `folder` with their targets; one item is a (4, h, w) uint8 array and its targets.
@@ -48,6 +66,7 @@ class ImageSet(Dataset):
     crop: int | None = None
     seed: int = 0
     sides: np.ndarray | None = None
+    cache: Cache = field(default_factory=Cache, repr=False)
 
     def __len__(self):
         return len(self.ids)
@@ -55,10 +74,13 @@ class ImageSet(Dataset):
     def __getitem__(self, key):
         row, *place = key if isinstance(key, tuple) else (key,)
         path = self.folder / f"{self.ids[row]}.tif"
-        try:
-            image = read_planes(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); run: python 01_preprocess.py") from None
+        image = self.cache.get(path)
+        if image is None:
+            try:
+                image = read_planes(path)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path} cannot be read ({error}); run: python 01_preprocess.py") from None
+            self.cache.keep(path, image)
         if self.crop is not None:
             image = random_crop(image, self.crop, np.random.default_rng([self.seed, *place]))
         return image, self.targets[row]
@@ -107,6 +129,41 @@ def collate(items):
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(targets).astype(np.float32))
 
 
-def loader(dataset: ImageSet, workers: int, pin: bool, batches) -> DataLoader:
-    """Return a loader of the given batches: lists of the dataset's keys."""
-    return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches)
+def mix(images: torch.Tensor, targets: torch.Tensor, recipe: Recipe, rng: np.random.Generator):
+    """Mix each image with another one of its batch, by mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019).
+
+    images : (n, 4, h, w) uint8; targets : (n, n_classes), mixed by the same share. With both each batch gets one of them.
+    """
+    other = torch.from_numpy(rng.permutation(len(images)))
+    cut = recipe.cutmix > 0 and (recipe.mixup == 0 or rng.random() < 0.5)
+    share = rng.beta(*[recipe.cutmix if cut else recipe.mixup] * 2)
+    if cut:
+        height, width = images.shape[-2:]
+        rows, columns = round(height * (1 - share) ** 0.5), round(width * (1 - share) ** 0.5)
+        top, left = rng.integers(height - rows + 1), rng.integers(width - columns + 1)
+        box = (..., slice(top, top + rows), slice(left, left + columns))
+        mixed = images.clone()
+        mixed[box] = images[other][box]
+        share = 1 - rows * columns / (height * width)
+    else:
+        mixed = torch.lerp(images[other].float(), images.float(), share).round().to(torch.uint8)
+    return mixed, torch.lerp(targets[other], targets, share)
+
+
+def loader(dataset: ImageSet, workers: int, pin: bool, batches):
+    """Return an iterable of the given batches, which are lists of the dataset's keys.
+
+    workers : processes that decode; 0 = a thread beside the network, one batch ahead
+    """
+    loaded = DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches)
+    return loaded if workers else ahead(loaded)
+
+
+def ahead(iterable):
+    """Yield from an iterable (without None) of which a thread takes one item more than was asked for."""
+    with ThreadPoolExecutor(1) as thread:
+        iterator = iter(iterable)
+        following = thread.submit(next, iterator, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, iterator, None)
+            yield item

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -33,8 +34,10 @@ class Hardware:
         return torch.autocast(self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
 
-def choose_hardware(device: str, precision: str, workers: int | None, micro_batch: int | None = None) -> Hardware:
-    """Resolve 'auto': a GPU where there is one, with bfloat16 (float16 on older ones); else the CPU in 32 bit.
+def choose_hardware(device: str, precision: str, workers: int | None, micro_batch: int | None = None,
+                    training: bool = True) -> Hardware:
+    """Resolve 'auto': a GPU where there is one, else the CPU; bfloat16 where the hardware multiplies it, float16 on
+    older GPUs, else 32 bit. A CPU predicts in 32 bit always, so that no image's result depends on its batch.
 
     On the CPU the batches are made in the training process by default: the cores are the network's. Of several
     processes that torchrun started on one machine each gets its own GPU.
@@ -48,8 +51,11 @@ def choose_hardware(device: str, precision: str, workers: int | None, micro_batc
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
     device = torch.device(device)
-    if precision == "auto":
-        precision = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if precision == "auto" and device.type == "cpu":
+        capable = torch.cpu.get_capabilities()
+        precision = "bf16" if training and (capable.get("avx512_bf16") or capable.get("amx_bf16")) else "fp32"
+    elif precision == "auto":
+        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -65,9 +71,13 @@ class Normalisation:
     def __call__(self, images: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Turn (n, 4, h, w) uint8 images into normalised floats on the device, channels last."""
         images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-        scale = torch.tensor(self.std, device=device).mul(255).reciprocal()
-        shift = -torch.tensor(self.mean, device=device) / torch.tensor(self.std, device=device)
-        return torch.addcmul(shift.view(1, 4, 1, 1), images, scale.view(1, 4, 1, 1))
+        return torch.addcmul(self.factors(device)[0], images, self.factors(device)[1])
+
+    @cache
+    def factors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return shift and scale of 8-bit values, (1, 4, 1, 1) each, on the device."""
+        mean, std = (torch.tensor(values, device=device).view(1, 4, 1, 1) for values in (self.mean, self.std))
+        return -mean / std, 1 / (255 * std)
 
 
 def views(tta: str, crop: int | None = None) -> list:
@@ -96,11 +106,11 @@ def predict_logits(model, normalise: Normalisation, dataset: ImageSet, hardware:
     model.eval()
     parts = whole_batches(dataset, batch_size)
     batches = loader(dataset, hardware.workers, hardware.is_gpu, parts)
-    result = torch.empty(len(looks), len(dataset), N_CLASSES)
+    result = torch.empty(len(looks), len(dataset), N_CLASSES, device=hardware.device)
     for rows, (images, _) in zip(parts, progress(batches, len(parts), label or "", unit="batches", quiet=not label), strict=True):
         images = normalise(images, hardware.device)
-        result[:, rows] = torch.stack([logits_in_parts(model, look(images), hardware) for look in looks]).cpu()
-    return result
+        result[:, rows] = torch.stack([logits_in_parts(model, look(images), hardware) for look in looks])
+    return result.cpu()
 
 
 def logits_in_parts(model, images: torch.Tensor, hardware: Hardware) -> torch.Tensor:

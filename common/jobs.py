@@ -118,7 +118,7 @@ def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, pa
         if stage.is_current():
             continue
         stage.begin()
-        hardware = choose_hardware(*hardware_flags)
+        hardware = choose_hardware(*hardware_flags, training=False)
         network = network or load_network(path, recipe, hardware)
         logits = predict_logits(*network, image_set(work, recipe, rows), hardware,
                                 views(settings["tta"], recipe.crop if settings["view"] == "crops" else None),

@@ -17,11 +17,12 @@ CHOICES = {
     "head_order": ("linear-relu-dropout", "dropout-linear-relu", "linear-selu-dropout"),
     "fourth_channel": ("red", "zeros", "mean"),
     "normalisation": ("weights", "data"),
-    "base_loss": ("focal", "bce"),
+    "optimizer": ("sgd", "adamw"),
+    "base_loss": ("focal", "bce", "asymmetric"),
     "class_weights": ("normalised", "raw", "none"),
     "weighted_part": ("column", "positives"),
     "class_reduction": ("sum", "mean"),
-    "schedule": ("cycles", "constant", "plateau"),
+    "schedule": ("cycles", "constant", "plateau", "one-cycle"),
     "finder": ("off", "record", "use"),
 }
 
@@ -51,7 +52,7 @@ class Recipe:
 
     # E-loss (eq. 5-6) on the base loss; weights normalised to sum to 28 (Cui et al. 2019) unless raw.
     base_loss: str = "focal"
-    focal_gamma: float = 2.0
+    focal_gamma: float = 2.0  # of the negatives in the asymmetric loss
     alpha: float = 0.99
     class_weights: str = "normalised"
     weighted_part: str = "column"
@@ -61,25 +62,37 @@ class Recipe:
     hard_share: float = 0.7
     hard_warmup_epochs: int = 1
 
-    # SGD with layer groups; `learning_rates` (first layers first) wins over `learning_rate` and `layer_groups`.
+    # Of a training batch, two images are mixed by a share drawn from Beta(mixup, mixup), or a box of one is put into
+    # the other (cutmix); 0 = never. Labels mix by the same share.
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    # Layer groups; `learning_rates` (first layers first) wins over `learning_rate` and `layer_groups`.
     # The finder's curve is recorded before training; with "use" its suggestion is the last group's learning rate.
     batch_size: int = 64
     learning_rate: float = 0.01
     layer_groups: int = 2
     learning_rates: tuple[float, ...] = ()
     finder: str = "record"
-    momentum: float = 0.9
-    weight_decay: float = 1e-6  # L2
+    optimizer: str = "sgd"
+    momentum: float = 0.9  # of SGD; beta1 of AdamW
+    weight_decay: float = 1e-6  # L2 on all parameters with SGD; decoupled and on weights only with AdamW
     l1: float = 0.0
     clip_norm: float = 0.0  # largest norm of the gradient; 0 = any
 
-    # Cosine cycles with restarts; or a constant rate; or one that halves after `patience` epochs without a better
-    # validation loss. All in cycles of epochs, until one improves that loss by less than `min_cycle_gain`.
+    # Cosine cycles with restarts; a constant rate; one that halves after `patience` epochs without a better validation
+    # loss; or one cycle over all epochs: up for a `warmup_share` of it, down to 0. All in cycles of epochs, until one
+    # improves the validation loss by less than `min_cycle_gain`; one cycle goes to its end.
     schedule: str = "cycles"
+    warmup_share: float = 0.25
     patience: int = 3
     cycle_epochs: int = 4
     max_cycles: int = 4
     min_cycle_gain: float = 0.01
+
+    # Moving average of the weights that is evaluated and predicted with; 0 = the weights themselves.
+    ema_decay: float = 0.0
+    evaluate_epochs: int = 1  # validate after so many epochs, and at the end of each cycle
 
     def __post_init__(self):
         for name, known in CHOICES.items():
@@ -98,14 +111,19 @@ class Recipe:
             "learning_rate": self.learning_rate > 0,
             "layer_groups": self.layer_groups in (1, 2, 3),
             "learning_rates": len(self.learning_rates) <= 3 and all(rate > 0 for rate in self.learning_rates),
+            "mixup": self.mixup >= 0,
+            "cutmix": self.cutmix >= 0,
             "momentum": 0 <= self.momentum < 1,
             "weight_decay": self.weight_decay >= 0,
             "l1": self.l1 >= 0,
             "clip_norm": self.clip_norm >= 0,
+            "warmup_share": 0 <= self.warmup_share < 1,
             "patience": self.patience >= 0,
             "cycle_epochs": self.cycle_epochs >= 1,
             "max_cycles": self.max_cycles >= 1,
             "min_cycle_gain": 0 <= self.min_cycle_gain < 1,
+            "ema_decay": 0 <= self.ema_decay < 1,
+            "evaluate_epochs": self.evaluate_epochs >= 1,
         }
         wrong = [name for name, fine in checks.items() if not fine]
         if wrong:
@@ -125,6 +143,11 @@ class Recipe:
     def crop(self) -> int:
         """Side of the training crops in pixels."""
         return self.crop_size // self.size_divisor
+
+    @property
+    def epochs(self) -> int:
+        """The most epochs that a training takes."""
+        return self.cycle_epochs * self.max_cycles
 
     @property
     def group_learning_rates(self) -> tuple[float, ...]:

@@ -8,6 +8,16 @@ def cosine_with_restarts(step: int, cycle_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step % cycle_steps) / cycle_steps))
 
 
+def one_cycle(step: int, steps: int, warmup_share: float) -> float:
+    """Return the factor on the top learning rates: along a cosine from 0 up to 1, then down to 0 (Smith 2018).
+
+    warmup_share : share of all `steps` that go up
+    """
+    top = warmup_share * steps
+    place = (step + 1) / top - 1 if step + 1 <= top else (step + 1 - top) / (steps + 1 - top)
+    return 0.5 * (1 + math.cos(math.pi * place))
+
+
 def plateau_halvings(losses: list[float], patience: int, threshold: float = 1e-4) -> int:
     """Return how often a rate has halved: each time after more than `patience` epochs without a better loss.
 

@@ -5,15 +5,17 @@ import math
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from common.checkpoints import save_checkpoint
+from common.checkpoints import Writer, save_checkpoint, snapshot
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.data import EpochBatches, loader
+from common.data import EpochBatches, loader, mix
 from common.errors import UserError
 from common.files import write_text
 from common.fold_data import FoldData
@@ -23,10 +25,11 @@ from common.metrics import macro_f1
 from common.models import build_model, param_groups
 from common.progress import progress
 from common.recipes import Recipe
-from common.schedules import cosine_with_restarts, cycle_gain, exponential_range, has_diverged, plateau_halvings
+from common.schedules import cosine_with_restarts, cycle_gain, exponential_range, has_diverged, one_cycle, plateau_halvings
 from common.telemetry import class_mix, sample_table, save_telemetry
 
-CHECKPOINT_SECONDS = 300  # within an epoch; a checkpoint is also written after each epoch
+CHECKPOINT_SECONDS = 300  # between checkpoints within an epoch
+EPOCH_SECONDS = 10  # between checkpoints after epochs
 
 
 # --- the state of a run ------------------------------------------------------------------------------------
@@ -44,6 +47,7 @@ class Run:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: AveragedModel | None  # moving average of the model's weights
     ranking: torch.Tensor  # (2, n_rows, 3): in this epoch and in all; times ranked, times kept, sum of losses
     epoch: int = 0
     step: int = 0  # batches done in this epoch
@@ -55,24 +59,38 @@ class Run:
     history: list[dict] = field(default_factory=list)
     class_mix: list[dict] = field(default_factory=list)
 
-    TENSORS = ("model", "optimizer", "scaler")
     PLACE = ("ranking", "epoch", "step", "loss_sum", "seconds", "best_score", "micro_batch", "start", "history",
              "class_mix")
 
     def state(self) -> dict:
-        return {**{name: getattr(self, name).state_dict() for name in self.TENSORS},
+        return {**self.network_state(), "training": {name: part.state_dict() for name, part in self.parts().items()},
                 **{name: getattr(self, name) for name in self.PLACE}}
 
     def restore(self, state: dict) -> None:
-        for name in self.TENSORS:
-            getattr(self, name).load_state_dict(state[name])
+        self.model.load_state_dict(state["model"])
+        for name, part in self.parts().items():
+            part.load_state_dict(state["training"][name])
         for name in self.PLACE:
             setattr(self, name, state[name])
         self.ranking = self.ranking.to(self.hardware.device)
 
+    def parts(self) -> dict:
+        """What a checkpoint holds beside the network for prediction."""
+        parts = {"optimizer": self.optimizer, "scaler": self.scaler}
+        return {**parts, "model": self.model, "average": self.average} if self.average else parts
+
+    @property
+    def valid_losses(self) -> list[float]:
+        return [row["valid_loss"] for row in self.history if "valid_loss" in row]
+
+    @property
+    def result(self) -> torch.nn.Module:
+        """The network that is evaluated and predicted with."""
+        return self.average.module if self.average else self.model
+
     def network_state(self) -> dict:
         """Return what prediction needs: weights, normalisation, classes."""
-        return {"model": self.model.state_dict(), "mean": list(self.normalise.mean), "std": list(self.normalise.std),
+        return {"model": self.result.state_dict(), "mean": list(self.normalise.mean), "std": list(self.normalise.std),
                 "classes": list(CLASS_NAMES)}
 
 
@@ -88,6 +106,7 @@ def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed:
     weights : pretrained parameters of the encoder; rates : top learning rates in place of the recipe's
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
     torch.backends.cudnn.benchmark = False
     device, team = hardware.device, hardware.team
     seed_torch(seed, fold)
@@ -95,13 +114,38 @@ def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed:
     network = model
     if team.size > 1:
         network = DistributedDataParallel(model, device_ids=[device] if hardware.is_gpu else None)
-    optimizer = torch.optim.SGD(param_groups(model, rates or recipe.group_learning_rates), lr=0.0,
-                                momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    optimizer = build_optimizer(recipe, param_groups(model, rates or recipe.group_learning_rates))
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.autocast == torch.float16)
     counts = effective_number_weights(data.counts, recipe.alpha, recipe.class_weights)
     return Run(recipe, hardware, data.normalisation, torch.tensor(counts, dtype=torch.float32, device=device), seed,
-               network, model, optimizer, scaler, torch.zeros(2, len(data.train), 3, device=device),
-               micro_batch=hardware.micro_batch)
+               network, model, optimizer, scaler, build_average(recipe, model),
+               torch.zeros(2, len(data.train), 3, device=device), micro_batch=hardware.micro_batch)
+
+
+def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
+    """Return SGD with momentum, or AdamW that leaves biases and normalisation layers without decay."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    parts = [{**group, "params": [p for p in group["params"] if (p.ndim > 1) == decayed], "weight_decay": decay}
+             for group in groups for decayed, decay in ((True, recipe.weight_decay), (False, 0.0))]
+    return torch.optim.AdamW(parts, lr=0.0, betas=(recipe.momentum, 0.99), fused=True)
+
+
+def build_average(recipe: Recipe, model: torch.nn.Module) -> AveragedModel | None:
+    """Return a moving average of weights and running statistics, over fewer steps in the beginning."""
+    if not recipe.ema_decay:
+        return None
+
+    @torch.no_grad()
+    def update(averages, values, n_averaged):
+        steps = int(n_averaged)
+        decay = min(recipe.ema_decay, (1 + steps) / (10 + steps))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, 1 - decay)
+        else:
+            torch._foreach_copy_(averages, values)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 # --- one step ----------------------------------------------------------------------------------------------
@@ -133,6 +177,8 @@ def train_step(run: Run, images, targets, n: int, share: float, step: int) -> tu
     Returns the losses of the whole batch (n,) and the indices of those that were learnt from (K,), on the device.
     """
     targets = targets.to(run.hardware.device, non_blocking=True)
+    if run.recipe.mixup or run.recipe.cutmix:
+        images, targets = mix(images, targets, run.recipe, np.random.default_rng([run.seed, 2, step, run.hardware.team.rank]))
     while True:
         try:
             return accumulate(run, images, targets, n, share, step)
@@ -189,6 +235,8 @@ def accumulate(run: Run, images, targets, n: int, share: float, step: int) -> tu
     regularise(run)
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    if run.average:
+        run.average.update_parameters(run.model)
     return team.gather(torch.cat(losses), n), kept
 
 
@@ -211,8 +259,10 @@ def learning_rate_factor(run: Run, step: int, steps: int) -> float:
     recipe = run.recipe
     if recipe.schedule == "cycles":
         return cosine_with_restarts(step, recipe.cycle_epochs * steps)
+    if recipe.schedule == "one-cycle":
+        return one_cycle(step, recipe.epochs * steps, recipe.warmup_share)
     if recipe.schedule == "plateau":
-        return 0.5 ** plateau_halvings([row["valid_loss"] for row in run.history], recipe.patience)
+        return 0.5 ** plateau_halvings(run.valid_losses, recipe.patience)
     return 1.0
 
 
@@ -260,11 +310,11 @@ def close_ranking(run: Run, data: FoldData, epoch: int) -> None:
 def evaluate(run: Run, data: FoldData) -> tuple[float, float]:
     """Return the mean E-loss and the macro F1 at 0.5 on the whole validation images."""
     team, valid = run.hardware.team, data.valid
-    team.share_buffers(run.model)
+    team.share_buffers(run.result)
     part = team.part(len(valid))
     mine = replace(valid, ids=valid.ids[part], targets=valid.targets[part],
                    sides=None if valid.sides is None else valid.sides[part])
-    logits = team.gather_rows(predict_logits(run.model, run.normalise, mine, run.hardware, views("none"))[0])
+    logits = team.gather_rows(predict_logits(run.result, run.normalise, mine, run.hardware, views("none"))[0])
     loss = sample_losses(logits, torch.from_numpy(valid.targets), run.class_weights.cpu(), run.recipe)
     return loss.double().mean().item(), macro_f1(valid.targets, (logits > 0).numpy())
 
@@ -274,9 +324,21 @@ def is_finished(run: Run) -> bool:
     recipe = run.recipe
     if run.epoch == 0 or run.epoch % recipe.cycle_epochs or run.step:
         return False
-    if run.epoch == recipe.cycle_epochs * recipe.max_cycles:
+    if run.epoch == recipe.epochs:
         return True
-    return cycle_gain([row["valid_loss"] for row in run.history], recipe.cycle_epochs) < recipe.min_cycle_gain
+    if recipe.schedule == "one-cycle":
+        return False
+    return cycle_gain(run.valid_losses, evaluations_per_cycle(recipe)) < recipe.min_cycle_gain
+
+
+def is_evaluated(recipe: Recipe, epoch: int) -> bool:
+    """Tell whether the validation part is looked at after this epoch, counted from 0."""
+    place = epoch % recipe.cycle_epochs + 1
+    return place % recipe.evaluate_epochs == 0 or place == recipe.cycle_epochs
+
+
+def evaluations_per_cycle(recipe: Recipe) -> int:
+    return sum(is_evaluated(recipe, epoch) for epoch in range(recipe.cycle_epochs))
 
 
 # --- whole folds -------------------------------------------------------------------------------------------
@@ -286,45 +348,68 @@ def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: s
 
     made_from : what the run depends on; saved in every checkpoint
     Writes last.pt (everything), best.pt (network of the best epoch by macro F1 at 0.5), log.jsonl, and what the
-    hard sampler did (see `telemetry`).
+    hard sampler did (see `telemetry`); a thread writes while training goes on.
     Raises UserError when the loss stops being finite.
     """
     recipe, is_main = run.recipe, run.hardware.team.is_main
     steps = EpochBatches(len(data.train), recipe.batch_size, run.seed, 0).steps
-    epochs = recipe.cycle_epochs * recipe.max_cycles
+    best = None
+    saved = time.monotonic()
 
-    def save():
-        if is_main:
-            save_checkpoint(folder / "last.pt", {**run.network_state(), **run.state(), "made_from": made_from})
-
-    while not is_finished(run):
-        train_epoch(run, data, f"{label} epoch {run.epoch + 1}/{epochs}", save)
-        started = time.monotonic()
-        valid_loss, score = evaluate(run, data)
-        row = {"epoch": run.epoch + 1, "cycle": run.epoch // recipe.cycle_epochs + 1,
-               "learning_rate": run.optimizer.param_groups[-1]["lr"], "train_loss": run.loss_sum / steps,
-               "valid_loss": valid_loss, "macro_f1": score, "seconds": round(run.seconds, 1),
-               "valid_seconds": round(time.monotonic() - started, 1), **({} if run.epoch else {"start": run.start})}
-        if not math.isfinite(row["train_loss"]) or not math.isfinite(valid_loss):
-            raise UserError(f"{label}: the loss is not finite in epoch {row['epoch']}; lower the learning rates with "
-                            "--set learning_rates=... and train anew with --force")
-        run.history.append(row)
-        close_ranking(run, data, row["epoch"])
-        run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
-        if score > run.best_score:
-            run.best_score = score
-            if is_main:
-                save_checkpoint(folder / "best.pt", run.network_state())
-        # The log comes before the checkpoint: killed in between, the epoch is done and written again.
-        if is_main:
-            write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
+    with Writer() as writer:
+        def save():
+            nonlocal best, saved
+            if not is_main:
+                return
+            state = snapshot({**run.state(), "made_from": made_from})
+            samples = None
             if run.class_mix:
-                totals = run.ranking[1].cpu().numpy().T
-                save_telemetry(folder, run.class_mix, sample_table(data.train.ids, data.train.targets, *totals))
-        save()
-        print(f"{label}: epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f} (valid {valid_loss:.3f}), "
-              f"macro F1 {score:.3f}, best {run.best_score:.3f}, {row['seconds'] + row['valid_seconds']:.0f} s", flush=True)
+                samples = sample_table(data.train.ids, data.train.targets, *run.ranking[1].cpu().numpy().T)
+            writer.start(partial(write_state, folder, state, best, samples))
+            best, saved = None, time.monotonic()
+
+        while not is_finished(run):
+            train_epoch(run, data, f"{label} epoch {run.epoch + 1}/{recipe.epochs}", save)
+            row = close_epoch(run, data, steps)
+            if not all(math.isfinite(row[name]) for name in ("train_loss", "valid_loss") if name in row):
+                raise UserError(f"{label}: the loss is not finite in epoch {row['epoch']}; lower the learning rates with "
+                                "--set learning_rates=... and train anew with --force")
+            if "macro_f1" in row and row["macro_f1"] > run.best_score:
+                run.best_score, best = row["macro_f1"], snapshot(run.network_state())
+            if is_finished(run) or time.monotonic() - saved > EPOCH_SECONDS:
+                save()
+            if "macro_f1" in row:
+                print(f"{label}: epoch {row['epoch']}/{recipe.epochs}, loss {row['train_loss']:.3f} (valid "
+                      f"{row['valid_loss']:.3f}), macro F1 {row['macro_f1']:.3f}, best {run.best_score:.3f}, "
+                      f"{row['seconds'] + row['valid_seconds']:.1f} s", flush=True)
     return run
+
+
+def write_state(folder: Path, state: dict, best: dict | None, samples) -> None:
+    """Write what belongs to a state of a run, and last.pt after it: killed in between, its epochs are done again."""
+    if best:
+        save_checkpoint(folder / "best.pt", best)
+    if state["history"]:
+        write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state["history"]))
+    if samples is not None:
+        save_telemetry(folder, state["class_mix"], samples)
+    save_checkpoint(folder / "last.pt", state)
+
+
+def close_epoch(run: Run, data: FoldData, steps: int) -> dict:
+    """Evaluate where the recipe says so, and go to the next epoch; returns the finished one's row of the log."""
+    recipe = run.recipe
+    row = {"epoch": run.epoch + 1, "cycle": run.epoch // recipe.cycle_epochs + 1,
+           "learning_rate": run.optimizer.param_groups[-1]["lr"], "train_loss": run.loss_sum / steps,
+           "seconds": round(run.seconds, 2), **({} if run.epoch else {"start": run.start})}
+    if is_evaluated(recipe, run.epoch):
+        started = time.monotonic()
+        row["valid_loss"], row["macro_f1"] = evaluate(run, data)
+        row["valid_seconds"] = round(time.monotonic() - started, 2)
+    close_ranking(run, data, row["epoch"])
+    run.history.append(row)
+    run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
+    return row
 
 
 # --- learning rate finder ----------------------------------------------------------------------------------

@@ -28,6 +28,15 @@ SMALL = replace(DEMO, image_size=512, crop_size=512, buffers=(64,), batch_size=8
                 min_cycle_gain=0.0, finder="off")
 
 
+OURS = replace(SMALL, optimizer="adamw", schedule="one-cycle", ema_decay=0.9, learning_rates=(1e-3, 1e-3), evaluate_epochs=3,
+               base_loss="asymmetric", mixup=0.4, cutmix=1.0)
+
+
+@pytest.fixture(autouse=True)
+def write_after_every_epoch(monkeypatch):
+    monkeypatch.setattr(training, "EPOCH_SECONDS", 0)
+
+
 def fold_data(folder, n, n_classes=28, size=64, crop=64, seed=0):
     """n images of random blocks, one class each, the same ones for training and validation."""
     rng = np.random.default_rng(seed)
@@ -65,10 +74,11 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.parametrize("recipe", [SMALL, OURS], ids=["paper", "ours"])
 @pytest.mark.parametrize("steps_before_the_kill", [1, 5, 8])
-def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, steps_before_the_kill):
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, steps_before_the_kill, recipe):
     data = fold_data(tmp_path / "images", 24)
-    train(tmp_path / "whole", data)
+    train(tmp_path / "whole", data, recipe)
     step, done = training.train_step, []
 
     def dying_step(*arguments):
@@ -80,9 +90,9 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, steps_be
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(training, "train_step", dying_step)
     with pytest.raises(Killed):
-        train(tmp_path / "killed", data)
+        train(tmp_path / "killed", data, recipe)
     monkeypatch.setattr(training, "train_step", step)
-    train(tmp_path / "killed", data)
+    train(tmp_path / "killed", data, recipe)
     for name in ("best.pt", "last.pt"):
         assert same(load_checkpoint(tmp_path / "whole" / name), load_checkpoint(tmp_path / "killed" / name))
     assert (tmp_path / "whole" / "best.pt").read_bytes() == (tmp_path / "killed" / "best.pt").read_bytes()
@@ -281,7 +291,7 @@ def test_a_wrong_label_is_kept_most_often(tmp_path):
 ])
 def test_cycles_end_when_one_gains_less_than_a_hundredth(losses, epoch, finished):
     recipe = replace(SMALL, cycle_epochs=2, max_cycles=3, min_cycle_gain=0.01)
-    run = Run(recipe, *[None] * 9, epoch=epoch, history=[{"valid_loss": loss} for loss in losses])
+    run = Run(recipe, *[None] * 10, epoch=epoch, history=[{"valid_loss": loss} for loss in losses])
     assert is_finished(run) == finished
 
 
