@@ -4,7 +4,6 @@ Every random number is a function of (seed, epoch, position in the epoch), so wo
 and a resumed run draws what an undisturbed one would have drawn.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,20 +149,6 @@ def mix(images: torch.Tensor, targets: torch.Tensor, recipe: Recipe, rng: np.ran
     return mixed, torch.lerp(targets[other], targets, share)
 
 
-def loader(dataset: ImageSet, workers: int, pin: bool, batches):
-    """Return an iterable of the given batches, which are lists of the dataset's keys.
-
-    workers : processes that decode; 0 = a thread beside the network, one batch ahead
-    """
-    loaded = DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches)
-    return loaded if workers else ahead(loaded)
-
-
-def ahead(iterable):
-    """Yield from an iterable (without None) of which a thread takes one item more than was asked for."""
-    with ThreadPoolExecutor(1) as thread:
-        iterator = iter(iterable)
-        following = thread.submit(next, iterator, None)
-        while (item := following.result()) is not None:
-            following = thread.submit(next, iterator, None)
-            yield item
+def loader(dataset: ImageSet, workers: int, pin: bool, batches) -> DataLoader:
+    """Return a loader of the given batches: lists of the dataset's keys."""
+    return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches)

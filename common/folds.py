@@ -2,7 +2,6 @@
 
 import numpy as np
 import pandas as pd
-from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
 
 from common.classes import CLASS_NAMES
 from common.errors import UserError
@@ -18,6 +17,8 @@ def stratified_group_folds(targets: np.ndarray, groups: np.ndarray, n_folds: int
     targets : (n, 28) bool; groups : (n,) labels of any kind
     Returns fold numbers, (n,) int. Raises UserError where there are fewer groups than folds.
     """
+    from iterstrat.ml_stratifiers import MultilabelStratifiedKFold  # slow to import, and training does not need it
+
     _, group = np.unique(groups, return_inverse=True)
     n_groups = group.max() + 1
     if n_groups < n_folds:

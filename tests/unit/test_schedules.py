@@ -4,8 +4,8 @@ import random
 import pytest
 import torch
 
-from common.schedules import (cosine_with_restarts, cycle_gain, exponential_range, has_diverged, plateau_halvings,
-                              smoothed, suggest_learning_rate)
+from common.schedules import (cosine_with_restarts, cycle_gain, exponential_range, has_diverged, one_cycle,
+                              plateau_halvings, smoothed, suggest_learning_rate)
 
 
 def test_start_middle_end_and_restart_of_a_cycle():
@@ -21,6 +21,15 @@ def test_equals_torch_at_every_step():
         assert optimizer.param_groups[0]["lr"] == pytest.approx(cosine_with_restarts(step, 7), abs=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_one_cycle_goes_up_for_its_share_and_down_to_almost_nothing(share):
+    factors = [one_cycle(step, 100, share) for step in range(100)]
+    top = round(share * 100)
+    assert all(0 < factor <= 1 for factor in factors) and factors[-1] < 0.001
+    assert factors[:top] == sorted(factors[:top]) and factors[top:] == sorted(factors[top:], reverse=True)
+    assert max(factors) > 0.999 and (top == 0 or factors[top - 1] == 1)
 
 
 @pytest.mark.parametrize("patience", [0, 1, 3])

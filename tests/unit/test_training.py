@@ -397,3 +397,45 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
     save_checkpoint(tmp_path / "last.pt", {"model": Recipe})
     with pytest.raises(UserError, match="is not a checkpoint that can be read"):
         load_checkpoint(tmp_path / "last.pt")
+
+
+def test_adamw_decays_weights_only_and_holds_every_parameter_once():
+    recipe = replace(OURS, weight_decay=0.1)
+    model = build_model(recipe, 28)
+    groups = training.build_optimizer(recipe, training.param_groups(model, (1e-3, 2e-3))).param_groups
+    held = [parameter for group in groups for parameter in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    assert all(group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0) for group in groups for parameter in group["params"])
+    assert {group["top_lr"] for group in groups} == {1e-3, 2e-3}
+
+
+def test_the_average_follows_the_weights_and_is_what_is_saved(tmp_path):
+    data = fold_data(tmp_path / "images", 16)
+    recipe = replace(OURS, ema_decay=0.9)
+    run = new_run(recipe, data, CPU, 0, 0)
+    expected = None
+    for step in range(40):
+        for group in run.optimizer.param_groups:
+            group["lr"] = 1e-3
+        train_step(run, *batch(16), 16, 1.0, step)
+        weight = run.model.head[-1].weight.detach().clone()
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = weight if expected is None else decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(run.average.module.head[-1].weight, expected)
+    trained = train(tmp_path / "run", data, recipe)
+    torch.testing.assert_close(load_checkpoint(tmp_path / "run" / "last.pt")["model"], dict(trained.average.module.state_dict()))
+
+
+def test_it_is_evaluated_as_often_as_the_recipe_says(tmp_path):
+    recipe = replace(SMALL, cycle_epochs=5, max_cycles=2, evaluate_epochs=2)
+    run = train(tmp_path / "run", fold_data(tmp_path / "images", 16), recipe)
+    assert [row["epoch"] for row in run.history if "valid_loss" in row] == [2, 4, 5, 7, 9, 10]
+
+
+def test_a_write_that_fails_ends_the_training(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(tmp_path / "run", fold_data(tmp_path / "images", 16))

@@ -1,0 +1,194 @@
+"""What is learnt in equal seconds on equal cores: our recipes, fastai, and a plain loop; on demo data or any other.
+
+Each run trains one fold in a process of its own and predicts its validation part; everything from the start of Python
+counts. How many epochs fit is measured first, once for each arm, with a short run. An arm's score is macro F1 over its
+out-of-fold probabilities with cross-fitted greedy thresholds; of several learning rates the arm with the best score counts,
+which flatters the others and not us. Finished runs are kept in --out: stop it and start it again at will.
+
+example python benchmarks/learning.py --out learning --minutes 2,5 --seeds 0,1,2
+The last line is a JSON object.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common import cli
+from common.artifacts import load_predictions, read_json, read_table, save_predictions
+from common.errors import UserError
+from common.files import write_json
+from common.labels import parse_targets
+from common.metrics import bootstrap_macro_f1, class_f1
+from common.thresholds import cross_fit
+
+SHARE = 0.97  # of the seconds that the epochs are planned for
+OTHERS = ("fastai-resnet18@0.001", "fastai-resnet18@0.003", "fastai-resnet18@0.01", "fastai-resnet34@0.003",
+          "plain-resnet18@0.001", "plain-resnet18@0.003", "plain-ours@0.003", "plain-ours@0.006")
+
+
+def numbers(kind):
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def parse_args():
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="input in the competition's layout (default: demo data)")
+    parser.add_argument("--out", type=Path, default=Path("learning"), metavar="DIR", help="where runs are kept")
+    parser.add_argument("--minutes", type=numbers(float), default=[2.0, 5.0], metavar="A,B", help="for each run (default: 2,5)")
+    parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2], metavar="A,B", help="seeds (default: 0,1,2)")
+    parser.add_argument("--n-folds", type=int, default=3, metavar="N", help="folds (default: 3)")
+    parser.add_argument("--ours", type=cli.names, default=["demo", "small_plus"], metavar="A,B", help="recipes; field changes "
+                        "after colons, such as small_plus:mixup=0 (default: demo,small_plus)")
+    parser.add_argument("--others", type=cli.names, default=list(OTHERS), metavar="A@RATE,B@RATE", help=f"(default: {','.join(OTHERS)})")
+    parser.add_argument("--at-once", type=cli.positive, default=1, metavar="N", help="runs at once, each with its share of "
+                        "the cores (default: 1)")
+    parser.add_argument("--score-only", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    args.out = args.out.resolve()
+    prepare(args)
+    arms = args.ours + [name for name in args.others if name != "none"]
+    folds = read_table(args.out / "work" / "folds.csv", "03_make_folds.py")
+    jobs = [(arm, minutes, seed, fold) for minutes in args.minutes for arm in arms for seed in args.seeds
+            for fold in range(args.n_folds)]
+    todo = [] if args.score_only else [job for job in jobs if not place(args, *job).is_file()]
+    for arm in dict.fromkeys(job[0] for job in todo):
+        calibrate(args, arm)
+    started = time.monotonic()
+    with ThreadPoolExecutor(args.at_once) as pool:
+        for done, (arm, minutes, seed, fold) in enumerate(pool.map(lambda job: (run(args, *job), job)[1], todo), start=1):
+            left = (time.monotonic() - started) / done * (len(todo) - done)
+            print(f"{done}/{len(todo)} runs: {arm}, {minutes:g} min, seed {seed}, fold {fold}; {left / 60:.0f} min left", flush=True)
+    report(args, arms, folds)
+
+
+def prepare(args):
+    """Run stages 01 to 03 into OUT/work."""
+    data, work = args.data, args.out / "work"
+    if data is None:
+        data = args.out / "demo_data"
+        if not (data / "train.csv").is_file():
+            call(args, sys.executable, "-m", "common.demo_data", "--data", data)
+    stores = ",".join(dict.fromkeys([*(recipe_of(arm)[0] for arm in args.ours), "demo"]))
+    for script in (("01_preprocess.py", "--recipes", stores), ("02_dedup.py",), ("03_make_folds.py", "--n-folds", args.n_folds)):
+        call(args, sys.executable, *script, "--data", data.resolve(), "--work", work)
+
+
+def recipe_of(arm: str) -> tuple[str, list[str]]:
+    name, *settings = arm.split(":")
+    return name, settings
+
+
+def call(args, *command) -> tuple[float, str]:
+    """Run a command on its share of the cores; returns seconds and what it printed. Raises UserError with what it said where it fails."""
+    threads = str(max(1, os.cpu_count() // args.at_once))
+    started = time.monotonic()
+    result = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})
+    if result.returncode:
+        raise UserError(f"{' '.join(map(str, command))}\n{result.stderr[-2000:]}")
+    return time.monotonic() - started, result.stdout
+
+
+def place(args, arm, minutes, seed, fold) -> Path:
+    return args.out / "runs" / f"{minutes:g}" / arm / f"seed{seed}_fold{fold}.npz"
+
+
+def train(args, arm, seed, fold, epochs, target: Path) -> dict:
+    """Train and predict one fold; returns seconds in all and of an epoch."""
+    work, scratch = args.out / "work", target.with_suffix(".work")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    for name in ("samples.csv", "folds.csv", "images"):
+        (scratch / name).symlink_to(work / name)
+    contestant, _, rate = arm.partition("@")
+    if rate:
+        seconds, output = call(args, sys.executable, "benchmarks/others.py", "--contestant", contestant, "--work", scratch, "--fold", fold,
+                       "--seed", seed, "--epochs", epochs, "--rate", rate, "--out", target)
+        epoch = json.loads(output.splitlines()[-1])["epoch_seconds"]
+    else:
+        from common.recipes import get_recipe
+        name, settings = recipe_of(arm)
+        cycles = get_recipe(name, settings).max_cycles
+        seconds, _ = call(args, sys.executable, "04_train.py", "--work", scratch, "--recipe", name, "--folds", fold, "--seed", seed,
+                       "--set", *settings, f"cycle_epochs={max(1, epochs // cycles)}", "min_cycle_gain=0")
+        rows = [json.loads(line) for line in (scratch / "runs" / name / f"fold{fold}" / "log.jsonl").read_text().splitlines()]
+        seconds += call(args, sys.executable, "05_predict_oof.py", "--work", scratch, "--recipes", name, "--folds", fold, "--no-test",
+                        "--checkpoint", "last")[0]
+        epoch = sum(row["seconds"] + row.get("valid_seconds", 0) for row in rows) / len(rows)
+        save_predictions(target, *load_predictions(scratch / "predictions" / name / f"fold{fold}_oof.npz", ""))
+    shutil.rmtree(scratch)
+    return {"seconds": seconds, "epoch_seconds": epoch, "epochs": epochs}
+
+
+def calibrate(args, arm) -> None:
+    """Measure set-up and epochs of an arm, once."""
+    path = args.out / "runs" / "calibration" / f"{arm}.json"
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.at_once) as pool:  # as many at once as later
+        found = list(pool.map(lambda k: train(args, arm, 0, 0, 4, path.with_name(f"{arm}.{k}.npz")), range(args.at_once)))
+    write_json(path, max(found, key=lambda values: values["seconds"]))
+    print(f"{arm}: {read_json(path)}", flush=True)
+
+
+def run(args, arm, minutes, seed, fold) -> None:
+    target = place(args, arm, minutes, seed, fold)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    known = read_json(args.out / "runs" / "calibration" / f"{arm}.json")
+    fixed = known["seconds"] - known["epochs"] * known["epoch_seconds"]
+    epochs = max(1, int((SHARE * 60 * minutes - fixed) / known["epoch_seconds"]))
+    temporary = target.with_name("." + target.name)
+    write_json(target.with_suffix(".json"), train(args, arm, seed, fold, epochs, temporary))
+    temporary.rename(target)
+
+
+def report(args, arms, folds) -> None:
+    """Print scores with intervals, and the JSON."""
+    figures = {}
+    rows = folds[folds["fold"] >= 0].set_index("Id")
+    for minutes in args.minutes:
+        print(f"{minutes:g} minutes a run, {args.n_folds} folds, seeds {', '.join(map(str, args.seeds))}")
+        for arm in arms:
+            scores, drawn, seconds, epochs = [], [], [], []
+            for seed in args.seeds:
+                paths = [place(args, arm, minutes, seed, fold) for fold in range(args.n_folds)]
+                if not all(path.is_file() for path in paths):
+                    continue
+                parts = [load_predictions(path, "") for path in paths]
+                ids, probs = (np.concatenate(part) for part in zip(*parts, strict=True))
+                targets = parse_targets(rows.loc[ids, "Target"])
+                seen = targets.any(axis=0)
+                predicted = cross_fit(targets, probs, rows.loc[ids, "group"].to_numpy(), "greedy")
+                scores.append(np.mean([class_f1(targets, p)[seen].mean() for p in predicted]))
+                drawn += [(targets[:, seen], [p[:, seen] for p in predicted])]
+                known = [read_json(path.with_suffix(".json")) for path in paths]
+                seconds += [k["seconds"] for k in known]
+                epochs += [k["epochs"] for k in known]
+            if not scores:
+                continue
+            low, high = bootstrap_macro_f1(drawn[0][0], [p for _, many in drawn for p in many]) if len({d[0].shape for d in drawn}) == 1 else (np.nan, np.nan)
+            figures[f"{arm} {minutes:g}"] = {"macro_f1": round(float(np.mean(scores)), 4), "interval": [round(low, 4), round(high, 4)],
+                                             "seeds": [round(float(s), 4) for s in scores], "seconds": round(max(seconds), 1), "epochs": epochs[0]}
+            print(f"  {arm:44s} {np.mean(scores):.3f} [{low:.3f}, {high:.3f}]  {epochs[0]:4d} epochs, {max(seconds):.0f} s at most; "
+                  f"seeds {' '.join(f'{s:.3f}' for s in scores)}", flush=True)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    cli.run(main)

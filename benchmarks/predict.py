@@ -1,0 +1,91 @@
+"""What stage 05 costs beside the network: seconds an image against the bare forward pass, eight views.
+
+bare     the same network, precision, batches and views on normalised tensors that are in memory already
+stage05  predict_logits of stage 05 from stored images: reading, normalising, turning
+In one process, in turn; the median of the ratios counts, after a round that is not counted.
+
+example python benchmarks/predict.py
+The last line is a JSON object.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import cli
+from common.recipes import get_recipe
+
+# name -> recipe, images
+NETWORKS = {"small": (get_recipe("demo"), 256), "large": (get_recipe("resnet50", ["size_divisor=4"]), 16)}
+WANTED = 1.03
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--repeats", type=cli.positive, default=7, metavar="N", help="rounds (default: 7)")
+    args = parser.parse_args()
+    print(f"{'':8s} {'bare ms':>9s} {'stage 05 ms':>12s} {'ratio':>7s} {'largest difference, batches of 1 and 32':>42s}")
+    figures = {}
+    for name in NETWORKS:
+        figures[name] = row = measure(name, args.repeats)
+        print(f"{name:8s} {row['bare_ms']:9.3f} {row['stage05_ms']:12.3f} {row['ratio']:7.3f} {row['difference']:42.1e}", flush=True)
+    print(f"milliseconds an image and eight views; wanted: ratio at most {WANTED}")
+    print(json.dumps(figures))
+
+
+def measure(name: str, repeats: int) -> dict:
+    import torch
+
+    from common.data import ImageSet, loader, whole_batches
+    from common.images import write_planes
+    from common.inference import BATCH, Normalisation, choose_hardware, predict_logits, views
+    from common.models import build_model
+
+    recipe, n = NETWORKS[name]
+    rng = np.random.default_rng(0)
+    hardware, normalise, looks = choose_hardware("cpu", "auto", None, training=False), Normalisation((0.1,) * 4, (0.1,) * 4), views("dihedral")
+    torch.manual_seed(0)
+    model = build_model(recipe, 28).to(memory_format=torch.channels_last).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        ids = np.array([f"s{i}" for i in range(n)])
+        for Id in ids:
+            write_planes(Path(folder) / f"{Id}.tif", rng.integers(0, 256, (4, recipe.size // 8, recipe.size // 8), dtype=np.uint8)
+                         .repeat(8, axis=1).repeat(8, axis=2))
+
+        def images():
+            return ImageSet(Path(folder), ids, np.zeros((n, 28), dtype=bool))
+
+        stored = images()
+        batches = [normalise(x, hardware.device) for x, _ in loader(stored, 0, False, whole_batches(stored, BATCH))]
+
+        @torch.inference_mode()
+        def bare():
+            for x in batches:
+                for look in looks:
+                    model(look(x))
+
+        def stage05():
+            predict_logits(model, normalise, images(), hardware, looks)
+
+        seconds = {bare: [], stage05: []}
+        for _ in range(repeats + 1):
+            for work in seconds:
+                started = time.perf_counter()
+                work()
+                seconds[work].append(time.perf_counter() - started)
+        single, many = (predict_logits(model, normalise, images(), hardware, looks, size).sigmoid() for size in (1, BATCH))
+    own, other = np.array(seconds[stage05][1:]), np.array(seconds[bare][1:])
+    return {"bare_ms": round(1000 * float(np.median(other)) / n, 3), "stage05_ms": round(1000 * float(np.median(own)) / n, 3),
+            "ratio": round(float(np.median(own / other)), 3), "difference": float((single - many).abs().max())}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    cli.run(main)

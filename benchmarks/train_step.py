@@ -1,0 +1,127 @@
+"""What stage 04 costs beside the network: seconds a sample against a bare loop, time spent waiting for data, memory.
+
+bare     the same network, optimizer, precision and batches with tensors that are in memory already: forward, binary
+         cross-entropy, backward, step
+stage04  an epoch of stage 04 from stored images: reading, cropping, turning, normalising, E-loss, hard sampler, telemetry
+Both in one process, epoch by epoch in turn; the median of the ratios counts, after one epoch that is not counted. Memory is
+that of a process that does only one of them.
+
+example python benchmarks/train_step.py
+The last line is a JSON object.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common import cli
+from common.recipes import get_recipe
+
+# name -> recipe, samples in an epoch: one that costs a millisecond a sample and one that costs a hundred
+NETWORKS = {"small": (get_recipe("demo", ["finder=off"]), 512),
+            "large": (get_recipe("resnet50", ["size_divisor=4", "batch_size=16", "finder=off"]), 64)}
+WANTED = 1.03
+
+
+def parse_args():
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--repeats", type=cli.positive, default=7, metavar="N", help="epochs of each (default: 7)")
+    parser.add_argument("--one", nargs=2, metavar=("NETWORK", "WHAT"), help="run in this process: both, bare or stage04")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    if args.one:
+        return print(json.dumps(measure(*args.one, args.repeats)))
+    figures = {}
+    print(f"{'':8s} {'bare ms':>9s} {'stage 04 ms':>12s} {'ratio':>7s} {'waiting':>8s} {'bare MiB':>9s} {'stage 04 MiB':>13s}")
+    for name in NETWORKS:
+        both, bare, ours = (in_a_process(name, what, args.repeats) for what in ("both", "bare", "stage04"))
+        figures[name] = {**both, "bare_mib": bare["mib"], "stage04_mib": ours["mib"]}
+        print(f"{name:8s} {both['bare_ms']:9.3f} {both['stage04_ms']:12.3f} {both['ratio']:7.3f} {both['waiting']:8.1%} "
+              f"{bare['mib']:9d} {ours['mib']:13d}", flush=True)
+    print(f"milliseconds a sample; wanted: ratio at most {WANTED}, waiting at most 2 %")
+    print(json.dumps(figures))
+
+
+def in_a_process(name, what, repeats) -> dict:
+    command = [sys.executable, __file__, "--one", name, what, "--repeats", str(repeats)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def measure(name: str, what: str, repeats: int) -> dict:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    import torch
+
+    from common.data import EpochBatches, ImageSet, loader
+    from common.fold_data import FoldData
+    from common.images import write_planes
+    from common.inference import Normalisation, choose_hardware
+    from common.training import new_run, train_epoch
+
+    sys.stderr = open(os.devnull, "w")
+    recipe, n = NETWORKS[name]
+    rng = np.random.default_rng(0)
+    targets = rng.random((n, 28)) < 0.06
+    hardware = choose_hardware("cpu", "auto", None)
+    with tempfile.TemporaryDirectory() as folder:
+        ids = np.array([f"s{i}" for i in range(n)])
+        for Id in ids:
+            write_planes(Path(folder) / f"{Id}.tif", rng.integers(0, 256, (4, recipe.size // 8, recipe.size // 8), dtype=np.uint8)
+                         .repeat(8, axis=1).repeat(8, axis=2))
+        images = ImageSet(Path(folder), ids, targets, recipe.crop)
+        data = FoldData(images, replace(images, crop=None), targets.sum(axis=0), Normalisation((0.1,) * 4, (0.1,) * 4))
+        run = new_run(recipe, data, hardware, 0, 0)
+        for group in run.optimizer.param_groups:
+            group["lr"] = 1e-4
+        batches = []
+        if what != "stage04":
+            batches = [(run.normalise(x, hardware.device), y) for x, y in
+                       loader(images, 0, False, EpochBatches(n, recipe.batch_size, 0, 0))]
+            images.cache.clear()
+
+        def bare():
+            for x, y in batches:
+                run.optimizer.zero_grad(set_to_none=True)
+                with hardware.casting():
+                    logits = run.model(x)
+                torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y).backward()
+                run.optimizer.step()
+
+        def stage04():
+            run.epoch, run.step = run.epoch + 1, 0
+            train_epoch(run, data, name, lambda: None)
+
+        def loading():
+            for _ in loader(images, 0, False, EpochBatches(n, recipe.batch_size, 0, 1)):
+                pass
+
+        seconds = {"bare": [], "stage04": [], "loading": []}
+        run.model.train()
+        for _ in range(repeats + 1):
+            for key, work in (("bare", bare), ("stage04", stage04), ("loading", loading)):
+                if key == what or what == "both":
+                    started = time.perf_counter()
+                    work()
+                    seconds[key].append(time.perf_counter() - started)
+    result = {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    if what == "both":
+        own, other, load = (np.array(seconds[key][1:]) for key in ("stage04", "bare", "loading"))
+        result |= {"bare_ms": round(1000 * float(np.median(other)) / n, 3), "stage04_ms": round(1000 * float(np.median(own)) / n, 3),
+                   "ratio": round(float(np.median(own / other)), 3), "waiting": round(float(np.median(load / own)), 4)}
+    return result
+
+
+if __name__ == "__main__":
+    cli.run(main)
