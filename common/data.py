@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from common.distributed import Team
 from common.errors import UserError
 from common.images import read_planes
-from common.recipes import Recipe
 
 
 CACHE_BYTES = 2 ** 29
@@ -126,27 +125,6 @@ def collate(items):
     """Stack items to (n, 4, h, w) uint8 images and (n, n_classes) float targets."""
     images, targets = zip(*items, strict=True)
     return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(targets).astype(np.float32))
-
-
-def mix(images: torch.Tensor, targets: torch.Tensor, recipe: Recipe, rng: np.random.Generator):
-    """Mix each image with another one of its batch, by mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019).
-
-    images : (n, 4, h, w) uint8; targets : (n, n_classes), mixed by the same share. With both each batch gets one of them.
-    """
-    other = torch.from_numpy(rng.permutation(len(images)))
-    cut = recipe.cutmix > 0 and (recipe.mixup == 0 or rng.random() < 0.5)
-    share = rng.beta(*[recipe.cutmix if cut else recipe.mixup] * 2)
-    if cut:
-        height, width = images.shape[-2:]
-        rows, columns = round(height * (1 - share) ** 0.5), round(width * (1 - share) ** 0.5)
-        top, left = rng.integers(height - rows + 1), rng.integers(width - columns + 1)
-        box = (..., slice(top, top + rows), slice(left, left + columns))
-        mixed = images.clone()
-        mixed[box] = images[other][box]
-        share = 1 - rows * columns / (height * width)
-    else:
-        mixed = torch.lerp(images[other].float(), images.float(), share).round().to(torch.uint8)
-    return mixed, torch.lerp(targets[other], targets, share)
 
 
 def loader(dataset: ImageSet, workers: int, pin: bool, batches) -> DataLoader:

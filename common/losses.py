@@ -7,9 +7,6 @@ import torch.nn.functional as F
 from common.recipes import Recipe
 
 
-EASY_NEGATIVE = 0.05  # probability up to which the asymmetric loss learns nothing from a negative
-
-
 def effective_numbers(counts: np.ndarray, alpha: float) -> np.ndarray:
     """Return Q_n = (1 - alpha^n) / (1 - alpha) for each class count n (below eq. 5): 1 at alpha 0, n at alpha -> 1."""
     with np.errstate(divide="ignore"):
@@ -37,10 +34,8 @@ def sample_losses(logits, targets, weights, recipe: Recipe):
     """
     logits, targets = logits.float(), targets.float()
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    if recipe.base_loss != "bce":
-        miss = (torch.sigmoid(logits) - targets).abs()  # 1 - p of the true answer
-        if recipe.base_loss == "asymmetric":  # after Ridnik et al. 2021: only negatives are played down, easy ones left out
-            miss = torch.where(targets > 0, 1.0, (miss - EASY_NEGATIVE).clamp(min=0))
+    if recipe.base_loss == "focal":
+        miss = torch.sigmoid(logits * (1 - 2 * targets))  # 1 - p of the true answer
         losses = losses * miss ** recipe.focal_gamma
     if recipe.weighted_part == "positives":
         weights = torch.where(targets > 0, weights, 1.0)

@@ -28,7 +28,8 @@ def describe(recipe: Recipe) -> dict:
             "crop of image": f"{recipe.crop} of {recipe.size if recipe.size_rule == 'fixed' else recipe.store}", "batch": recipe.batch_size,
             "learning rates": ", ".join(f"{rate:.2g}" for rate in recipe.group_learning_rates),
             "at most": {"cycles": f"{recipe.max_cycles} cycles of {recipe.cycle_epochs} epochs",
-                        "plateau": f"{epochs} epochs, halving", "constant": f"{epochs} epochs"}[recipe.schedule],
+                        "plateau": f"{epochs} epochs, halving", "one-cycle": f"{epochs} epochs, one cycle",
+                        "constant": f"{epochs} epochs"}[recipe.schedule],
             "weight decay": f"{recipe.weight_decay:g}" + (f", L1 {recipe.l1:g}" if recipe.l1 else ""),
             "parameters": sum(parameter.numel() for parameter in model.parameters())}
 

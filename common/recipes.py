@@ -18,7 +18,7 @@ CHOICES = {
     "fourth_channel": ("red", "zeros", "mean"),
     "normalisation": ("weights", "data"),
     "optimizer": ("sgd", "adamw"),
-    "base_loss": ("focal", "bce", "asymmetric"),
+    "base_loss": ("focal", "bce"),
     "class_weights": ("normalised", "raw", "none"),
     "weighted_part": ("column", "positives"),
     "class_reduction": ("sum", "mean"),
@@ -40,6 +40,7 @@ class Recipe:
     image_size: int = 768
     crop_size: int = 512
     size_divisor: int = 1
+    whole_share: float = 0.0  # of all epochs, the last ones: they learn from whole images, as prediction sees them
 
     # Network: encoder, pooling (adaptive concat; global average; the encoder's own), buffering layers, 28 outputs.
     encoder: str = "resnet50"
@@ -52,7 +53,7 @@ class Recipe:
 
     # E-loss (eq. 5-6) on the base loss; weights normalised to sum to 28 (Cui et al. 2019) unless raw.
     base_loss: str = "focal"
-    focal_gamma: float = 2.0  # of the negatives in the asymmetric loss
+    focal_gamma: float = 2.0
     alpha: float = 0.99
     class_weights: str = "normalised"
     weighted_part: str = "column"
@@ -61,11 +62,6 @@ class Recipe:
     # Hard sampler: the share K/B of each batch that is learnt from, after a warm-up with all of it.
     hard_share: float = 0.7
     hard_warmup_epochs: int = 1
-
-    # Of a training batch, two images are mixed by a share drawn from Beta(mixup, mixup), or a box of one is put into
-    # the other (cutmix); 0 = never. Labels mix by the same share.
-    mixup: float = 0.0
-    cutmix: float = 0.0
 
     # Layer groups; `learning_rates` (first layers first) wins over `learning_rate` and `layer_groups`.
     # The finder's curve is recorded before training; with "use" its suggestion is the last group's learning rate.
@@ -90,8 +86,6 @@ class Recipe:
     max_cycles: int = 4
     min_cycle_gain: float = 0.01
 
-    # Moving average of the weights that is evaluated and predicted with; 0 = the weights themselves.
-    ema_decay: float = 0.0
     evaluate_epochs: int = 1  # validate after so many epochs, and at the end of each cycle
 
     def __post_init__(self):
@@ -101,6 +95,7 @@ class Recipe:
         checks = {
             "size_divisor": self.size_divisor >= 1,
             "crop_size": 32 <= self.crop <= self.size,
+            "whole_share": 0 <= self.whole_share <= 1,
             "dropouts": len(self.dropouts) == len(self.buffers) and all(0 <= p < 1 for p in self.dropouts),
             "buffers": all(width > 0 for width in self.buffers),
             "focal_gamma": self.focal_gamma >= 0,
@@ -111,8 +106,6 @@ class Recipe:
             "learning_rate": self.learning_rate > 0,
             "layer_groups": self.layer_groups in (1, 2, 3),
             "learning_rates": len(self.learning_rates) <= 3 and all(rate > 0 for rate in self.learning_rates),
-            "mixup": self.mixup >= 0,
-            "cutmix": self.cutmix >= 0,
             "momentum": 0 <= self.momentum < 1,
             "weight_decay": self.weight_decay >= 0,
             "l1": self.l1 >= 0,
@@ -122,7 +115,6 @@ class Recipe:
             "cycle_epochs": self.cycle_epochs >= 1,
             "max_cycles": self.max_cycles >= 1,
             "min_cycle_gain": 0 <= self.min_cycle_gain < 1,
-            "ema_decay": 0 <= self.ema_decay < 1,
             "evaluate_epochs": self.evaluate_epochs >= 1,
         }
         wrong = [name for name, fine in checks.items() if not fine]
@@ -179,6 +171,17 @@ GAPNET_PL = replace(PAPER, image_size=1024, crop_size=768, encoder="gapnet_pl", 
 DEMO = replace(PAPER, encoder="resnet10_narrow", size_divisor=8, buffers=(256,), dropouts=(0.1,), alpha=0.9,
                batch_size=16, learning_rates=(2e-2, 2e-2), cycle_epochs=16, max_cycles=2)
 
+
+def plus(recipe: Recipe, rates: tuple[float, ...], epochs: int) -> Recipe:
+    """Return our own training of a recipe's network: what learns more in the same time (see docs/learning.md).
+
+    rates : top learning rates of the layer groups
+    """
+    return replace(recipe, optimizer="adamw", weight_decay=0.05, learning_rates=rates, finder="off", schedule="one-cycle",
+                   cycle_epochs=epochs, max_cycles=1, base_loss="bce", class_weights="none", class_reduction="mean",
+                   hard_share=1.0, whole_share=0.25, evaluate_epochs=max(1, epochs // 10))
+
+
 RECIPES = {
     "resnet50": RESNET50,
     "resnet101": replace(RESNET50, encoder="resnet101", buffers=(4096, 1024), dropouts=(0.25, 0.5), batch_size=64),
@@ -189,6 +192,9 @@ RECIPES = {
     "densenet121": replace(DENSENET50, encoder="densenet121"),
     "gapnet_pl": GAPNET_PL,
     "gapnet_pl_plus": replace(GAPNET_PL, encoder="gapnet_pl_plus"),
+    "resnet50_plus": plus(replace(RESNET50, batch_size=64), (2e-4, 1e-3), 24),
+    "senet_plus": plus(replace(SENET, batch_size=64), (2e-4, 5e-4, 1e-3), 24),
+    "small_plus": replace(plus(replace(DEMO, batch_size=32), (1e-2, 1e-2), 80), weight_decay=0.3),
     "demo": DEMO,
     "demo_large": replace(DEMO, image_size=1024, crop_size=768, cycle_epochs=10),
     "demo_gapnet": replace(GAPNET_PL, size_divisor=8, batch_size=16, cycle_epochs=16, max_cycles=2),

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from common.checkpoints import Writer, save_checkpoint, snapshot
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.data import EpochBatches, loader, mix
+from common.data import EpochBatches, loader
 from common.errors import UserError
 from common.files import write_text
 from common.fold_data import FoldData
@@ -47,7 +46,6 @@ class Run:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    average: AveragedModel | None  # moving average of the model's weights
     ranking: torch.Tensor  # (2, n_rows, 3): in this epoch and in all; times ranked, times kept, sum of losses
     epoch: int = 0
     step: int = 0  # batches done in this epoch
@@ -59,38 +57,28 @@ class Run:
     history: list[dict] = field(default_factory=list)
     class_mix: list[dict] = field(default_factory=list)
 
+    TENSORS = ("model", "optimizer", "scaler")
     PLACE = ("ranking", "epoch", "step", "loss_sum", "seconds", "best_score", "micro_batch", "start", "history",
              "class_mix")
 
     def state(self) -> dict:
-        return {**self.network_state(), "training": {name: part.state_dict() for name, part in self.parts().items()},
+        return {**self.network_state(), **{name: getattr(self, name).state_dict() for name in self.TENSORS},
                 **{name: getattr(self, name) for name in self.PLACE}}
 
     def restore(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        for name, part in self.parts().items():
-            part.load_state_dict(state["training"][name])
+        for name in self.TENSORS:
+            getattr(self, name).load_state_dict(state[name])
         for name in self.PLACE:
             setattr(self, name, state[name])
         self.ranking = self.ranking.to(self.hardware.device)
-
-    def parts(self) -> dict:
-        """What a checkpoint holds beside the network for prediction."""
-        parts = {"optimizer": self.optimizer, "scaler": self.scaler}
-        return {**parts, "model": self.model, "average": self.average} if self.average else parts
 
     @property
     def valid_losses(self) -> list[float]:
         return [row["valid_loss"] for row in self.history if "valid_loss" in row]
 
-    @property
-    def result(self) -> torch.nn.Module:
-        """The network that is evaluated and predicted with."""
-        return self.average.module if self.average else self.model
-
     def network_state(self) -> dict:
         """Return what prediction needs: weights, normalisation, classes."""
-        return {"model": self.result.state_dict(), "mean": list(self.normalise.mean), "std": list(self.normalise.std),
+        return {"model": self.model.state_dict(), "mean": list(self.normalise.mean), "std": list(self.normalise.std),
                 "classes": list(CLASS_NAMES)}
 
 
@@ -118,8 +106,8 @@ def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed:
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.autocast == torch.float16)
     counts = effective_number_weights(data.counts, recipe.alpha, recipe.class_weights)
     return Run(recipe, hardware, data.normalisation, torch.tensor(counts, dtype=torch.float32, device=device), seed,
-               network, model, optimizer, scaler, build_average(recipe, model),
-               torch.zeros(2, len(data.train), 3, device=device), micro_batch=hardware.micro_batch)
+               network, model, optimizer, scaler, torch.zeros(2, len(data.train), 3, device=device),
+               micro_batch=hardware.micro_batch)
 
 
 def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
@@ -129,23 +117,6 @@ def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer
     parts = [{**group, "params": [p for p in group["params"] if (p.ndim > 1) == decayed], "weight_decay": decay}
              for group in groups for decayed, decay in ((True, recipe.weight_decay), (False, 0.0))]
     return torch.optim.AdamW(parts, lr=0.0, betas=(recipe.momentum, 0.99), fused=True)
-
-
-def build_average(recipe: Recipe, model: torch.nn.Module) -> AveragedModel | None:
-    """Return a moving average of weights and running statistics, over fewer steps in the beginning."""
-    if not recipe.ema_decay:
-        return None
-
-    @torch.no_grad()
-    def update(averages, values, n_averaged):
-        steps = int(n_averaged)
-        decay = min(recipe.ema_decay, (1 + steps) / (10 + steps))
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, values, 1 - decay)
-        else:
-            torch._foreach_copy_(averages, values)
-
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 # --- one step ----------------------------------------------------------------------------------------------
@@ -177,8 +148,6 @@ def train_step(run: Run, images, targets, n: int, share: float, step: int) -> tu
     Returns the losses of the whole batch (n,) and the indices of those that were learnt from (K,), on the device.
     """
     targets = targets.to(run.hardware.device, non_blocking=True)
-    if run.recipe.mixup or run.recipe.cutmix:
-        images, targets = mix(images, targets, run.recipe, np.random.default_rng([run.seed, 2, step, run.hardware.team.rank]))
     while True:
         try:
             return accumulate(run, images, targets, n, share, step)
@@ -235,8 +204,6 @@ def accumulate(run: Run, images, targets, n: int, share: float, step: int) -> tu
     regularise(run)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    if run.average:
-        run.average.update_parameters(run.model)
     return team.gather(torch.cat(losses), n), kept
 
 
@@ -272,10 +239,11 @@ def train_epoch(run: Run, data: FoldData, label: str, save) -> None:
     batches = EpochBatches(len(data.train), recipe.batch_size, run.seed, run.epoch, run.step, team)
     share = 1.0 if run.epoch < recipe.hard_warmup_epochs else recipe.hard_share
     loss_sum = torch.tensor(run.loss_sum, dtype=torch.float64, device=hardware.device)
+    images_seen = data.train if run.epoch < round((1 - recipe.whole_share) * recipe.epochs) else replace(data.train, crop=recipe.size)
     started = saved = time.monotonic()
     before = run.seconds
     run.model.train()
-    for images, targets in progress(loader(data.train, hardware.workers, hardware.is_gpu, batches), batches.steps,
+    for images, targets in progress(loader(images_seen, hardware.workers, hardware.is_gpu, batches), batches.steps,
                                     label, unit="batches", initial=run.step, quiet=not team.is_main):
         step = run.epoch * batches.steps + run.step
         for group in run.optimizer.param_groups:
@@ -310,11 +278,11 @@ def close_ranking(run: Run, data: FoldData, epoch: int) -> None:
 def evaluate(run: Run, data: FoldData) -> tuple[float, float]:
     """Return the mean E-loss and the macro F1 at 0.5 on the whole validation images."""
     team, valid = run.hardware.team, data.valid
-    team.share_buffers(run.result)
+    team.share_buffers(run.model)
     part = team.part(len(valid))
     mine = replace(valid, ids=valid.ids[part], targets=valid.targets[part],
                    sides=None if valid.sides is None else valid.sides[part])
-    logits = team.gather_rows(predict_logits(run.result, run.normalise, mine, run.hardware, views("none"))[0])
+    logits = team.gather_rows(predict_logits(run.model, run.normalise, mine, run.hardware, views("none"))[0])
     loss = sample_losses(logits, torch.from_numpy(valid.targets), run.class_weights.cpu(), run.recipe)
     return loss.double().mean().item(), macro_f1(valid.targets, (logits > 0).numpy())
 

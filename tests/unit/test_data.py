@@ -3,10 +3,9 @@ import pytest
 import torch
 
 from common import cli, data
-from common.data import EpochBatches, ImageSet, collate, dihedral, loader, mix, random_crop, whole_batches
+from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop, whole_batches
 from common.errors import UserError
 from common.images import read_planes, write_planes
-from common.recipes import Recipe
 
 RNG = np.random.default_rng(0)
 
@@ -70,20 +69,6 @@ def test_small_images_are_decoded_once_and_no_more_are_kept_than_there_is_room_f
 
 def test_a_loader_process_keeps_no_images(stored):
     assert len(list(loader(stored, 1, False, EpochBatches(6, 2, 0, 4)))) == 3 and not stored.cache
-
-
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_mixed_images_and_labels_have_the_same_shares(kind):
-    images = torch.from_numpy(np.repeat(np.arange(8, dtype=np.uint8) * 20, 4 * 16 * 16).reshape(8, 4, 16, 16))
-    targets = torch.eye(8, 28)
-    mixed, shares = mix(images, targets, Recipe(**{kind: 1.0}), np.random.default_rng(3))
-    assert mixed.dtype == torch.uint8 and mixed.shape == images.shape
-    torch.testing.assert_close(shares.sum(dim=1), torch.ones(8))
-    # Image k is 20 k everywhere, so a mixed one's mean tells the shares.
-    torch.testing.assert_close(mixed.float().mean(dim=(1, 2, 3)), (shares[:, :8] * torch.arange(8) * 20).sum(dim=1),
-                               atol=0.5, rtol=0)
-    assert len(mixed[1].unique()) == (1 if kind == "mixup" else 2)
-    torch.testing.assert_close(mix(images, targets, Recipe(**{kind: 1.0}), np.random.default_rng(3))[0], mixed)
 
 
 def test_copies_of_a_sample_get_different_crops(stored):

@@ -28,8 +28,8 @@ SMALL = replace(DEMO, image_size=512, crop_size=512, buffers=(64,), batch_size=8
                 min_cycle_gain=0.0, finder="off")
 
 
-OURS = replace(SMALL, optimizer="adamw", schedule="one-cycle", ema_decay=0.9, learning_rates=(1e-3, 1e-3), evaluate_epochs=3,
-               base_loss="asymmetric", mixup=0.4, cutmix=1.0)
+OURS = replace(SMALL, optimizer="adamw", schedule="one-cycle", learning_rates=(1e-3, 1e-3), evaluate_epochs=3, base_loss="bce",
+               whole_share=0.25)
 
 
 @pytest.fixture(autouse=True)
@@ -278,7 +278,7 @@ def test_a_wrong_label_is_kept_most_often(tmp_path):
     data.train.targets[5] = data.train.targets[4]  # a bright one with the other's label
     train(tmp_path / "run", data, replace(SMALL, batch_size=16, hard_share=0.5, cycle_epochs=6))
     samples = pd.read_csv(tmp_path / "run" / "hard_samples.csv")
-    assert samples["Id"][0] == "s5" and samples["mean_loss"][0] > 2 * samples["mean_loss"][1]
+    assert samples["Id"][0] == "s5" and samples["mean_loss"][0] > 1.5 * samples["mean_loss"][1]
 
 
 @pytest.mark.parametrize(("losses", "epoch", "finished"), [
@@ -291,7 +291,7 @@ def test_a_wrong_label_is_kept_most_often(tmp_path):
 ])
 def test_cycles_end_when_one_gains_less_than_a_hundredth(losses, epoch, finished):
     recipe = replace(SMALL, cycle_epochs=2, max_cycles=3, min_cycle_gain=0.01)
-    run = Run(recipe, *[None] * 10, epoch=epoch, history=[{"valid_loss": loss} for loss in losses])
+    run = Run(recipe, *[None] * 9, epoch=epoch, history=[{"valid_loss": loss} for loss in losses])
     assert is_finished(run) == finished
 
 
@@ -301,8 +301,8 @@ def test_every_network_trains_goes_on_from_a_checkpoint_and_predicts(tmp_path, n
     recipe = replace(get_recipe(f"{name}-quick"), batch_size=2)
     whole, resumed = new_run(recipe, data, CPU, 0, 0), new_run(recipe, data, CPU, 1, 0)
     for run in (whole, resumed):
-        for group, rate in zip(run.optimizer.param_groups, recipe.group_learning_rates, strict=True):
-            group["lr"] = rate
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["top_lr"]
     assert train_step(whole, *batch(2), 2, 0.5, 0)[0].isfinite().all()
     resumed.restore(copy.deepcopy(whole.state()))
     for run in (whole, resumed):
@@ -409,23 +409,6 @@ def test_adamw_decays_weights_only_and_holds_every_parameter_once():
     assert {group["top_lr"] for group in groups} == {1e-3, 2e-3}
 
 
-def test_the_average_follows_the_weights_and_is_what_is_saved(tmp_path):
-    data = fold_data(tmp_path / "images", 16)
-    recipe = replace(OURS, ema_decay=0.9)
-    run = new_run(recipe, data, CPU, 0, 0)
-    expected = None
-    for step in range(40):
-        for group in run.optimizer.param_groups:
-            group["lr"] = 1e-3
-        train_step(run, *batch(16), 16, 1.0, step)
-        weight = run.model.head[-1].weight.detach().clone()
-        decay = min(0.9, (1 + step) / (10 + step))
-        expected = weight if expected is None else decay * expected + (1 - decay) * weight
-    torch.testing.assert_close(run.average.module.head[-1].weight, expected)
-    trained = train(tmp_path / "run", data, recipe)
-    torch.testing.assert_close(load_checkpoint(tmp_path / "run" / "last.pt")["model"], dict(trained.average.module.state_dict()))
-
-
 def test_it_is_evaluated_as_often_as_the_recipe_says(tmp_path):
     recipe = replace(SMALL, cycle_epochs=5, max_cycles=2, evaluate_epochs=2)
     run = train(tmp_path / "run", fold_data(tmp_path / "images", 16), recipe)
@@ -439,3 +422,11 @@ def test_a_write_that_fails_ends_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "save_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
         train(tmp_path / "run", fold_data(tmp_path / "images", 16))
+
+
+def test_the_last_epochs_learn_from_whole_images(tmp_path, monkeypatch):
+    recipe = replace(SMALL, image_size=512, crop_size=256, cycle_epochs=4, max_cycles=1, whole_share=0.25)
+    step, sides = training.train_step, []
+    monkeypatch.setattr(training, "train_step", lambda run, images, *rest: sides.append(images.shape[-1]) or step(run, images, *rest))
+    train(tmp_path / "run", fold_data(tmp_path / "images", 16, crop=recipe.crop), recipe)
+    assert sides == [32] * 6 + [64] * 2
