@@ -33,6 +33,7 @@ from common.metrics import bootstrap_macro_f1, class_f1
 from common.thresholds import cross_fit
 
 SHARE = 0.97  # of the seconds that the epochs are planned for
+CALIBRATION_SECONDS = 25
 OTHERS = ("fastai-resnet18@0.001", "fastai-resnet18@0.003", "fastai-resnet18@0.01", "fastai-resnet34@0.003",
           "plain-resnet18@0.001", "plain-resnet18@0.003", "plain-ours@0.003", "plain-ours@0.006")
 
@@ -136,13 +137,15 @@ def train(args, arm, seed, fold, epochs, target: Path) -> dict:
 
 
 def calibrate(args, arm) -> None:
-    """Measure set-up and epochs of an arm, once."""
+    """Measure set-up and seconds of an epoch of an arm, once: with as many runs at once as later, after a first short one."""
     path = args.out / "runs" / "calibration" / f"{arm}.json"
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.at_once) as pool:  # as many at once as later
-        found = list(pool.map(lambda k: train(args, arm, 0, 0, 4, path.with_name(f"{arm}.{k}.npz")), range(args.at_once)))
+    first = train(args, arm, 0, 0, 2, path.with_name(f"{arm}.npz"))
+    epochs = max(2, min(20, round(CALIBRATION_SECONDS / first["epoch_seconds"])))
+    with ThreadPoolExecutor(args.at_once) as pool:
+        found = list(pool.map(lambda k: train(args, arm, 0, 0, epochs, path.with_name(f"{arm}.{k}.npz")), range(args.at_once)))
     write_json(path, max(found, key=lambda values: values["seconds"]))
     print(f"{arm}: {read_json(path)}", flush=True)
 

@@ -42,7 +42,8 @@ def add_hardware_flags(parser) -> None:
     """Add --device, --precision and --workers to a stage's command line."""
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-                        help="autocast type (default: bf16 or fp16 on a GPU, fp32 on the CPU)")
+                        help="autocast type (default: bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32; "
+                             "a CPU predicts in fp32)")
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: 0 on the CPU, up to 8 on a GPU)")
 
 

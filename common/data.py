@@ -15,8 +15,7 @@ from common.distributed import Team
 from common.errors import UserError
 from common.images import read_planes
 
-
-CACHE_BYTES = 2 ** 29
+CACHE_BYTES = 2 ** 29  # of decoded images that a set keeps
 
 
 def dihedral(image, which: int):

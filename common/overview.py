@@ -21,11 +21,12 @@ def describe(recipe: Recipe) -> dict:
     with torch.device("meta"):
         model = build_model(recipe, N_CLASSES)
     pooled = next(layer for layer in model.head if isinstance(layer, torch.nn.Linear)).in_features
-    epochs = recipe.max_cycles * recipe.cycle_epochs
+    epochs = recipe.epochs
     return {"encoder": recipe.encoder, "pooling": f"{recipe.pooling} -> {pooled}",
             "buffers (dropout)": ", ".join(f"{width} ({dropout:g})" for width, dropout in
                                            zip(recipe.buffers, recipe.dropouts, strict=True)) or "-",
-            "crop of image": f"{recipe.crop} of {recipe.size if recipe.size_rule == 'fixed' else recipe.store}", "batch": recipe.batch_size,
+            "crop of image": f"{recipe.crop} of {recipe.size if recipe.size_rule == 'fixed' else recipe.store}",
+            "batch": recipe.batch_size,
             "learning rates": ", ".join(f"{rate:.2g}" for rate in recipe.group_learning_rates),
             "at most": {"cycles": f"{recipe.max_cycles} cycles of {recipe.cycle_epochs} epochs",
                         "plateau": f"{epochs} epochs, halving", "one-cycle": f"{epochs} epochs, one cycle",

@@ -161,7 +161,7 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     folder = work / "images"
     journal = folder / "journal.jsonl"
     records = {Id: record for Id, record in read_journal(journal).items() if record.get("white") == white}
-    bad, known = dict(bad), {}
+    bad = dict(bad)
     known = {s: records[s.Id]["side"] for s in samples if s.Id in records and records[s.Id]["source"] == states[s]}
     new = [s for s in samples if s not in known and s not in bad]
     for k, result in run_parallel(images.attempt, [(images.check_sample, s.files, s.rgb_coded) for s in new], n_jobs, "checking"):

@@ -430,3 +430,11 @@ def test_the_last_epochs_learn_from_whole_images(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train_step", lambda run, images, *rest: sides.append(images.shape[-1]) or step(run, images, *rest))
     train(tmp_path / "run", fold_data(tmp_path / "images", 16, crop=recipe.crop), recipe)
     assert sides == [32] * 6 + [64] * 2
+
+
+def test_a_cpu_trains_in_bf16_where_it_multiplies_it_and_predicts_in_32_bit(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert choose_hardware("cpu", "auto", None).autocast == torch.bfloat16
+    assert choose_hardware("cpu", "auto", None, training=False).autocast is None
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert choose_hardware("cpu", "auto", None).autocast is None
