@@ -48,6 +48,8 @@ def parse_args():
     parser.add_argument("--micro-batch", type=cli.positive, metavar="N",
                         help="images in memory at once; a batch is accumulated from several (default: the whole batch, "
                              "halved when a GPU runs out of memory)")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the network first, which takes a minute or more; pays for long trainings on a GPU")
     cli.add_hardware_flags(parser)
     cli.add_cluster_flag(parser)
     return parser.parse_args()
@@ -75,7 +77,7 @@ def main():
     recipes = {name: fit_to_source(recipe, int(samples["side"].min())) for name, recipe in recipes.items()}
     if args.show_class_weights:
         return show_class_weights(recipes, folds, numbers)
-    flags = (args.device, args.precision, args.workers, args.micro_batch)
+    flags = (args.device, args.precision, args.workers, args.micro_batch, args.compile)
     team = choose_hardware(*flags).team
     jobs = plan(args.work, recipes, folds, numbers, args.seed, args.force or args.find_lr, args.pretrained,
                 args.weights_dir, team)

@@ -23,7 +23,7 @@ from common import cli
 from common.recipes import get_recipe
 
 # name -> recipe, images
-NETWORKS = {"small": (get_recipe("demo"), 256), "large": (get_recipe("resnet50", ["size_divisor=4"]), 16)}
+NETWORKS = {"small": (get_recipe("demo"), 256), "large": (get_recipe("resnet50", ["size_divisor=4"]), 8)}
 WANTED = 1.03
 
 

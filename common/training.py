@@ -102,6 +102,8 @@ def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed:
     network = model
     if team.size > 1:
         network = DistributedDataParallel(model, device_ids=[device] if hardware.is_gpu else None)
+    if hardware.compiled:
+        network = torch.compile(network)
     optimizer = build_optimizer(recipe, param_groups(model, rates or recipe.group_learning_rates))
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.autocast == torch.float16)
     counts = effective_number_weights(data.counts, recipe.alpha, recipe.class_weights)

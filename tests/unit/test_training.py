@@ -1,6 +1,7 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -438,3 +439,12 @@ def test_a_cpu_trains_in_bf16_where_it_multiplies_it_and_predicts_in_32_bit(monk
     assert choose_hardware("cpu", "auto", None, training=False).autocast is None
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert choose_hardware("cpu", "auto", None).autocast is None
+
+
+def test_a_compiled_network_learns_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    data = fold_data(tmp_path / "images", 16)
+    usual = train(tmp_path / "usual", data)
+    compiled = train(tmp_path / "compiled", data, hardware=choose_hardware("cpu", "fp32", 0, compiled=True))
+    assert same(usual.model.state_dict(), compiled.model.state_dict())
+    assert load_checkpoint(tmp_path / "compiled" / "best.pt").keys() == load_checkpoint(tmp_path / "usual" / "best.pt").keys()
