@@ -9,7 +9,6 @@ example python benchmarks/learning.py --out learning --minutes 2,5 --seeds 0,1,2
 The last line is a JSON object.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.labels import parse_targets
 from common.metrics import bootstrap_macro_f1, class_f1
+from common.recipes import get_recipe
 from common.thresholds import cross_fit
 
 SHARE = 0.97  # of the seconds that the epochs are planned for
@@ -51,10 +51,10 @@ def parse_args():
     parser.add_argument("--n-folds", type=int, default=3, metavar="N", help="folds (default: 3)")
     parser.add_argument("--ours", type=cli.names, default=["demo", "small_plus"], metavar="A,B", help="recipes; field changes "
                         "after colons, such as small_plus:mixup=0 (default: demo,small_plus)")
-    parser.add_argument("--others", type=cli.names, default=list(OTHERS), metavar="A@RATE,B@RATE", help=f"(default: {','.join(OTHERS)})")
+    parser.add_argument("--others", type=cli.names, default=list(OTHERS), metavar="A@RATE,B@RATE",
+                        help=f"contestants of benchmarks/others.py and their learning rates; none (default: {','.join(OTHERS)})")
     parser.add_argument("--at-once", type=cli.positive, default=1, metavar="N", help="runs at once, each with its share of "
                         "the cores (default: 1)")
-    parser.add_argument("--score-only", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -66,7 +66,7 @@ def main():
     folds = read_table(args.out / "work" / "folds.csv", "03_make_folds.py")
     jobs = [(arm, minutes, seed, fold) for minutes in args.minutes for arm in arms for seed in args.seeds
             for fold in range(args.n_folds)]
-    todo = [] if args.score_only else [job for job in jobs if not place(args, *job).is_file()]
+    todo = [job for job in jobs if not place(args, *job).is_file()]
     for arm in dict.fromkeys(job[0] for job in todo):
         calibrate(args, arm)
     started = time.monotonic()
@@ -95,7 +95,7 @@ def recipe_of(arm: str) -> tuple[str, list[str]]:
 
 
 def call(args, *command) -> tuple[float, str]:
-    """Run a command on its share of the cores; returns seconds and what it printed. Raises UserError with what it said where it fails."""
+    """Run a command on its share of the cores; returns seconds and what it printed. Raises UserError where it fails."""
     threads = str(max(1, os.cpu_count() // args.at_once))
     started = time.monotonic()
     result = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True,
@@ -118,18 +118,17 @@ def train(args, arm, seed, fold, epochs, target: Path) -> dict:
         (scratch / name).symlink_to(work / name)
     contestant, _, rate = arm.partition("@")
     if rate:
-        seconds, output = call(args, sys.executable, "benchmarks/others.py", "--contestant", contestant, "--work", scratch, "--fold", fold,
-                       "--seed", seed, "--epochs", epochs, "--rate", rate, "--out", target)
+        seconds, output = call(args, sys.executable, "benchmarks/others.py", "--contestant", contestant, "--work", scratch,
+                               "--fold", fold, "--seed", seed, "--epochs", epochs, "--rate", rate, "--out", target)
         epoch = json.loads(output.splitlines()[-1])["epoch_seconds"]
     else:
-        from common.recipes import get_recipe
         name, settings = recipe_of(arm)
         cycles = get_recipe(name, settings).max_cycles
-        seconds, _ = call(args, sys.executable, "04_train.py", "--work", scratch, "--recipe", name, "--folds", fold, "--seed", seed,
-                       "--set", *settings, f"cycle_epochs={max(1, epochs // cycles)}", "min_cycle_gain=0")
+        seconds, _ = call(args, sys.executable, "04_train.py", "--work", scratch, "--recipe", name, "--folds", fold,
+                          "--seed", seed, "--set", *settings, f"cycle_epochs={max(1, epochs // cycles)}", "min_cycle_gain=0")
         rows = [json.loads(line) for line in (scratch / "runs" / name / f"fold{fold}" / "log.jsonl").read_text().splitlines()]
-        seconds += call(args, sys.executable, "05_predict_oof.py", "--work", scratch, "--recipes", name, "--folds", fold, "--no-test",
-                        "--checkpoint", "last")[0]
+        seconds += call(args, sys.executable, "05_predict_oof.py", "--work", scratch, "--recipes", name, "--folds", fold,
+                        "--no-test", "--checkpoint", "last")[0]
         epoch = sum(row["seconds"] + row.get("valid_seconds", 0) for row in rows) / len(rows)
         save_predictions(target, *load_predictions(scratch / "predictions" / name / f"fold{fold}_oof.npz", ""))
     shutil.rmtree(scratch)
@@ -163,34 +162,36 @@ def run(args, arm, minutes, seed, fold) -> None:
 
 def report(args, arms, folds) -> None:
     """Print scores with intervals, and the JSON."""
-    figures = {}
     rows = folds[folds["fold"] >= 0].set_index("Id")
+    figures = {}
     for minutes in args.minutes:
         print(f"{minutes:g} minutes a run, {args.n_folds} folds, seeds {', '.join(map(str, args.seeds))}")
         for arm in arms:
-            scores, drawn, seconds, epochs = [], [], [], []
-            for seed in args.seeds:
-                paths = [place(args, arm, minutes, seed, fold) for fold in range(args.n_folds)]
-                if not all(path.is_file() for path in paths):
-                    continue
-                parts = [load_predictions(path, "") for path in paths]
-                ids, probs = (np.concatenate(part) for part in zip(*parts, strict=True))
-                targets = parse_targets(rows.loc[ids, "Target"])
-                seen = targets.any(axis=0)
-                predicted = cross_fit(targets, probs, rows.loc[ids, "group"].to_numpy(), "greedy")
-                scores.append(np.mean([class_f1(targets, p)[seen].mean() for p in predicted]))
-                drawn += [(targets[:, seen], [p[:, seen] for p in predicted])]
-                known = [read_json(path.with_suffix(".json")) for path in paths]
-                seconds += [k["seconds"] for k in known]
-                epochs += [k["epochs"] for k in known]
-            if not scores:
-                continue
-            low, high = bootstrap_macro_f1(drawn[0][0], [p for _, many in drawn for p in many]) if len({d[0].shape for d in drawn}) == 1 else (np.nan, np.nan)
-            figures[f"{arm} {minutes:g}"] = {"macro_f1": round(float(np.mean(scores)), 4), "interval": [round(low, 4), round(high, 4)],
-                                             "seeds": [round(float(s), 4) for s in scores], "seconds": round(max(seconds), 1), "epochs": epochs[0]}
-            print(f"  {arm:44s} {np.mean(scores):.3f} [{low:.3f}, {high:.3f}]  {epochs[0]:4d} epochs, {max(seconds):.0f} s at most; "
-                  f"seeds {' '.join(f'{s:.3f}' for s in scores)}", flush=True)
+            found = figures[f"{arm} {minutes:g}"] = score(args, arm, minutes, rows)
+            low, high = found["interval"]
+            print(f"  {arm:40s} {found['macro_f1']:.3f} [{low:.3f}, {high:.3f}]  {found['epochs']:4d} epochs, "
+                  f"{found['seconds']:.0f} s at most; seeds {' '.join(f'{value:.3f}' for value in found['seeds'])}")
     print(json.dumps(figures))
+
+
+def score(args, arm, minutes, rows) -> dict:
+    """Return macro F1 over the classes present: the mean of all seeds and repeats, its interval over samples, each seed's."""
+    order = rows.index[rows["fold"] < args.n_folds]
+    targets, groups = parse_targets(rows.loc[order, "Target"]), rows.loc[order, "group"].to_numpy()
+    seen = targets.any(axis=0)
+    predicted, known = [], []
+    for seed in args.seeds:
+        paths = [place(args, arm, minutes, seed, fold) for fold in range(args.n_folds)]
+        ids, probs = (np.concatenate(part) for part in zip(*(load_predictions(path, "") for path in paths), strict=True))
+        place_of = {Id: k for k, Id in enumerate(ids)}
+        probs = probs[[place_of[Id] for Id in order]]
+        predicted.append([part[:, seen] for part in cross_fit(targets, probs, groups, "greedy")])
+        known += [read_json(path.with_suffix(".json")) for path in paths]
+    targets = targets[:, seen]
+    seeds = [float(np.mean([class_f1(targets, part).mean() for part in parts])) for parts in predicted]
+    return {"macro_f1": round(float(np.mean(seeds)), 4), "seeds": [round(value, 4) for value in seeds],
+            "interval": [round(value, 4) for value in bootstrap_macro_f1(targets, [part for parts in predicted for part in parts])],
+            "seconds": round(max(values["seconds"] for values in known), 1), "epochs": known[0]["epochs"]}
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def measure(name: str, repeats: int) -> dict:
 
     recipe, n = NETWORKS[name]
     rng = np.random.default_rng(0)
-    hardware, normalise, looks = choose_hardware("cpu", "auto", None, training=False), Normalisation((0.1,) * 4, (0.1,) * 4), views("dihedral")
+    hardware, looks = choose_hardware("cpu", "auto", None, training=False), views("dihedral")
+    normalise = Normalisation((0.1,) * 4, (0.1,) * 4)
     torch.manual_seed(0)
     model = build_model(recipe, 28).to(memory_format=torch.channels_last).eval()
     with tempfile.TemporaryDirectory() as folder:
