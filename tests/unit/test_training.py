@@ -277,7 +277,7 @@ def test_a_wrong_label_is_kept_most_often(tmp_path):
     for Id, block in zip(data.train.ids, blocks, strict=True):
         write_planes(tmp_path / "images" / f"{Id}.tif", block)
     data.train.targets[5] = data.train.targets[4]  # a bright one with the other's label
-    train(tmp_path / "run", data, replace(SMALL, batch_size=16, hard_share=0.5, cycle_epochs=6))
+    train(tmp_path / "run", data, replace(SMALL, batch_size=16, hard_share=0.5, cycle_epochs=20, learning_rates=(5e-3, 5e-3)))
     samples = pd.read_csv(tmp_path / "run" / "hard_samples.csv")
     assert samples["Id"][0] == "s5" and samples["mean_loss"][0] > 1.5 * samples["mean_loss"][1]
 
