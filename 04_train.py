@@ -49,7 +49,7 @@ def parse_args():
                         help="images in memory at once; a batch is accumulated from several (default: the whole batch, "
                              "halved when a GPU runs out of memory)")
     parser.add_argument("--compile", action="store_true",
-                        help="compile the network first, which takes a minute or more; pays for long trainings on a GPU")
+                        help="compile the network with torch.compile before it is trained (default: off)")
     cli.add_hardware_flags(parser)
     cli.add_cluster_flag(parser)
     return parser.parse_args()
