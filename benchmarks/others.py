@@ -38,7 +38,7 @@ def main():
 
     samples = read_table(args.work / "samples.csv", "01_preprocess.py")
     recipe = fit_to_source(get_recipe(args.recipe), int(samples["side"].min()))
-    data = load_fold(args.work, read_table(args.work / "folds.csv", "03_make_folds.py"), args.fold, recipe, args.seed)
+    data = load_fold(args.work, read_table(args.work / "folds.csv", "03_make_folds.py"), args.fold, recipe)
     torch.manual_seed(args.seed)
     train = plain if args.contestant.startswith("plain") else fastai
     model, seconds = train(args, recipe, data)

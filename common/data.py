@@ -19,33 +19,40 @@ CACHE_BYTES = 2 ** 29  # of decoded images that a set keeps
 
 
 def dihedral(image, which: int):
-    """Apply one of the 8 symmetries of the square to (..., h, w): `which` % 4 quarter turns, from 4 on mirrored.
+    """Apply one of the 8 symmetries of the square to (..., h, w): bit 1 of `which` transposes, 2 and 4 mirror.
 
     Works on NumPy arrays and torch tensors alike.
     """
-    turn = torch.rot90 if torch.is_tensor(image) else np.rot90
-    image = turn(image, which % 4, (-2, -1))
-    if which < 4:
+    if which & 1:
+        image = image.swapaxes(-2, -1)
+    mirrored = [axis for bit, axis in ((2, -2), (4, -1)) if which & bit]
+    if not mirrored:
         return image
-    return image.flip(-1) if torch.is_tensor(image) else image[..., ::-1]
+    return image.flip(mirrored) if torch.is_tensor(image) else np.flip(image, mirrored)
 
 
-def random_crop(image: np.ndarray, crop: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut a random (crop, crop) window out of (4, h, w) and put it through a random symmetry."""
-    top, left = rng.integers(image.shape[1] - crop + 1), rng.integers(image.shape[2] - crop + 1)
-    return dihedral(image[:, top:top + crop, left:left + crop], int(rng.integers(8)))
+def random_crop(image: np.ndarray, crop: int, draw: np.ndarray) -> np.ndarray:
+    """Cut a random (crop, crop) window out of (4, h, w) uint8 and put it through a random symmetry.
+
+    draw : three random numbers in [0, 1), for the window's place and the symmetry
+    """
+    # The four bytes of a pixel are moved as one number, which is five times as fast.
+    pixels = np.ascontiguousarray(image.transpose(1, 2, 0)).view(np.uint32)[..., 0]
+    top, left = (int(u * (side - crop + 1)) for u, side in zip(draw, pixels.shape, strict=False))
+    window = dihedral(pixels[top:top + crop, left:left + crop], int(8 * draw[2]))
+    return np.ascontiguousarray(window)[..., None].view(np.uint8).transpose(2, 0, 1)
 
 
 class Cache(dict):
-    """Decoded images by path, as many as fit into `room` bytes: small images are decoded once, large ones each time."""
+    """Decoded images by Id, as many as fit into `room` bytes: small images are decoded once, large ones each time."""
 
     def __init__(self, room: int = CACHE_BYTES):
         super().__init__()
         self.room = room
 
-    def keep(self, path: Path, image: np.ndarray) -> None:
+    def keep(self, Id: str, image: np.ndarray) -> None:
         if image.nbytes <= self.room and get_worker_info() is None:  # a loader process ends with its epoch
-            self[path] = image
+            self[Id] = image
             self.room -= image.nbytes
 
 
@@ -55,13 +62,12 @@ class ImageSet(Dataset):
 
     crop : side of random training crops in pixels; None for whole images
     sides : side of each stored image in pixels, where they may differ: one batch of whole images has one size
-    A training item is asked for by (row, epoch, position), a whole image by its row.
+    A training item is asked for by its row and the draw for `random_crop`, a whole image by its row.
     """
     folder: Path
     ids: np.ndarray
     targets: np.ndarray
     crop: int | None = None
-    seed: int = 0
     sides: np.ndarray | None = None
     cache: Cache = field(default_factory=Cache, repr=False)
 
@@ -69,18 +75,24 @@ class ImageSet(Dataset):
         return len(self.ids)
 
     def __getitem__(self, key):
-        row, *place = key if isinstance(key, tuple) else (key,)
-        path = self.folder / f"{self.ids[row]}.tif"
-        image = self.cache.get(path)
+        row, draw = key if isinstance(key, tuple) else (key, None)
+        Id = self.ids[row]
+        image = self.cache.get(Id)
         if image is None:
-            try:
-                image = read_planes(path)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path} cannot be read ({error}); run: python 01_preprocess.py") from None
-            self.cache.keep(path, image)
+            image = self.read(Id)
+            self.cache.keep(Id, image)
         if self.crop is not None:
-            image = random_crop(image, self.crop, np.random.default_rng([self.seed, *place]))
+            image = random_crop(image, self.crop, draw)
         return image, self.targets[row]
+
+    def read(self, Id: str) -> np.ndarray:
+        """Decode one stored image; raises UserError where it is missing or damaged."""
+        path = self.folder / f"{Id}.tif"
+        try:
+            planes = read_planes(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); run: python 01_preprocess.py") from None
+        return np.ascontiguousarray(planes.transpose(1, 2, 0)).transpose(2, 0, 1)  # channels last in memory, as batches are
 
 
 def whole_batches(dataset: ImageSet, batch_size: int) -> list[np.ndarray]:
@@ -91,7 +103,7 @@ def whole_batches(dataset: ImageSet, batch_size: int) -> list[np.ndarray]:
 
 
 class EpochBatches:
-    """Batches of (row, epoch, position) for one epoch: all rows in an order drawn from (seed, epoch).
+    """Batches of (row, draw for its crop) for one epoch: all rows in an order drawn from (seed, epoch).
 
     Every batch is full, so that normalisation layers and the hard sampler see the same batch size; the rest
     of up to one batch falls away, another one each epoch. With fewer rows than a batch, one batch holds all.
@@ -102,8 +114,9 @@ class EpochBatches:
     def __init__(self, n_rows: int, batch_size: int, seed: int, epoch: int, start: int = 0, team: Team = Team()):
         self.batch = min(batch_size, n_rows)
         self.steps = n_rows // self.batch
-        self.order = np.random.default_rng([seed, epoch]).permutation(n_rows)
-        self.epoch, self.start, self.team = epoch, start, team
+        rng = np.random.default_rng([seed, epoch])
+        self.order, self.draws = rng.permutation(n_rows), rng.random((n_rows, 3))
+        self.start, self.team = start, team
         if self.batch < team.size:
             raise UserError(f"a batch of {self.batch} samples cannot be shared by {team.size} processes; start fewer")
 
@@ -117,13 +130,14 @@ class EpochBatches:
     def __iter__(self):
         for step in range(self.start, self.steps):
             positions = range(step * self.batch, (step + 1) * self.batch)[self.team.part(self.batch)]
-            yield [(int(self.order[p]), self.epoch, p) for p in positions]
+            yield [(int(self.order[p]), self.draws[p]) for p in positions]
 
 
 def collate(items):
-    """Stack items to (n, 4, h, w) uint8 images and (n, n_classes) float targets."""
+    """Stack items to (n, 4, h, w) uint8 images, channels last in memory, and (n, n_classes) float targets."""
     images, targets = zip(*items, strict=True)
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(targets).astype(np.float32))
+    images = torch.from_numpy(np.stack([image.transpose(1, 2, 0) for image in images])).permute(0, 3, 1, 2)
+    return images, torch.from_numpy(np.stack(targets).astype(np.float32))
 
 
 def loader(dataset: ImageSet, workers: int, pin: bool, batches) -> DataLoader:

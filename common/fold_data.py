@@ -53,7 +53,7 @@ def training_rows(folds: pd.DataFrame, fold: int) -> np.ndarray:
     return ~folds["fold"].isin([fold, HOLD_OUT]).to_numpy()
 
 
-def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe, seed: int,
+def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe,
               normalisation: Normalisation | None = None) -> FoldData:
     """Return the data of one fold of stage 03's table; normalised by its own statistics unless given others."""
     targets = parse_targets(folds["Target"])
@@ -64,7 +64,7 @@ def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe, seed: 
     ids, folder = folds["Id"].to_numpy(), work / "images" / recipe.store
     if normalisation is None:
         normalisation = measured_normalisation(stored_images(work, recipe.store, ids[train]))
-    return FoldData(ImageSet(folder, ids[rows], targets[rows], recipe.crop, seed),
+    return FoldData(ImageSet(folder, ids[rows], targets[rows], recipe.crop),
                     image_set(work, recipe, folds[valid]), class_counts(folds, fold), normalisation)
 
 

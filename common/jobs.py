@@ -72,7 +72,7 @@ def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str,
               hardware_flags: tuple) -> None:
     """Train one fold from what is on disk and seal it: one job of stage 04, in this process or a worker's."""
     folder = stage.artifact.parent
-    data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe, seed,
+    data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe,
                      start.normalisation)
     run = begin_fold(folder, data, recipe, choose_hardware(*hardware_flags), fold, seed, start, label)
     train_fold(run, folder, data, stage.made_from(), label)
@@ -101,7 +101,7 @@ def found_rates(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware
 def find_lr(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int,
             hardware_flags: tuple) -> None:
     """Run the learning rate finder of a fold and save its curve: a job of stage 04 with --find-lr."""
-    data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe, seed,
+    data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe,
                      start.normalisation)
     found_rates(stage.artifact.parent, data, recipe, choose_hardware(*hardware_flags), fold, seed, start.read(), label)
 

@@ -102,10 +102,10 @@ def pretrainedmodel(name: str) -> nn.Module:
 
 
 def resnet10_narrow() -> ResNet:
-    """Return a ResNet for images of about 100 pixels: one block a stage, 16 to 128 channels, no early max pooling."""
+    """Return a ResNet for images of 100 to 250 pixels: one block a stage, 16 to 128 channels."""
     network = ResNet(BasicBlock, [1, 1, 1, 1])
     network.conv1 = nn.Conv2d(3, 16, 5, stride=2, padding=2, bias=False)
-    network.bn1, network.maxpool = nn.BatchNorm2d(16), nn.Identity()
+    network.bn1 = nn.BatchNorm2d(16)
     network.inplanes = 16
     for stage, width in enumerate((16, 32, 64, 128), start=1):
         setattr(network, f"layer{stage}", network._make_layer(BasicBlock, width, 1, stride=1 if stage == 1 else 2))

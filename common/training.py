@@ -84,7 +84,11 @@ class Run:
 
 def seed_torch(*numbers: int) -> None:
     """Seed torch from several numbers: random draws (weights, dropout) become a function of them."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    # torch.manual_seed without a GPU notes a traceback at each call, for a GPU that may yet come.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
 def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed: int, weights: dict | None = None,
@@ -115,7 +119,7 @@ def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed:
 def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
     """Return SGD with momentum, or AdamW that leaves biases and normalisation layers without decay."""
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
     parts = [{**group, "params": [p for p in group["params"] if (p.ndim > 1) == decayed], "weight_decay": decay}
              for group in groups for decayed, decay in ((True, recipe.weight_decay), (False, 0.0))]
     return torch.optim.AdamW(parts, lr=0.0, betas=(recipe.momentum, 0.99), fused=True)

@@ -8,6 +8,7 @@ from common.errors import UserError
 from common.images import read_planes, write_planes
 
 RNG = np.random.default_rng(0)
+DRAWS = np.random.default_rng(1).random((6, 3))
 
 
 def test_the_eight_symmetries_are_different_and_equal_in_torch():
@@ -19,14 +20,22 @@ def test_the_eight_symmetries_are_different_and_equal_in_torch():
 
 
 def test_crops_keep_the_channels_ratio_and_reach_every_corner():
-    image = np.stack([np.arange(64).reshape(8, 8) + 100 * c for c in range(4)])
-    seen = set()
-    for seed in range(300):
-        crop = random_crop(image, 5, np.random.default_rng(seed))
-        assert crop.shape == (4, 5, 5)
-        np.testing.assert_array_equal(crop - crop[0], np.arange(0, 400, 100)[:, None, None] + np.zeros((4, 5, 5)))
+    image = np.stack([np.arange(64, dtype=np.uint8).reshape(8, 8) + 64 * c for c in range(4)])
+    seen, symmetries = set(), set()
+    for draw in np.random.default_rng(0).random((300, 3)):
+        crop = random_crop(image, 5, draw)
+        assert crop.shape == (4, 5, 5) and crop.dtype == np.uint8
+        np.testing.assert_array_equal(crop - crop[0], np.arange(0, 256, 64)[:, None, None] + np.zeros((4, 5, 5)))
         seen |= set(crop[0].ravel())
-    assert {0, 7, 56, 63} <= seen
+        symmetries.add((int(crop[0, 0, 1]) - int(crop[0, 0, 0]), int(crop[0, 1, 0]) - int(crop[0, 0, 0])))
+    assert {0, 7, 56, 63} <= seen and len(symmetries) == 8
+
+
+def test_a_crop_is_the_window_of_its_draw_in_the_symmetry_of_its_draw():
+    image = RNG.integers(0, 256, (4, 9, 9), dtype=np.uint8)
+    for k in range(8):
+        crop = random_crop(image, 4, np.array([0.0, 0.999, (k + 0.5) / 8]))
+        np.testing.assert_array_equal(crop, dihedral(image[:, 0:4, 5:9], k))
 
 
 def test_each_row_comes_once_an_epoch_in_another_order():
@@ -41,15 +50,16 @@ def test_batches_are_full_and_small_sets_make_one():
 
 
 def test_a_resumed_epoch_goes_on_where_it_stopped():
-    whole = list(EpochBatches(40, 8, 3, 2))
-    assert list(EpochBatches(40, 8, 3, 2, start=3)) == whole[3:]
+    whole, rest = list(EpochBatches(40, 8, 3, 2)), list(EpochBatches(40, 8, 3, 2, start=3))
+    assert [row for batch in rest for row, _ in batch] == [row for batch in whole[3:] for row, _ in batch]
+    np.testing.assert_array_equal([draw for batch in rest for _, draw in batch], [draw for batch in whole[3:] for _, draw in batch])
 
 
 @pytest.fixture
 def stored(tmp_path):
     for Id in "abcdef":
         write_planes(tmp_path / f"{Id}.tif", RNG.integers(0, 256, (4, 48, 48), dtype=np.uint8))
-    return ImageSet(tmp_path, np.array(list("abcdef")), np.eye(6, 28, dtype=bool), crop=32, seed=1)
+    return ImageSet(tmp_path, np.array(list("abcdef")), np.eye(6, 28, dtype=bool), crop=32)
 
 
 def test_items_do_not_depend_on_the_number_of_workers(stored):
@@ -62,8 +72,8 @@ def test_small_images_are_decoded_once_and_no_more_are_kept_than_there_is_room_f
     decoded = []
     monkeypatch.setattr(data, "read_planes", lambda path: decoded.append(path.stem) or read_planes(path))
     stored.cache.room = 2 * 4 * 48 * 48 + 1
-    first = [stored[row, 0, row][0].copy() for row in range(3)]
-    again = [stored[row, 0, row][0] for row in range(3)]
+    first = [stored[row, DRAWS[row]][0].copy() for row in range(3)]
+    again = [stored[row, DRAWS[row]][0] for row in range(3)]
     assert all(map(np.array_equal, first, again)) and decoded == ["a", "b", "c", "c"]
 
 
@@ -71,15 +81,18 @@ def test_a_loader_process_keeps_no_images(stored):
     assert len(list(loader(stored, 1, False, EpochBatches(6, 2, 0, 4)))) == 3 and not stored.cache
 
 
-def test_copies_of_a_sample_get_different_crops(stored):
-    assert not np.array_equal(stored[0, 1, 5][0], stored[0, 1, 6][0])
-    assert not np.array_equal(stored[0, 1, 5][0], stored[0, 2, 5][0])
-    np.testing.assert_array_equal(stored[0, 1, 5][0], stored[0, 1, 5][0])
+def test_copies_of_a_sample_and_epochs_get_different_crops_and_a_second_run_gets_the_same():
+    draws = np.concatenate([EpochBatches(40, 8, 0, epoch).draws for epoch in (0, 1)])
+    assert len(np.unique(draws, axis=0)) == 80 and draws.min() >= 0 and draws.max() < 1
+    np.testing.assert_array_equal(EpochBatches(40, 8, 0, 0).draws, draws[:40])
+    assert not np.array_equal(EpochBatches(40, 8, 1, 0).draws, draws[:40])
 
 
 def test_batches_are_bytes_until_they_are_on_the_device(stored):
-    images, targets = collate([stored[0, 0, 0], stored[1, 0, 1]])
+    images, targets = collate([stored[0, DRAWS[0]], stored[1, DRAWS[1]]])
     assert (images.dtype, images.shape) == (torch.uint8, (2, 4, 32, 32))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(images[1], stored[1, DRAWS[1]][0])
     assert (targets.dtype, targets.shape) == (torch.float32, (2, 28))
 
 
