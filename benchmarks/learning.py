@@ -85,7 +85,8 @@ def prepare(args):
         if not (data / "train.csv").is_file():
             call(args, sys.executable, "-m", "common.demo_data", "--data", data)
     stores = ",".join(dict.fromkeys([*(recipe_of(arm)[0] for arm in args.ours), "demo"]))
-    for script in (("01_preprocess.py", "--recipes", stores), ("02_dedup.py",), ("03_make_folds.py", "--n-folds", args.n_folds)):
+    for script in (("01_preprocess.py", "--recipes", stores), ("01_preprocess.py", "--recipes", "demo", "--set", "size_divisor=8"),
+                   ("02_dedup.py",), ("03_make_folds.py", "--n-folds", args.n_folds)):
         call(args, sys.executable, *script, "--data", data.resolve(), "--work", work)
 
 
@@ -96,7 +97,7 @@ def recipe_of(arm: str) -> tuple[str, list[str]]:
 
 def call(args, *command) -> tuple[float, str]:
     """Run a command on its share of the cores; returns seconds and what it printed. Raises UserError where it fails."""
-    threads = str(max(1, os.cpu_count() // args.at_once))
+    threads = str(max(1, len(os.sched_getaffinity(0)) // args.at_once))
     started = time.monotonic()
     result = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})

@@ -1,7 +1,8 @@
 """What people would train in place of stage 04, a fold in a process of its own: fastai's one cycle, and a plain loop.
 
 Both read stage 01's images into memory, train on stage 03's rows with their copies, and predict the validation part as the
-mean of eight symmetries. The last line printed is a JSON object: seconds of an epoch.
+mean of eight symmetries. ResNets see images of 96 px: larger ones leave them too few epochs. The last line printed is a JSON
+object: seconds of an epoch.
 
 example python benchmarks/others.py --contestant fastai-resnet18 --work work --fold 0 --epochs 10 --rate 0.003 --out out.npz
 """
@@ -15,11 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli
 
+# contestant -> changes of the demo's recipe, whose images and crops are used, and for plain-ours its network
+CONTESTANTS = {name: ["size_divisor=8"] for name in ("fastai-resnet18", "fastai-resnet34", "plain-resnet18")} | {"plain-ours": []}
+
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--contestant", required=True, choices=("fastai-resnet18", "fastai-resnet34", "plain-resnet18", "plain-ours"))
-    parser.add_argument("--recipe", default="demo", help="whose images and crops are used, and for plain-ours its network")
+    parser.add_argument("--contestant", required=True, choices=CONTESTANTS)
     parser.add_argument("--fold", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=cli.positive, required=True)
@@ -37,7 +40,7 @@ def main():
     from common.recipes import fit_to_source, get_recipe
 
     samples = read_table(args.work / "samples.csv", "01_preprocess.py")
-    recipe = fit_to_source(get_recipe(args.recipe), int(samples["side"].min()))
+    recipe = fit_to_source(get_recipe("demo", CONTESTANTS[args.contestant]), int(samples["side"].min()))
     data = load_fold(args.work, read_table(args.work / "folds.csv", "03_make_folds.py"), args.fold, recipe)
     torch.manual_seed(args.seed)
     train = plain if args.contestant.startswith("plain") else fastai
