@@ -61,9 +61,9 @@ def main():
                   {"samples and labels": digest(listed), "image files": digest(list(states.values()))})
     if stage.is_current() and all_stored(read_table(table, "")["Id"], args.work / "images"):
         return
+    stage.begin()
     with workers(args.jobs, args.cluster) as n_jobs:
         stored = store_all(samples, states, bad, stores_for, args.work.resolve(), n_jobs, args.white_level, args.keep_going)
-    stage.begin()
     tables = {store: args.work / "images" / f"{store}.csv" for store in stored.statistics}
     for store, path in tables.items():
         write_csv(path, statistics_table(stored.samples, stored.statistics[store]))

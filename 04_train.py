@@ -82,9 +82,9 @@ def main():
     jobs = plan(args.work, recipes, folds, numbers, args.seed, args.force or args.find_lr, args.pretrained,
                 args.weights_dir, team)
     if not args.find_lr:
-        # Every refusal comes before the first training.
-        for stage, *_ in jobs if team.is_main else ():
-            prepare(stage, args.force)
+        # Every refusal comes before the first training, and before --force throws anything away.
+        if team.is_main:
+            prepare([stage for stage, *_ in jobs], args.force)
         team.agree("prepared")
     do = find_lr if args.find_lr else train_job
     run_jobs(do, [(*job, args.work, args.seed, flags) for job in jobs], args.jobs, args.cluster, "training")

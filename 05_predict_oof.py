@@ -70,7 +70,7 @@ def combine(args, recipe_name, numbers, part, how):
                   {path.name: path for path in sources})
     if stage.is_current():
         return
-    stage.begin()
+    stage.begin(wait=True)  # it takes a second
     ids, probs = how([load_predictions(path, "python 05_predict_oof.py") for path in sources], [str(p) for p in sources])
     save_predictions(stage.artifact, ids, probs)
     stage.finish(rows=len(ids))

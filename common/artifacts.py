@@ -16,6 +16,7 @@ import pandas as pd
 from common.classes import CLASS_NAMES
 from common.errors import UserError, listing
 from common.files import write_json, writing
+from common.locks import Lock
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
@@ -104,11 +105,14 @@ class Stage:
     artifact : Path of the main output, which carries the sidecar
     parameters : JSON-able dict
     inputs : dict of name -> Path (fingerprinted here) or str (a digest)
+    whole : what one process at a time makes, where that is more than the artifact: the folder of a training
     """
 
-    def __init__(self, name: str, artifact: Path, parameters: dict, inputs: dict):
+    def __init__(self, name: str, artifact: Path, parameters: dict, inputs: dict, whole: Path | None = None):
         self.name = name
         self.artifact = Path(artifact)
+        self.whole = whole or self.artifact
+        self.held = None
         self.sidecar = sidecar(self.artifact)
         self.parameters = json.loads(json.dumps(parameters))
         self.inputs = {key: fingerprint(value) if isinstance(value, Path) else value for key, value in inputs.items()}
@@ -151,8 +155,14 @@ class Stage:
             print(f"{self.name}: making {self.artifact} again ({reason})")
         return reason is None
 
-    def begin(self) -> None:
-        """Take the old sidecar away before the first output is touched: from here on it is unfinished."""
+    def lock(self, wait: bool = False) -> Lock:
+        """Return the right to make this, for a `with`; another process that has it is a UserError, or waited for."""
+        return Lock(self.whole, wait)
+
+    def begin(self, wait: bool = False) -> None:
+        """Lock out others until `finish`, and take the old sidecar away before the first output is touched: from here on
+        it is unfinished."""
+        self.held = self.lock(wait)
         self.sidecar.unlink(missing_ok=True)
 
     def finish(self, rows: int, also: list[Path] = (), **more) -> None:
@@ -161,4 +171,6 @@ class Stage:
         write_json(self.sidecar, {
             "stage": self.name, **self.made_from(), "outputs": outputs,
             "rows": rows, "seconds": round(time.time() - self.started, 1), **more})
+        if self.held:
+            self.held.release()
 

@@ -2,6 +2,7 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -71,15 +72,24 @@ def made_from(folder: Path) -> dict | None:
     return None
 
 
-def prepare(stage: Stage, force: bool) -> None:
-    """Refuse to overwrite or continue a run that was made from something else; clear it with `force`."""
+def prepare(stages: list[Stage], force: bool) -> None:
+    """Refuse runs that another process trains, or that were made from something else; clear all of them with `force`."""
+    with ExitStack() as locks:
+        for stage in stages:
+            locks.enter_context(stage.lock())
+            if not force:
+                check_unfinished(stage)
+        for stage in stages if force else ():
+            shutil.rmtree(stage.artifact.parent, ignore_errors=True)
+
+
+def check_unfinished(stage: Stage) -> None:
+    """Refuse to overwrite or continue a run that was made from something else; the caller holds the stage's lock."""
     folder = stage.artifact.parent
-    if force:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
     cure = "use --force to throw it away and train anew, or another --work"
-    if stage.sidecar.is_file():
-        raise UserError(f"{folder} holds a finished training made from something else ({stage.why_stale()}); {cure}")
+    reason = stage.why_stale()
+    if stage.sidecar.is_file() and reason:
+        raise UserError(f"{folder} holds a finished training made from something else ({reason}); {cure}")
     changes = stage.changes(made_from(folder) or stage.made_from())
     if changes:
         raise UserError(f"{folder} holds an unfinished training made from something else ({changes}); {cure}")

@@ -1,12 +1,13 @@
 """The jobs of stages 04 and 05, a recipe and fold each: which ones there are to do, and each from start to seal."""
 
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
 from common.artifacts import Stage, digest, prediction_file, read_table, save_predictions
-from common.checkpoints import finished_checkpoint, load_checkpoint, load_network, made_from
+from common.checkpoints import check_unfinished, finished_checkpoint, load_checkpoint, load_network, made_from
 from common.distributed import Team
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, image_set, load_fold, stored_images, training_inputs
@@ -43,7 +44,7 @@ def plan(work: Path, recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: l
                 start = fresh_start(recipe)
                 began_with = start.inputs()
             stage = Stage("04_train", folder / "best.pt", {**to_dict(recipe), "fold": fold, "seed": seed},
-                          {**inputs, **began_with})
+                          {**inputs, **began_with}, whole=folder)
             if force or not stage.is_current(rebuilds=False):
                 jobs.append((stage, recipe, fold, start, f"{name} fold {fold}"))
     return jobs
@@ -70,18 +71,27 @@ def begin_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware,
 
 def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int,
               hardware_flags: tuple) -> None:
-    """Train one fold from what is on disk and seal it: one job of stage 04, in this process or a worker's."""
-    folder = stage.artifact.parent
-    data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe,
-                     start.normalisation)
-    run = begin_fold(folder, data, recipe, choose_hardware(*hardware_flags), fold, seed, start, label)
-    train_fold(run, folder, data, stage.made_from(), label)
-    if not run.hardware.team.is_main:
-        return
-    # The rest is not sealed: whoever needs the space of last.pt may delete it.
-    stage.finish(rows=len(data.train), also=[folder / "log.jsonl"], epochs=run.epoch, score_best=run.best_score, start=run.start,
-                 mean=list(run.normalise.mean), std=list(run.normalise.std),
-                 learning_rates=[group["top_lr"] for group in run.optimizer.param_groups])
+    """Train one fold from what is on disk and seal it: one job of stage 04, in this process or a worker's.
+
+    A fold that another process came to train meanwhile is waited for, except by several processes, who would lose touch.
+    """
+    folder, hardware = stage.artifact.parent, choose_hardware(*hardware_flags)
+    team = hardware.team
+    with stage.lock(wait=team.size == 1) if team.is_main else nullcontext():
+        if team.agree(team.is_main and stage.is_current(rebuilds=False)):
+            return
+        if team.is_main:
+            check_unfinished(stage)
+        data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe,
+                         start.normalisation)
+        run = begin_fold(folder, data, recipe, hardware, fold, seed, start, label)
+        train_fold(run, folder, data, stage.made_from(), label)
+        if not team.is_main:
+            return
+        # The rest is not sealed: whoever needs the space of last.pt may delete it.
+        stage.finish(rows=len(data.train), also=[folder / "log.jsonl"], epochs=run.epoch, score_best=run.best_score,
+                     start=run.start, mean=list(run.normalise.mean), std=list(run.normalise.std),
+                     learning_rates=[group["top_lr"] for group in run.optimizer.param_groups])
 
 
 def found_rates(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware, fold: int, seed: int,
@@ -103,7 +113,9 @@ def find_lr(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, w
     """Run the learning rate finder of a fold and save its curve: a job of stage 04 with --find-lr."""
     data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe,
                      start.normalisation)
-    found_rates(stage.artifact.parent, data, recipe, choose_hardware(*hardware_flags), fold, seed, start.read(), label)
+    hardware = choose_hardware(*hardware_flags)
+    with stage.lock() if hardware.team.is_main else nullcontext():
+        found_rates(stage.artifact.parent, data, recipe, hardware, fold, seed, start.read(), label)
 
 
 def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame], settings: dict,
@@ -117,12 +129,14 @@ def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, pa
                       {"network": path, "images": images})
         if stage.is_current():
             continue
-        stage.begin()
-        hardware = choose_hardware(*hardware_flags, training=False)
-        network = network or load_network(path, recipe, hardware)
-        logits = predict_logits(*network, image_set(work, recipe, rows), hardware,
-                                views(settings["tta"], recipe.crop if settings["view"] == "crops" else None),
-                                batch_size, f"{recipe_name} fold {fold} {part}")
-        save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
-        stage.finish(rows=len(rows))
+        with stage.lock(wait=True):
+            if stage.why_stale() is None:  # another process made it meanwhile
+                continue
+            hardware = choose_hardware(*hardware_flags, training=False)
+            network = network or load_network(path, recipe, hardware)
+            logits = predict_logits(*network, image_set(work, recipe, rows), hardware,
+                                    views(settings["tta"], recipe.crop if settings["view"] == "crops" else None),
+                                    batch_size, f"{recipe_name} fold {fold} {part}")
+            save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
+            stage.finish(rows=len(rows))
         print(f"05_predict_oof: {recipe_name} fold {fold}: {len(rows)} {part} samples x {len(logits)} views", flush=True)

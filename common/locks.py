@@ -1,0 +1,99 @@
+"""One process at a time makes a thing: a lock beside it, and the message that says who holds it.
+
+The lock is the operating system's (flock, through filelock): it ends with its process, however that ends, so none is
+ever stale; on NFS it ends when the server misses the machine, after a minute or two. The record of the holder beside
+it is for messages only. Both are hidden files beside what is made: `.<name>.lock` and `.<name>.lock.json`.
+"""
+
+import getpass
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from common.errors import UserError
+from common.files import write_json
+
+SECONDS_OF_GRACE = 15  # what a killed process leaves running, such as loader workers, ends within these
+
+
+class Lock:
+    """The right to make `place`, a file or folder: until `release`, the end of a `with`, or the end of the process.
+
+    wait : wait for another holder, saying so; otherwise that is a UserError
+    """
+
+    def __init__(self, place: Path, wait: bool = False):
+        path = place.with_name(f".{place.name}.lock")
+        self.record = path.with_name(path.name + ".json")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(path)
+            self.acquire(place, wait)
+            write_json(self.record, this_process())
+        except OSError as error:
+            raise UserError(f"{place} cannot be made: {path.parent} cannot be written to ({error.strerror or error}); make "
+                            "room or get the right to, or give another --work") from None
+
+    def acquire(self, place: Path, wait: bool) -> None:
+        try:
+            return self.lock.acquire(timeout=0)
+        except Timeout:
+            holder = read_record(self.record)
+        told = f"{place} is being made by {describe(holder)}"
+        if wait:
+            print(f"waiting: {told}", flush=True)
+        try:
+            self.lock.acquire(timeout=-1 if wait else SECONDS_OF_GRACE if is_gone(holder) else 0)
+        except Timeout:
+            raise UserError(f"{told}\nwait for its end, or stop it there, and run this again; or give another --work") from None
+
+    def release(self) -> None:
+        self.record.unlink(missing_ok=True)
+        self.lock.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.release()
+
+
+def this_process() -> dict:
+    """Return what others are told of this process."""
+    return {"user": getpass.getuser(), "host": socket.gethostname(), "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": shlex.join(["python", *sys.argv])}
+
+
+def read_record(path: Path) -> dict:
+    """Return the holder's record, with empty texts for what cannot be read: it may just be written, or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    found = found if isinstance(found, dict) else {}
+    return {key: str(found.get(key, "")) for key in ("user", "host", "pid", "since", "command")}
+
+
+def describe(holder: dict) -> str:
+    if not holder["pid"]:
+        return "another process that has not told its name yet"
+    return "{user} on {host}, process {pid}, since {since}: {command}".format(**holder)
+
+
+def is_gone(holder: dict) -> bool:
+    """Tell whether the holder was a process of this machine that has ended."""
+    if holder["host"] != socket.gethostname() or not holder["pid"].isdecimal():
+        return False
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # another user's
+        pass
+    return False

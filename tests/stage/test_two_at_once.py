@@ -1,0 +1,92 @@
+"""Two people, or two jobs of a cluster, in one work folder: side by side where they make different things, else one message."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from common.artifacts import read_json, sidecar
+from common.locks import Lock
+from tests.conftest import ROOT
+
+RECIPE = "demo-quick"
+
+
+@pytest.fixture
+def start():
+    """Start a script and leave it running; what still runs at the end is killed."""
+    started = []
+
+    def run(*command):
+        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True)
+        started.append(process)
+        return process
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+
+
+def test_folds_are_trained_side_by_side_and_one_fold_by_one_process(run_script, start, fails, small_data, tmp_path):
+    work = tmp_path / "work"
+    places = ("--data", small_data, "--work", work)
+    first = ("01_preprocess.py", *places, "--recipes", RECIPE)
+    with Lock(work / "samples.csv"):
+        message = fails(*first)
+        assert message.startswith(f"error: {work}/samples.csv is being made by ") and f"process {os.getpid()}, since" in message
+        assert not (work / "images").exists()
+    run_script(*first)
+    with Lock(work / "samples.csv"):
+        assert "is up to date" in run_script(*first).stdout  # which changes nothing, so nothing is in its way
+    run_script("02_dedup.py", *places)
+    run_script("03_make_folds.py", *places, "--n-folds", 2)
+
+    train = ("04_train.py", "--work", work, "--recipe", RECIPE, "--set", "max_cycles=1", "buffers=16")
+    runs = work / "runs" / RECIPE
+    long = start(*train, "cycle_epochs=2000", "--folds", "0")
+    wait_for(runs / "fold0" / "last.pt", long)
+    short = (*train, "cycle_epochs=2", "--folds")
+    run_script(*short, "1")
+    assert long.poll() is None and sidecar(runs / "fold1" / "best.pt").is_file()
+    message = fails(*short, "1,0", "--force")
+    assert f"{runs}/fold0 is being made by " in message and f"process {long.pid}" in message
+    assert "--folds 0" in message and "wait for its end, or stop it there" in message
+    assert (runs / "fold0" / "last.pt").is_file() and sidecar(runs / "fold1" / "best.pt").is_file()  # nothing is thrown away
+
+    os.kill(long.pid, signal.SIGKILL)
+    run_script(*short, "0", "--force")  # a killed process is in nobody's way
+    assert read_json(sidecar(runs / "fold0" / "best.pt"))["epochs"] == 2
+
+
+def test_a_fold_that_another_came_to_train_is_waited_for_and_left_to_it(run_script, start, small_data, tmp_path):
+    work = tmp_path / "work"
+    places = ("--data", small_data, "--work", work)
+    run_script("01_preprocess.py", *places, "--recipes", RECIPE)
+    run_script("02_dedup.py", *places)
+    run_script("03_make_folds.py", *places, "--n-folds", 2)
+    train = ("04_train.py", "--work", work, "--recipe", RECIPE, "--set", "max_cycles=1", "buffers=16", "cycle_epochs=40", "--folds")
+    both = start(*train, "0,1")
+    wait_for(work / "runs" / RECIPE / ".fold0.lock.json", both)
+    with Lock(work / "runs" / RECIPE / "fold1", wait=True):
+        for line in both.stdout:
+            if line.startswith("waiting: "):
+                break
+        assert "fold1 is being made by " in line and f"process {os.getpid()}" in line
+    assert both.wait(timeout=120) == 0
+    assert sidecar(work / "runs" / RECIPE / "fold1" / "best.pt").is_file()
+
+    predict = ("05_predict_oof.py", "--work", work, "--recipes", RECIPE)
+    with Lock(work / "predictions" / RECIPE / "fold1_oof.npz"):
+        waiting = start(*predict)
+        assert any(line.startswith("waiting: ") for line in waiting.stdout)
+    assert waiting.wait(timeout=120) == 0 and (work / "predictions" / RECIPE / "oof.npz").is_file()
