@@ -8,19 +8,13 @@ writes  WORK/samples.csv         Id, part, Target, side of the source image in p
         WORK/left_out.csv        Id, part, Target, place, reason of samples that --keep-going leaves out
 
 example python 01_preprocess.py --data data --work work --recipes resnet50
+        python 01_preprocess.py --data data --work work --recipes resnet50 --check    what will fail, before days are spent
 """
 
-import pandas as pd
+import sys
 
 from common import cli
-from common.artifacts import Stage, digest, read_table, write_csv
-from common.errors import listing
-from common.images import WHITE
-from common.labels import absent_classes, parse_targets
-from common.parallel import workers
-from common.preprocess import (HASH_SIZE, all_stored, bad_table, list_samples, sample_table, source_state,
-                               statistics_table, store_all)
-from common.recipes import fit_to_source, get_recipe
+from common.doctor import examine
 
 
 def parse_args():
@@ -32,19 +26,33 @@ def parse_args():
     parser.add_argument("--limit", type=cli.positive, metavar="N", help="use only N training samples, drawn at random")
     parser.add_argument("--keep-going", action="store_true",
                         help="leave out samples with missing or bad files, by name, in place of an error at the end")
-    parser.add_argument("--white-level", type=cli.positive, default=WHITE, metavar="V",
+    parser.add_argument("--white-level", type=cli.positive, default=65535, metavar="V",
                         help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)")
     parser.add_argument("--jobs", type=int, default=-1, metavar="N", help="worker processes (default: all cores)")
     cli.add_cluster_flag(parser)
+    parser.add_argument("--check", action="store_true",
+                        help="make nothing: look at machine, input, labels, weights, room and time of a whole run, and say what "
+                             "will fail and how to mend it (its own flags: --check --help)")
+    if "--check" in sys.argv:
+        cli.add_check_flags(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    if args.check:
+        return examine(args)
+
+    # Imported here, so that --check can tell which packages are missing.
+    from common.artifacts import read_table, write_csv
+    from common.parallel import workers
+    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, list_samples, preprocess_stage, sample_table,
+                                   source_state, statistics_table, store_all, wanted_stores)
+    from common.recipes import fit_to_source, get_recipe
+
     recipes = {name: get_recipe(name, args.settings) for name in args.recipes}
     samples, bad = list_samples(args.data.resolve(), args.limit)
     states = {sample: source_state(sample) for sample in samples}
-    wanted = sorted({str(HASH_SIZE), *(recipe.store for recipe in recipes.values())})
 
     def stores_for(side):
         fitted = {name: fit_to_source(recipe, side) for name, recipe in recipes.items()}
@@ -54,39 +62,19 @@ def main():
                       f"{fitted[name].crop} in place of {recipe.size} and {recipe.crop}; nothing is enlarged")
         return sorted({str(min(HASH_SIZE, side)), *(recipe.store for recipe in fitted.values())}, key=lambda s: (len(s), s))
 
-    table, left_out = args.work / "samples.csv", args.work / "left_out.csv"
-    listed = pd.DataFrame([(s.Id, s.part, s.Target) for s in samples])
-    stage = Stage("01_preprocess", table,
-                  {"sizes": wanted, "white_level": args.white_level, "keep_going": args.keep_going},
-                  {"samples and labels": digest(listed), "image files": digest(list(states.values()))})
-    if stage.is_current() and all_stored(read_table(table, "")["Id"], args.work / "images"):
+    stage = preprocess_stage(args.work, samples, states, wanted_stores(recipes.values()), args.white_level, args.keep_going)
+    if stage.is_current() and all_stored(read_table(stage.artifact, "")["Id"], args.work / "images"):
         return
     stage.begin()
     with workers(args.jobs, args.cluster) as n_jobs:
         stored = store_all(samples, states, bad, stores_for, args.work.resolve(), n_jobs, args.white_level, args.keep_going)
-    tables = {store: args.work / "images" / f"{store}.csv" for store in stored.statistics}
+    tables, left_out = {store: args.work / "images" / f"{store}.csv" for store in stored.statistics}, args.work / "left_out.csv"
     for store, path in tables.items():
         write_csv(path, statistics_table(stored.samples, stored.statistics[store]))
     write_csv(left_out, bad_table(stored.bad, samples))
-    write_csv(table, sample_table(stored.samples, stored.sides))
+    write_csv(stage.artifact, sample_table(stored.samples, stored.sides))
     stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()])
-    report(stored, args, left_out)
-
-
-def report(stored, args, left_out):
-    """Print what there is now, and what is to be wondered at."""
-    counts = pd.Series([sample.part for sample in stored.samples]).value_counts()
-    parts = ", ".join(f"{counts[part]} {part}" for part in ("train", "test", "external") if part in counts)
-    print(f"01_preprocess: {parts} samples at {', '.join(stored.statistics)} px in {args.work / 'images'}")
-    if stored.bad:
-        print(f"warning: {len(stored.bad)} samples are left out here and in all stages (all of them in {left_out}):\n"
-              f"{listing(stored.bad.values())}")
-    if stored.peaks and max(stored.peaks) < args.white_level / 4:
-        print(f"warning: the 16-bit files never exceed {max(stored.peaks)} of {args.white_level}, so most of the range is "
-              f"unused and images are dark; give --white-level (4095 for a 12-bit camera)")
-    absent = absent_classes(parse_targets([sample.Target for sample in stored.samples if sample.part == "train"]))
-    if absent:
-        print(f"warning: {len(absent)} classes have no training sample: {', '.join(absent)}")
+    print("01_preprocess: " + "\n".join(describe(stored, args.white_level, args.work)))
 
 
 if __name__ == "__main__":

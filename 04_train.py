@@ -16,7 +16,6 @@ example python 04_train.py --recipe resnet50 --folds 0,2 --set alpha=0.999 batch
 """
 
 import json
-from pathlib import Path
 
 from common import cli
 from common.artifacts import read_table
@@ -32,11 +31,7 @@ def parse_args():
     parser.add_argument("--force", action="store_true", help="throw away what these folds have and train anew")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
                         help="change fields of the recipe")
-    parser.add_argument("--pretrained", default="auto", metavar="auto|none|FILE",
-                        help="start from the encoder's published ImageNet weights where they can be had (default), from "
-                             "random weights, or from a file")
-    parser.add_argument("--weights-dir", type=Path, metavar="DIR",
-                        help="where published weights lie or are downloaded to (default: torch's hub cache)")
+    cli.add_weight_flags(parser)
     parser.add_argument("--list-recipes", action="store_true", help="only print the recipes and their networks")
     parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
     parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")

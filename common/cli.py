@@ -47,6 +47,24 @@ def add_hardware_flags(parser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: 0 on the CPU, up to 8 on a GPU)")
 
 
+def add_weight_flags(parser) -> None:
+    """Add --pretrained and --weights-dir to a command line."""
+    parser.add_argument("--pretrained", default="auto", metavar="auto|none|FILE",
+                        help="start from the encoder's published ImageNet weights where they can be had (default), from "
+                             "random weights, or from a file")
+    parser.add_argument("--weights-dir", type=Path, metavar="DIR",
+                        help="where published weights lie or are downloaded to (default: torch's hub cache)")
+
+
+def add_check_flags(parser) -> None:
+    """Add what the doctor is told of the later stages."""
+    group = parser.add_argument_group("what is checked with --check")
+    group.add_argument("--folds", type=fold_numbers, metavar="0,2", help="folds to train (default: all)")
+    group.add_argument("--n-folds", type=positive, default=5, metavar="N", help="folds of stage 03 (default: 5)")
+    group.add_argument("--tta", default="dihedral", choices=("none", "dihedral"), help="views of stage 05 (default: dihedral)")
+    add_weight_flags(group)
+
+
 def add_cluster_flag(parser) -> None:
     """Add --cluster to a stage that does many independent jobs."""
     parser.add_argument("--cluster", metavar="ADDRESS",

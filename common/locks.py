@@ -64,6 +64,18 @@ class Lock:
         self.release()
 
 
+def holders(work: Path):
+    """Say what is being made in a work folder, and by whom."""
+    for record in sorted(work.glob("**/.*.lock.json")):
+        path = record.with_suffix("")
+        try:
+            FileLock(path).acquire(timeout=0).lock.release()
+        except Timeout:
+            yield f"{path.with_name(path.name[1:]).with_suffix('')} is being made by {describe(read_record(record))}"
+        except OSError:
+            continue  # another user's, who does not let others write
+
+
 def this_process() -> dict:
     """Return what others are told of this process."""
     return {"user": getpass.getuser(), "host": socket.gethostname(), "pid": os.getpid(),

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from common import images
-from common.artifacts import digest, write_csv
+from common.artifacts import Stage, digest, write_csv
 from common.errors import UserError, listing
-from common.labels import read_csv, read_labels
+from common.labels import absent_classes, parse_targets, read_csv, read_labels
 from common.parallel import run_parallel
 from common.recipes import stored_size
 
@@ -88,6 +88,19 @@ def source_state(sample: Sample) -> str:
     return digest([[path.name, stat.st_size, stat.st_mtime_ns] for path in sample.files for stat in (path.stat(),)])
 
 
+def wanted_stores(recipes) -> list[str]:
+    """Return the folders of stored images that recipes ask for, and the one that stage 02 reads."""
+    return sorted({str(HASH_SIZE), *(recipe.store for recipe in recipes)})
+
+
+def preprocess_stage(work: Path, samples: list[Sample], states: dict[Sample, str], stores: list[str], white: int,
+                     keep_going: bool) -> Stage:
+    """Return stage 01 as it would be made from these samples, whose files are in these states."""
+    listed = pd.DataFrame([(s.Id, s.part, s.Target) for s in samples])
+    return Stage("01_preprocess", work / "samples.csv", {"sizes": stores, "white_level": white, "keep_going": keep_going},
+                 {"samples and labels": digest(listed), "image files": digest(list(states.values()))})
+
+
 # --- the journal: what earlier runs finished ---------------------------------------------------------------
 
 def read_journal(path: Path) -> dict[str, dict]:
@@ -130,9 +143,14 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path) -> N
                     "mend or remove them and run this again, or leave them out with --keep-going")
 
 
+def space_needed(sides: list[int]) -> float:
+    """Return the bytes that images of these sides in pixels take when stored, about."""
+    return COMPRESSED * len(images.CHANNELS) * sum(side ** 2 for side in sides)
+
+
 def check_space(sides: list[int], work: Path) -> None:
     """Refuse to begin what the disk cannot hold; sides : of all images to store, in pixels."""
-    needed = COMPRESSED * len(images.CHANNELS) * sum(side ** 2 for side in sides)
+    needed = space_needed(sides)
     free = shutil.disk_usage(work).free
     if needed > free:
         raise UserError(f"about {needed / 1e9:.1f} GB are needed in {work} for {len(sides)} images, {free / 1e9:.1f} GB "
@@ -223,3 +241,20 @@ def sample_table(samples: list[Sample], sides: list[int]) -> pd.DataFrame:
 def statistics_table(samples: list[Sample], rows: list[dict]) -> pd.DataFrame:
     """Table of one store's images: Id, side in pixels, statistics per channel (0-1), crc of the pixels."""
     return pd.DataFrame([{"Id": s.Id, **row} for s, row in zip(samples, rows, strict=True)]).round(6)
+
+
+def describe(stored: Stored, white: int, work: Path) -> list[str]:
+    """Say what there is now, and what is to be wondered at."""
+    counts = pd.Series([sample.part for sample in stored.samples]).value_counts()
+    parts = ", ".join(f"{counts[part]} {part}" for part in ("train", "test", "external") if part in counts)
+    lines = [f"{parts} samples at {', '.join(stored.statistics)} px in {work / 'images'}"]
+    if stored.bad:
+        lines.append(f"warning: {len(stored.bad)} samples are left out here and in all stages (all of them in {work / 'left_out.csv'}):\n"
+                     f"{listing(stored.bad.values())}")
+    if stored.peaks and max(stored.peaks) < white / 4:
+        lines.append(f"warning: the 16-bit files never exceed {max(stored.peaks)} of {white}, so most of the range is "
+                     "unused and images are dark; give --white-level (4095 for a 12-bit camera)")
+    absent = absent_classes(parse_targets([sample.Target for sample in stored.samples if sample.part == "train"]))
+    if absent:
+        lines.append(f"warning: {len(absent)} classes have no training sample: {', '.join(absent)}")
+    return lines

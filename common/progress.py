@@ -3,8 +3,6 @@
 import sys
 import time
 
-from tqdm import tqdm
-
 SECONDS_BETWEEN_LINES = 15
 
 
@@ -14,6 +12,8 @@ def progress(iterable, total: int, label: str, unit: str = "samples", initial: i
         yield from iterable
         return
     if sys.stderr.isatty():
+        from tqdm import tqdm
+
         yield from tqdm(iterable, total=total, initial=initial, desc=label, unit=f" {unit}", leave=False,
                         dynamic_ncols=True)
         return

@@ -29,6 +29,7 @@ from common.telemetry import class_mix, sample_table, save_telemetry
 
 CHECKPOINT_SECONDS = 300  # between checkpoints within an epoch
 EPOCH_SECONDS = 10  # between checkpoints after epochs
+FINDER_STEPS = 100  # of the learning rate finder, at most
 
 
 # --- the state of a run ------------------------------------------------------------------------------------
@@ -390,7 +391,7 @@ def close_epoch(run: Run, data: FoldData, steps: int) -> dict:
 # --- learning rate finder ----------------------------------------------------------------------------------
 
 def lr_range_test(data: FoldData, recipe: Recipe, hardware: Hardware, fold: int, seed: int, weights: dict | None = None,
-                  n_steps: int = 100, low: float = 1e-5, high: float = 10.0,
+                  n_steps: int = FINDER_STEPS, low: float = 1e-5, high: float = 10.0,
                   label: str = "learning rates") -> tuple[list[float], list[float]]:
     """Train a fresh network while the learning rate grows per batch from `low` to `high`; stop when it diverges.
 

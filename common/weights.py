@@ -85,12 +85,17 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
         return Path(pretrained)
     if encoder not in PUBLISHED:
         return None
-    published, cache = PUBLISHED[encoder], Path(torch.hub.get_dir()) / "checkpoints"
-    places = [folder / published.file for folder in (weights_dir, cache) if folder]
+    published, places = PUBLISHED[encoder], weight_files(encoder, weights_dir)
     for path in places:
         if path.is_file():
             return told_if_other(path, published.sha256)
     return download(encoder, published, places[0])
+
+
+def weight_files(encoder: str, weights_dir: Path | None) -> list[Path]:
+    """Return where an encoder's published weights are looked for; they are downloaded to the first place."""
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    return [folder / PUBLISHED[encoder].file for folder in (weights_dir, cache) if folder]
 
 
 def told_if_other(path: Path, sha256: str) -> Path:
@@ -117,6 +122,15 @@ def download(encoder: str, published: Published, path: Path) -> Path | None:
           f"To start from them, save one of these as {path.absolute()}:\n" + "\n".join(failures) +
           "\n(--pretrained none starts from random weights without asking for them)", flush=True)
     return None
+
+
+def answers(url: str) -> bool:
+    """Tell whether a file could be downloaded now."""
+    try:
+        with urlopen(Request(url, method="HEAD", headers={"User-Agent": "python"}), timeout=SECONDS_TO_ANSWER):
+            return True
+    except (OSError, HTTPException, ValueError):
+        return False
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:

@@ -12,7 +12,7 @@ LAYERS = ["errors", "classes", "progress", "environment", "files", "locks", "rec
           "hashing", "contact_sheet", "folds", "metrics", "schedules", "thresholds", "ensemble", "tables", "preprocess", "demo_drawing",
           "demo_data", "telemetry", "finder",
           "distributed", "data", "losses", "weights", "models", "overview", "inference", "start", "fold_data",
-          "checkpoints", "training", "jobs"]
+          "checkpoints", "training", "jobs", "estimate", "doctor"]
 SCRIPTS = sorted(ROOT.glob("0*_*.py"))
 
 

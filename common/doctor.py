@@ -1,0 +1,506 @@
+"""Look at everything before days are spent: what is fine, what will fail and how to mend it, and what a run will take.
+
+Nothing but the standard library is imported until a check needs it, so that missing packages can be told like the rest.
+Each check yields lines; writes nothing but temporary files, which it takes away again.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.environment import unmet
+from common.errors import UserError, listing
+from common.progress import progress
+
+ROOT = Path(__file__).resolve().parent.parent
+FINE, WARNING, FAILS, ESTIMATE = "fine", "warning", "will fail", "estimate"
+SECONDS = 30  # for reading headers, and again for decoding
+DECODED = 24  # samples that are decoded wholly
+
+
+@dataclass(frozen=True)
+class Check:
+    """A line of the list: what was looked at, how it is, what was found, and how to mend it."""
+    name: str
+    state: str
+    found: str
+    cure: str = ""
+
+    def __str__(self):
+        text = f"{self.state:10s} {self.name:22s} " + self.found
+        return text + f"\n{'':33s} -> {self.cure}" if self.cure else text
+
+
+def examine(args) -> None:
+    """Print all checks as they are done; raises UserError where something will fail.
+
+    args : of stage 01 with --check
+    """
+    print(f"before a run of {', '.join(args.recipes)} on {args.data} in {args.work}:", flush=True)
+    states = Counter()
+    for check in checks(args):
+        print(check, flush=True)
+        states[check.state] += 1
+    if states[FAILS]:
+        raise UserError(f"{states[FAILS]} of these will fail; mend them as said after '->'")
+    print(f"nothing will fail that could be seen from here; {states[WARNING]} warnings")
+
+
+def checks(args):
+    """Yield everything that is known before a run, step by step; what cannot be looked at is left out."""
+    yield from guarded("packages", packages())
+    yield from guarded("hardware", hardware())
+    yield from guarded("work folder", work_folder(args.work))
+    seen = yield from guarded("input", look_at_input(args))
+    if not seen:
+        return
+    folds = yield from guarded("labels", labels(args, seen))
+    yield from guarded("weights", weights(args, seen))
+    yield from guarded("work so far", work_so_far(args, seen))
+    if folds is None:
+        return
+    costs = {}
+    for name, recipe in seen.recipes.items():
+        print(f"measuring steps of {name}, a minute at most on most machines", file=sys.stderr, flush=True)
+        cost = yield from guarded(f"memory, {name}", memory(name, recipe))
+        costs |= {name: cost} if cost else {}
+    yield from guarded("disk", disk(args, seen, folds, costs))
+    yield from guarded("time", times(args, seen, folds, costs))
+
+
+def guarded(name: str, check):
+    """Run one check; what ends it, a mistake or a missing package, becomes its last line."""
+    try:
+        return (yield from check)
+    except UserError as error:
+        yield Check(name, FAILS, str(error))
+    except ImportError as error:
+        yield Check(name, FAILS, f"the package {error.name or error} cannot be imported", "see packages")
+    except OSError as error:
+        yield Check(name, FAILS, f"{error.filename or ''}: {error.strerror or error}")
+
+
+# --- the machine -------------------------------------------------------------------------------------------
+
+def packages():
+    """Yield how Python and its packages are, against requirements.txt."""
+    path = ROOT / "requirements.txt"
+    problems = unmet([str(path)])
+    for problem in problems:
+        missing = problem.endswith("found nothing") or problem.startswith("python:")
+        yield Check("packages", FAILS if missing else WARNING, problem,
+                    f"bash run_all.sh makes a .venv with all of them; or: {sys.executable} -m pip install -r {path}")
+    if not problems:
+        yield Check("packages", FINE, f"Python {sys.version.split()[0]} has all that requirements.txt asks for")
+
+
+def hardware():
+    """Yield which GPUs there are and whether they work, and whether loader processes can hand on their batches."""
+    import torch
+
+    from common.estimate import cores, free_memory
+    from common.inference import Hardware, choose_hardware
+
+    free = free_memory(Hardware(torch.device("cpu")))
+    yield Check("processor", FINE, f"{cores()} core{'s' * (cores() > 1)}, {gigabytes(free)} of memory free")
+    driver = nvidia_driver()
+    if torch.cuda.is_available():
+        for k in range(torch.cuda.device_count()):
+            yield try_gpu(k, driver)
+    elif driver:
+        yield Check("GPU", WARNING, f"there is one (driver {driver}), but torch {torch.__version__} cannot use it: all runs on the CPU",
+                    "update the driver to one for CUDA " + (torch.version.cuda or "(and install torch with CUDA)"))
+    else:
+        yield Check("GPU", FINE, "none: all runs on the CPU")
+    workers = choose_hardware("auto", "auto", None).workers
+    if not workers:
+        yield Check("shared memory", FINE, "not needed: on a CPU no loader processes are started")
+
+
+def try_gpu(number: int, driver: str | None) -> Check:
+    """Tell whether a GPU adds numbers, and what it is."""
+    import torch
+
+    try:
+        torch.ones(2, device=f"cuda:{number}").sum().item()
+        left, whole = torch.cuda.mem_get_info(number)
+    except RuntimeError as error:
+        return Check("GPU", FAILS, f"number {number} cannot be used ({str(error).splitlines()[0]})",
+                     f"install torch for this GPU and its driver ({driver or 'unknown'}); or use --device cpu in stages 04 and 05")
+    return Check("GPU", FINE, f"{torch.cuda.get_device_name(number)}, {gigabytes(left)} of {gigabytes(whole)} free, driver "
+                              f"{driver or 'unknown'}, CUDA {torch.version.cuda}")
+
+
+def nvidia_driver() -> str | None:
+    """Return the version of the NVIDIA driver, None where there is none."""
+    try:
+        found = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
+                               text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.split("\n")[0].strip()
+
+
+def work_folder(work: Path):
+    """Yield whether the work folder can be written, and who is at work in it."""
+    from common.locks import holders
+
+    folder = existing(work)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+        yield Check("work folder", FINE, f"{folder} can be written")
+    except OSError as error:
+        yield Check("work folder", FAILS, f"{folder} cannot be written ({error.strerror})",
+                    "make room or get the right to, or give another --work")
+    for told in holders(work):
+        yield Check("work folder", WARNING, told, "wait for its end before the same is made again")
+
+
+def existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+# --- the input ---------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of the input, and what a sample takes."""
+    samples: list  # all of them
+    bad: dict  # sample -> why it cannot be used
+    sides: dict  # sample -> side in pixels, of those whose headers were read
+    recipes: dict  # name -> recipe as it fits to these
+    store_seconds: float  # to decode, store and hash a sample
+    read_seconds: dict[str, float]  # to read a stored one, for each recipe
+
+    @property
+    def usable(self) -> list:
+        return [sample for sample in self.samples if sample not in self.bad]
+
+    def side(self, sample) -> int:
+        """Return a sample's side in pixels; where its header was not read, the largest one seen."""
+        return self.sides.get(sample, max(self.sides.values()))
+
+
+def look_at_input(args):
+    """Yield how CSV files and images are; returns a `Seen`, None where no sample can be used."""
+    from common.preprocess import list_samples
+
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        samples, bad = list_samples(args.data.resolve(), args.limit)
+    parts = Counter(sample.part for sample in samples)
+    yield Check("tables", FINE, ", ".join(f"{n} {part} samples" for part, n in parts.items()))
+    for line in told.getvalue().splitlines():
+        yield Check("tables", WARNING, line)
+    if not parts["test"]:
+        yield Check("tables", WARNING, "there are no test samples, so no submission will be made")
+    for line in strays(args, samples):
+        yield Check("tables", WARNING, line, "give them rows, or take no notice: they are not used")
+    whole = [sample for sample in samples if sample not in bad]
+    sides = read_headers(whole, bad)
+    seen = yield from decode_some(args, samples, bad, sides)
+    if bad:
+        yield Check("images", WARNING if args.keep_going else FAILS,
+                    f"{len(bad)} samples cannot be used:\n{listing(bad.values())}",
+                    "they are left out, by name" if args.keep_going else "mend or remove them, or leave them out with --keep-going")
+    if not seen:
+        yield Check("images", FAILS, "no sample can be used, so nothing else can be looked at")
+        return None
+    sizes = ", ".join(f"{n} of {side} px" for side, n in sorted(Counter(sides.values()).items()))
+    yield Check("images", FINE, f"{len(sides)} of {len(samples)} samples have four good headers ({sizes})")
+    return seen
+
+
+def strays(args, samples):
+    """Say which folders have images of Ids that no table has."""
+    from common import images
+
+    known = {sample.Id for sample in samples}
+    for name in () if args.limit else ("train_full_size", "train", "test_full_size", "test", "external", "external/images"):
+        stems = [stem.rsplit("_", 1) for stem in images.list_files(args.data / name)]
+        unknown = sorted({stem[0] for stem in stems if len(stem) == 2 and stem[1] in images.CHANNELS} - known)
+        if unknown:
+            yield f"{args.data / name} has images of {len(unknown)} Ids that no table has, such as {unknown[0]}"
+
+
+def in_random_order(samples: list, label: str):
+    """Yield samples in a random order, the same every time, as far as `SECONDS` go."""
+    import numpy as np
+
+    ends = time.monotonic() + SECONDS
+    for k in progress(np.random.default_rng(0).permutation(len(samples)), len(samples), label):
+        if time.monotonic() > ends:
+            return
+        yield samples[k]
+
+
+def read_headers(samples: list, bad: dict) -> dict:
+    """Return the sides in pixels of as many samples as time allows; what is wrong goes into `bad`."""
+    from common import images
+
+    sides = {}
+    for sample in in_random_order(samples, "reading headers"):
+        found = images.attempt(images.check_sample, sample.files, sample.rgb_coded)
+        if isinstance(found, images.BadImage):
+            bad[sample] = f"{sample.part}: {found}"
+        else:
+            sides[sample] = found
+    return sides
+
+
+def decode_some(args, samples: list, bad: dict, sides: dict):
+    """Yield how some samples are that are decoded and stored in a temporary folder; returns a `Seen`, None where none is good.
+
+    What is wrong with a sample goes into `bad`.
+    """
+    from common import images
+    from common.hashing import hash_file
+    from common.preprocess import HASH_SIZE
+    from common.recipes import fit_to_source, get_recipe
+
+    if not sides:
+        return None
+    smallest = min(sides.values())
+    recipes = {name: fit_to_source(get_recipe(name, args.settings), smallest) for name in args.recipes}
+    small = str(min(HASH_SIZE, smallest))
+    stores = sorted({small, *(recipe.store for recipe in recipes.values())})
+    seconds, peaks, reading = [], [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for sample in in_random_order(list(sides), "decoding"):
+            started = time.perf_counter()
+            made = images.attempt(images.store_sample, sample.Id, sample.files, sample.rgb_coded, stores, Path(folder), args.white_level)
+            if isinstance(made, images.BadImage):
+                bad[sample] = f"{sample.part}: {made}"
+                continue
+            hash_file(Path(folder) / small / f"{sample.Id}.tif")
+            seconds.append(time.perf_counter() - started)
+            peaks.append(made[1])
+            reading = {name: [*reading.get(name, []), seconds_to_read(Path(folder) / recipe.store / f"{sample.Id}.tif")]
+                       for name, recipe in recipes.items()}
+            if len(seconds) == DECODED:
+                break
+    if not seconds:
+        return None
+    yield Check("images", FINE, f"{len(seconds)} samples, drawn at random, were decoded wholly and stored for trial")
+    deep = [peak for peak in peaks if peak is not None]
+    if deep and max(deep) < args.white_level / 4:
+        yield Check("images", WARNING, f"16-bit files never exceed {max(deep)} of {args.white_level}, so images will be dark",
+                    "give --white-level (4095 for a 12-bit camera)")
+    return Seen(samples, bad, sides, recipes, median(seconds), {name: median(values) for name, values in reading.items()})
+
+
+def seconds_to_read(path: Path) -> float:
+    from common.images import read_planes
+
+    started = time.perf_counter()
+    read_planes(path)
+    return time.perf_counter() - started
+
+
+def labels(args, seen: Seen):
+    """Yield how classes are spread; returns the folds that there are, or would be if no sample was a duplicate."""
+    import pandas as pd
+
+    from common.artifacts import read_table
+    from common.fold_data import known_folds
+    from common.folds import audit, fold_numbers, make_folds
+    from common.labels import absent_classes, parse_targets
+
+    labelled = [sample for sample in seen.usable if sample.part != "test"]
+    absent = absent_classes(parse_targets([sample.Target for sample in labelled]))
+    if absent:
+        yield Check("labels", WARNING, f"{len(absent)} of 28 classes have no sample and will count as 0: {', '.join(absent)}",
+                    "a class needs at least one sample a fold to be learnt and scored")
+    if (args.work / "folds.csv").is_file():
+        folds, origin = read_table(args.work / "folds.csv", ""), f"folds of {args.work / 'folds.csv'}"
+    else:
+        rows = [(s.Id, s.part, s.Target, s.Id, 1) for s in labelled]
+        folds = make_folds(pd.DataFrame(rows, columns=["Id", "part", "Target", "group", "kept"]), args.n_folds, 4, 0)
+        origin = "folds, before duplicates are left out"
+    numbers = fold_numbers(folds)
+    known_folds(args.work, folds, args.folds or numbers)
+    rare = audit(folds)["classes_missing_folds"]
+    if rare:
+        yield Check("labels", WARNING, f"{len(rare)} classes are too rare for {len(numbers)} folds: {', '.join(rare)}",
+                    "they count as 0 where a fold has none; more samples or fewer folds (03_make_folds.py --n-folds) help")
+    yield Check("labels", FINE, f"{len(labelled)} labelled samples in {len(numbers)} {origin}")
+    return folds
+
+
+# --- the recipes -------------------------------------------------------------------------------------------
+
+def weights(args, seen: Seen):
+    """Yield for each encoder where its weights are, or whether their host answers."""
+    from common.start import start_from
+    from common.weights import PUBLISHED, answers, weight_files
+
+    for encoder in sorted({recipe.encoder for recipe in seen.recipes.values()}):
+        recipe = next(recipe for recipe in seen.recipes.values() if recipe.encoder == encoder)
+        if args.pretrained == "auto" and encoder in PUBLISHED:
+            files = weight_files(encoder, args.weights_dir)
+            at_hand = next((path for path in files if path.is_file()), None)
+            if not at_hand:
+                host = next((url for url in PUBLISHED[encoder].urls if answers(url)), None)
+                yield Check("weights", FINE, f"{encoder}: will be downloaded from {host}") if host else Check(
+                    "weights", WARNING, f"{encoder}: the published weights are not at hand and their host does not answer, so "
+                    "training starts from random ones and learns much less",
+                    f"save {PUBLISHED[encoder].urls[0]} as {files[0].absolute()}")
+                continue
+        else:
+            at_hand = None if args.pretrained in ("auto", "none") else Path(args.pretrained)
+            if at_hand and not at_hand.is_file():
+                raise UserError(f"--pretrained {at_hand}: there is no such file")
+        told = io.StringIO()
+        with contextlib.redirect_stdout(told):
+            start = start_from(recipe, args.pretrained, at_hand)
+        yield Check("weights", FINE, f"{encoder}: {start.describe()}")
+
+
+def work_so_far(args, seen: Seen):
+    """Yield what of an earlier run in the work folder is of use, and which trainings would ask for --force."""
+    from common.artifacts import Stage, read_table
+    from common.checkpoints import made_from
+    from common.fold_data import training_inputs
+    from common.folds import fold_numbers
+    from common.preprocess import preprocess_stage, source_state, wanted_stores
+    from common.recipes import get_recipe, to_dict
+
+    if not (args.work / "samples.csv").is_file():
+        return
+    stores = wanted_stores(get_recipe(name, args.settings) for name in args.recipes)
+    reason = preprocess_stage(args.work, seen.samples, {sample: source_state(sample) for sample in seen.samples}, stores,
+                              args.white_level, args.keep_going).why_stale() or ""
+    trained = []
+    folds = read_table(args.work / "folds.csv", "") if (args.work / "folds.csv").is_file() else None
+    for name, recipe in seen.recipes.items() if folds is not None else ():
+        for fold in args.folds or fold_numbers(folds):
+            folder = args.work / "runs" / name / f"fold{fold}"
+            begun = made_from(folder)
+            if not begun:
+                continue
+            trained.append(f"{name} fold {fold}")
+            kept = {key: value for key, value in begun["inputs"].items() if key == "weights"}
+            stage = Stage("04_train", folder / "best.pt", {**to_dict(recipe), "fold": fold, "seed": 0},
+                          {**training_inputs(args.work, folds, recipe), **kept})
+            changes = stage.changes(begun)
+            if changes:
+                yield Check("work so far", FAILS, f"{folder} was trained on something else ({changes})",
+                            f"python 04_train.py --work {args.work} --recipe {name} --folds {fold} --force trains it anew; or "
+                            "give another --work")
+    if "changed" in reason and trained:
+        yield Check("work so far", WARNING, f"stage 01 will run again ({reason}); trained already: {', '.join(trained)}",
+                    "where images or labels come out different, these will ask for --force; another --work keeps them")
+    elif trained:
+        yield Check("work so far", FINE, f"begun or trained already, to be gone on with: {', '.join(trained)}")
+
+
+def memory(name: str, recipe):
+    """Yield whether a batch will fit into memory; returns the recipe's measured `Cost`."""
+    from common.estimate import batch_that_fits, free_memory, measure
+    from common.inference import choose_hardware
+
+    hardware = choose_hardware("auto", "auto", None)
+    cost = measure(recipe)
+    free = free_memory(hardware)
+    fits, what = batch_that_fits(cost, free), f"{gigabytes(free)} free on the {'GPU' if hardware.is_gpu else 'machine'}"
+    each = f"about {gigabytes(cost.activations)} an image at {recipe.crop} px and {gigabytes(cost.fixed)} for the network"
+    if fits >= recipe.batch_size:
+        yield Check(f"memory, {name}", FINE, f"a batch of {recipe.batch_size} fits: {each}, {what}")
+    elif hardware.is_gpu and fits >= 2:
+        yield Check(f"memory, {name}", FINE, f"about {fits} images of a batch of {recipe.batch_size} fit at once ({each}, {what}): "
+                                             "it will be accumulated, which costs a third more time")
+    else:
+        yield Check(f"memory, {name}", FAILS, f"a batch of {recipe.batch_size} does not fit: {each}, {what}",
+                    f"train with: python 04_train.py --recipe {name} --micro-batch {max(2, fits)}, then go on with run_all.sh" if fits >= 2
+                    else "use a smaller crop: --set crop_size=..., or another machine")
+    if hardware.workers:
+        yield shared_memory(recipe, hardware.workers, shutil.disk_usage("/dev/shm").free, name)
+    return cost
+
+
+def shared_memory(recipe, workers: int, free: int, name: str) -> Check:
+    """Tell whether the batches that loader processes hold ready fit into shared memory: two each."""
+    needed = 2 * workers * recipe.batch_size * 4 * recipe.crop ** 2
+    found = f"{workers} loader processes need {gigabytes(needed)} of /dev/shm, {gigabytes(free)} are free"
+    if needed <= free:
+        return Check(f"shared memory, {name}", FINE, found)
+    return Check(f"shared memory, {name}", FAILS, found, "give more (docker run --shm-size=16g), or fewer: 04_train.py --workers 1")
+
+
+def disk(args, seen: Seen, folds, costs: dict):
+    """Yield what the work folder will need of the disk, part by part, against what is free."""
+    from common.estimate import checkpoint_bytes
+    from common.folds import fold_numbers
+    from common.preprocess import HASH_SIZE, space_needed, stored_ids
+    from common.recipes import stored_size
+
+    stores = {str(min(HASH_SIZE, *seen.sides.values())), *(recipe.store for recipe in seen.recipes.values())}
+    there = {store: stored_ids(args.work / "images" / store) for store in stores}
+    images = space_needed([stored_size(store, seen.side(s)) for store in stores for s in seen.usable if s.Id not in there[store]])
+    numbers = args.folds or fold_numbers(folds)
+    runs = sum(checkpoint_bytes(seen.recipes[name], cost) for name, cost in costs.items() for fold in numbers
+               if not (args.work / "runs" / name / f"fold{fold}" / "last.pt").is_file())
+    predicted = len(costs) * 28 * 4 * (len(folds) + (len(numbers) + 1) * len(seen.usable))
+    needed, free = images + runs + predicted, shutil.disk_usage(existing(args.work)).free
+    found = (f"about {gigabytes(needed)} more are needed (stored images {gigabytes(images)}, networks {gigabytes(runs)}), "
+             f"{gigabytes(free)} are free in {existing(args.work)}")
+    state = FAILS if needed > free else WARNING if needed > 0.9 * free else FINE
+    yield Check("disk", state, found, "" if state == FINE else "make room, or give another --work")
+
+
+def times(args, seen: Seen, folds, costs: dict):
+    """Yield an estimate of the time of each stage, as if nothing was made yet."""
+    from common.estimate import batch_that_fits, cores, free_memory, training_seconds
+    from common.folds import fold_numbers
+    from common.inference import choose_hardware
+
+    hardware = choose_hardware("auto", "auto", None)
+    numbers = args.folds or fold_numbers(folds)
+    everything = seen.store_seconds * len(seen.usable) / cores()
+    yield Check("time, 01 and 02", ESTIMATE, f"{duration(everything)}: {len(seen.usable)} samples at {seen.store_seconds:.3f} s, "
+                                             f"{cores()} at once")
+    looks, n_test = 8 if args.tta == "dihedral" else 1, sum(sample.part == "test" for sample in seen.usable)
+    for name, cost in costs.items():
+        recipe = seen.recipes[name]
+        fits = batch_that_fits(cost, free_memory(hardware))
+        train = sum(training_seconds(recipe, cost, folds, fold, seen.read_seconds[name] / max(1, hardware.workers), fits)
+                    for fold in numbers)
+        images = folds["fold"].isin(numbers).sum() + n_test * len(numbers)
+        predict = images * (looks * cost.predict + seen.read_seconds[name] / max(1, hardware.workers))
+        yield Check(f"time, 04 {name}", ESTIMATE, f"{duration(train)} at most: {len(numbers)} folds x {recipe.epochs} epochs, "
+                    f"{cost.train:.2g} s an image (median of {cost.steps} steps of {cost.images} images of {recipe.crop} px)")
+        yield Check(f"time, 05 {name}", ESTIMATE, f"{duration(predict)}: {images} images x {looks} views at {cost.predict:.2g} s")
+        everything += train + predict
+    yield Check("time, in all", ESTIMATE, f"{duration(everything)} at most, one fold after the other, on {hardware.device.type} as "
+                                          "loaded as it was just now; training ends earlier when it gains no more")
+
+
+# --- words -------------------------------------------------------------------------------------------------
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def gigabytes(n: float) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Say a time in the unit that suits it."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
