@@ -6,7 +6,7 @@ set -eo pipefail
 usage() {
     cat <<'TEXT'
 usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,3,4] [--set FIELD=VALUE]
-                       [--pretrained auto|none|FILE] [--weights-dir DIR] [--quick] [--tables] [--dry-run]
+                       [--pretrained auto|none|FILE] [--weights-dir DIR] [--quick] [--tables] [--dry-run] [--check]
 
   --data DIR     input in the competition's layout (default: data; where that is missing, demo data is made)
   --work DIR     folder for everything that is made (default: work)
@@ -21,6 +21,7 @@ usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,
   --pretrained X weights to start from: auto (default), none, or a file
   --weights-dir DIR  where published weights lie or are downloaded to (default: torch's cache)
   --dry-run      print the commands, each one pasteable, and run nothing
+  --check        make nothing: say what will fail and how to mend it, and what time and room the run will take
 
 example: bash run_all.sh --data data --work work --recipes resnet50 --folds 0,1,2,3,4
 TEXT
@@ -28,8 +29,8 @@ TEXT
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 caller=$PWD
-data='' work=work recipes='' folds='' quick=false tables=false dry=false settings=() pretrained='' weights_dir='' weights=()
-flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir --tables --dry-run --help)
+data='' work=work recipes='' folds='' quick=false tables=false dry=false check=false settings=() pretrained='' weights_dir='' weights=()
+flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir --tables --dry-run --check --help)
 
 fail() { echo "error: $1" >&2; exit 2; }
 
@@ -48,6 +49,7 @@ while [ $# -gt 0 ]; do
         --quick) quick=true; shift ;;
         --tables) tables=true; shift ;;
         --dry-run) dry=true; shift ;;
+        --check) check=true; shift ;;
         -h | --help) usage; exit 0 ;;
         *) fail "unknown argument $1; $(cd "$here" && python3 -c '
 import sys
@@ -94,7 +96,12 @@ done
 changes=()
 [ ${#settings[@]} -eq 0 ] || changes=(--set "${settings[@]}")
 
-if $dry; then source common/setup.sh --dry-run requirements.txt; else source common/setup.sh requirements.txt; fi
+if $dry || $check; then source common/setup.sh --dry-run requirements.txt; else source common/setup.sh requirements.txt; fi
+if $check && [ ! -x "$PYTHON" ]; then PYTHON=python3; fi
+if $check && $demo && [ ! -e "$data/train.csv" ]; then
+    data=$(mktemp -d)
+    trap 'rm -rf "$data"' EXIT
+fi
 places=(--data "$data" --work "$work")
 if $demo; then run "$PYTHON" -m common.demo_data --data "$data"; fi
 runs=$recipes parts=()
@@ -105,6 +112,11 @@ import sys
 from common import cli
 from common.recipes import ablation_runs
 cli.run(lambda: print(",".join(run for name in sys.argv[1].split(",") for run in ablation_runs(name).values())))' "$recipes")
+fi
+if $check; then
+    "$PYTHON" 01_preprocess.py --check "${places[@]}" --recipes "$runs" --folds "$folds" --n-folds "$n_folds" "${limit[@]}" \
+        "${views[@]}" "${parts[@]}" "${weights[@]}" "${changes[@]}"
+    exit
 fi
 run "$PYTHON" 01_preprocess.py "${places[@]}" --recipes "$runs" "${limit[@]}" "${changes[@]}"
 run "$PYTHON" 02_dedup.py "${places[@]}"

@@ -62,6 +62,7 @@ def add_check_flags(parser) -> None:
     group.add_argument("--folds", type=fold_numbers, metavar="0,2", help="folds to train (default: all)")
     group.add_argument("--n-folds", type=positive, default=5, metavar="N", help="folds of stage 03 (default: 5)")
     group.add_argument("--tta", default="dihedral", choices=("none", "dihedral"), help="views of stage 05 (default: dihedral)")
+    group.add_argument("--no-test", action="store_true", help="stage 05 predicts the validation samples only")
     add_weight_flags(group)
 
 

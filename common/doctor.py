@@ -22,8 +22,8 @@ from common.progress import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 FINE, WARNING, FAILS, ESTIMATE = "fine", "warning", "will fail", "estimate"
-SECONDS = 30  # for reading headers, and again for decoding
-DECODED = 24  # samples that are decoded wholly
+SECONDS = 60  # for reading headers, and half of it for decoding
+DECODED = 200  # samples that are decoded wholly, at most
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Check:
     cure: str = ""
 
     def __str__(self):
-        text = f"{self.state:10s} {self.name:22s} " + self.found
-        return text + f"\n{'':33s} -> {self.cure}" if self.cure else text
+        text = self.found + (f"\n-> {self.cure}" if self.cure else "")
+        return f"{self.state:10s} {self.name:22s} " + text.replace("\n", f"\n{'':34s}")
 
 
 def examine(args) -> None:
@@ -61,6 +61,7 @@ def checks(args):
     yield from guarded("work folder", work_folder(args.work))
     seen = yield from guarded("input", look_at_input(args))
     if not seen:
+        yield Check("and the rest", WARNING, "labels, weights, memory, disk and time are looked at when the input is mended")
         return
     folds = yield from guarded("labels", labels(args, seen))
     yield from guarded("weights", weights(args, seen))
@@ -132,7 +133,7 @@ def try_gpu(number: int, driver: str | None) -> Check:
     try:
         torch.ones(2, device=f"cuda:{number}").sum().item()
         left, whole = torch.cuda.mem_get_info(number)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         return Check("GPU", FAILS, f"number {number} cannot be used ({str(error).splitlines()[0]})",
                      f"install torch for this GPU and its driver ({driver or 'unknown'}); or use --device cpu in stages 04 and 05")
     return Check("GPU", FINE, f"{torch.cuda.get_device_name(number)}, {gigabytes(left)} of {gigabytes(whole)} free, driver "
@@ -210,8 +211,8 @@ def look_at_input(args):
     for line in strays(args, samples):
         yield Check("tables", WARNING, line, "give them rows, or take no notice: they are not used")
     whole = [sample for sample in samples if sample not in bad]
-    sides = read_headers(whole, bad)
-    seen = yield from decode_some(args, samples, bad, sides)
+    sides, doubtful = read_headers(whole, bad)
+    seen = yield from decode_some(args, samples, bad, sides, doubtful)
     if bad:
         yield Check("images", WARNING if args.keep_going else FAILS,
                     f"{len(bad)} samples cannot be used:\n{listing(bad.values())}",
@@ -236,35 +237,39 @@ def strays(args, samples):
             yield f"{args.data / name} has images of {len(unknown)} Ids that no table has, such as {unknown[0]}"
 
 
-def in_random_order(samples: list, label: str):
-    """Yield samples in a random order, the same every time, as far as `SECONDS` go."""
-    import numpy as np
-
-    ends = time.monotonic() + SECONDS
-    for k in progress(np.random.default_rng(0).permutation(len(samples)), len(samples), label):
+def while_time_lasts(samples: list, seconds: float, label: str):
+    """Yield samples in turn until the time is over."""
+    ends = time.monotonic() + seconds
+    for sample in progress(samples, len(samples), label):
         if time.monotonic() > ends:
             return
-        yield samples[k]
+        yield sample
 
 
-def read_headers(samples: list, bad: dict) -> dict:
-    """Return the sides in pixels of as many samples as time allows; what is wrong goes into `bad`."""
+def read_headers(samples: list, bad: dict) -> tuple[dict, list]:
+    """Return the sides in pixels of as many samples as time allows, drawn at random (the same ones every time), and those
+    of them that look cut short; what is wrong goes into `bad`."""
+    import numpy as np
+
     from common import images
 
-    sides = {}
-    for sample in in_random_order(samples, "reading headers"):
+    sides, doubtful = {}, []
+    drawn = [samples[k] for k in np.random.default_rng(0).permutation(len(samples))]
+    for sample in while_time_lasts(drawn, SECONDS, "reading headers"):
         found = images.attempt(images.check_sample, sample.files, sample.rgb_coded)
         if isinstance(found, images.BadImage):
             bad[sample] = f"{sample.part}: {found}"
-        else:
-            sides[sample] = found
-    return sides
+            continue
+        sides[sample] = found
+        if any(map(images.looks_cut_short, sample.files)):
+            doubtful.append(sample)
+    return sides, doubtful
 
 
-def decode_some(args, samples: list, bad: dict, sides: dict):
-    """Yield how some samples are that are decoded and stored in a temporary folder; returns a `Seen`, None where none is good.
+def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
+    """Decode some samples, the doubtful ones first, and store them in a temporary folder; yield how they are.
 
-    What is wrong with a sample goes into `bad`.
+    Returns a `Seen`, None where no sample is good; what is wrong with a sample goes into `bad`.
     """
     from common import images
     from common.hashing import hash_file
@@ -279,7 +284,7 @@ def decode_some(args, samples: list, bad: dict, sides: dict):
     stores = sorted({small, *(recipe.store for recipe in recipes.values())})
     seconds, peaks, reading = [], [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for sample in in_random_order(list(sides), "decoding"):
+        for sample in while_time_lasts(list(dict.fromkeys([*doubtful, *sides]))[:DECODED], SECONDS / 2, "decoding"):
             started = time.perf_counter()
             made = images.attempt(images.store_sample, sample.Id, sample.files, sample.rgb_coded, stores, Path(folder), args.white_level)
             if isinstance(made, images.BadImage):
@@ -290,8 +295,6 @@ def decode_some(args, samples: list, bad: dict, sides: dict):
             peaks.append(made[1])
             reading = {name: [*reading.get(name, []), seconds_to_read(Path(folder) / recipe.store / f"{sample.Id}.tif")]
                        for name, recipe in recipes.items()}
-            if len(seconds) == DECODED:
-                break
     if not seconds:
         return None
     yield Check("images", FINE, f"{len(seconds)} samples, drawn at random, were decoded wholly and stored for trial")
@@ -472,7 +475,8 @@ def times(args, seen: Seen, folds, costs: dict):
     everything = seen.store_seconds * len(seen.usable) / cores()
     yield Check("time, 01 and 02", ESTIMATE, f"{duration(everything)}: {len(seen.usable)} samples at {seen.store_seconds:.3f} s, "
                                              f"{cores()} at once")
-    looks, n_test = 8 if args.tta == "dihedral" else 1, sum(sample.part == "test" for sample in seen.usable)
+    looks = 8 if args.tta == "dihedral" else 1
+    n_test = 0 if args.no_test else sum(sample.part == "test" for sample in seen.usable)
     for name, cost in costs.items():
         recipe = seen.recipes[name]
         fits = batch_that_fits(cost, free_memory(hardware))

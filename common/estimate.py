@@ -13,16 +13,17 @@ import pandas as pd
 import torch
 
 from common.classes import N_CLASSES
-from common.data import CACHE_BYTES, EpochBatches, ImageSet
+from common.data import CACHE_BYTES, EpochBatches, ImageSet, collate
 from common.errors import UserError
 from common.fold_data import FoldData, training_rows
 from common.inference import Hardware, Normalisation, choose_hardware, logits_in_parts
 from common.recipes import Recipe
 from common.training import FINDER_STEPS, Run, evaluations_per_cycle, new_run, train_step
 
-SECONDS = 12  # of steps at the number of images that is measured in the end
-ENOUGH = 0.5  # seconds of a step that is long enough to time
-OVERHEAD = 1.3  # of memory on what the backward pass needs, about: gradients of activations, the libraries' own
+SECONDS = 10  # of steps with the number of images that is settled on
+ENOUGH = 3  # seconds of a step that is long enough to time; shorter ones get more images, up to the batch
+# What a step takes beside what the backward pass needs, as measured on a CPU: with these it is within 15 %.
+OVERHEAD, LIBRARIES = 1.5, 5 * 10 ** 8  # times; bytes
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,15 @@ def measure(recipe: Recipe) -> Cost:
 
 def measure_here(recipe: Recipe) -> Cost:
     """Time steps of stage 04 on ever more random images until one takes long enough, and prediction on as many."""
-    hardware = choose_hardware("auto", "auto", 0)
-    rows = ImageSet(Path(), np.array(["a", "b"]), np.eye(2, N_CLASSES, dtype=bool))
-    run = new_run(recipe, FoldData(rows, rows, np.ones(N_CLASSES, dtype=int), Normalisation((0.1,) * 4, (0.1,) * 4)), hardware, 0, 0)
+    hardware = choose_hardware("auto", "auto", None)
+    data = random_images(recipe)
+    run = new_run(recipe, FoldData(data, data, np.ones(N_CLASSES, dtype=int), Normalisation((0.1,) * 4, (0.1,) * 4)), hardware, 0, 0)
     run.model.train()
-    activations = bytes_kept(run)
+    activations = bytes_kept(run, data)
     n, most = 2, max(2, min(recipe.batch_size, int(free_memory(hardware) / 2 / activations)))
-    while n < most and step_seconds(run, n) < ENOUGH:
+    while n < most and step_seconds(run, data, n) < ENOUGH:
         n = min(2 * n, most)
-    train = timed(lambda: step_seconds(run, n))
+    train = timed(lambda: step_seconds(run, data, n))
     run.model.eval()
     predict = timed(lambda: predict_seconds(run, n))
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -66,10 +67,21 @@ def measure_here(recipe: Recipe) -> Cost:
                 8 * parameters + states, activations)
 
 
-def step_seconds(run: Run, n: int) -> float:
-    images = torch.randint(0, 256, (n, 4, run.recipe.crop, run.recipe.crop), dtype=torch.uint8)
+def random_images(recipe: Recipe) -> ImageSet:
+    """Return two random images of a recipe's size as a training set, in memory."""
+    rows = ImageSet(Path(), np.array(["a", "b"]), np.eye(2, N_CLASSES, dtype=bool), recipe.crop)
+    for Id in rows.ids:
+        rows.cache.keep(rows.folder / f"{Id}.tif", np.random.default_rng(0).integers(256, size=(4, recipe.size, recipe.size), dtype=np.uint8))
+    return rows
+
+
+def step_seconds(run: Run, data: ImageSet, n: int) -> float:
+    """Return what a step of n images takes; with the making of the batch, where no loader process does that beside it."""
     started = time.perf_counter()
-    train_step(run, images, torch.eye(n, N_CLASSES), n, run.recipe.hard_share, 0)[0].sum().item()
+    images, targets = collate([data[k % 2, 0, k] for k in range(n)])
+    if run.hardware.workers:
+        started = time.perf_counter()
+    train_step(run, images, targets, n, run.recipe.hard_share, 0)[0].sum().item()
     return time.perf_counter() - started
 
 
@@ -90,19 +102,19 @@ def timed(step) -> list[float]:
     return seconds[1:]
 
 
-def bytes_kept(run: Run) -> int:
-    """Return the bytes that a step of two images keeps for its backward pass, for one image."""
-    known = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+def bytes_kept(run: Run, data: ImageSet) -> int:
+    """Return the bytes that a step of two images keeps for its backward pass, for one image, without the weights."""
+    weights = {tuple(sorted(p.shape)) for p in run.model.parameters()}  # also as autocast's copies, and transposed
     kept = {}
 
     def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if tuple(sorted(tensor.shape)) not in weights:
+            storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        step_seconds(run, 2)
+        step_seconds(run, data, 2)
     return sum(kept.values()) // 2
 
 
@@ -120,7 +132,7 @@ def free_memory(hardware: Hardware) -> int:
 
 def batch_that_fits(cost: Cost, free: int) -> int:
     """Return how many images' training step fits into `free` bytes, about."""
-    return max(0, int((free - cost.fixed) / (OVERHEAD * cost.activations)))
+    return max(0, int((free - cost.fixed - LIBRARIES) / (OVERHEAD * cost.activations)))
 
 
 def training_seconds(recipe: Recipe, cost: Cost, folds: pd.DataFrame, fold: int, read: float, fits: int) -> float:

@@ -12,7 +12,7 @@ from common.artifacts import read_json, sidecar
 from common.locks import Lock
 from tests.conftest import ROOT
 
-RECIPE = "demo-quick"
+RECIPE, WAITING = "demo-quick", "demo-hard-quick"
 
 
 @pytest.fixture
@@ -37,7 +37,11 @@ def wait_for(path, process):
         time.sleep(0.02)
 
 
-def test_folds_are_trained_side_by_side_and_one_fold_by_one_process(run_script, start, fails, small_data, tmp_path):
+def read_until(process, beginning):
+    return next(line for line in process.stdout if line.startswith(beginning))
+
+
+def test_folds_are_trained_side_by_side_and_each_thing_by_one_process(run_script, start, fails, small_data, tmp_path):
     work = tmp_path / "work"
     places = ("--data", small_data, "--work", work)
     first = ("01_preprocess.py", *places, "--recipes", RECIPE)
@@ -67,26 +71,18 @@ def test_folds_are_trained_side_by_side_and_one_fold_by_one_process(run_script, 
     run_script(*short, "0", "--force")  # a killed process is in nobody's way
     assert read_json(sidecar(runs / "fold0" / "best.pt"))["epochs"] == 2
 
-
-def test_a_fold_that_another_came_to_train_is_waited_for_and_left_to_it(run_script, start, small_data, tmp_path):
-    work = tmp_path / "work"
-    places = ("--data", small_data, "--work", work)
-    run_script("01_preprocess.py", *places, "--recipes", RECIPE)
-    run_script("02_dedup.py", *places)
-    run_script("03_make_folds.py", *places, "--n-folds", 2)
-    train = ("04_train.py", "--work", work, "--recipe", RECIPE, "--set", "max_cycles=1", "buffers=16", "cycle_epochs=40", "--folds")
+    # Whoever comes to a fold that another took meanwhile waits, and goes on after it.
+    train = ("04_train.py", "--work", work, "--recipe", WAITING, "--set", "max_cycles=1", "buffers=16", "cycle_epochs=40", "--folds")
     both = start(*train, "0,1")
-    wait_for(work / "runs" / RECIPE / ".fold0.lock.json", both)
-    with Lock(work / "runs" / RECIPE / "fold1", wait=True):
-        for line in both.stdout:
-            if line.startswith("waiting: "):
-                break
+    read_until(both, f"{WAITING} fold 0: epoch 1/40")
+    with Lock(work / "runs" / WAITING / "fold1", wait=True):
+        line = read_until(both, "waiting: ")
         assert "fold1 is being made by " in line and f"process {os.getpid()}" in line
     assert both.wait(timeout=120) == 0
-    assert sidecar(work / "runs" / RECIPE / "fold1" / "best.pt").is_file()
+    assert sidecar(work / "runs" / WAITING / "fold1" / "best.pt").is_file()
 
-    predict = ("05_predict_oof.py", "--work", work, "--recipes", RECIPE)
-    with Lock(work / "predictions" / RECIPE / "fold1_oof.npz"):
+    predict = ("05_predict_oof.py", "--work", work, "--recipes", WAITING)
+    with Lock(work / "predictions" / WAITING / "fold1_oof.npz"):
         waiting = start(*predict)
-        assert any(line.startswith("waiting: ") for line in waiting.stdout)
-    assert waiting.wait(timeout=120) == 0 and (work / "predictions" / RECIPE / "oof.npz").is_file()
+        read_until(waiting, "waiting: ")
+    assert waiting.wait(timeout=120) == 0 and (work / "predictions" / WAITING / "oof.npz").is_file()
