@@ -95,11 +95,11 @@ def predict_seconds(run: Run, n: int) -> float:
 
 
 def timed(step) -> list[float]:
-    """Return the seconds of a few steps after a first one, which pays for what is set up once."""
-    seconds, started = [step()], time.monotonic()
-    while len(seconds) < 2 or (len(seconds) < 30 and time.monotonic() - started + seconds[-1] < SECONDS):
+    """Return the seconds of a few steps; of a first one, which pays for what is set up once, only where it took all the time."""
+    seconds = [step()]
+    while len(seconds) < 30 and sum(seconds) + seconds[-1] < SECONDS:
         seconds.append(step())
-    return seconds[1:]
+    return seconds[1:] or seconds
 
 
 def bytes_kept(run: Run, data: ImageSet) -> int:

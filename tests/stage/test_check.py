@@ -1,0 +1,104 @@
+"""01_preprocess.py --check as a user calls it: on a good folder, on a broken one, without packages."""
+
+import os
+import shutil
+
+import cv2
+import numpy as np
+import pandas as pd
+
+from common.images import looks_cut_short
+from common.locks import Lock
+from tests.conftest import write_sample
+
+SCRIPT = "01_preprocess.py"
+QUICK = ("--recipes", "demo-quick", "--n-folds", 2, "--pretrained", "none")
+
+
+def test_a_good_folder_is_fine_and_nothing_is_written(run_script, small_data, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    out = run_script("run_all.sh", "--check", "--data", small_data, "--work", tmp_path / "work", "--quick", "--recipes", "demo").stdout
+    assert sorted(tmp_path.rglob("*")) == before
+    lines = out.splitlines()
+    for beginning in ("fine       packages", "fine       work folder", "fine       tables                 12 train samples, 3 test samples",
+                      "fine       images                 15 of 15 samples have four good headers (15 of 160 px)",
+                      "warning    labels                 25 of 28 classes have no sample", "fine       labels                 12 labelled",
+                      "fine       weights                resnet10_narrow: from random weights", "fine       memory, demo-quick     a batch of 8 fits",
+                      "fine       disk", "estimate   time, 01 and 02", "estimate   time, 04 demo-quick    ", "estimate   time, 05 demo-quick",
+                      "estimate   time, in all", "nothing will fail that could be seen from here; 1 warnings"):
+        assert any(line.startswith(beginning) for line in lines), (beginning, out)
+
+
+def test_all_that_is_wrong_is_told_in_one_go_with_its_cure(run_script, small_data, tmp_path):
+    folder = small_data / "train_full_size"
+    (folder / "train-0_green.tif").unlink()
+    colour = np.zeros((160, 160, 3), dtype=np.uint8)
+    (folder / "train-1_red.tif").unlink()
+    cv2.imwrite(str(folder / "train-1_red.png"), colour)
+    cut = folder / "train-2_blue.tif"
+    cut.write_bytes(cut.read_bytes()[:20_000])
+    write_sample(folder, "stray")
+    for Id in range(3, 9):
+        write_sample(folder, f"train-{Id}", dtype=np.uint16)
+        for path in folder.glob(f"train-{Id}_*"):
+            image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) >> 4
+            cv2.imwrite(str(path), image, [cv2.IMWRITE_TIFF_COMPRESSION, 1])
+    work = tmp_path / "work"
+    with Lock(work / "runs" / "demo-quick" / "fold0"):
+        told = run_script(SCRIPT, "--check", "--data", small_data, "--work", work, *QUICK, check=False)
+    assert told.returncode == 2 and told.stderr.endswith("error: 1 of these will fail; mend them as said after '->'\n")
+    for text in ("fold0 is being made by ", "train_full_size has images of 1 Ids that no table has, such as stray", "3 samples cannot be used:",
+                 "train: train-0_green not found", "train-1_red.png is a colour image", "train-2_blue.tif cannot be decoded",
+                 "-> mend or remove them, or leave them out with --keep-going", "16-bit files never exceed 40"):
+        assert text in told.stdout, (text, told.stdout)
+
+    table = pd.read_csv(small_data / "train.csv", dtype=str)
+    table.assign(Target=["28", *table["Target"][1:]]).to_csv(small_data / "train.csv", index=False)
+    (tmp_path / "file").write_text("")
+    told = run_script(SCRIPT, "--check", "--data", small_data, "--work", tmp_path / "file" / "work", *QUICK, check=False)
+    assert told.returncode == 2 and "train.csv: Target must be labels 0 to 27" in told.stdout and "train-0: '28'" in told.stdout
+    assert "cannot be written (Not a directory)" in told.stdout and "are looked at when the input is mended" in told.stdout
+
+
+def test_missing_packages_are_told_like_the_rest(run_script, small_data, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("""
+import sys
+from importlib import metadata
+
+GONE = ("filelock", "pandas", "torch", "tqdm")
+found = metadata.version
+
+class Gone:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in GONE:
+            raise ModuleNotFoundError(name=name.split(".")[0])
+
+def version(name):
+    if name in GONE:
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+
+sys.meta_path.insert(0, Gone)
+metadata.version = version
+""")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    told = run_script(SCRIPT, "--check", "--data", small_data, "--work", tmp_path / "work", *QUICK, check=False)
+    assert told.returncode == 2 and "Traceback" not in told.stderr
+    assert "pandas: expected" in told.stdout and "the package torch cannot be imported" in told.stdout
+
+
+def test_flags_of_later_stages_are_for_check_only(fails, small_data):
+    assert "unknown argument --n-folds" in fails(SCRIPT, "--data", small_data, "--n-folds", 2)
+    assert "there is no fold 2" not in fails(SCRIPT, "--data", small_data / "nowhere", "--check", "--n-folds", 2)
+
+
+def test_files_without_their_ends_are_noticed(small_data, tmp_path):
+    whole = small_data / "train_full_size" / "train-0_red.tif"
+    image = cv2.imread(str(whole), cv2.IMREAD_UNCHANGED)
+    for suffix in (".png", ".jpg"):
+        cv2.imwrite(str(tmp_path / f"whole{suffix}"), image)
+    shutil.copy(whole, tmp_path / "whole.tif")
+    for path in tmp_path.glob("whole.*"):
+        short = tmp_path / f"short{path.suffix}"
+        short.write_bytes(path.read_bytes()[:-100])
+        assert not looks_cut_short(path) and looks_cut_short(short)
