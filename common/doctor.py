@@ -51,7 +51,7 @@ def examine(args) -> None:
         states[check.state] += 1
     if states[FAILS]:
         raise UserError(f"{states[FAILS]} of these will fail; mend them as said after '->'")
-    print(f"nothing will fail that could be seen from here; {states[WARNING]} warnings")
+    print(f"nothing will fail that could be seen from here; warnings: {states[WARNING]}")
 
 
 def checks(args):
@@ -117,8 +117,8 @@ def hardware():
         for k in range(torch.cuda.device_count()):
             yield try_gpu(k, driver)
     elif driver:
-        yield Check("GPU", WARNING, f"there is one (driver {driver}), but torch {torch.__version__} cannot use it: all runs on the CPU",
-                    "update the driver to one for CUDA " + (torch.version.cuda or "(and install torch with CUDA)"))
+        yield Check("GPU", WARNING, f"there is one (driver {driver}), but torch {torch.__version__} cannot use it",
+                    f"update the driver to one for CUDA {torch.version.cuda or 'and install torch with CUDA'}")
     else:
         yield Check("GPU", FINE, "none: all runs on the CPU")
     workers = choose_hardware("auto", "auto", None).workers
@@ -135,7 +135,7 @@ def try_gpu(number: int, driver: str | None) -> Check:
         left, whole = torch.cuda.mem_get_info(number)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         return Check("GPU", FAILS, f"number {number} cannot be used ({str(error).splitlines()[0]})",
-                     f"install torch for this GPU and its driver ({driver or 'unknown'}); or use --device cpu in stages 04 and 05")
+                     f"install torch for this GPU and its driver ({driver or 'unknown'}); or give stages 04 and 05 --device cpu")
     return Check("GPU", FINE, f"{torch.cuda.get_device_name(number)}, {gigabytes(left)} of {gigabytes(whole)} free, driver "
                               f"{driver or 'unknown'}, CUDA {torch.version.cuda}")
 
@@ -214,9 +214,10 @@ def look_at_input(args):
     sides, doubtful = read_headers(whole, bad)
     seen = yield from decode_some(args, samples, bad, sides, doubtful)
     if bad:
-        yield Check("images", WARNING if args.keep_going else FAILS,
-                    f"{len(bad)} samples cannot be used:\n{listing(bad.values())}",
-                    "they are left out, by name" if args.keep_going else "mend or remove them, or leave them out with --keep-going")
+        state, cure = FAILS, "mend or remove them, or leave them out with --keep-going"
+        if args.keep_going:
+            state, cure = WARNING, "they are left out, by name"
+        yield Check("images", state, f"{len(bad)} samples cannot be used:\n{listing(bad.values())}", cure)
     if not seen:
         yield Check("images", FAILS, "no sample can be used, so nothing else can be looked at")
         return None
@@ -286,7 +287,8 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
     with tempfile.TemporaryDirectory() as folder:
         for sample in while_time_lasts(list(dict.fromkeys([*doubtful, *sides]))[:DECODED], SECONDS / 2, "decoding"):
             started = time.perf_counter()
-            made = images.attempt(images.store_sample, sample.Id, sample.files, sample.rgb_coded, stores, Path(folder), args.white_level)
+            made = images.attempt(images.store_sample, sample.Id, sample.files, sample.rgb_coded, stores, Path(folder),
+                                  args.white_level)
             if isinstance(made, images.BadImage):
                 bad[sample] = f"{sample.part}: {made}"
                 continue
@@ -298,6 +300,9 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
     if not seconds:
         return None
     yield Check("images", FINE, f"{len(seconds)} samples, drawn at random, were decoded wholly and stored for trial")
+    for name, recipe in recipes.items():
+        if recipe != get_recipe(name, args.settings):
+            yield Check("images", FINE, f"{name} uses {recipe.size} px with crops of {recipe.crop}: sources have no more")
     deep = [peak for peak in peaks if peak is not None]
     if deep and max(deep) < args.white_level / 4:
         yield Check("images", WARNING, f"16-bit files never exceed {max(deep)} of {args.white_level}, so images will be dark",
@@ -423,12 +428,13 @@ def memory(name: str, recipe):
     if fits >= recipe.batch_size:
         yield Check(f"memory, {name}", FINE, f"a batch of {recipe.batch_size} fits: {each}, {what}")
     elif hardware.is_gpu and fits >= 2:
-        yield Check(f"memory, {name}", FINE, f"about {fits} images of a batch of {recipe.batch_size} fit at once ({each}, {what}): "
-                                             "it will be accumulated, which costs a third more time")
+        yield Check(f"memory, {name}", FINE, f"a batch of {recipe.batch_size} is made of parts of about {fits} images, for a "
+                                             f"third more time: {each}, {what}")
     else:
-        yield Check(f"memory, {name}", FAILS, f"a batch of {recipe.batch_size} does not fit: {each}, {what}",
-                    f"train with: python 04_train.py --recipe {name} --micro-batch {max(2, fits)}, then go on with run_all.sh" if fits >= 2
-                    else "use a smaller crop: --set crop_size=..., or another machine")
+        cure = "use a smaller crop: --set crop_size=..., or another machine"
+        if fits >= 2:
+            cure = f"train with: python 04_train.py --recipe {name} --micro-batch {fits}, then go on with run_all.sh"
+        yield Check(f"memory, {name}", FAILS, f"a batch of {recipe.batch_size} does not fit: {each}, {what}", cure)
     if hardware.workers:
         yield shared_memory(recipe, hardware.workers, shutil.disk_usage("/dev/shm").free, name)
     return cost
@@ -440,7 +446,8 @@ def shared_memory(recipe, workers: int, free: int, name: str) -> Check:
     found = f"{workers} loader processes need {gigabytes(needed)} of /dev/shm, {gigabytes(free)} are free"
     if needed <= free:
         return Check(f"shared memory, {name}", FINE, found)
-    return Check(f"shared memory, {name}", FAILS, found, "give more (docker run --shm-size=16g), or fewer: 04_train.py --workers 1")
+    return Check(f"shared memory, {name}", FAILS, found, "give more (docker run --shm-size=16g), or start fewer: 04_train.py "
+                                                         "--workers 1")
 
 
 def disk(args, seen: Seen, folds, costs: dict):
@@ -488,8 +495,8 @@ def times(args, seen: Seen, folds, costs: dict):
                     f"{cost.train:.2g} s an image (median of {cost.steps} steps of {cost.images} images of {recipe.crop} px)")
         yield Check(f"time, 05 {name}", ESTIMATE, f"{duration(predict)}: {images} images x {looks} views at {cost.predict:.2g} s")
         everything += train + predict
-    yield Check("time, in all", ESTIMATE, f"{duration(everything)} at most, one fold after the other, on {hardware.device.type} as "
-                                          "loaded as it was just now; training ends earlier when it gains no more")
+    yield Check("time, in all", ESTIMATE, f"{duration(everything)} at most, one fold after the other, on a "
+                                          f"{hardware.device.type} as busy as it was now; training may end earlier")
 
 
 # --- words -------------------------------------------------------------------------------------------------

@@ -52,7 +52,8 @@ def measure_here(recipe: Recipe) -> Cost:
     """Time steps of stage 04 on ever more random images until one takes long enough, and prediction on as many."""
     hardware = choose_hardware("auto", "auto", None)
     data = random_images(recipe)
-    run = new_run(recipe, FoldData(data, data, np.ones(N_CLASSES, dtype=int), Normalisation((0.1,) * 4, (0.1,) * 4)), hardware, 0, 0)
+    fold = FoldData(data, data, np.ones(N_CLASSES, dtype=int), Normalisation((0.1,) * 4, (0.1,) * 4))
+    run = new_run(recipe, fold, hardware, 0, 0)
     run.model.train()
     activations = bytes_kept(run, data)
     n, most = 2, max(2, min(recipe.batch_size, int(free_memory(hardware) / 2 / activations)))
@@ -71,7 +72,8 @@ def random_images(recipe: Recipe) -> ImageSet:
     """Return two random images of a recipe's size as a training set, in memory."""
     rows = ImageSet(Path(), np.array(["a", "b"]), np.eye(2, N_CLASSES, dtype=bool), recipe.crop)
     for Id in rows.ids:
-        rows.cache.keep(rows.folder / f"{Id}.tif", np.random.default_rng(0).integers(256, size=(4, recipe.size, recipe.size), dtype=np.uint8))
+        pixels = np.random.default_rng(0).integers(256, size=(4, recipe.size, recipe.size), dtype=np.uint8)
+        rows.cache.keep(rows.folder / f"{Id}.tif", pixels)
     return rows
 
 

@@ -108,9 +108,12 @@ def tiff_header(path: Path) -> Header:
 def looks_cut_short(path: Path) -> bool:
     """Tell whether the end of a file is missing, as after a broken download, from its last bytes or a TIFF's table of data."""
     if path.suffix.lower() in TIFF:
-        with tifffile.TiffFile(path) as tiff:
-            page = tiff.pages.first
-            return max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))) > path.stat().st_size
+        try:
+            with tifffile.TiffFile(path) as tiff:
+                page = tiff.pages.first
+                return max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))) > path.stat().st_size
+        except Exception:  # its decoders raise many kinds
+            return True
     with open(path, "rb") as file:
         file.seek(-min(64, path.stat().st_size), os.SEEK_END)
         return (b"IEND" if path.suffix.lower() == ".png" else b"\xff\xd9") not in file.read()

@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from common.errors import UserError
 from common.files import write_json
 
-SECONDS_OF_GRACE = 15  # what a killed process leaves running, such as loader workers, ends within these
+# What a killed process leaves running, such as loader workers, ends within these; so does who is just saving and leaving.
+SECONDS_AFTER_DEATH, SECONDS_OF_GRACE = 15, 4
 
 
 class Lock:
@@ -49,7 +50,7 @@ class Lock:
         if wait:
             print(f"waiting: {told}", flush=True)
         try:
-            self.lock.acquire(timeout=-1 if wait else SECONDS_OF_GRACE if is_gone(holder) else 0)
+            self.lock.acquire(timeout=-1 if wait else SECONDS_AFTER_DEATH if is_gone(holder) else SECONDS_OF_GRACE)
         except Timeout:
             raise UserError(f"{told}\nwait for its end, or stop it there, and run this again; or give another --work") from None
 

@@ -249,8 +249,8 @@ def describe(stored: Stored, white: int, work: Path) -> list[str]:
     parts = ", ".join(f"{counts[part]} {part}" for part in ("train", "test", "external") if part in counts)
     lines = [f"{parts} samples at {', '.join(stored.statistics)} px in {work / 'images'}"]
     if stored.bad:
-        lines.append(f"warning: {len(stored.bad)} samples are left out here and in all stages (all of them in {work / 'left_out.csv'}):\n"
-                     f"{listing(stored.bad.values())}")
+        lines.append(f"warning: {len(stored.bad)} samples are left out here and in all stages (all of them in "
+                     f"{work / 'left_out.csv'}):\n{listing(stored.bad.values())}")
     if stored.peaks and max(stored.peaks) < white / 4:
         lines.append(f"warning: the 16-bit files never exceed {max(stored.peaks)} of {white}, so most of the range is "
                      "unused and images are dark; give --white-level (4095 for a 12-bit camera)")

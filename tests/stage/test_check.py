@@ -25,7 +25,7 @@ def test_a_good_folder_is_fine_and_nothing_is_written(run_script, small_data, tm
                       "warning    labels                 25 of 28 classes have no sample", "fine       labels                 12 labelled",
                       "fine       weights                resnet10_narrow: from random weights", "fine       memory, demo-quick     a batch of 8 fits",
                       "fine       disk", "estimate   time, 01 and 02", "estimate   time, 04 demo-quick    ", "estimate   time, 05 demo-quick",
-                      "estimate   time, in all", "nothing will fail that could be seen from here; 1 warnings"):
+                      "estimate   time, in all", "nothing will fail that could be seen from here; warnings: 1"):
         assert any(line.startswith(beginning) for line in lines), (beginning, out)
 
 

@@ -10,9 +10,15 @@ import time
 
 import pytest
 
+from common import locks
 from common.errors import UserError
 from common.locks import Lock, is_gone, read_record
 from tests.conftest import ROOT
+
+@pytest.fixture(autouse=True)
+def no_grace(monkeypatch):
+    monkeypatch.setattr(locks, "SECONDS_OF_GRACE", 0)
+
 
 HOLD = """
 import sys, time
