@@ -246,7 +246,7 @@ def test_bad_tables(refuses, small_data, text, message):
 def test_a_work_folder_that_cannot_be_written(fails, small_data, tmp_path):
     (tmp_path / "file").write_text("")
     message = fails(SCRIPT, "--data", small_data, "--work", tmp_path / "file" / "work", "--recipes", "demo")
-    assert "Not a directory" in message and "can be written" in message
+    assert "cannot be written to (Not a directory)" in message and "give another --work" in message
 
 
 def test_misspelt_flags_and_recipes_name_the_nearest(fails, small_data):
