@@ -17,14 +17,14 @@ SCRIPT = "01_preprocess.py"
 @pytest.fixture
 def make(run_script, tmp_path):
     def run(data, *more):
-        return run_script(SCRIPT, "--data", data, "--work", tmp_path / "work", "--recipes", "demo", *more).stdout
+        return run_script(SCRIPT, "--data", data, "--work", tmp_path / "work", "--recipes", "demo-quick", *more).stdout
     return run
 
 
 @pytest.fixture
 def refuses(fails, tmp_path):
     def run(data, *more):
-        return fails(SCRIPT, "--data", data, "--work", tmp_path / "work", "--recipes", "demo", *more)
+        return fails(SCRIPT, "--data", data, "--work", tmp_path / "work", "--recipes", "demo-quick", *more)
     return run
 
 
@@ -245,7 +245,7 @@ def test_bad_tables(refuses, small_data, text, message):
 
 def test_a_work_folder_that_cannot_be_written(fails, small_data, tmp_path):
     (tmp_path / "file").write_text("")
-    message = fails(SCRIPT, "--data", small_data, "--work", tmp_path / "file" / "work", "--recipes", "demo")
+    message = fails(SCRIPT, "--data", small_data, "--work", tmp_path / "file" / "work", "--recipes", "demo-quick")
     assert "cannot be written to (Not a directory)" in message and "give another --work" in message
 
 
