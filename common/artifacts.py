@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from common.arrays import read_arrays
 from common.classes import CLASS_NAMES
 from common.errors import UserError, listing
 from common.files import write_json, writing
@@ -70,9 +71,9 @@ def load_predictions(path: Path, made_by: str) -> tuple[np.ndarray, np.ndarray]:
     if not Path(path).is_file():
         raise UserError(f"{path} is missing; run: {made_by}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            ids, probs, classes = file["ids"], file["probs"], file["classes"]
-    except (ValueError, KeyError, OSError, EOFError) as error:
+        arrays = read_arrays(path)
+        ids, probs, classes = arrays["ids"], arrays["probs"], arrays["classes"]
+    except (ValueError, KeyError) as error:
         raise UserError(f"{path} is not a predictions file ({error}); run: {made_by}") from None
     if tuple(classes) != CLASS_NAMES:
         raise UserError(f"{path} was made for other classes; run: {made_by}")

@@ -14,6 +14,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+from common.errors import first_line
 from common.files import writing
 from common.recipes import stored_size
 
@@ -103,10 +104,6 @@ def tiff_header(path: Path) -> Header:
             raise BadImage("is stored inverted (white is zero); expected black is zero")
         return Header(page.imagewidth, page.imagelength, page.dtype.itemsize * 8,
                       page.samplesperpixel != 1 or page.photometric.name == "PALETTE")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read_channel(path: Path, channel: str, rgb_coded: bool = False) -> np.ndarray:
