@@ -10,9 +10,10 @@ writes  WORK/samples.csv         Id, part, Target, side of the source image in p
 example python 01_preprocess.py --data data --work work --recipes resnet50
 """
 
+from common import cli  # first: from here on Ctrl+C is no traceback
+
 import pandas as pd
 
-from common import cli
 from common.artifacts import Stage, digest, read_table, write_csv
 from common.errors import listing
 from common.images import WHITE

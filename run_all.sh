@@ -33,6 +33,10 @@ flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir 
 
 fail() { echo "error: $1" >&2; exit 2; }
 
+# What a stage that is stopped tells the user to call again.
+RUN_ALL_COMMAND=$(printf '%q ' bash "${BASH_SOURCE[0]}" "$@" | sed 's/\\,/,/g; s/ $//')
+export RUN_ALL_COMMAND
+
 while [ $# -gt 0 ]; do
     case $1 in
         --data | --work | --recipes | --folds | --set | --pretrained | --weights-dir) [ $# -ge 2 ] || fail "$1 needs a value" ;;
@@ -57,7 +61,7 @@ print(nearest(sys.argv[1], sys.argv[2:]))' "$1" "${flags[@]}" 2>/dev/null || ech
 done
 
 # Paths are the caller's; the commands are printed and run in the project's folder.
-absolute() { case $1 in /*) echo "$1" ;; *) [ "$caller" = "$here" ] && echo "$1" || echo "$caller/$1" ;; esac; }
+absolute() { case $1 in /*) printf '%s' "$1" ;; *) [ "$caller" = "$here" ] && printf '%s' "$1" || printf '%s' "$caller/$1" ;; esac; }
 work=$(absolute "$work")
 [ -z "$data" ] || data=$(absolute "$data")
 case $pretrained in '') ;; auto | none) weights=(--pretrained "$pretrained") ;; *) weights=(--pretrained "$(absolute "$pretrained")") ;; esac

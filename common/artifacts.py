@@ -7,6 +7,7 @@ seconds) after every output is in place. No sidecar = unfinished; a different on
 import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pandas as pd
 
 from common.arrays import read_arrays
 from common.classes import CLASS_NAMES
-from common.errors import UserError, listing
+from common.errors import UserError, first_line, listing
 from common.files import write_json, writing
 
 
@@ -33,10 +34,29 @@ def read_json(path: Path):
 
 
 def read_table(path: Path, made_by: str) -> pd.DataFrame:
-    """Read a CSV artifact with text kept as text; say which command makes it where it is missing."""
+    """Read a CSV artifact with text kept as text; say which command makes it where it is missing or damaged."""
     if not Path(path).is_file():
         raise UserError(f"{path} is missing; run: {made_by}")
-    return pd.read_csv(path, dtype={"Id": str, "Target": str}, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, dtype={"Id": str, "Target": str, "crc": str}, keep_default_na=False)
+    except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
+        raise UserError(f"{path} is not the table that its stage wrote ({first_line(error)}); delete it and run: {made_by}") from None
+    if "Id" in table:
+        check_ids(table["Id"], path)
+    return table
+
+
+# --- Ids ---------------------------------------------------------------------------------------------------
+
+SAFE_ID = re.compile(r"\w[\w .+()-]*(?<![ .])")
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names of devices, on shares that Windows sees
+
+
+def check_ids(ids, path) -> None:
+    """Refuse Ids that are not plain file names: an Id becomes part of a path, and must not lead out of its folder."""
+    unsafe = [Id for Id in ids if not SAFE_ID.fullmatch(Id) or RESERVED.fullmatch(Id) or len(Id.encode()) > 200]
+    if unsafe:
+        raise UserError(f"{path} has Ids that are not plain file names:\n{listing(map(repr, unsafe))}")
 
 
 # --- predictions -------------------------------------------------------------------------------------------

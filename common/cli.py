@@ -1,6 +1,7 @@
 """Command lines of the numbered scripts: shared flags, errors that name the nearest known flag, exit codes."""
 
 import argparse
+import multiprocessing
 import os
 import shlex
 import signal
@@ -93,6 +94,8 @@ def run(main) -> None:
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started one talks
         sys.stdout = open(os.devnull, "w")
     stopping.listen()
+    if "RUN_ALL_COMMAND" in os.environ:  # bash does not pass on the SIGTERM that ends it
+        stopping.when_parent_ends(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         main()
     except UserError as error:
@@ -116,13 +119,24 @@ def run(main) -> None:
 
 
 def fail(message: str):
+    end_loaders()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def end_loaders() -> None:
+    """End loader processes, which do not listen to the SIGTERM that they get when Python ends."""
+    loaders = [child for child in multiprocessing.active_children() if child.daemon]
+    if loaders:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
+    for loader in loaders:
+        loader.kill()
 
 
 def stopped(stop: BaseException):
     """End after Ctrl+C or SIGTERM with the command that goes on, and the exit code that shells expect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_loaders()
     if not stopping.is_follower():
         print(f"\nstopped; finished work is kept. To go on: {command()}", file=sys.stderr)
     sys.exit(stopping.SIGTERM_CODE if isinstance(stop, stopping.Stopped) else 130)

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import cache
@@ -37,20 +36,20 @@ def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str
 
 
 def _indexed(index, function, job, parent):
-    if parent == os.getppid():
+    if _works_for(parent):
         _end_with(parent)
     return index, function(*job)
+
+
+def _works_for(parent: int) -> bool:
+    """Tell whether this is a worker process that `parent` started; a dask worker does jobs in threads instead."""
+    return os.getpid() != parent and threading.current_thread() is threading.main_thread()
 
 
 @cache
 def _end_with(parent: int) -> None:
     """End this worker process soon after the one that it works for: what nobody waits for must not be written."""
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    stopping.when_parent_ends(parent, lambda: os._exit(1))
 
 
 @contextmanager
@@ -76,7 +75,7 @@ def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, labe
 
 def _stoppable(parent, function, job) -> None:
     """Do a long job; SIGTERM to this machine's worker process ends it when the job has saved what it had."""
-    if os.getppid() != parent or threading.current_thread() is not threading.main_thread():
+    if not _works_for(parent):
         return function(*job)
     stopping.listen()
     try:

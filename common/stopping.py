@@ -54,15 +54,30 @@ def check() -> None:
         raise Stopped
 
 
+def when_parent_ends(parent: int, act) -> None:
+    """Call `act()` from a thread soon after this process's parent has ended, also by SIGKILL."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _on_sigterm(*_) -> None:
     again, STATE.asked = STATE.asked, True
     if STATE.held and is_follower():  # it may wait for the main process for ever
-        leave = threading.Timer(GRACE_SECONDS, os._exit, [SIGTERM_CODE])
-        leave.daemon = True
-        leave.start()
+        end_later()
     if not STATE.held and not again:
         _stop_children()
         raise Stopped
+
+
+def end_later() -> None:
+    """End this process when others have had time to save."""
+    leave = threading.Timer(GRACE_SECONDS, os._exit, [SIGTERM_CODE])
+    leave.daemon = True
+    leave.start()
 
 
 def _stop_children() -> None:
