@@ -33,9 +33,11 @@ flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir 
 
 fail() { echo "error: $1" >&2; exit 2; }
 
-# What a stage that is stopped tells the user to call again.
+# What the user is told to call again: after Ctrl+C here, once, whatever it met; after SIGTERM by the stage that has saved.
 RUN_ALL_COMMAND=$(printf '%q ' bash "${BASH_SOURCE[0]}" "$@" | sed 's/\\,/,/g; s/ $//')
 export RUN_ALL_COMMAND
+trap 'exit 130' INT
+trap '[ $? -ne 130 ] || printf "\nstopped; finished work is kept. To go on: %s\n" "$RUN_ALL_COMMAND" >&2' EXIT
 
 while [ $# -gt 0 ]; do
     case $1 in

@@ -29,7 +29,7 @@ def read_json(path: Path):
     """Read a JSON file; a damaged one is a UserError that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
 
 
@@ -92,10 +92,13 @@ def load_predictions(path: Path, made_by: str) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{path} is missing; run: {made_by}")
     try:
         arrays = read_arrays(path)
-        ids, probs, classes = arrays["ids"], arrays["probs"], arrays["classes"]
+        ids, probs, classes = arrays["ids"], arrays["probs"], arrays["classes"].tolist()
+        if ids.ndim != 1 or ids.dtype.kind != "U" or probs.dtype.kind != "f":
+            raise ValueError(f"ids {ids.shape} of {ids.dtype}, probs {probs.shape} of {probs.dtype}")
+        ids.tolist()  # raises where it holds what is no text
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is not a predictions file ({error}); run: {made_by}") from None
-    if tuple(classes) != CLASS_NAMES:
+    if classes != list(CLASS_NAMES):
         raise UserError(f"{path} was made for other classes; run: {made_by}")
     check_probabilities(ids, probs, path)
     return ids, probs
@@ -117,6 +120,20 @@ def digest(value) -> str:
 
 def sidecar(path: Path) -> Path:
     return Path(path).with_name(Path(path).name + ".meta.json")
+
+
+def read_sidecar(path: Path) -> dict:
+    """Read an artifact's sidecar; raises UserError for what no stage wrote."""
+    path = sidecar(path)
+    meta = read_json(path)
+    parts = [meta.get(key) for key in ("parameters", "inputs", "outputs")] if isinstance(meta, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or not all(map(is_plain_path, parts[-1])):
+        raise UserError(f"{path} is not a record that a stage wrote; delete it and run its stage again")
+    return meta
+
+
+def is_plain_path(name: str) -> bool:
+    return "\0" not in name and not os.path.isabs(name)
 
 
 class Stage:
@@ -153,7 +170,7 @@ class Stage:
         """Return None when the outputs are up to date, else the reason why they are not."""
         if not self.sidecar.is_file():
             return "not made yet"
-        meta = read_json(self.sidecar)
+        meta = read_sidecar(self.artifact)
         changes = self.changes(meta)
         if changes:
             return changes

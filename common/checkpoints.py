@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from common.arrays import refuse_inflated
-from common.artifacts import Stage, read_json, sidecar
+from common.artifacts import Stage, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, first_line
 from common.files import writing
@@ -94,9 +94,9 @@ def check_recipe(path: Path, saved: dict, recipe: Recipe) -> None:
 def made_from(folder: Path) -> dict | None:
     """Return what a fold's finished or unfinished training was made from; None where there is none."""
     if sidecar(folder / "best.pt").is_file():
-        return read_json(sidecar(folder / "best.pt"))
+        return read_sidecar(folder / "best.pt")
     if (folder / "last.pt").is_file():
-        return load_checkpoint(folder / "last.pt").get("made_from", {})
+        return load_checkpoint(folder / "last.pt")["made_from"]
     return None
 
 
@@ -124,7 +124,7 @@ def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, w
     train = f"python 04_train.py --work {work} --recipe {name} --folds {fold}"
     if not sidecar(folder / "best.pt").is_file():
         raise UserError(f"{folder} has no finished training; run: {train}")
-    meta = read_json(sidecar(folder / "best.pt"))
+    meta = read_sidecar(folder / "best.pt")
     recipe = from_dict({key: value for key, value in meta["parameters"].items() if key not in ("fold", "seed")})
     # Which weights it began with is of no concern here.
     inputs = {**meta["inputs"], **training_inputs(work, folds, recipe)}

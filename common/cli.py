@@ -137,9 +137,14 @@ def stopped(stop: BaseException):
     """End after Ctrl+C or SIGTERM with the command that goes on, and the exit code that shells expect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_loaders()
-    if not stopping.is_follower():
-        print(f"\nstopped; finished work is kept. To go on: {command()}", file=sys.stderr)
+    say_stopped(stop)
     sys.exit(stopping.SIGTERM_CODE if isinstance(stop, stopping.Stopped) else 130)
+
+
+def say_stopped(stop: BaseException) -> None:
+    """Say how to go on, but where another process does: the main one of several, or run_all.sh, which sees Ctrl+C too."""
+    if not stopping.is_follower() and not ("RUN_ALL_COMMAND" in os.environ and isinstance(stop, KeyboardInterrupt)):
+        print(f"\nstopped; finished work is kept. To go on: {command()}", file=sys.stderr)
 
 
 def command() -> str:
@@ -153,7 +158,7 @@ def command() -> str:
 def _on_exception(kind, value, trace):
     """Ctrl+C while a script is still importing is no bug either."""
     if issubclass(kind, KeyboardInterrupt):
-        print(f"\nstopped. To go on: {command()}", file=sys.stderr)
+        say_stopped(value)
     else:
         sys.__excepthook__(kind, value, trace)
 

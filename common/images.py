@@ -21,6 +21,7 @@ from common.recipes import stored_size
 CHANNELS = ("red", "green", "blue", "yellow")
 TIFF = (".tif", ".tiff")
 SUFFIXES = (*TIFF, ".png", ".jpg", ".jpeg")
+PICTURES = ("PNG", "JPEG")  # Pillow would open a hundred others by their content, one of them by starting Ghostscript
 WHITE = 65535  # the 16-bit value that becomes 255
 SMALL_FILE = 128 * 1024  # bytes
 MAX_SIDE = 8192  # pixels, twice the largest real ones; a header that claims more is damaged or hostile
@@ -75,12 +76,9 @@ def read_header(path: Path, rgb_coded: bool = False) -> Header:
     rgb_coded : whether a colour image may hold the channel
     """
     try:
-        if path.suffix.lower() in TIFF:
-            header = tiff_header(path)
-        else:
-            with Image.open(path) as image:
-                header = Header(*image.size, bits=16 if image.mode.startswith("I") else 8,
-                                colour=image.mode not in ("L", "I;16", "I;16B", "I"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            header = tiff_header(path) if path.suffix.lower() in TIFF else picture_header(path)
     except BadImage:
         raise
     except Exception as error:  # decoders raise many kinds; each means an unreadable file
@@ -92,6 +90,12 @@ def read_header(path: Path, rgb_coded: bool = False) -> Header:
     if header.colour and not rgb_coded:
         raise BadImage("is a colour image; expected one grey channel a file")
     return header
+
+
+def picture_header(path: Path) -> Header:
+    with Image.open(path, formats=PICTURES) as image:
+        return Header(*image.size, bits=16 if image.mode.startswith("I") else 8,
+                      colour=image.mode not in ("L", "I;16", "I;16B", "I"))
 
 
 def tiff_header(path: Path) -> Header:
@@ -137,7 +141,7 @@ def read_channel(path: Path, channel: str, rgb_coded: bool = False) -> np.ndarra
 
 def decode(path: Path) -> np.ndarray:
     """Decode a PNG or JPEG; Pillow refuses truncated files, where OpenCV fills up in silence."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=PICTURES) as image:
         if image.mode in ("P", "RGBA", "CMYK", "LA", "YCbCr"):
             image = image.convert("RGB")
         pixels = np.asarray(image)

@@ -55,7 +55,10 @@ def is_target(text: str) -> bool:
 
 
 def parse_targets(texts) -> np.ndarray:
-    """Return label texts such as '22 2' as a bool array of shape (n_samples, 28)."""
+    """Return label texts such as '22 2' as a bool array of shape (n_samples, 28); raises UserError for other texts."""
+    wrong = [repr(text) for text in texts if text and not is_target(text)]
+    if wrong:
+        raise UserError(f"expected labels 0 to {N_CLASSES - 1} separated by spaces, found:\n{listing(wrong)}")
     targets = np.zeros((len(texts), N_CLASSES), dtype=bool)
     for row, text in enumerate(texts):
         targets[row, [int(label) for label in text.split()]] = True

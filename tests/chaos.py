@@ -37,7 +37,7 @@ RUN = "demo-quick"
 TINY = ("--quick", "--recipes", "demo", "--set", "cycle_epochs=4", "--set", "max_cycles=1", "--set", "buffers=16", "--set",
         "finder=off", "--pretrained", "none")
 SAME = ("submission.csv", "thresholds.json", "folds.csv", f"predictions/{RUN}/oof.npz", f"predictions/{RUN}/test.npz")
-CODES = {"group": {-9}, "main": {-9}, "both": {-9, 2}, "worker": {2}, "ctrl-c": {130}, "term": {143, -15}, "torn": {143, -15}}
+CODES = {"group": {-9}, "main": {-9}, "both": {-9, 2}, "worker": {2}, "ctrl-c": {130, -2}, "term": {143, -15}, "torn": {143, -15}}
 SECONDS_TO_END = 15  # on a machine that does other things too
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
                "PYTHONPATH": str(ROOT / "tests" / "hooks"), "HOOK_CHECKPOINT_SECONDS": "0"}
@@ -122,7 +122,7 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdout=output, stderr=output)
         wait_for_moment(process, work, rng.random() * seconds, rng.choice([None, rng.randrange(60)]))
-        was_killed = kill(process, kind, rng)
+        was_killed = process.poll() is None and kill(process, kind, rng)
         try:
             process.wait(SECONDS_TO_END if was_killed else 600)
         except subprocess.TimeoutExpired:
@@ -135,7 +135,7 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
         return was_killed, None
     if process.returncode not in CODES[kind] or not was_killed or (kind not in ("group", "main", "both") and "Traceback" in text):
         return True, f"ended with {process.returncode} after {kind}: {shlex.join(command)}\n{text}"
-    if process.returncode in (130, 143) and "To go on: python" not in text:
+    if process.returncode in (130, -2, 143) and "To go on: python" not in text:
         return True, f"said no command to go on after {kind}: {shlex.join(command)}\n{text}"
     return True, None if quiet else f"worker processes went on writing after {kind}: {shlex.join(command)}"
 
