@@ -23,8 +23,8 @@ FORMAT = 2  # of checkpoints; one more whenever older ones could be misread
 
 def save_checkpoint(path: Path, values: dict) -> None:
     """Write a checkpoint of tensors and plain types in one go."""
-    with writing(path) as temporary:
-        torch.save(values, temporary)
+    with writing(path) as temporary, open(temporary, "wb") as file:  # given a path, torch hides what the disk says
+        torch.save(values, file)
 
 
 def snapshot(value):
