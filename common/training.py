@@ -371,16 +371,17 @@ def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: s
     saved = time.monotonic()
 
     with Writer() as writer, stopping.held():
-        def save():
+        def save() -> bool:
             nonlocal best, saved
             if not is_main or not math.isfinite(run.loss_sum) or not finite_weights(run).all():
-                return
+                return False
             state = {**snapshot(run.state()), "made_from": made_from, **({"good": run.good} if run.step else {})}
             samples = None
             if run.class_mix:
                 samples = sample_table(data.train.ids, data.train.targets, *run.ranking[1].cpu().numpy().T)
             writer.start(partial(write_state, folder, state, best, samples))
             best, saved = None, time.monotonic()
+            return True
 
         while not is_finished(run):
             if on_nan == "stop":
@@ -394,19 +395,22 @@ def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: s
                 go_back(run, error, folder, label)
                 continue
             except stopping.Stopped:
-                save()
-                writer.wait()
-                print(f"{label}: saved in epoch {run.epoch + 1} after batch {run.step}", flush=True)
+                if save():
+                    writer.wait()
+                    print(f"{label}: saved in epoch {run.epoch + 1} after batch {run.step}", flush=True)
                 raise
             if "macro_f1" in row and row["macro_f1"] > run.best_score:
                 run.best_score, best = row["macro_f1"], snapshot(run.network_state())
             if is_finished(run) or time.monotonic() - saved > EPOCH_SECONDS:
                 save()
             if "macro_f1" in row:
-                print(f"{label}: epoch {row['epoch']}/{recipe.epochs}, loss {row['train_loss']:.3f} (valid "
-                      f"{row['valid_loss']:.3f}), macro F1 {row['macro_f1']:.3f}, best {run.best_score:.3f}, "
-                      f"{row['seconds'] + row['valid_seconds']:.1f} s", flush=True)
+                print(describe_epoch(run, row, label), flush=True)
     return run
+
+
+def describe_epoch(run: Run, row: dict, label: str) -> str:
+    return (f"{label}: epoch {row['epoch']}/{run.recipe.epochs}, loss {row['train_loss']:.3f} (valid {row['valid_loss']:.3f}), macro F1 "
+            f"{row['macro_f1']:.3f}, best {run.best_score:.3f}, {row['seconds'] + row['valid_seconds']:.1f} s")
 
 
 def go_back(run: Run, error: NotFinite, folder: Path, label: str) -> None:
