@@ -50,8 +50,8 @@ def parse_args():
                         help="images in memory at once; a batch is accumulated from several (default: the whole batch, "
                              "halved when a GPU runs out of memory)")
     parser.add_argument("--on-nan", default="stop", choices=("stop", "back"),
-                        help="when the loss is no longer finite: stop (default), or go back to the beginning of the epoch with half "
-                             "the learning rates, at most three times")
+                        help="when the loss is no longer finite: stop (default), or go back to the beginning of the epoch with "
+                             "half the learning rates, at most three times")
     parser.add_argument("--compile", action="store_true",
                         help="compile the network with torch.compile before it is trained (default: off)")
     cli.add_hardware_flags(parser)

@@ -40,7 +40,8 @@ def read_table(path: Path, made_by: str) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, dtype={"Id": str, "Target": str, "crc": str}, keep_default_na=False)
     except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
-        raise UserError(f"{path} is not the table that its stage wrote ({first_line(error)}); delete it and run: {made_by}") from None
+        raise UserError(f"{path} is not the table that its stage wrote ({first_line(error)}); delete it and run: "
+                        f"{made_by}") from None
     if "Id" in table:
         check_ids(table["Id"], path)
     return table

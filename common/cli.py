@@ -116,10 +116,11 @@ def run(main) -> None:
             raise
         fail(f"{str(error).strip()} (perhaps memory ran out); finished work is kept. To go on: {command()}, if need be with "
              "fewer --workers")
+    finally:
+        end_loaders()
 
 
 def fail(message: str):
-    end_loaders()
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -136,7 +137,6 @@ def end_loaders() -> None:
 def stopped(stop: BaseException):
     """End after Ctrl+C or SIGTERM with the command that goes on, and the exit code that shells expect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_loaders()
     say_stopped(stop)
     sys.exit(stopping.SIGTERM_CODE if isinstance(stop, stopping.Stopped) else 130)
 

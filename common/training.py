@@ -409,8 +409,8 @@ def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: s
 
 
 def describe_epoch(run: Run, row: dict, label: str) -> str:
-    return (f"{label}: epoch {row['epoch']}/{run.recipe.epochs}, loss {row['train_loss']:.3f} (valid {row['valid_loss']:.3f}), macro F1 "
-            f"{row['macro_f1']:.3f}, best {run.best_score:.3f}, {row['seconds'] + row['valid_seconds']:.1f} s")
+    return (f"{label}: epoch {row['epoch']}/{run.recipe.epochs}, loss {row['train_loss']:.3f} (valid "
+            f"{row['valid_loss']:.3f}), macro F1 {row['macro_f1']:.3f}, best {run.best_score:.3f}, {row['seconds'] + row['valid_seconds']:.1f} s")
 
 
 def go_back(run: Run, error: NotFinite, folder: Path, label: str) -> None:

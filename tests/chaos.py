@@ -44,13 +44,14 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}
 
 
 def run_all(data: Path, work: Path, *more) -> str:
-    return subprocess.run(["bash", "run_all.sh", "--data", str(data), "--work", str(work), *TINY, *more], cwd=ROOT, env=ENVIRONMENT,
-                          check=True, capture_output=True, text=True).stdout
+    command = ["bash", "run_all.sh", "--data", str(data), "--work", str(work), *TINY, *more]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout
 
 
 def stage_commands(data: Path, work: Path, parallel: bool) -> list[list[str]]:
     """Return run_all.sh's commands, with worker processes in every stage that can have them: for jobs, or for loading."""
-    workers = {"01": ["--jobs", "2"], "02": ["--jobs", "2"], **dict.fromkeys(("04", "05"), ["--jobs", "2"] if parallel else ["--workers", "2"])}
+    long_jobs = ["--jobs", "2"] if parallel else ["--workers", "2"]
+    workers = {"01": ["--jobs", "2"], "02": ["--jobs", "2"], "04": long_jobs, "05": long_jobs}
     commands = map(shlex.split, run_all(data, work, "--dry-run").splitlines())
     return [[sys.executable, *command[1:], *workers.get(command[1][:2], [])] for command in commands]
 
@@ -154,6 +155,10 @@ def leaves_files_alone(group: int, work: Path) -> bool:
         return True
 
 
+def content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
 # --- rounds ------------------------------------------------------------------------------------------------
 
 def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float], kills: Counter) -> list[str]:
@@ -198,7 +203,7 @@ def main() -> int:
         for number in range(args.rounds):
             work = place / f"round{number}"
             found = play(data, work, random.Random(f"{args.seed} {number}"), seconds, kills)
-            differing = [name for name in SAME if not (work / name).is_file() or (work / name).read_bytes() != (whole / name).read_bytes()]
+            differing = [name for name in SAME if content(work / name) != content(whole / name)]
             identical += not differing
             problems += found + [f"round {number}: {name} differs" for name in differing]
             print(f"round {number + 1}/{args.rounds}: {sum(kills.values())} kills so far, submission "
