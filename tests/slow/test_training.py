@@ -28,7 +28,7 @@ from common.start import Start
 from common.training import Run, is_finished, lr_range_test, micro_batches, new_run, train_fold, train_step
 
 CPU = Hardware(torch.device("cpu"))
-SMALL = replace(DEMO, image_size=512, crop_size=512, buffers=(64,), batch_size=8, cycle_epochs=2, max_cycles=2,
+SMALL = replace(DEMO, image_size=512, crop_size=512, size_divisor=8, buffers=(64,), batch_size=8, cycle_epochs=2, max_cycles=2,
                 min_cycle_gain=0.0, finder="off")
 
 
