@@ -72,7 +72,7 @@ def damage(draw, content: bytes):
     content = bytearray(content)
     for _ in range(draw(st.integers(0, 8))):
         place = draw(st.integers(0, min(len(content), 400) - 1) | st.integers(0, len(content) - 1))
-        values = draw(st.binary(min_size=1, max_size=4) | st.sampled_from([b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"]))
+        values = draw(st.binary(min_size=1, max_size=4) | st.sampled_from([bytes(4), b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"]))
         content[place:place + len(values)] = values
     if draw(st.booleans()):
         for _ in range(draw(st.integers(0, 5))):
@@ -87,8 +87,9 @@ def damage(draw, content: bytes):
 
 # --- tables and Ids ----------------------------------------------------------------------------------------
 
-ID = st.one_of(PRINTABLE, st.sampled_from(["..", "a/../b", "/etc/passwd", "a\0b", "CON", "nul.txt", "a.", "a ", "x" * 300, "é" * 150,
-                                           "-rf", ".x", "a\\b", "~", "$(x)", "a\nb"]))
+ID = PRINTABLE | st.sampled_from(["..", "a/../b", "/etc/passwd", "a\0b", "CON", "nul.txt", "a.", "a ", "x" * 300, "é" * 150, "-rf", ".x",
+                                  "a\\b", "~", "$(x)", "a\nb"])
+ROWS = st.lists(st.lists(ID | st.sampled_from(["0", "27", "0 25", "28", ""]), max_size=4), max_size=6)
 
 
 def as_csv(rows) -> str:
@@ -97,8 +98,7 @@ def as_csv(rows) -> str:
     return text.getvalue()
 
 
-@given(st.one_of(st.binary(max_size=300), PRINTABLE.map(str.encode),
-                 st.lists(st.lists(ID | st.sampled_from(["0", "27", "0 25", "28", ""]), max_size=4), max_size=6).map(as_csv).map(str.encode)))
+@given(st.binary(max_size=300) | PRINTABLE.map(str.encode) | ROWS.map(as_csv).map(str.encode))
 @fuzz
 def test_tables_are_read_or_refused(tmp_path, content):
     path = tmp_path / "train.csv"
@@ -132,10 +132,9 @@ def test_labels_are_parsed_or_refused(texts):
 
 # --- records of stages -------------------------------------------------------------------------------------
 
+KEYS = st.sampled_from(["parameters", "inputs", "outputs", "Id", "source", "side", "stores", "out.txt"]) | PRINTABLE
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | PRINTABLE,
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-                        st.sampled_from(["parameters", "inputs", "outputs", "Id", "source", "side", "stores", "out.txt"]) | PRINTABLE, inner,
-                        max_size=6), max_leaves=12)
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=6), max_leaves=12)
 
 
 @given(st.one_of(st.binary(max_size=100), JSON.map(json.dumps).map(str.encode), st.just(b"[" * 100_000),
@@ -172,9 +171,10 @@ def test_a_journal_gives_whole_records_only(tmp_path, content):
 @st.composite
 def array_header(draw):
     """An .npy whose header claims anything."""
-    shape = draw(st.sampled_from(["(2, 28)", "(10**9,)", "(1000000000, 28)", "(-1,)", "()", "(2,", "(True,)", "(99999999999999999999,)"]))
-    kind = draw(st.sampled_from(["'<f4'", "'|O'", "'<U36'", "'<U999999999'", "'V0'", "[('a', '<f8', (100000,))]", "'<M8[ns]'", "'nonsense'"]))
-    text = f"{{'descr': {kind}, 'fortran_order': {draw(st.sampled_from(['True', 'False', '1', 'x']))}, 'shape': {shape}, }}".encode()
+    shape = draw(st.sampled_from(["(2, 28)", "(10**9,)", "(1000000000, 28)", "(-1,)", "()", "(2,", "(True,)", "(99999999999999999,)"]))
+    kind = draw(st.sampled_from(["'<f4'", "'|O'", "'<U36'", "'<U999999999'", "'V0'", "[('a', '<f8', (100000,))]", "'<M8[ns]'", "'x'"]))
+    order = draw(st.sampled_from(["True", "False", "1", "x"]))
+    text = f"{{'descr': {kind}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
     version = draw(st.sampled_from([b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x00"]))
     length = draw(st.sampled_from([len(text), 0, 65535]))
     return b"\x93NUMPY" + version + length.to_bytes(2 if version[0] == 1 else 4, "little") + text + draw(st.binary(max_size=300))
@@ -266,10 +266,10 @@ def test_stored_images_are_what_they_were_or_refused(tmp_path, data):
     ("square.png", lambda path: png_header(path, 32000, 32000), "cannot be read .Image size .1024000000 pixels. exceeds limit"),
     ("fair.png", lambda path: png_header(path, 9000, 9000), "claims 9000 x 9000 px; at most 8192 are accepted"),
     ("square.jpg", lambda path: jpeg_header(path, 32000), "cannot be read .Image size .1024000000 pixels. exceeds limit"),
-    ("square.tif", lambda path: tifffile.imwrite(path, shape=(32000, 32000), dtype=np.uint8, contiguous=True), "claims 32000 x 32000"),
+    ("square.tif", lambda path: tifffile.imwrite(path, shape=(32000, 32000), dtype=np.uint8), "claims 32000 x 32000"),
     ("tiles.tif", lambda path: tifffile.imwrite(path, np.zeros((64, 64), np.uint8), tile=(16384, 16384), compression="zlib"),
      "claims 64 x 64 px"),
-    ("odd.tif", lambda path: tifffile.imwrite(path, np.zeros((64, 64), np.uint8), compression="lzma"), "is compressed as LZMA; expected"),
+    ("odd.tif", lambda path: tifffile.imwrite(path, np.zeros((64, 64), np.uint8), compression="lzma"), "is compressed as LZMA"),
 ])
 def test_a_header_of_a_billion_pixels_is_refused_before_memory_is_spent(tmp_path, name, make, message):
     make(tmp_path / name)
