@@ -11,9 +11,10 @@ example python 01_preprocess.py --data data --work work --recipes resnet50
         python 01_preprocess.py --data data --work work --recipes resnet50 --check    what will fail, before days are spent
 """
 
+from common import cli  # first: from here on Ctrl+C is no traceback
+
 import sys
 
-from common import cli
 from common.doctor import examine
 
 

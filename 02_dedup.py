@@ -14,9 +14,10 @@ example python 02_dedup.py --work work --threshold 12,12,12
 
 import argparse
 
+from common import cli  # first: from here on Ctrl+C is no traceback
+
 import numpy as np
 
-from common import cli
 from common.artifacts import Stage, read_table, write_csv
 from common.contact_sheet import SHOWN, save_contact_sheet
 from common.errors import listing
@@ -59,7 +60,8 @@ def main():
         return
     stage.begin()
     hashes, flat = np.empty((len(samples), 3, 8), dtype=np.uint8), np.empty(len(samples), dtype=bool)
-    jobs = [(folder.resolve() / f"{Id}.tif",) for Id in samples["Id"]]
+    crcs = read_table(folder.with_suffix(".csv"), "python 01_preprocess.py").set_index("Id")["crc"]
+    jobs = [(folder.resolve() / f"{Id}.tif", crcs[Id]) for Id in samples["Id"]]
     with workers(args.jobs, args.cluster) as n_jobs:
         for i, result in run_parallel(hash_file, jobs, n_jobs, "hashing"):
             hashes[i], flat[i] = result

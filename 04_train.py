@@ -6,6 +6,7 @@ writes  WORK/runs/<recipe>/fold<k>/best.pt    network of the best epoch, for sta
         WORK/runs/<recipe>/fold<k>/log.jsonl  one line an epoch
         WORK/runs/<recipe>/fold<k>/lr_find.csv, .png             curve of the learning rate finder
         WORK/runs/<recipe>/fold<k>/hard_samples.csv              Ids that the hard sampler kept most often
+        WORK/runs/<recipe>/fold<k>/bad_batch.csv                 Ids and losses of the batch at which the loss ceased to be finite
         WORK/runs/<recipe>/fold<k>/hard_classes.csv              classes among the kept samples, per epoch
 
 A finished fold is left alone; one that was trained on other data or settings is refused without --force.
@@ -43,6 +44,9 @@ def parse_args():
     parser.add_argument("--micro-batch", type=cli.positive, metavar="N",
                         help="images in memory at once; a batch is accumulated from several (default: the whole batch, "
                              "halved when a GPU runs out of memory)")
+    parser.add_argument("--on-nan", default="stop", choices=("stop", "back"),
+                        help="when the loss is no longer finite: stop (default), or go back to the beginning of the epoch with "
+                             "half the learning rates, at most three times")
     parser.add_argument("--compile", action="store_true",
                         help="compile the network with torch.compile before it is trained (default: off)")
     cli.add_hardware_flags(parser)
@@ -81,8 +85,8 @@ def main():
         if team.is_main:
             prepare([stage for stage, *_ in jobs], args.force)
         team.agree("prepared")
-    do = find_lr if args.find_lr else train_job
-    run_jobs(do, [(*job, args.work, args.seed, flags) for job in jobs], args.jobs, args.cluster, "training")
+    do, more = (find_lr, ()) if args.find_lr else (train_job, (args.on_nan,))
+    run_jobs(do, [(*job, args.work, args.seed, flags, *more) for job in jobs], args.jobs, args.cluster, "training")
     team.leave()
 
 

@@ -9,9 +9,10 @@ writes  WORK/predictions/<recipe>/fold<k>_oof.npz, fold<k>_test.npz   one fold's
 example python 05_predict_oof.py --work work --recipes resnet50 --folds 0,1,2,3,4
 """
 
+from common import cli  # first: from here on Ctrl+C is no traceback
+
 import numpy as np
 
-from common import cli
 from common.artifacts import Stage, load_predictions, prediction_file, read_table, save_predictions
 from common.ensemble import mean_predictions
 from common.parallel import run_jobs

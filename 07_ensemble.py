@@ -7,10 +7,11 @@ writes  WORK/submission.csv   Id, Predicted in the order of sample_submission.cs
 example python 07_ensemble.py --work work --recipes resnet50
 """
 
+from common import cli  # first: from here on Ctrl+C is no traceback
+
 import numpy as np
 import pandas as pd
 
-from common import cli
 from common.artifacts import Stage, load_predictions, read_json, read_table, write_csv
 from common.ensemble import align, check_submission, decide, mean_predictions, submission_table, with_empty_rows
 from common.errors import UserError, listing

@@ -34,6 +34,12 @@ flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir 
 
 fail() { echo "error: $1" >&2; exit 2; }
 
+# What the user is told to call again: after Ctrl+C here, once, whatever it met; after SIGTERM by the stage that has saved.
+RUN_ALL_COMMAND=$(printf '%q ' bash "${BASH_SOURCE[0]}" "$@" | sed 's/\\,/,/g; s/ $//')
+export RUN_ALL_COMMAND
+trap 'exit 130' INT
+trap '[ $? -ne 130 ] || printf "\nstopped; finished work is kept. To go on: %s\n" "$RUN_ALL_COMMAND" >&2' EXIT
+
 while [ $# -gt 0 ]; do
     case $1 in
         --data | --work | --recipes | --folds | --set | --pretrained | --weights-dir) [ $# -ge 2 ] || fail "$1 needs a value" ;;
@@ -59,7 +65,7 @@ print(nearest(sys.argv[1], sys.argv[2:]))' "$1" "${flags[@]}" 2>/dev/null || ech
 done
 
 # Paths are the caller's; the commands are printed and run in the project's folder.
-absolute() { case $1 in /*) echo "$1" ;; *) [ "$caller" = "$here" ] && echo "$1" || echo "$caller/$1" ;; esac; }
+absolute() { case $1 in /*) printf '%s' "$1" ;; *) [ "$caller" = "$here" ] && printf '%s' "$1" || printf '%s' "$caller/$1" ;; esac; }
 work=$(absolute "$work")
 [ -z "$data" ] || data=$(absolute "$data")
 case $pretrained in '') ;; auto | none) weights=(--pretrained "$pretrained") ;; *) weights=(--pretrained "$(absolute "$pretrained")") ;; esac

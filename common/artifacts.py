@@ -7,14 +7,16 @@ seconds) after every output is in place. No sidecar = unfinished; a different on
 import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from common.arrays import read_arrays
 from common.classes import CLASS_NAMES
-from common.errors import UserError, listing
+from common.errors import UserError, first_line, listing
 from common.files import write_json, writing
 from common.locks import Lock
 
@@ -28,15 +30,35 @@ def read_json(path: Path):
     """Read a JSON file; a damaged one is a UserError that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
 
 
 def read_table(path: Path, made_by: str) -> pd.DataFrame:
-    """Read a CSV artifact with text kept as text; say which command makes it where it is missing."""
+    """Read a CSV artifact with text kept as text; say which command makes it where it is missing or damaged."""
     if not Path(path).is_file():
         raise UserError(f"{path} is missing; run: {made_by}")
-    return pd.read_csv(path, dtype={"Id": str, "Target": str}, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, dtype={"Id": str, "Target": str, "crc": str}, keep_default_na=False)
+    except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
+        raise UserError(f"{path} is not the table that its stage wrote ({first_line(error)}); delete it and run: "
+                        f"{made_by}") from None
+    if "Id" in table:
+        check_ids(table["Id"], path)
+    return table
+
+
+# --- Ids ---------------------------------------------------------------------------------------------------
+
+SAFE_ID = re.compile(r"\w[\w .+()-]*(?<![ .])")
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names of devices, on shares that Windows sees
+
+
+def check_ids(ids, path) -> None:
+    """Refuse Ids that are not plain file names: an Id becomes part of a path, and must not lead out of its folder."""
+    unsafe = [Id for Id in ids if not SAFE_ID.fullmatch(Id) or RESERVED.fullmatch(Id) or len(Id.encode()) > 200]
+    if unsafe:
+        raise UserError(f"{path} has Ids that are not plain file names:\n{listing(map(repr, unsafe))}")
 
 
 # --- predictions -------------------------------------------------------------------------------------------
@@ -71,11 +93,14 @@ def load_predictions(path: Path, made_by: str) -> tuple[np.ndarray, np.ndarray]:
     if not Path(path).is_file():
         raise UserError(f"{path} is missing; run: {made_by}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            ids, probs, classes = file["ids"], file["probs"], file["classes"]
-    except (ValueError, KeyError, OSError, EOFError) as error:
+        arrays = read_arrays(path)
+        ids, probs, classes = arrays["ids"], arrays["probs"], arrays["classes"].tolist()
+        if ids.ndim != 1 or ids.dtype.kind != "U" or probs.dtype.kind != "f":
+            raise ValueError(f"ids {ids.shape} of {ids.dtype}, probs {probs.shape} of {probs.dtype}")
+        ids.tolist()  # raises where it holds what is no text
+    except (ValueError, KeyError) as error:
         raise UserError(f"{path} is not a predictions file ({error}); run: {made_by}") from None
-    if tuple(classes) != CLASS_NAMES:
+    if classes != list(CLASS_NAMES):
         raise UserError(f"{path} was made for other classes; run: {made_by}")
     check_probabilities(ids, probs, path)
     return ids, probs
@@ -97,6 +122,20 @@ def digest(value) -> str:
 
 def sidecar(path: Path) -> Path:
     return Path(path).with_name(Path(path).name + ".meta.json")
+
+
+def read_sidecar(path: Path) -> dict:
+    """Read an artifact's sidecar; raises UserError for what no stage wrote."""
+    path = sidecar(path)
+    meta = read_json(path)
+    parts = [meta.get(key) for key in ("parameters", "inputs", "outputs")] if isinstance(meta, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or not all(map(is_plain_path, parts[-1])):
+        raise UserError(f"{path} is not a record that a stage wrote; delete it and run its stage again")
+    return meta
+
+
+def is_plain_path(name: str) -> bool:
+    return "\0" not in name and not os.path.isabs(name)
 
 
 class Stage:
@@ -136,7 +175,7 @@ class Stage:
         """Return None when the outputs are up to date, else the reason why they are not."""
         if not self.sidecar.is_file():
             return "not made yet"
-        meta = read_json(self.sidecar)
+        meta = read_sidecar(self.artifact)
         changes = self.changes(meta)
         if changes:
             return changes

@@ -1,11 +1,14 @@
 """Command lines of the numbered scripts: shared flags, errors that name the nearest known flag, exit codes."""
 
 import argparse
+import multiprocessing
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
+from common import stopping
 from common.errors import UserError, nearest
 from common.recipes import run_name
 
@@ -109,20 +112,74 @@ def run(main) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it a GPU's matrix products vary between runs
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started one talks
         sys.stdout = open(os.devnull, "w")
+    stopping.listen()
+    if "RUN_ALL_COMMAND" in os.environ:  # bash does not pass on the SIGTERM that ends it
+        stopping.when_parent_ends(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         main()
     except UserError as error:
         # From a loader's worker process torch hands on the message with a traceback before it.
-        print(f"error: {str(error).split('UserError: ')[-1].rstrip()}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error).split("UserError: ")[-1].rstrip())
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; check that the folder exists, can be written and has space",
-              file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\nstopped; finished work is kept. To go on: {shlex.join(['python', *sys.argv])}", file=sys.stderr)
-        sys.exit(130)
+        fail(f"{error.strerror or error}{where}; check that the folder exists, can be written and has space")
+    except (KeyboardInterrupt, stopping.Stopped) as stop:
+        stopped(stop)
+    except RuntimeError as error:
+        if stopping.STATE.asked:  # the main process of several has saved and left
+            sys.exit(stopping.SIGTERM_CODE)
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        fail(f"{str(error).strip()} (perhaps memory ran out); finished work is kept. To go on: {command()}, if need be with "
+             "fewer --workers")
+    finally:
+        end_loaders()
+
+
+def fail(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def end_loaders() -> None:
+    """End loader processes, which do not listen to the SIGTERM that they get when Python ends."""
+    loaders = [child for child in multiprocessing.active_children() if child.daemon]
+    if loaders:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
+    for loader in loaders:
+        loader.kill()
+
+
+def stopped(stop: BaseException):
+    """End after Ctrl+C or SIGTERM with the command that goes on, and the exit code that shells expect."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    say_stopped(stop)
+    sys.exit(stopping.SIGTERM_CODE if isinstance(stop, stopping.Stopped) else 130)
+
+
+def say_stopped(stop: BaseException) -> None:
+    """Say how to go on, but where another process does: the main one of several, or run_all.sh, which sees Ctrl+C too."""
+    if not stopping.is_follower() and not ("RUN_ALL_COMMAND" in os.environ and isinstance(stop, KeyboardInterrupt)):
+        print(f"\nstopped; finished work is kept. To go on: {command()}", file=sys.stderr)
+
+
+def command() -> str:
+    """Return the command line that was given: this script's, torchrun's, or run_all.sh's, which hands on its own."""
+    launcher = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    return os.environ.get("RUN_ALL_COMMAND") or shlex.join([*launcher, *sys.argv])
+
+
+def _on_exception(kind, value, trace):
+    """Ctrl+C while a script is still importing is no bug either."""
+    if issubclass(kind, KeyboardInterrupt):
+        say_stopped(value)
+    else:
+        sys.__excepthook__(kind, value, trace)
+
+
+sys.excepthook = _on_exception

@@ -4,6 +4,7 @@ Every random number is a function of (seed, epoch, position in the epoch), so wo
 and a resumed run draws what an undisturbed one would have drawn.
 """
 
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from common import stopping
 from common.distributed import Team
 from common.errors import UserError
 from common.images import read_planes
@@ -62,6 +64,7 @@ class ImageSet(Dataset):
 
     crop : side of random training crops in pixels; None for whole images
     sides : side of each stored image in pixels, where they may differ: one batch of whole images has one size
+    crcs : checksum of each Id's pixels, where they are known
     A training item is asked for by its row and the draw for `random_crop`, a whole image by its row.
     """
     folder: Path
@@ -69,6 +72,7 @@ class ImageSet(Dataset):
     targets: np.ndarray
     crop: int | None = None
     sides: np.ndarray | None = None
+    crcs: dict[str, str] = field(default_factory=dict, repr=False)
     cache: Cache = field(default_factory=Cache, repr=False)
 
     def __len__(self):
@@ -87,11 +91,7 @@ class ImageSet(Dataset):
 
     def read(self, Id: str) -> np.ndarray:
         """Decode one stored image; raises UserError where it is missing or damaged."""
-        path = self.folder / f"{Id}.tif"
-        try:
-            planes = read_planes(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}); run: python 01_preprocess.py") from None
+        planes = read_planes(self.folder / f"{Id}.tif", self.crcs.get(Id))
         return np.ascontiguousarray(planes.transpose(1, 2, 0)).transpose(2, 0, 1)  # channels last in memory, as batches are
 
 
@@ -142,4 +142,11 @@ def collate(items):
 
 def loader(dataset: ImageSet, workers: int, pin: bool, batches) -> DataLoader:
     """Return a loader of the given batches: lists of the dataset's keys."""
-    return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches)
+    return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches,
+                      worker_init_fn=leave_signals)
+
+
+def leave_signals(_) -> None:
+    """Let a loader process outlast what is sent to the whole process group: the process that it works for ends it when it can."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: stopping.end_later())

@@ -5,6 +5,11 @@ class UserError(Exception):
     """Say what was expected, what was found and the cure; ends a script with exit code 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def listing(items, limit: int = 10) -> str:
     """Join the first `limit` items, one a line, and count the rest."""
     items = list(items)

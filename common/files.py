@@ -8,7 +8,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it into place."""
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it into place.
+
+    An OSError that names no file, such as that of a full disk, names this one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: many writers choose their format by it.
@@ -18,6 +21,9 @@ def writing(path: Path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

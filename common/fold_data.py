@@ -62,9 +62,10 @@ def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe,
     if len(rows) < 2:
         raise UserError(f"fold {fold} leaves {len(rows)} samples to train on; give more data or fewer folds")
     ids, folder = folds["Id"].to_numpy(), work / "images" / recipe.store
+    stored = stored_images(work, recipe.store, ids[train])
     if normalisation is None:
-        normalisation = measured_normalisation(stored_images(work, recipe.store, ids[train]))
-    return FoldData(ImageSet(folder, ids[rows], targets[rows], recipe.crop),
+        normalisation = measured_normalisation(stored)
+    return FoldData(ImageSet(folder, ids[rows], targets[rows], recipe.crop, crcs=dict(stored[["Id", "crc"]].to_numpy())),
                     image_set(work, recipe, folds[valid]), class_counts(folds, fold), normalisation)
 
 
@@ -84,5 +85,6 @@ def training_inputs(work: Path, folds: pd.DataFrame, recipe: Recipe) -> dict:
 
 def image_set(work: Path, recipe: Recipe, rows: pd.DataFrame) -> ImageSet:
     """Return the whole stored images of a table with Id and Target."""
-    sides = stored_images(work, recipe.store, rows["Id"])["side"].to_numpy()
-    return ImageSet(work / "images" / recipe.store, rows["Id"].to_numpy(), parse_targets(rows["Target"]), sides=sides)
+    stored = stored_images(work, recipe.store, rows["Id"])
+    return ImageSet(work / "images" / recipe.store, rows["Id"].to_numpy(), parse_targets(rows["Target"]),
+                    sides=stored["side"].to_numpy(), crcs=dict(stored[["Id", "crc"]].to_numpy()))

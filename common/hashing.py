@@ -27,9 +27,9 @@ def hash_planes(planes: np.ndarray) -> tuple[np.ndarray, bool]:
     return np.stack(hashes), any(plane.std() < FLAT_STD for plane in planes[:3])
 
 
-def hash_file(path: Path) -> tuple[np.ndarray, bool]:
-    """`hash_planes` of a stored image."""
-    return hash_planes(read_planes(path))
+def hash_file(path: Path, crc: str) -> tuple[np.ndarray, bool]:
+    """`hash_planes` of a stored image, whose pixels have the checksum `crc`."""
+    return hash_planes(read_planes(path, crc))
 
 
 def find_pairs(hashes: np.ndarray, flat: np.ndarray, thresholds: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,15 +14,18 @@ import numpy as np
 import tifffile
 from PIL import Image
 
+from common.errors import UserError, first_line
 from common.files import writing
 from common.recipes import stored_size
 
 CHANNELS = ("red", "green", "blue", "yellow")
 TIFF = (".tif", ".tiff")
 SUFFIXES = (*TIFF, ".png", ".jpg", ".jpeg")
+PICTURES = ("PNG", "JPEG")  # Pillow would open a hundred others by their content, one of them by starting Ghostscript
 WHITE = 65535  # the 16-bit value that becomes 255
 SMALL_FILE = 128 * 1024  # bytes
-MAX_SIDE = 16384  # pixels; a header that claims more is damaged or hostile
+MAX_SIDE = 8192  # pixels, twice the largest real ones; a header that claims more is damaged or hostile
+TIFF_COMPRESSIONS = ("NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")
 RGB_PLANES = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1)}
 
 
@@ -73,12 +76,9 @@ def read_header(path: Path, rgb_coded: bool = False) -> Header:
     rgb_coded : whether a colour image may hold the channel
     """
     try:
-        if path.suffix.lower() in TIFF:
-            header = tiff_header(path)
-        else:
-            with Image.open(path) as image:
-                header = Header(*image.size, bits=16 if image.mode.startswith("I") else 8,
-                                colour=image.mode not in ("L", "I;16", "I;16B", "I"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            header = tiff_header(path) if path.suffix.lower() in TIFF else picture_header(path)
     except BadImage:
         raise
     except Exception as error:  # decoders raise many kinds; each means an unreadable file
@@ -92,15 +92,27 @@ def read_header(path: Path, rgb_coded: bool = False) -> Header:
     return header
 
 
+def picture_header(path: Path) -> Header:
+    with Image.open(path, formats=PICTURES) as image:
+        return Header(*image.size, bits=16 if image.mode.startswith("I") else 8,
+                      colour=image.mode not in ("L", "I;16", "I;16B", "I"))
+
+
 def tiff_header(path: Path) -> Header:
     with tifffile.TiffFile(path) as tiff:
         if len(tiff.pages) != 1:
             raise BadImage(f"has {len(tiff.pages)} pages; expected one channel a file")
         page = tiff.pages.first
+        compression = getattr(page.compression, "name", page.compression)
+        if compression not in TIFF_COMPRESSIONS:
+            raise BadImage(f"is compressed as {compression}; expected one of {', '.join(TIFF_COMPRESSIONS)}")
         if page.dtype not in (np.uint8, np.uint16):
             raise BadImage(f"holds {page.dtype}; expected 8 or 16 bit unsigned integers")
         if page.photometric.name == "MINISWHITE":
             raise BadImage("is stored inverted (white is zero); expected black is zero")
+        sides = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
+        if max(sides) > MAX_SIDE or page.imagedepth != 1 or page.samplesperpixel > 4:
+            raise BadImage(f"claims {' x '.join(map(str, page.shape))} px; at most {MAX_SIDE} x {MAX_SIDE} are accepted")
         return Header(page.imagewidth, page.imagelength, page.dtype.itemsize * 8,
                       page.samplesperpixel != 1 or page.photometric.name == "PALETTE")
 
@@ -117,10 +129,6 @@ def looks_cut_short(path: Path) -> bool:
     with open(path, "rb") as file:
         file.seek(-min(64, path.stat().st_size), os.SEEK_END)
         return (b"IEND" if path.suffix.lower() == ".png" else b"\xff\xd9") not in file.read()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read_channel(path: Path, channel: str, rgb_coded: bool = False) -> np.ndarray:
@@ -147,7 +155,7 @@ def read_channel(path: Path, channel: str, rgb_coded: bool = False) -> np.ndarra
 
 def decode(path: Path) -> np.ndarray:
     """Decode a PNG or JPEG; Pillow refuses truncated files, where OpenCV fills up in silence."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=PICTURES) as image:
         if image.mode in ("P", "RGBA", "CMYK", "LA", "YCbCr"):
             image = image.convert("RGB")
         pixels = np.asarray(image)
@@ -210,22 +218,37 @@ def write_planes(path: Path, planes: np.ndarray) -> None:
                          metadata={"axes": "CYX", "channels": CHANNELS})
 
 
-def read_planes(path: Path) -> np.ndarray:
-    """Read the (4, size, size) uint8 planes that `write_planes` stored; raises ValueError or OSError where it cannot.
+def read_planes(path: Path, crc: str | None = None) -> np.ndarray:
+    """Read the (4, size, size) uint8 planes that `write_planes` stored; raises UserError where it cannot.
 
+    crc : what `checksum` was of them; other pixels are refused
     OpenCV opens a small file in half the time that tifffile takes, tifffile inflates a large one in half of OpenCV's.
     """
-    if path.stat().st_size < SMALL_FILE:
-        _, planes = cv2.imreadmulti(str(path), flags=cv2.IMREAD_UNCHANGED)
-        planes = np.stack(planes) if planes else np.empty(0)
-    else:
-        try:
-            planes = tifffile.imread(path, maxworkers=1)
-        except Exception as error:  # its decoders raise many kinds; each means a damaged file
-            raise ValueError(first_line(error)) from None
-    if planes.ndim != 3 or len(planes) != len(CHANNELS):
-        raise ValueError(f"has the shape {planes.shape}, expected {len(CHANNELS)} planes")
+    try:
+        planes = decode_small(path) if path.stat().st_size < SMALL_FILE else decode_large(path)
+        if planes.ndim != 3 or len(planes) != len(CHANNELS):
+            raise ValueError(f"has the shape {planes.shape}, expected {len(CHANNELS)} planes")
+        if crc and checksum(planes) != crc:  # OpenCV takes a damaged stream for black pixels
+            raise ValueError("its pixels are not those that were stored")
+    except Exception as error:  # decoders raise many kinds; each means a missing or damaged file
+        raise UserError(f"{path} cannot be read ({first_line(error)}); delete it, and run: python 01_preprocess.py") from None
     return planes
+
+
+def decode_small(path: Path) -> np.ndarray:
+    _, planes = cv2.imreadmulti(str(path), flags=cv2.IMREAD_UNCHANGED)
+    return np.stack(planes) if planes else np.empty(0)
+
+
+def decode_large(path: Path) -> np.ndarray:
+    with tifffile.TiffFile(path) as tiff:
+        if max(tiff.pages.first.shape) > MAX_SIDE:
+            raise ValueError(f"claims {tiff.pages.first.shape} px")
+        return tiff.asarray(maxworkers=1)
+
+
+def checksum(planes: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(planes)):08x}"
 
 
 def statistics(planes: np.ndarray) -> dict:
@@ -237,7 +260,7 @@ def statistics(planes: np.ndarray) -> dict:
         values[f"mean_{channel}"], values[f"std_{channel}"] = mean.item() / 255, std.item() / 255
         values[f"zeros_{channel}"] = 1 - cv2.countNonZero(plane) / plane.size
         values[f"saturated_{channel}"] = cv2.countNonZero(cv2.compare(plane, 255, cv2.CMP_EQ)) / plane.size
-    return {**values, "crc": f"{zlib.crc32(np.ascontiguousarray(planes)):08x}"}
+    return {**values, "crc": checksum(planes)}
 
 
 def store_sample(Id: str, files: list[Path], rgb_coded: bool, stores: list[str], folder: Path,

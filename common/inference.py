@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from common import stopping
 from common.classes import N_CLASSES
 from common.data import ImageSet, dihedral, loader, whole_batches
 from common.distributed import Team, join_team, local_rank
@@ -113,6 +114,7 @@ def predict_logits(model, normalise: Normalisation, dataset: ImageSet, hardware:
     batches = loader(dataset, hardware.workers, hardware.is_gpu, parts)
     result = torch.empty(len(looks), len(dataset), N_CLASSES, device=hardware.device)
     for rows, (images, _) in zip(parts, progress(batches, len(parts), label or "", unit="batches", quiet=not label), strict=True):
+        stopping.check()
         images = normalise(images, hardware.device)
         result[:, rows] = torch.stack([logits_in_parts(model, look(images), hardware) for look in looks])
     return result.cpu()

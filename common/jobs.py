@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from common.artifacts import Stage, digest, prediction_file, read_table, save_predictions
-from common.checkpoints import check_unfinished, finished_checkpoint, load_checkpoint, load_network, made_from
+from common.checkpoints import (check_recipe, check_unfinished, finished_checkpoint, load_checkpoint, load_network,
+                                made_from)
 from common.distributed import Team
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, image_set, load_fold, stored_images, training_inputs
@@ -55,8 +56,10 @@ def begin_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware,
     """Return a fold's run: as `folder`/last.pt left it, or at its start, with the learning rates that were found."""
     if (folder / "last.pt").is_file():
         saved = load_checkpoint(folder / "last.pt")
+        check_recipe(folder / "last.pt", saved, recipe)
         run = new_run(recipe, data, hardware, fold, seed)
         run.restore(saved)
+        run.good = saved.get("good")
         run.normalise = Normalisation(tuple(saved["mean"]), tuple(saved["std"]))
         print(f"{label}: going on at epoch {run.epoch + 1}" + (f", batch {run.step + 1}" if run.step else ""), flush=True)
         return run
@@ -70,7 +73,7 @@ def begin_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware,
 
 
 def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int,
-              hardware_flags: tuple) -> None:
+              hardware_flags: tuple, on_nan: str = "stop") -> None:
     """Train one fold from what is on disk and seal it: one job of stage 04, in this process or a worker's.
 
     A fold that another process came to train meanwhile is waited for, except by several processes, who would lose touch.
@@ -85,12 +88,12 @@ def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str,
         data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe,
                          start.normalisation)
         run = begin_fold(folder, data, recipe, hardware, fold, seed, start, label)
-        train_fold(run, folder, data, stage.made_from(), label)
+        train_fold(run, folder, data, stage.made_from(), label, on_nan)
         if not team.is_main:
             return
         # The rest is not sealed: whoever needs the space of last.pt may delete it.
         stage.finish(rows=len(data.train), also=[folder / "log.jsonl"], epochs=run.epoch, score_best=run.best_score,
-                     start=run.start, mean=list(run.normalise.mean), std=list(run.normalise.std),
+                     start=run.start, returns=run.returns, mean=list(run.normalise.mean), std=list(run.normalise.std),
                      learning_rates=[group["top_lr"] for group in run.optimizer.param_groups])
 
 

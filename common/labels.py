@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from common.artifacts import check_ids
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.errors import UserError, listing
+from common.errors import UserError, first_line, listing
 
-SAFE_ID = re.compile(r"\w[\w .+()-]*")
+MAX_BYTES = 2 ** 26  # of a CSV file: fifty times the competition's
 
 
 def read_csv(path: Path, column: str) -> pd.DataFrame:
@@ -20,18 +21,18 @@ def read_csv(path: Path, column: str) -> pd.DataFrame:
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; expected a CSV file with the columns Id,{column}")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; expected a CSV file of at most {MAX_BYTES / 1e6:.0f} MB")
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a CSV file with the columns Id,{column}: {str(error).strip()}") from None
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="error")
+    except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
+        raise UserError(f"{path} is not a CSV file with the columns Id,{column}: {first_line(error)}") from None
     missing = [name for name in ("Id", column) if name not in frame]
     if missing:
         raise UserError(f"{path} has no column {missing[0]}; its columns are {', '.join(frame.columns)}")
     if frame.empty:
         raise UserError(f"{path} has no rows; expected one per sample")
-    unsafe = [Id for Id in frame["Id"] if not SAFE_ID.fullmatch(Id) or len(Id) > 200]
-    if unsafe:
-        raise UserError(f"{path} has Ids that are not plain file names:\n{listing(map(repr, unsafe))}")
+    check_ids(frame["Id"], path)
     repeated = frame["Id"][frame["Id"].duplicated()].unique()
     if len(repeated):
         raise UserError(f"{path} has Ids that appear more than once:\n{listing(repeated)}")
@@ -54,7 +55,10 @@ def is_target(text: str) -> bool:
 
 
 def parse_targets(texts) -> np.ndarray:
-    """Return label texts such as '22 2' as a bool array of shape (n_samples, 28)."""
+    """Return label texts such as '22 2' as a bool array of shape (n_samples, 28); raises UserError for other texts."""
+    wrong = [repr(text) for text in texts if text and not is_target(text)]
+    if wrong:
+        raise UserError(f"expected labels 0 to {N_CLASSES - 1} separated by spaces, found:\n{listing(wrong)}")
     targets = np.zeros((len(texts), N_CLASSES), dtype=bool)
     for row, text in enumerate(texts):
         targets[row, [int(label) for label in text.split()]] = True

@@ -1,10 +1,16 @@
 """Many independent jobs through joblib: on this machine's cores, or on a dask cluster that shares its files."""
 
+import os
+import signal
+import threading
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import joblib
 
+from common import stopping
 from common.errors import UserError
 from common.progress import progress
 
@@ -18,12 +24,42 @@ def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str
     Memory is bounded by the number of workers: jobs are handed out as others finish.
     """
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
-    results = parallel(joblib.delayed(_indexed)(index, function, job) for index, job in enumerate(jobs))
-    yield from progress(results, len(jobs), label, unit)
+    with interrupts_blocked():
+        results = parallel(joblib.delayed(_indexed)(index, function, job, os.getpid()) for index, job in enumerate(jobs))
+    try:
+        yield from progress(results, len(jobs), label, unit)
+    except BrokenProcessPool:
+        if stopping.STATE.asked:
+            raise stopping.Stopped from None
+        raise UserError(f"{label}: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same "
+                        "command again to go on, if need be with a lower --jobs") from None
 
 
-def _indexed(index, function, job):
+def _indexed(index, function, job, parent):
+    if _works_for(parent):
+        _end_with(parent)
     return index, function(*job)
+
+
+def _works_for(parent: int) -> bool:
+    """Tell whether this is a worker process that `parent` started; a dask worker does jobs in threads instead."""
+    return os.getpid() != parent and threading.current_thread() is threading.main_thread()
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """End this worker process soon after the one that it works for: what nobody waits for must not be written."""
+    stopping.when_parent_ends(parent, lambda: os._exit(1))
+
+
+@contextmanager
+def interrupts_blocked():
+    """Hold Ctrl+C back; processes that are started inside never see it: their parent ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, label: str) -> None:
@@ -33,8 +69,21 @@ def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, labe
             function(*job)
         return
     with workers(n_jobs, cluster) as n_workers:
-        for _ in run_parallel(function, jobs, n_workers, label, unit="folds"):
+        for _ in run_parallel(_stoppable, [(os.getpid(), function, job) for job in jobs], n_workers, label, unit="folds"):
             pass
+
+
+def _stoppable(parent, function, job) -> None:
+    """Do a long job; SIGTERM to this machine's worker process ends it when the job has saved what it had."""
+    if not _works_for(parent):
+        return function(*job)
+    stopping.listen()
+    try:
+        return function(*job)
+    except stopping.Stopped:
+        os._exit(stopping.SIGTERM_CODE)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from common import images
-from common.artifacts import Stage, digest, write_csv
+from common.artifacts import Stage, check_ids, digest, write_csv
 from common.errors import UserError, listing
 from common.labels import absent_classes, parse_targets, read_csv, read_labels
 from common.parallel import run_parallel
@@ -70,6 +70,7 @@ def list_test(data: Path, folders: list[dict]) -> pd.DataFrame:
     if submission.is_file():
         return read_csv(submission, "Predicted").assign(Target="")
     ids = {stem.removesuffix("_green") for files in folders for stem in files if stem.endswith("_green")}
+    check_ids(sorted(ids), data)
     if ids:
         print(f"{submission} is missing: the {len(ids)} samples in the test folders are taken, sorted by Id")
     return pd.DataFrame({"Id": sorted(ids), "Target": ""}, dtype=str)
@@ -107,11 +108,12 @@ def read_journal(path: Path) -> dict[str, dict]:
     """Read one record per Id; a line cut short by a kill is left out, so that its sample is made again."""
     records = {}
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-                records[record["Id"]] = record
-            except (ValueError, KeyError, TypeError):
+                if isinstance(record["side"], int) and all(isinstance(values, dict) for values in record["stores"].values()):
+                    records[record["Id"]] = {"peak": None, **record, "source": record["source"]}
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
     return records
 

@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from common.checkpoints import Writer, save_checkpoint, snapshot
+from common import stopping
+from common.artifacts import write_csv
+from common.checkpoints import FORMAT, Writer, save_checkpoint, snapshot
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data import EpochBatches, loader
 from common.errors import UserError
@@ -23,13 +26,23 @@ from common.losses import effective_number_weights, hard_samples, sample_losses
 from common.metrics import macro_f1
 from common.models import build_model, param_groups
 from common.progress import progress
-from common.recipes import Recipe
+from common.recipes import Recipe, to_dict
 from common.schedules import cosine_with_restarts, cycle_gain, exponential_range, has_diverged, one_cycle, plateau_halvings
 from common.telemetry import class_mix, sample_table, save_telemetry
 
 CHECKPOINT_SECONDS = 300  # between checkpoints within an epoch
 EPOCH_SECONDS = 10  # between checkpoints after epochs
 FINDER_STEPS = 100  # of the learning rate finder, at most
+CHECK_STEPS = 50  # between looks at the losses: each makes a GPU wait
+MOST_RETURNS = 3  # to the last good state, each time with half the learning rates
+
+
+class NotFinite(Exception):
+    """The loss or a weight is no longer a finite number; `batch`: Ids and losses of the first such batch, where it is known."""
+
+    def __init__(self, where: str, batch: pd.DataFrame | None = None):
+        super().__init__(where)
+        self.batch = batch
 
 
 # --- the state of a run ------------------------------------------------------------------------------------
@@ -53,14 +66,16 @@ class Run:
     loss_sum: float = 0.0  # over those batches
     seconds: float = 0.0  # spent on this epoch
     best_score: float = -math.inf
+    good: dict | None = None  # the state that this epoch began with, where the run may go back to it
     micro_batch: int | None = None  # images that are in memory at once; None = the whole batch
     start: str = ""  # what it started from, in words
+    returns: list[str] = field(default_factory=list)  # where it went back to the last good state
     history: list[dict] = field(default_factory=list)
     class_mix: list[dict] = field(default_factory=list)
 
     TENSORS = ("model", "optimizer", "scaler")
-    PLACE = ("ranking", "epoch", "step", "loss_sum", "seconds", "best_score", "micro_batch", "start", "history",
-             "class_mix")
+    PLACE = ("ranking", "epoch", "step", "loss_sum", "seconds", "best_score", "micro_batch", "start", "returns",
+             "history", "class_mix")
 
     def state(self) -> dict:
         return {**self.network_state(), **{name: getattr(self, name).state_dict() for name in self.TENSORS},
@@ -78,9 +93,9 @@ class Run:
         return [row["valid_loss"] for row in self.history if "valid_loss" in row]
 
     def network_state(self) -> dict:
-        """Return what prediction needs: weights, normalisation, classes."""
+        """Return what prediction needs: weights, normalisation, classes, and what tells that it is this project's."""
         return {"model": self.model.state_dict(), "mean": list(self.normalise.mean), "std": list(self.normalise.std),
-                "classes": list(CLASS_NAMES)}
+                "classes": list(CLASS_NAMES), "recipe": to_dict(self.recipe), "format": FORMAT}
 
 
 def seed_torch(*numbers: int) -> None:
@@ -241,7 +256,7 @@ def learning_rate_factor(run: Run, step: int, steps: int) -> float:
 
 
 def train_epoch(run: Run, data: FoldData, label: str, save) -> None:
-    """Go through the rest of the run's current epoch; calls `save` now and then."""
+    """Go through the rest of the run's current epoch; calls `save` now and then. Raises NotFinite."""
     recipe, hardware, team = run.recipe, run.hardware, run.hardware.team
     batches = EpochBatches(len(data.train), recipe.batch_size, run.seed, run.epoch, run.step, team)
     share = 1.0 if run.epoch < recipe.hard_warmup_epochs else recipe.hard_share
@@ -249,24 +264,48 @@ def train_epoch(run: Run, data: FoldData, label: str, save) -> None:
     whole = run.epoch >= round((1 - recipe.whole_share) * recipe.epochs)
     dataset = replace(data.train, crop=recipe.size) if whole else data.train
     started = saved = time.monotonic()
-    before = run.seconds
+    before, unread = run.seconds, []
+    slower = 0.5 ** len(run.returns)
     run.model.train()
     for images, targets in progress(loader(dataset, hardware.workers, hardware.is_gpu, batches), batches.steps,
                                     label, unit="batches", initial=run.step, quiet=not team.is_main):
         step = run.epoch * batches.steps + run.step
         for group in run.optimizer.param_groups:
-            group["lr"] = group["top_lr"] * learning_rate_factor(run, step, batches.steps)
+            group["lr"] = slower * group["top_lr"] * learning_rate_factor(run, step, batches.steps)
         losses, kept = train_step(run, images, targets, batches.batch, share, step)
         loss_sum += losses[kept].mean()
         if share < 1:
             note_ranking(run, torch.as_tensor(batches.rows(run.step), device=hardware.device), losses, kept)
         run.step += 1
         run.seconds = before + time.monotonic() - started
-        if time.monotonic() - saved > CHECKPOINT_SECONDS and run.step < batches.steps:
+        unread.append(losses)
+        ends = run.step == batches.steps
+        if ends or run.step % CHECK_STEPS == 0:
+            check_finite(run, data, batches, unread)
+            unread = []
+        if ends or stopping.STATE.asked or time.monotonic() - saved > CHECKPOINT_SECONDS:
             run.loss_sum = loss_sum.item()
-            save()
+            stopping.check()
+            if not ends:
+                save()
             saved = time.monotonic()
-    run.loss_sum = loss_sum.item()
+
+
+def check_finite(run: Run, data: FoldData, batches: EpochBatches, losses: list[torch.Tensor]) -> None:
+    """Raise NotFinite if a loss of the last steps, (batch,) each, or any weight now, is not finite."""
+    losses = torch.stack(losses)
+    fine = torch.cat([losses.isfinite().all(dim=1), finite_weights(run)]).tolist()
+    if all(fine):
+        return
+    step = run.step - len(losses) + min(fine.index(False), len(losses) - 1)
+    rows = batches.rows(step)
+    batch = pd.DataFrame({"Id": data.train.ids[rows], "loss": losses[step - run.step].tolist()})
+    raise NotFinite(f"epoch {run.epoch + 1}, batch {step + 1} of {batches.steps}", batch)
+
+
+def finite_weights(run: Run) -> torch.Tensor:
+    """Tell of each parameter whether all its weights are finite numbers, (n_parameters,) on the device."""
+    return torch.stack([parameter.isfinite().all() for parameter in run.model.parameters()])
 
 
 def note_ranking(run: Run, rows, losses, kept) -> None:
@@ -319,46 +358,80 @@ def evaluations_per_cycle(recipe: Recipe) -> int:
 
 # --- whole folds -------------------------------------------------------------------------------------------
 
-def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: str) -> Run:
+def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: str, on_nan: str = "stop") -> Run:
     """Train a run until its cycles are over.
 
     made_from : what the run depends on; saved in every checkpoint
+    on_nan : stop, or go back to the state that the epoch began with, with half the learning rates
     Writes last.pt (everything), best.pt (network of the best epoch by macro F1 at 0.5), log.jsonl, and what the
     hard sampler did (see `telemetry`); a thread writes while training goes on.
-    Raises UserError when the loss stops being finite.
+    Raises UserError when the loss stops being finite, Stopped after a last checkpoint when SIGTERM has come.
     """
     recipe, is_main = run.recipe, run.hardware.team.is_main
-    steps = EpochBatches(len(data.train), recipe.batch_size, run.seed, 0).steps
     best = None
     saved = time.monotonic()
 
-    with Writer() as writer:
-        def save():
+    with Writer() as writer, stopping.held():
+        def save() -> bool:
             nonlocal best, saved
-            if not is_main:
-                return
-            state = snapshot({**run.state(), "made_from": made_from})
+            if not is_main or not math.isfinite(run.loss_sum) or not finite_weights(run).all():
+                return False
+            state = {**snapshot(run.state()), "made_from": made_from, **({"good": run.good} if run.step else {})}
             samples = None
             if run.class_mix:
                 samples = sample_table(data.train.ids, data.train.targets, *run.ranking[1].cpu().numpy().T)
             writer.start(partial(write_state, folder, state, best, samples))
             best, saved = None, time.monotonic()
+            return True
 
         while not is_finished(run):
-            train_epoch(run, data, f"{label} epoch {run.epoch + 1}/{recipe.epochs}", save)
-            row = close_epoch(run, data, steps)
-            if not all(math.isfinite(row[name]) for name in ("train_loss", "valid_loss") if name in row):
-                raise UserError(f"{label}: the loss is not finite in epoch {row['epoch']}; lower the learning rates with "
-                                "--set learning_rates=... and train anew with --force")
+            if on_nan == "stop":
+                run.good = None
+            elif not (run.good and run.step):
+                run.good = snapshot(run.state())
+            try:
+                train_epoch(run, data, f"{label} epoch {run.epoch + 1}/{recipe.epochs}", save)
+                row = close_epoch(run, data)
+            except NotFinite as error:
+                go_back(run, error, folder, label)
+                continue
+            except stopping.Stopped:
+                if save():
+                    writer.wait()
+                    print(f"{label}: saved in epoch {run.epoch + 1} after batch {run.step}", flush=True)
+                raise
             if "macro_f1" in row and row["macro_f1"] > run.best_score:
                 run.best_score, best = row["macro_f1"], snapshot(run.network_state())
             if is_finished(run) or time.monotonic() - saved > EPOCH_SECONDS:
                 save()
             if "macro_f1" in row:
-                print(f"{label}: epoch {row['epoch']}/{recipe.epochs}, loss {row['train_loss']:.3f} (valid "
-                      f"{row['valid_loss']:.3f}), macro F1 {row['macro_f1']:.3f}, best {run.best_score:.3f}, "
-                      f"{row['seconds'] + row['valid_seconds']:.1f} s", flush=True)
+                print(describe_epoch(run, row, label), flush=True)
     return run
+
+
+def describe_epoch(run: Run, row: dict, label: str) -> str:
+    return (f"{label}: epoch {row['epoch']}/{run.recipe.epochs}, loss {row['train_loss']:.3f} (valid "
+            f"{row['valid_loss']:.3f}), macro F1 {row['macro_f1']:.3f}, best {run.best_score:.3f}, {row['seconds'] + row['valid_seconds']:.1f} s")
+
+
+def go_back(run: Run, error: NotFinite, folder: Path, label: str) -> None:
+    """Put a run back to its last good state, to go on with half the learning rates; without one, or too often, UserError.
+
+    Writes bad_batch.csv, the Ids and losses of the batch, where it is known.
+    """
+    found = f"{label}: the loss is not finite in {error}"
+    if error.batch is not None and run.hardware.team.is_main:
+        write_csv(folder / "bad_batch.csv", error.batch)
+        found += f", whose Ids and losses are in {folder / 'bad_batch.csv'}"
+    returns = [*run.returns, str(error)]
+    if run.good is None or len(returns) > MOST_RETURNS:
+        tried = f", after it went back {MOST_RETURNS} times" if run.good else ""
+        raise UserError(f"{found}{tried}; lower the learning rates with --set learning_rates=... and train anew with --force"
+                        + ("" if run.good else ", or go on with --on-nan back"))
+    run.restore(snapshot(run.good))
+    run.returns = returns
+    print(f"{found}: going back to the beginning of epoch {run.epoch + 1} with {0.5 ** len(returns):g} of the learning rates",
+          flush=True)
 
 
 def write_state(folder: Path, state: dict, best: dict | None, samples) -> None:
@@ -372,16 +445,23 @@ def write_state(folder: Path, state: dict, best: dict | None, samples) -> None:
     save_checkpoint(folder / "last.pt", state)
 
 
-def close_epoch(run: Run, data: FoldData, steps: int) -> dict:
-    """Evaluate where the recipe says so, and go to the next epoch; returns the finished one's row of the log."""
+def close_epoch(run: Run, data: FoldData) -> dict:
+    """Evaluate where the recipe says so, and go to the next epoch; returns the finished one's row of the log.
+
+    Raises NotFinite for the loss of the validation samples.
+    """
     recipe = run.recipe
     row = {"epoch": run.epoch + 1, "cycle": run.epoch // recipe.cycle_epochs + 1,
-           "learning_rate": run.optimizer.param_groups[-1]["lr"], "train_loss": run.loss_sum / steps,
+           "learning_rate": run.optimizer.param_groups[-1]["lr"], "train_loss": run.loss_sum / run.step,
            "seconds": round(run.seconds, 2), **({} if run.epoch else {"start": run.start})}
     if is_evaluated(recipe, run.epoch):
         started = time.monotonic()
         row["valid_loss"], row["macro_f1"] = evaluate(run, data)
         row["valid_seconds"] = round(time.monotonic() - started, 2)
+        if not math.isfinite(row["valid_loss"]):
+            raise NotFinite(f"the validation of epoch {row['epoch']}")
+    if run.returns:
+        row["returns"] = list(run.returns)
     close_ranking(run, data, row["epoch"])
     run.history.append(row)
     run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0

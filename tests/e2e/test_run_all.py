@@ -53,6 +53,25 @@ def test_dry_run_prints_commands_that_can_be_pasted(run_script, small_data, tmp_
     assert (tmp_path / "work" / "samples.csv").is_file()
 
 
+STRANGE = "a 'b' \"c\" $(touch owned) `touch owned`; touch owned & * \\, -e \n"
+
+
+@pytest.mark.parametrize("flags", [("--data", STRANGE), ("--recipes", STRANGE.strip()), ("--set", STRANGE), ("--folds", STRANGE),
+                                   ("--tables", "--recipes", STRANGE), (STRANGE,)])
+def test_names_are_never_run(fails, small_data, tmp_path, flags):
+    message = fails("run_all.sh", "--data", small_data, "--work", tmp_path / STRANGE, *flags)
+    assert message.startswith("error: ")
+    assert not any((folder / "owned").exists() for folder in (ROOT, tmp_path, tmp_path / STRANGE))
+
+
+def test_strange_names_come_back_from_a_dry_run(run_script, small_data, tmp_path):
+    out = run_script("run_all.sh", "--data", tmp_path / STRANGE, "--work", tmp_path / "w", "--recipes", "demo", "--pretrained", STRANGE,
+                     "--weights-dir", STRANGE, "--dry-run").stdout
+    read = subprocess.run(["bash", "-c", f"python() {{ printf '%s\\0' \"$@\"; }}; {out.replace(sys.executable, 'python')}"],
+                          capture_output=True, text=True, check=True).stdout
+    assert read.split("\0").count(str(tmp_path / STRANGE).rstrip("\n")) == 7
+
+
 def test_the_tables_come_from_one_command_and_use_what_is_there(run_script, small_data, tmp_path):
     flags = ("--data", small_data, "--work", tmp_path, "--quick", "--recipes", "demo,demo_gapnet", "--folds", "0,1",
              "--set", "cycle_epochs=1", "--set", "max_cycles=1", "--pretrained", "none")

@@ -57,6 +57,7 @@ def test_variants_have_runs_of_their_own_and_ta_is_the_recipe(train, run_script,
     assert out.count("oof samples x 8 views") == 2
     assert sorted(path.name for path in (work / "predictions" / "demo-quick").glob("*.npz")) == ["fold0_oof.npz", "oof.npz"]
     message = fails("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0")
+    assert "runs are missing; run: bash run_tables.sh" in message and "or give --partial to leave these columns empty:" in message
     assert "Customised of demo-quick: demo-customised-quick has no predictions of fold 0" in message
     assert "bash run_tables.sh --recipes demo-quick" in message
     out = run_script("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0", "--partial").stdout

@@ -70,7 +70,7 @@ def test_items_do_not_depend_on_the_number_of_workers(stored):
 
 def test_small_images_are_decoded_once_and_no_more_are_kept_than_there_is_room_for(stored, monkeypatch):
     decoded = []
-    monkeypatch.setattr(data, "read_planes", lambda path: decoded.append(path.stem) or read_planes(path))
+    monkeypatch.setattr(data, "read_planes", lambda path, crc: decoded.append(path.stem) or read_planes(path, crc))
     stored.cache.room = 2 * 4 * 48 * 48 + 1
     first = [stored[row, DRAWS[row]][0].copy() for row in range(3)]
     again = [stored[row, DRAWS[row]][0] for row in range(3)]
@@ -105,7 +105,7 @@ def test_a_missing_image_is_one_message_also_from_a_worker_process(tmp_path, cap
 
 
 def test_a_missing_image_names_the_stage_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match="x.tif cannot be read .*; run: python 01_preprocess.py"):
+    with pytest.raises(UserError, match="x.tif cannot be read .*; delete it, and run: python 01_preprocess.py"):
         ImageSet(tmp_path, np.array(["x"]), np.zeros((1, 28)))[0]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-LAYERS = ["errors", "classes", "progress", "environment", "files", "locks", "recipes", "cli", "artifacts", "labels", "parallel", "images",
+LAYERS = ["errors", "classes", "progress", "environment", "files", "arrays", "locks", "stopping", "recipes", "cli", "artifacts", "labels", "parallel", "images",
           "hashing", "contact_sheet", "folds", "metrics", "schedules", "thresholds", "ensemble", "tables", "preprocess", "demo_drawing",
           "demo_data", "telemetry", "finder",
           "distributed", "data", "losses", "weights", "models", "overview", "inference", "start", "fold_data",

@@ -11,7 +11,7 @@ from common.distributed import Team
 from common.errors import UserError
 from tests.conftest import ROOT
 
-SCRIPT = ROOT / "tests" / "unit" / "five_steps.py"
+SCRIPT = ROOT / "tests" / "slow" / "five_steps.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 

@@ -1,5 +1,8 @@
 import copy
 import json
+import os
+import signal
+import zipfile
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from common import training
+from common import stopping, training
 from common.checkpoints import load_checkpoint, load_network, save_checkpoint
 from common.data import ImageSet
 from common.errors import UserError
@@ -20,12 +23,12 @@ from common.inference import (Hardware, Normalisation, choose_hardware, mean_pro
 from common.jobs import begin_fold
 from common.losses import sample_losses
 from common.models import build_model
-from common.recipes import DEMO, GAPNET_PL, RECIPES, Recipe, get_recipe
+from common.recipes import DEMO, GAPNET_PL, RECIPES, get_recipe, to_dict
 from common.start import Start
 from common.training import Run, is_finished, lr_range_test, micro_batches, new_run, train_fold, train_step
 
 CPU = Hardware(torch.device("cpu"))
-SMALL = replace(DEMO, image_size=512, crop_size=512, buffers=(64,), batch_size=8, cycle_epochs=2, max_cycles=2,
+SMALL = replace(DEMO, image_size=512, crop_size=512, size_divisor=8, buffers=(64,), batch_size=8, cycle_epochs=2, max_cycles=2,
                 min_cycle_gain=0.0, finder="off")
 
 
@@ -50,9 +53,9 @@ def fold_data(folder, n, n_classes=28, size=64, crop=64, seed=0):
                     Normalisation((0.5,) * 4, (0.3,) * 4))
 
 
-def train(folder, data, recipe=SMALL, fold=0, seed=0, hardware=CPU):
+def train(folder, data, recipe=SMALL, fold=0, seed=0, hardware=CPU, on_nan="stop"):
     run = begin_fold(folder, data, recipe, hardware, fold, seed, Start(), "test")
-    return train_fold(run, folder, data, {}, "test")
+    return train_fold(run, folder, data, {}, "test", on_nan)
 
 
 def same(a, b):
@@ -318,6 +321,119 @@ def test_a_loss_that_is_not_finite_ends_training_with_advice(tmp_path):
         train(tmp_path / "run", fold_data(tmp_path / "images", 16), replace(SMALL, learning_rates=(1e20, 1e20)))
 
 
+STEADY = replace(SMALL, schedule="constant")  # at 0.02, 3 batches an epoch from 24 samples
+
+
+def poison(monkeypatch, steps, highest):
+    """Let the weights become NaN at the given steps while the learning rate is above `highest`."""
+    real = training.train_step
+
+    def step(run, images, targets, n, share, step):
+        result = real(run, images, targets, n, share, step)
+        if step in steps and run.optimizer.param_groups[-1]["lr"] > highest:
+            next(run.model.parameters()).data.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(training, "train_step", step)
+
+
+@pytest.mark.parametrize(("last", "place", "file"), [
+    (3, "epoch 2, batch 2 of 3", True),  # the weights after the first batch are NaN: the second one's losses show it
+    (5, "epoch 2, batch 3 of 3", True),  # the losses are fine still, the weights are looked at
+])
+def test_the_ids_of_the_first_batch_that_is_not_finite_are_saved(tmp_path, monkeypatch, last, place, file):
+    data = fold_data(tmp_path / "images", 24)
+    poison(monkeypatch, {last}, 0)
+    with pytest.raises(UserError) as stop:
+        train(tmp_path / "run", data, STEADY)
+    path = tmp_path / "run" / "bad_batch.csv"
+    assert str(stop.value) == (f"test: the loss is not finite in {place}, whose Ids and losses are in {path}; lower the learning "
+                               "rates with --set learning_rates=... and train anew with --force, or go on with --on-nan back")
+    batch = int(place.split()[3]) - 1
+    assert list(pd.read_csv(path)["Id"]) == list(data.train.ids[training.EpochBatches(24, 8, 0, 1).rows(batch)])
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1  # what was good is there still
+
+
+@pytest.mark.parametrize("killed_after", [None, 3, 4, 6, 8, 10])
+def test_it_goes_back_with_half_the_learning_rates_and_ends_the_same_when_killed(tmp_path, monkeypatch, killed_after):
+    data = fold_data(tmp_path / "images", 24)
+    poison(monkeypatch, {4, 7}, 0.006)  # twice at once in the second epoch; at a quarter of the rate no more
+    train(tmp_path / "whole", data, STEADY, on_nan="back")
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in log] == pytest.approx([2e-2, 5e-3, 5e-3, 5e-3])
+    assert [row.get("returns", []) for row in log] == [[], *[["epoch 2, batch 3 of 3"] * 2] * 3]
+    assert load_checkpoint(tmp_path / "whole" / "last.pt")["returns"] == ["epoch 2, batch 3 of 3"] * 2
+    if killed_after is None:
+        return
+    step, done = training.train_step, []
+
+    def dying_step(*arguments):
+        done.append(1)
+        if len(done) > killed_after:
+            raise Killed
+        return step(*arguments)
+
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(training, "train_step", dying_step)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", data, STEADY, on_nan="back")
+    monkeypatch.setattr(training, "train_step", step)
+    train(tmp_path / "killed", data, STEADY, on_nan="back")
+    for name in ("best.pt", "last.pt"):
+        assert same(load_checkpoint(tmp_path / "whole" / name), load_checkpoint(tmp_path / "killed" / name))
+
+
+def test_it_goes_back_three_times_at_most(tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, {1}, 0)
+    with pytest.raises(UserError, match="bad_batch.csv, after it went back 3 times; lower the learning rates"):
+        train(tmp_path / "run", fold_data(tmp_path / "images", 24), STEADY, on_nan="back")
+    out = capsys.readouterr().out
+    assert [f"beginning of epoch 1 with {factor} of the learning rates" in out for factor in ("0.5", "0.25", "0.125", "0.0625")] == [
+        True, True, True, False]
+
+
+def test_a_validation_loss_that_is_not_finite_counts_too(tmp_path, monkeypatch):
+    losses = iter([1.0, float("nan"), 0.9, 0.8, 0.7])
+    monkeypatch.setattr(training, "evaluate", lambda run, data: (next(losses), 0.1))
+    run = train(tmp_path / "run", fold_data(tmp_path / "images", 8), STEADY, on_nan="back")
+    assert run.returns == ["the validation of epoch 2"] and run.valid_losses == [1.0, 0.9, 0.8, 0.7]
+    assert not (tmp_path / "run" / "bad_batch.csv").exists()
+
+
+def test_losses_are_looked_at_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECK_STEPS", 2)
+    poison(monkeypatch, {2}, 0)
+    with pytest.raises(UserError, match="not finite in epoch 1, batch 4 of 6"):
+        train(tmp_path / "run", fold_data(tmp_path / "images", 48), STEADY)
+
+
+@pytest.mark.parametrize("point", ["step", "evaluate"])
+@pytest.mark.parametrize("on_nan", ["stop", "back"])
+def test_sigterm_saves_a_checkpoint_at_the_next_step_and_the_end_is_the_same(tmp_path, monkeypatch, capsys, point, on_nan):
+    data = fold_data(tmp_path / "images", 24)
+    train(tmp_path / "whole", data)
+    stopping.listen()
+    name = {"step": "train_step", "evaluate": "evaluate"}[point]
+    real, calls = getattr(training, name), []
+
+    def terminated(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(training, name, terminated)
+    with pytest.raises(stopping.Stopped):
+        train(tmp_path / "stopped", data, on_nan=on_nan)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    place = {"step": "epoch 1 after batch 2", "evaluate": "epoch 2 after batch 3"}[point]
+    assert f"test: saved in {place}\n" in capsys.readouterr().out and len(calls) == 2
+    stopping.STATE.asked = False
+    train(tmp_path / "stopped", data, on_nan=on_nan)
+    for name in ("best.pt", "last.pt"):
+        assert same(load_checkpoint(tmp_path / "whole" / name), load_checkpoint(tmp_path / "stopped" / name))
+
+
 def test_bf16_autocast_trains_on_the_cpu(tmp_path):
     hardware = choose_hardware("cpu", "bf16", None)
     assert hardware.autocast == torch.bfloat16
@@ -347,8 +463,9 @@ def test_the_finder_saves_its_curve(tmp_path):
 
 def test_a_saved_network_predicts_what_it_did(tmp_path):
     data = fold_data(tmp_path / "images", 16)
-    run = train(tmp_path / "run", data, replace(SMALL, max_cycles=1))
-    model, normalise = load_network(tmp_path / "run" / "last.pt", SMALL, CPU)
+    recipe = replace(SMALL, max_cycles=1)
+    run = train(tmp_path / "run", data, recipe)
+    model, normalise = load_network(tmp_path / "run" / "last.pt", recipe, CPU)
     for looks in (views("none"), views("dihedral")):
         expected = predict_logits(run.model, data.normalisation, data.valid, CPU, looks)
         torch.testing.assert_close(predict_logits(model, normalise, data.valid, CPU, looks), expected)
@@ -394,10 +511,49 @@ def test_a_damaged_checkpoint_is_an_error_with_its_name(tmp_path):
         load_checkpoint(tmp_path / "last.pt")
 
 
-def test_no_code_in_a_checkpoint_is_run(tmp_path):
-    save_checkpoint(tmp_path / "last.pt", {"model": Recipe})
+class Malicious:
+    """What a stranger's pickle can do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_no_code_in_a_checkpoint_is_run(tmp_path, legacy):
+    torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "last.pt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(UserError, match="is not a checkpoint that can be read"):
         load_checkpoint(tmp_path / "last.pt")
+    assert not (tmp_path / "owned").exists()
+    torch.load(tmp_path / "last.pt", weights_only=False)  # it would have
+    assert (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_that_claims_more_than_its_size_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", {"model": torch.zeros(10 ** 7)})
+    with zipfile.ZipFile(tmp_path / "a.pt") as whole, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    with pytest.raises(UserError, match="b.pt is not a checkpoint that can be read .claims 0.0 GB in 0.0 GB"):
+        load_checkpoint(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"format": 1}, "is a checkpoint of format 1, this version of the project reads format 2; train the fold again with --force"),
+    ({"format": 3}, "is a checkpoint of format 3, this version of the project reads format 2"),
+    ({"classes": ["a", "b"]}, "was trained for 2 classes, expected the 28 of this project"),
+    ({"recipe": to_dict(replace(SMALL, buffers=(32,), alpha=0.5))},
+     r"was trained with another recipe: buffers \[32\], expected \[64\]; alpha 0.5, expected 0.9"),
+])
+def test_a_checkpoint_of_something_else_is_refused_with_both_named(tmp_path, change, message):
+    run = new_run(SMALL, fold_data(tmp_path, 4), CPU, 0, 0)
+    save_checkpoint(tmp_path / "last.pt", {**run.state(), **change})
+    with pytest.raises(UserError, match=message):
+        load_network(tmp_path / "last.pt", SMALL, CPU)
+    with pytest.raises(UserError, match=message):
+        begin_fold(tmp_path, fold_data(tmp_path, 4), SMALL, CPU, 0, 0, Start(), "test")
 
 
 def test_adamw_decays_weights_only_and_holds_every_parameter_once():

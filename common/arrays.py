@@ -1,0 +1,62 @@
+"""Files of arrays from anywhere: .npy and .npz without pickle, and without more memory than they may need."""
+
+import math
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import first_line
+
+MAX_BYTES = 2 ** 28  # of a file's arrays: fifty times the competition's test set
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an .npz by name, or that of an .npy under the name ''.
+
+    Raises OSError where there is no file, ValueError where it is damaged, holds objects, or claims more than MAX_BYTES.
+    """
+    with open(path, "rb") as file:
+        try:
+            if not zipfile.is_zipfile(file):
+                file.seek(0)
+                return {"": read_array(file, os.path.getsize(path))}
+            with zipfile.ZipFile(file) as members:
+                check_size(inflated_size(members))
+                return {info.filename.removesuffix(".npy"): read_array(members.open(info), info.file_size)
+                        for info in members.infolist()}
+        except Exception as error:  # damaged files raise many kinds
+            raise ValueError(first_line(error)) from None
+
+
+def read_array(file, size: int) -> np.ndarray:
+    """Read one array from an open .npy of `size` bytes, of which its header must not claim more."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(file)
+    if dtype.kind not in "biufSU":
+        raise ValueError(f"holds {dtype}; expected numbers or text")
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if not 0 <= n_bytes <= size:
+        raise ValueError(f"its header claims an array of shape {shape} of {dtype}; the file has {size} bytes")
+    check_size(n_bytes)
+    return np.frombuffer(file.read(n_bytes), dtype).reshape(shape, order="F" if fortran_order else "C")
+
+
+def check_size(n_bytes: int) -> None:
+    if n_bytes > MAX_BYTES:
+        raise ValueError(f"claims {n_bytes / 1e9:.1f} GB of arrays; at most {MAX_BYTES / 1e9:.1f} GB are accepted")
+
+
+def inflated_size(members: zipfile.ZipFile) -> int:
+    """Return how many bytes an archive says that it holds; reading it gives no more than that."""
+    return sum(info.file_size for info in members.infolist())
+
+
+def refuse_inflated(path: Path) -> None:
+    """Raise ValueError for an archive that holds more than its own size: torch writes tensors as they are, a bomb does not."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as members:
+            if inflated_size(members) > os.path.getsize(path):
+                raise ValueError(f"claims {inflated_size(members) / 1e9:.1f} GB in {os.path.getsize(path) / 1e9:.1f} GB")

@@ -1,0 +1,89 @@
+"""SIGTERM, as schedulers send it to jobs that must leave: end as after Ctrl+C, but first save what would be lost."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+GRACE_SECONDS = 25  # that other processes get to save; schedulers kill what is left after 30
+SIGTERM_CODE = 128 + signal.SIGTERM
+
+
+class Stopped(BaseException):
+    """SIGTERM came: end now, as with a KeyboardInterrupt."""
+
+
+@dataclass
+class State:
+    """Whether SIGTERM has come to this process, and whether it waits there for the next `check`."""
+    asked: bool = False
+    held: bool = False
+
+
+STATE = State()
+
+
+def is_follower() -> bool:
+    """Tell whether another process that torchrun started writes the files and talks."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def listen() -> None:
+    """From here on SIGTERM raises Stopped in the main thread."""
+    STATE.asked = False
+    signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+@contextmanager
+def held():
+    """Inside, SIGTERM waits for the next `check`, which stands where everything can be saved."""
+    STATE.held = True
+    try:
+        yield
+        check()
+    finally:
+        STATE.held = False
+
+
+def check() -> None:
+    """Raise Stopped if SIGTERM has come. Of several processes the main one decides: it needs the others until it has saved."""
+    if STATE.asked and not is_follower():
+        raise Stopped
+
+
+def when_parent_ends(parent: int, act) -> None:
+    """Call `act()` from a thread soon after this process's parent has ended, also by SIGKILL."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _on_sigterm(*_) -> None:
+    again, STATE.asked = STATE.asked, True
+    if STATE.held and is_follower():  # it may wait for the main process for ever
+        end_later()
+    if not STATE.held and not again:
+        _stop_children()
+        raise Stopped
+
+
+def end_later() -> None:
+    """End this process when others have had time to save."""
+    leave = threading.Timer(GRACE_SECONDS, os._exit, [SIGTERM_CODE])
+    leave.daemon = True
+    leave.start()
+
+
+def _stop_children() -> None:
+    """Pass SIGTERM on to worker processes and wait until they have saved what they had."""
+    children, deadline = multiprocessing.active_children(), time.monotonic() + GRACE_SECONDS
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(max(0, deadline - time.monotonic()))

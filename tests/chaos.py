@@ -1,0 +1,218 @@
+"""Kill the stages at random moments, call each again, and see whether the submission is the same byte for byte.
+
+example python tests/chaos.py --rounds 100 --seed 0
+
+A round works in a fresh folder through all stages. Up to three times a stage is killed at a moment drawn from `seed`:
+after some time, or after some changes in the work folder. Kinds of kills:
+
+group   SIGKILL to the whole process group        main   SIGKILL to the stage's process; its workers must leave by themselves
+worker  SIGKILL to one of its worker processes    both   SIGKILL to a worker, and to the group shortly after
+ctrl-c  SIGINT to the group                       term   SIGTERM to the group
+torn    SIGTERM to the stage's process alone
+
+Then the same command must go on. A worker's death, Ctrl+C and SIGTERM must end in one message without a traceback, within
+SECONDS_TO_END. At the end run_all.sh must find everything up to date. The last line is a JSON object; exit code 1 if any
+submission differed or any kill ended badly.
+"""
+
+import argparse
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common.demo_data import make_demo_data  # noqa: E402
+
+RUN = "demo-quick"
+TINY = ("--quick", "--recipes", "demo", "--set", "cycle_epochs=4", "--set", "max_cycles=1", "--set", "buffers=16", "--set",
+        "finder=off", "--pretrained", "none")
+SAME = ("submission.csv", "thresholds.json", "folds.csv", f"predictions/{RUN}/oof.npz", f"predictions/{RUN}/test.npz")
+CODES = {"group": {-9}, "main": {-9}, "both": {-9, 2}, "worker": {2}, "ctrl-c": {130, -2}, "term": {143, -15}, "torn": {143, -15}}
+SECONDS_TO_END = 15  # on a machine that does other things too
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+               "PYTHONPATH": str(ROOT / "tests" / "hooks"), "HOOK_CHECKPOINT_SECONDS": "0"}
+
+
+def run_all(data: Path, work: Path, *more) -> str:
+    command = ["bash", "run_all.sh", "--data", str(data), "--work", str(work), *TINY, *more]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout
+
+
+def stage_commands(data: Path, work: Path, parallel: bool) -> list[list[str]]:
+    """Return run_all.sh's commands, with worker processes in every stage that can have them: for jobs, or for loading."""
+    long_jobs = ["--jobs", "2"] if parallel else ["--workers", "2"]
+    workers = {"01": ["--jobs", "2"], "02": ["--jobs", "2"], "04": long_jobs, "05": long_jobs}
+    commands = map(shlex.split, run_all(data, work, "--dry-run").splitlines())
+    return [[sys.executable, *command[1:], *workers.get(command[1][:2], [])] for command in commands]
+
+
+# --- killing -----------------------------------------------------------------------------------------------
+
+def children(pid: int) -> list[int]:
+    """Return the worker processes below a process: all but those that only tidy up."""
+    try:
+        direct = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        own = [child for child in direct if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
+    except OSError:
+        return []
+    return own + [below for child in own for below in children(child)]
+
+
+def changes_mark(work: Path) -> int:
+    """Return a number that changes with every file of a folder, the half-written ones among them."""
+    return hash(tuple((entry.path, entry.stat().st_mtime_ns) for folder, *_ in os.walk(work) for entry in scan(folder)))
+
+
+def scan(folder):
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if entry.is_file()]
+    except OSError:
+        return []
+
+
+def wait_for_moment(process, work: Path, seconds: float, changes: int | None) -> None:
+    """Wait some seconds, or until the work folder has changed so often; not longer than the process lives."""
+    started, before = time.monotonic(), None
+    while process.poll() is None and (changes is not None or time.monotonic() - started < seconds):
+        if changes is not None:
+            try:
+                now = changes_mark(work)
+            except OSError:  # gone while it was looked at
+                now = None
+            changes -= now != before
+            before = now
+            if changes < 0:
+                return
+        time.sleep(0.002)
+
+
+def kill(process, kind: str, rng: random.Random) -> bool:
+    """Kill in one of the ways that the module's text lists; False where there is nothing to kill any more."""
+    try:
+        if kind in ("worker", "both"):
+            while not (found := children(process.pid)):
+                if process.poll() is not None:
+                    return False
+                time.sleep(0.002)
+            os.kill(rng.choice(found), signal.SIGKILL)
+            time.sleep(rng.random() / 5)
+        if kind in ("group", "both"):
+            os.killpg(process.pid, signal.SIGKILL)
+        if kind in ("main", "torn"):
+            os.kill(process.pid, signal.SIGKILL if kind == "main" else signal.SIGTERM)
+        if kind in ("ctrl-c", "term"):
+            os.killpg(process.pid, signal.SIGINT if kind == "ctrl-c" else signal.SIGTERM)
+    except ProcessLookupError:
+        return False
+    return process.poll() is None or process.returncode != 0
+
+
+def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, seconds: float) -> tuple[bool, str | None]:
+    """Run a stage and kill it; returns whether it was killed, and what went wrong."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdout=output, stderr=output)
+        wait_for_moment(process, work, rng.random() * seconds, rng.choice([None, rng.randrange(60)]))
+        was_killed = process.poll() is None and kill(process, kind, rng)
+        try:
+            process.wait(SECONDS_TO_END if was_killed else 600)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return True, f"still there {SECONDS_TO_END} s after {kind}: {shlex.join(command)}"
+        quiet = leaves_files_alone(process.pid, work)
+        output.seek(0)
+        text = output.read()
+    if process.returncode == 0:  # it was done, or did without what was killed
+        return was_killed, None
+    if process.returncode not in CODES[kind] or not was_killed or (kind not in ("group", "main", "both") and "Traceback" in text):
+        return True, f"ended with {process.returncode} after {kind}: {shlex.join(command)}\n{text}"
+    if process.returncode in (130, -2, 143) and "To go on: python" not in text:
+        return True, f"said no command to go on after {kind}: {shlex.join(command)}\n{text}"
+    return True, None if quiet else f"worker processes went on writing after {kind}: {shlex.join(command)}"
+
+
+def leaves_files_alone(group: int, work: Path) -> bool:
+    """Tell whether nothing in a folder changes any more once a group's main process is gone; ends what is left of the group."""
+    try:
+        os.killpg(group, 0)
+        time.sleep(2)
+        before = changes_mark(work)
+        time.sleep(1)
+        quiet = before == changes_mark(work)
+        os.killpg(group, signal.SIGKILL)
+        return quiet
+    except ProcessLookupError:
+        return True
+
+
+def content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+# --- rounds ------------------------------------------------------------------------------------------------
+
+def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float], kills: Counter) -> list[str]:
+    """Go through all stages once with random kills; returns what went wrong."""
+    problems = []
+    for command in stage_commands(data, work, rng.random() < 0.5):
+        stage = command[1][:2]
+        for _ in range(rng.choice([0, 1, 1, 2, 3])):
+            kinds = sorted(CODES if stage in ("01", "02", "04", "05") else CODES.keys() - {"worker", "both"})
+            kind = rng.choice(kinds)
+            was_killed, problem = disturbed(command, work, kind, rng, seconds[stage])
+            kills[f"{stage} {kind}"] += was_killed
+            problems += [problem] if problem else []
+        result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        if result.returncode:
+            return [*problems, f"cannot go on: {shlex.join(command)}\n{result.stdout}{result.stderr}"]
+    again = run_all(data, work)
+    return problems + ([f"not all is up to date:\n{again}"] if "making" in again else [])
+
+
+def undisturbed(data: Path, work: Path) -> dict[str, float]:
+    """Run all stages; returns how many seconds each takes."""
+    seconds = {}
+    for command in stage_commands(data, work, True):
+        started = time.monotonic()
+        subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+        seconds[command[1][:2]] = time.monotonic() - started
+    return seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="an empty or new folder to work in (default: a temporary one)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        place = (args.work or Path(temporary)).resolve()
+        data, whole = place / "data", place / "whole"
+        make_demo_data(data, n_train=32, n_test=6)
+        seconds, kills, identical, problems = undisturbed(data, whole), Counter(), 0, []
+        for number in range(args.rounds):
+            work = place / f"round{number}"
+            found = play(data, work, random.Random(f"{args.seed} {number}"), seconds, kills)
+            differing = [name for name in SAME if content(work / name) != content(whole / name)]
+            identical += not differing
+            problems += found + [f"round {number}: {name} differs" for name in differing]
+            print(f"round {number + 1}/{args.rounds}: {sum(kills.values())} kills so far, submission "
+                  f"{'differs' if differing else 'identical'}", *found, sep="\n", flush=True)
+    by_stage = {stage: {key.split()[1]: n for key, n in sorted(kills.items()) if key.startswith(stage)} for stage in seconds}
+    print(json.dumps({"rounds": args.rounds, "seed": args.seed, "kills": sum(kills.values()), "kills_per_stage": by_stage,
+                      "identical": identical, "problems": len(problems)}))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Found by every Python of a test that puts this folder on PYTHONPATH: stage 04 writes checkpoints more often.
+
+HOOK_CHECKPOINT_SECONDS  seconds between checkpoints, within epochs and between them
+"""
+
+import importlib.abc
+import importlib.util
+import os
+import sys
+
+
+class Hurry(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Loads common.training as usual, and changes its constants then."""
+
+    def find_spec(self, name, path, target=None):
+        if name != "common.training":
+            return None
+        sys.meta_path.remove(self)
+        self.found = importlib.util.find_spec(name)
+        return importlib.util.spec_from_loader(name, self, origin=self.found.origin)
+
+    def exec_module(self, module):
+        module.__file__ = self.found.origin
+        self.found.loader.exec_module(module)
+        module.CHECKPOINT_SECONDS = module.EPOCH_SECONDS = float(os.environ["HOOK_CHECKPOINT_SECONDS"])
+
+
+sys.meta_path.insert(0, Hurry())

@@ -1,0 +1,303 @@
+"""Files from strangers, made at random: every one is read or refused with our own error, quickly and in little memory.
+
+HPA_FUZZ_CASES  cases in all (default 300; 10000 by hand)
+"""
+
+import csv
+import faulthandler
+import io
+import json
+import os
+import re
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from common.artifacts import Stage, check_ids, load_predictions, read_table, save_predictions, sidecar
+from common.errors import UserError
+from common.files import write_json, write_text
+from common.images import BadImage, checksum, read_channel, read_planes, write_planes
+from common.labels import parse_targets, read_csv, read_labels
+from common.preprocess import read_journal
+
+KINDS = 10  # of tests below, each with its share of the cases
+CASES = int(os.environ.get("HPA_FUZZ_CASES", 300)) // KINDS
+MAX_SECONDS = 20  # of one case, on a machine that does other things too
+MAX_GROWTH = 2 ** 20  # kilobytes
+PRINTABLE = st.text(st.characters(codec="utf-8"), max_size=30)
+
+fuzz = settings(max_examples=CASES, deadline=None, derandomize=True, database=None,
+                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    """End a test that hangs in foreign code, and show where."""
+    faulthandler.dump_traceback_later(MAX_SECONDS * CASES, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+def memory(kind: str) -> int:
+    """Return what this process holds (VmRSS), or the most that it has held (VmHWM), in kilobytes."""
+    return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def outcome(read, *arguments):
+    """Return what reading gives, None where it is refused; anything else that it raises fails the test."""
+    Path("/proc/self/clear_refs").write_text("5")  # the most that it has held is counted from here
+    started, before = time.monotonic(), memory("VmRSS")
+    try:
+        return read(*arguments)
+    except (UserError, BadImage) as error:
+        assert str(error)
+        return None
+    finally:
+        assert time.monotonic() - started < MAX_SECONDS
+        assert memory("VmHWM") - before < MAX_GROWTH
+
+
+# --- damage ------------------------------------------------------------------------------------------------
+
+@st.composite
+def damage(draw, content: bytes):
+    """Change some bytes, mostly of the header; cut the end off; repeat a part; or all of these."""
+    content = bytearray(content)
+    for _ in range(draw(st.integers(0, 8))):
+        place = draw(st.integers(0, min(len(content), 400) - 1) | st.integers(0, len(content) - 1))
+        values = draw(st.binary(min_size=1, max_size=4) | st.sampled_from([bytes(4), b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"]))
+        content[place:place + len(values)] = values
+    if draw(st.booleans()):
+        for _ in range(draw(st.integers(0, 5))):
+            content[draw(st.integers(0, len(content) - 1))] ^= 1 << draw(st.integers(0, 7))
+    if draw(st.integers(0, 3)) == 0:
+        del content[draw(st.integers(0, len(content))):]
+    if draw(st.integers(0, 9)) == 0 and content:
+        place = draw(st.integers(0, len(content) - 1))
+        content[place:place] = content[:draw(st.integers(0, 1000))]
+    return bytes(content)
+
+
+# --- tables and Ids ----------------------------------------------------------------------------------------
+
+ID = PRINTABLE | st.sampled_from(["..", "a/../b", "/etc/passwd", "a\0b", "CON", "nul.txt", "a.", "a ", "x" * 300, "é" * 150, "-rf", ".x",
+                                  "a\\b", "~", "$(x)", "a\nb"])
+ROWS = st.lists(st.lists(ID | st.sampled_from(["0", "27", "0 25", "28", ""]), max_size=4), max_size=6)
+
+
+def as_csv(rows) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows([["Id", "Target"], *rows])
+    return text.getvalue()
+
+
+@given(st.binary(max_size=300) | PRINTABLE.map(str.encode) | ROWS.map(as_csv).map(str.encode))
+@fuzz
+def test_tables_are_read_or_refused(tmp_path, content):
+    path = tmp_path / "train.csv"
+    path.write_bytes(content)
+    labels = outcome(read_labels, path)
+    if labels is not None:
+        assert parse_targets(labels["Target"]).any(axis=1).all()
+    outcome(read_csv, path, "Predicted")
+    outcome(read_table, path, "python 01_preprocess.py")
+
+
+@given(ID)
+@fuzz
+def test_an_id_never_leads_out_of_its_folder(tmp_path, Id):
+    if outcome(lambda: check_ids([Id], "x.csv") or True):
+        path = tmp_path / "images" / f"{Id}_green.tif"
+        assert path.resolve().parent == (tmp_path / "images").resolve()
+        path.parent.mkdir(exist_ok=True)
+        path.touch()  # the file system takes it
+        assert [found.name for found in path.parent.iterdir()] == [path.name]
+        path.unlink()
+
+
+@given(st.lists(PRINTABLE | st.sampled_from(["0", "27", "0 25", "-1", "28", "٣", "1e1", " 1 "]), max_size=5))
+@fuzz
+def test_labels_are_parsed_or_refused(texts):
+    targets = outcome(parse_targets, texts)
+    if targets is not None:
+        assert [set(map(int, text.split())) for text in texts] == [set(np.flatnonzero(row)) for row in targets]
+
+
+# --- records of stages -------------------------------------------------------------------------------------
+
+KEYS = st.sampled_from(["parameters", "inputs", "outputs", "Id", "source", "side", "stores", "out.txt"]) | PRINTABLE
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | PRINTABLE,
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=6), max_leaves=12)
+
+
+@given(st.one_of(st.binary(max_size=100), JSON.map(json.dumps).map(str.encode), st.just(b"[" * 100_000),
+                 st.fixed_dictionaries({"parameters": JSON, "inputs": JSON, "outputs": JSON}).map(json.dumps).map(str.encode)))
+@fuzz
+def test_sidecars_are_read_or_refused(tmp_path, content):
+    write_text(tmp_path / "in.txt", "in")
+    stage = Stage("0x_stage", tmp_path / "out.txt", {"a": 1}, {"in.txt": tmp_path / "in.txt"})
+    stage.sidecar.write_bytes(content)
+    outcome(stage.why_stale)
+
+
+@given(st.data())
+@fuzz
+def test_damaged_sidecars_are_read_or_refused(tmp_path, data):
+    write_text(tmp_path / "in.txt", "in")
+    stage = Stage("0x_stage", tmp_path / "out.txt", {"a": 1}, {"in.txt": tmp_path / "in.txt"})
+    write_text(stage.artifact, "out")
+    stage.finish(rows=1)
+    sidecar(stage.artifact).write_bytes(data.draw(damage(sidecar(stage.artifact).read_bytes())))
+    outcome(stage.why_stale)
+
+
+@given(st.one_of(st.binary(max_size=200), st.lists(JSON.map(json.dumps), max_size=4).map("\n".join).map(str.encode)))
+@fuzz
+def test_a_journal_gives_whole_records_only(tmp_path, content):
+    (tmp_path / "journal.jsonl").write_bytes(content)
+    for Id, record in read_journal(tmp_path / "journal.jsonl").items():
+        assert record["Id"] == Id and record["source"] is not ... and isinstance(record["side"], int)
+
+
+# --- arrays ------------------------------------------------------------------------------------------------
+
+@st.composite
+def array_header(draw):
+    """An .npy whose header claims anything."""
+    shape = draw(st.sampled_from(["(2, 28)", "(10**9,)", "(1000000000, 28)", "(-1,)", "()", "(2,", "(True,)", "(99999999999999999,)"]))
+    kind = draw(st.sampled_from(["'<f4'", "'|O'", "'<U36'", "'<U999999999'", "'V0'", "[('a', '<f8', (100000,))]", "'<M8[ns]'", "'x'"]))
+    order = draw(st.sampled_from(["True", "False", "1", "x"]))
+    text = f"{{'descr': {kind}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
+    version = draw(st.sampled_from([b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x00"]))
+    length = draw(st.sampled_from([len(text), 0, 65535]))
+    return b"\x93NUMPY" + version + length.to_bytes(2 if version[0] == 1 else 4, "little") + text + draw(st.binary(max_size=300))
+
+
+def as_npz(members: dict, compression=zipfile.ZIP_STORED) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", compression) as archive:
+        for name, part in members.items():
+            archive.writestr(f"{name}.npy", part)
+    return content.getvalue()
+
+
+NPZ = st.dictionaries(st.sampled_from(["ids", "probs", "classes", "../x", ""]), array_header() | st.binary(max_size=50), max_size=4)
+
+
+@given(st.data())
+@fuzz
+def test_predictions_are_read_or_refused(tmp_path, data):
+    path = tmp_path / "p.npz"
+    save_predictions(path, ["a", "b"], np.random.default_rng(0).random((2, 28)))
+    good = path.read_bytes()
+    path.write_bytes(data.draw(damage(good) | NPZ.map(as_npz) | array_header() | st.binary(max_size=100)))
+    found = outcome(load_predictions, path, "python 05_predict_oof.py")
+    if found is not None:
+        assert found[1].shape == (len(found[0]), 28) and 0 <= found[1].min(initial=0) <= found[1].max(initial=0) <= 1
+
+
+def test_a_bomb_of_zeros_is_refused_before_it_is_inflated(tmp_path):
+    with zipfile.ZipFile(tmp_path / "p.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("ids.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (10 ** 7, 28)})
+        for _ in range(1120):
+            member.write(bytes(10 ** 6))
+    assert (tmp_path / "p.npz").stat().st_size < 2e6
+    assert outcome(load_predictions, tmp_path / "p.npz", "") is None
+    with pytest.raises(UserError, match="claims 1.1 GB of arrays; at most 0.3 GB are accepted"):
+        load_predictions(tmp_path / "p.npz", "")
+
+
+# --- images ------------------------------------------------------------------------------------------------
+
+def originals(folder: Path) -> list[Path]:
+    """Return real images of each kind where there are any, and made ones: small, 8 and 16 bit, grey and colour."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    tifffile.imwrite(folder / "a.tif", noise)
+    tifffile.imwrite(folder / "b.tif", noise.astype(np.uint16) * 257, compression="zlib", predictor=True, tile=(16, 16))
+    tifffile.imwrite(folder / "c.tif", noise, compression="lzw", byteorder=">", bigtiff=True)
+    Image.fromarray(noise).save(folder / "d.png")
+    Image.fromarray(noise.astype(np.uint16) * 257).save(folder / "e.png")
+    Image.fromarray(np.stack([noise] * 3, axis=-1)).save(folder / "f.jpg")
+    Image.fromarray(noise).save(folder / "g.jpg", progressive=True)
+    real = Path(os.environ.get("HPA_REAL_DATA", folder / "none"))
+    kinds = ("kaggle_png/train/*_green.png", "external/images/*_blue.jpg", "kaggle_tiff/train_full_size/*_red.tif")
+    return [*sorted(folder.iterdir()), *(path for kind in kinds for path in sorted(real.glob(kind))[:2])]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return [(path.suffix, path.read_bytes()) for path in originals(tmp_path_factory.mktemp("originals"))]
+
+
+@given(st.data())
+@fuzz
+def test_images_are_decoded_or_refused(tmp_path, pictures, data):
+    suffix, content = data.draw(st.sampled_from(pictures))
+    if data.draw(st.integers(0, 19)) == 0:
+        suffix = data.draw(st.sampled_from([".tif", ".png", ".jpg"]))  # a lie
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(data.draw(damage(content)))
+    image = outcome(read_channel, path, "yellow", data.draw(st.booleans()))
+    if image is not None:
+        assert image.dtype in (np.uint8, np.uint16) and image.ndim == 2 and image.shape[0] == image.shape[1] <= 8192
+
+
+@given(st.data())
+@fuzz
+def test_stored_images_are_what_they_were_or_refused(tmp_path, data):
+    size = data.draw(st.sampled_from([32, 256]))  # read by different libraries
+    planes = np.random.default_rng(size).integers(0, 256, (4, size, size), dtype=np.uint8)
+    path = tmp_path / "x.tif"
+    write_planes(path, planes)
+    path.write_bytes(data.draw(damage(path.read_bytes())))
+    read = outcome(read_planes, path, checksum(planes))
+    assert read is None or (read == planes).all()
+
+
+@pytest.mark.parametrize(("name", "make", "message"), [
+    ("wide.png", lambda path: png_header(path, 2 ** 31 - 1, 1), "cannot be read|claims"),
+    ("square.png", lambda path: png_header(path, 32000, 32000), "cannot be read .Image size .1024000000 pixels. exceeds limit"),
+    ("fair.png", lambda path: png_header(path, 9000, 9000), "claims 9000 x 9000 px; at most 8192 are accepted"),
+    ("square.jpg", lambda path: jpeg_header(path, 32000), "cannot be read .Image size .1024000000 pixels. exceeds limit"),
+    ("square.tif", lambda path: tifffile.imwrite(path, shape=(32000, 32000), dtype=np.uint8), "claims 32000 x 32000"),
+    ("tiles.tif", lambda path: tifffile.imwrite(path, np.zeros((64, 64), np.uint8), tile=(16384, 16384), compression="zlib"),
+     "claims 64 x 64 px"),
+    ("odd.tif", lambda path: tifffile.imwrite(path, np.zeros((64, 64), np.uint8), compression="lzma"), "is compressed as LZMA"),
+])
+def test_a_header_of_a_billion_pixels_is_refused_before_memory_is_spent(tmp_path, name, make, message):
+    make(tmp_path / name)
+    assert outcome(read_channel, tmp_path / name, "green") is None
+    with pytest.raises(BadImage, match=message):
+        read_channel(tmp_path / name, "green")
+
+
+def png_header(path: Path, width: int, height: int) -> None:
+    """Write a small PNG whose header claims another size, with a right checksum."""
+    Image.new("L", (8, 8)).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    content[29:33] = zipfile.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+def jpeg_header(path: Path, side: int) -> None:
+    Image.new("L", (8, 8)).save(path)
+    content = bytearray(path.read_bytes())
+    frame = content.index(b"\xff\xc0") + 5
+    content[frame:frame + 4] = side.to_bytes(2, "big") * 2
+    path.write_bytes(content)
+
+
+def test_a_link_under_a_final_name_is_replaced_and_not_followed(tmp_path):
+    write_json(tmp_path / "secret.json", 1)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "x.json").symlink_to(tmp_path / "secret.json")
+    write_json(tmp_path / "work" / "x.json", 2)
+    assert (tmp_path / "secret.json").read_text() == "1\n" and not (tmp_path / "work" / "x.json").is_symlink()

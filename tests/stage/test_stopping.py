@@ -1,0 +1,76 @@
+"""Ctrl+C and SIGTERM while stages work: a checkpoint, one message with the command that goes on, and no traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from common.artifacts import sidecar
+from tests.conftest import ROOT
+
+RECIPE = "demo-quick"
+TINY = ("--set", "cycle_epochs=300", "max_cycles=1", "buffers=16", "finder=off")
+ENVIRONMENT = {**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def stopped(command, number, when, whole_group, seconds=60):
+    """Start a command, send it a signal when its output has `when`; returns exit code, output, seconds that it took to end."""
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if when in line:
+            break
+    started = time.monotonic()
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    lines.append(process.communicate(timeout=seconds)[0])
+    return process.returncode, "".join(lines), time.monotonic() - started
+
+
+@pytest.fixture
+def work(run_script, small_data, tmp_path):
+    places = ("--data", small_data, "--work", tmp_path / "work")
+    run_script("01_preprocess.py", *places, "--recipes", RECIPE)
+    run_script("02_dedup.py", *places)
+    run_script("03_make_folds.py", *places, "--n-folds", 2)
+    return tmp_path / "work"
+
+
+def train(work, *more):
+    return (sys.executable, "04_train.py", "--work", work, "--recipe", RECIPE, *TINY, *more)
+
+
+def test_a_preempted_job_saves_each_fold_and_goes_on(work):
+    for whole_group in (True, False):
+        code, output, _ = stopped(train(work, "--jobs", "2"), signal.SIGTERM, "epoch 2/300", whole_group)
+        assert code == 143 and "Traceback" not in output, output
+        assert output.count("saved in epoch") == 2
+        assert f"stopped; finished work is kept. To go on: python 04_train.py --work {work} --recipe demo-quick" in output
+        assert all((work / "runs" / RECIPE / f"fold{fold}" / "last.pt").is_file() for fold in (0, 1))
+    assert output.count("going on at epoch") == 2
+    assert not sidecar(work / "runs" / RECIPE / "fold0" / "best.pt").exists()
+
+
+def test_torchruns_main_process_saves(work):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    code, output, _ = stopped((*launcher, *train(work, "--folds", "0")[1:]), signal.SIGTERM, "epoch 2/300", whole_group=False)
+    assert code != 0 and output.count("saved in epoch") == 1
+    assert "To go on: torchrun --nproc-per-node 2" in output
+    assert (work / "runs" / RECIPE / "fold0" / "last.pt").is_file()
+    assert "RuntimeError" not in output, output  # of the other process, which loses the main one
+
+
+@pytest.mark.parametrize(("when", "number", "code"), [("01_preprocess: ", signal.SIGINT, 130), ("epoch 1/300", signal.SIGINT, 130),
+                                                     ("epoch 1/300", signal.SIGTERM, -signal.SIGTERM)])
+def test_run_all_names_itself(small_data, tmp_path, when, number, code):
+    flags = ["--data", small_data, "--work", tmp_path / "my work", "--quick", "--recipes", "demo", "--set", "cycle_epochs=300", "--set",
+             "max_cycles=1"]
+    found, output, seconds = stopped(["bash", "run_all.sh", *flags], number, when, whole_group=number == signal.SIGINT)
+    assert found == code and "Traceback" not in output, output
+    assert output.count("To go on: ") == 1
+    assert f"To go on: bash run_all.sh --data {small_data} --work {str(tmp_path / 'my work').replace(' ', chr(92) + ' ')} --quick" in output
+    assert seconds < 20  # a few, on a machine that does nothing else

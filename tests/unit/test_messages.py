@@ -1,0 +1,167 @@
+"""The whole text of messages: what was expected, what was found, and the cure."""
+
+import argparse
+import runpy
+import sys
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+
+from common import cli, labels, parallel
+from common.artifacts import Stage, check_probabilities, load_predictions, read_json, read_sidecar, read_table
+from common.errors import UserError
+from common.files import write_json, write_text
+from common.images import BadImage, read_channel
+from common.labels import parse_targets, read_csv, read_labels
+from common.parallel import run_parallel, workers
+from common.preprocess import Sample, refuse_bad
+from tests.conftest import ROOT
+
+
+def written(path, text):
+    write_text(path, text)
+    return path
+
+
+def tiff(path, image, **more):
+    tifffile.imwrite(path, image, **more)
+    return path
+
+
+def other_classes(path):
+    np.savez(path, ids=np.array(["a"]), probs=np.zeros((1, 28), np.float32), classes=np.array(["x", "y"]))
+    return path
+
+
+@pytest.mark.parametrize(("do", "message"), [
+    (lambda f: check_probabilities(["a"], np.full((1, 28), 2.0), "p.npz"), "p.npz: expected probabilities in [0, 1], found NaN or values outside"),
+    (lambda f: load_predictions(other_classes(f / "p.npz"), "CURE"), "{f}/p.npz was made for other classes; run: CURE"),
+    (lambda f: read_json(written(f / "x.json", "{")), "{f}/x.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 "
+     "column 2 (char 1)); delete it and run its stage again"),
+    (lambda f: read_sidecar(written(f / "x.meta.json", '{"outputs": []}').with_name("x")),
+     "{f}/x.meta.json is not a record that a stage wrote; delete it and run its stage again"),
+    (lambda f: read_table(written(f / "x.csv", ""), "CURE"), "{f}/x.csv is not the table that its stage wrote (No columns to parse from "
+     "file); delete it and run: CURE"),
+    (lambda f: read_table(written(f / "x.csv", "Id\n../a\n"), "CURE"), "{f}/x.csv has Ids that are not plain file names:\n  '../a'"),
+    (lambda f: read_csv(written(f / "x.csv", "Id,Predicted\n"), "Predicted"), "{f}/x.csv has no rows; expected one per sample"),
+    (lambda f: read_labels(written(f / "x.csv", "Id,Target\na,28\n")), "{f}/x.csv: Target must be labels 0 to 27 separated by spaces, found:\n"
+     "  a: '28'"),
+    (lambda f: parse_targets(["0", "-1"]), "expected labels 0 to 27 separated by spaces, found:\n  '-1'"),
+    (lambda f: refuse_bad({Sample("a", "train", "0", ()): "a_red is bad"}, [Sample("a", "train", "0", ())], f / "bad.csv"),
+     "1 samples cannot be used (all of them in {f}/bad.csv):\n  a_red is bad\nmend or remove them and run this again, or leave them out with "
+     "--keep-going"),
+    (lambda f: cli.names("a,a"), "expected distinct names separated by commas, found 'a,a'"),
+    (lambda f: cli.positive("0"), "expected a whole number above 0, found '0'"),
+    (lambda f: cli.fold_numbers("0,x"), "expected fold numbers separated by commas such as 0,2, found '0,x'"),
+    (lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8, 3), np.uint8), photometric="rgb"), "red"),
+     "is a colour image; expected one grey channel a file"),
+    (lambda f: read_channel(tiff(f / "a.tif", np.zeros((3, 8, 8), np.uint8), photometric="minisblack"), "red"),
+     "has 3 pages; expected one channel a file"),
+    (lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8), np.float32)), "red"), "holds float32; expected 8 or 16 bit unsigned integers"),
+    (lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8), np.uint8), photometric="miniswhite"), "red"),
+     "is stored inverted (white is zero); expected black is zero"),
+])
+def test_texts(tmp_path, do, message):
+    with pytest.raises((UserError, BadImage, argparse.ArgumentTypeError)) as error:
+        do(tmp_path)
+    assert str(error.value) == message.replace("{f}", str(tmp_path))
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), [
+    ("02_dedup.py", ["--threshold", "65"], "argument --threshold: expected one or three distances from 0 to 64, found '65'"),
+    ("02_dedup.py", ["--threshold", "1,2"], "argument --threshold: expected one or three distances from 0 to 64, found '1,2'"),
+    ("03_make_folds.py", ["--n-folds", "1"], "--n-folds must be at least 2"),
+    ("03_make_folds.py", ["--max-copies", "0"], "--max-copies must be at least 1"),
+    ("03_make_folds.py", ["--hold-out", "0.6"], "--hold-out must be a share from 0 to 0.5"),
+])
+def test_texts_of_flags(monkeypatch, capsys, script, arguments, message):
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / script))["parse_args"]()
+    assert (stop.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
+
+
+@pytest.mark.parametrize(("error", "code", "message"), [
+    (OSError(28, "No space left on device", "x.csv"), 2,
+     "error: No space left on device: x.csv; check that the folder exists, can be written and has space\n"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 2,
+     "error: DataLoader worker (pid 7) is killed by signal: Killed. (perhaps memory ran out); finished work is kept. To go on: python 04_train.py "
+     "--jobs 2, if need be with fewer --workers\n"),
+    (KeyboardInterrupt(), 130, "\nstopped; finished work is kept. To go on: python 04_train.py --jobs 2\n"),
+])
+def test_texts_at_the_end_of_a_script(monkeypatch, capsys, error, code, message):
+    def main():
+        raise error
+    monkeypatch.setattr(sys, "argv", ["04_train.py", "--jobs", "2"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert (stop.value.code, capsys.readouterr().err) == (code, message)
+
+
+def test_run_all_and_torchrun_name_their_own_commands(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["04_train.py", "--work", "my work"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cli.command() == "torchrun --nproc-per-node 4 04_train.py --work 'my work'"
+    monkeypatch.setenv("RUN_ALL_COMMAND", "bash run_all.sh --work x")
+    assert cli.command() == "bash run_all.sh --work x"
+
+
+def test_ctrl_c_among_the_imports_is_no_traceback(capsys):
+    cli._on_exception(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert "Traceback" not in (err := capsys.readouterr().err) and "To go on: python" in err
+
+
+def test_a_killed_worker_process_is_one_message(monkeypatch):
+    def broken(*_):
+        raise BrokenProcessPool
+        yield
+    monkeypatch.setattr(parallel, "progress", broken)
+    with pytest.raises(UserError) as error:
+        list(run_parallel(abs, [(1,)], 1, "hashing"))
+    assert str(error.value) == ("hashing: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command "
+                                "again to go on, if need be with a lower --jobs")
+
+
+def test_a_cluster_needs_dask(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match="^--cluster needs dask: pip install distributed$"), workers(1, "tcp://x:1"):
+        pass
+
+
+def test_a_csv_file_of_gigabytes_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(labels, "MAX_BYTES", 10 ** 6)
+    path = tmp_path / "train.csv"
+    with open(path, "wb") as file:
+        file.truncate(2 * 10 ** 6)
+    with pytest.raises(UserError, match="train.csv has 2 MB; expected a CSV file of at most 1 MB"):
+        read_labels(path)
+
+
+def test_a_stage_names_what_changed_before_training_is_lost(tmp_path):
+    from common.checkpoints import prepare, save_checkpoint
+    from common.training import CLASS_NAMES, FORMAT
+
+    write_json(tmp_path / "in", 1)
+    before = Stage("04_train", tmp_path / "best.pt", {"alpha": 0.9}, {"folds.csv": tmp_path / "in"})
+    now = Stage("04_train", tmp_path / "best.pt", {"alpha": 0.5}, {"folds.csv": tmp_path / "in"})
+    save_checkpoint(tmp_path / "last.pt", {"format": FORMAT, "classes": list(CLASS_NAMES), "made_from": before.made_from()})
+    with pytest.raises(UserError) as error:
+        prepare([now], False)
+    cure = "use --force to throw it away and train anew, or another --work"
+    assert str(error.value) == f"{tmp_path} holds an unfinished training made from something else (alpha was 0.9, now 0.5); {cure}"
+    write_text(before.artifact, "network")
+    before.finish(rows=1)
+    with pytest.raises(UserError) as error:
+        prepare([now], False)
+    assert str(error.value) == f"{tmp_path} holds a finished training made from something else (alpha was 0.9, now 0.5); {cure}"
+    prepare([now], True)
+    assert not tmp_path.exists()
+
+
+def test_ids_and_checksums_of_a_table_stay_text(tmp_path):
+    write_text(tmp_path / "96.csv", "Id,crc\n01,00012345\n02,12345678\n")
+    assert list(read_table(tmp_path / "96.csv", "")["crc"]) == ["00012345", "12345678"]
+    assert pd.api.types.is_string_dtype(read_table(tmp_path / "96.csv", "")["Id"])
