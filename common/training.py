@@ -13,13 +13,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from common.checkpoints import Writer, save_checkpoint, snapshot
+from common.class_weights import effective_number_weights
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data import EpochBatches, loader
 from common.errors import UserError
 from common.files import write_text
 from common.fold_data import FoldData
 from common.inference import Hardware, Normalisation, predict_logits, views
-from common.losses import effective_number_weights, hard_samples, sample_losses
+from common.losses import hard_samples, sample_losses
 from common.metrics import macro_f1
 from common.models import build_model, param_groups
 from common.progress import progress
@@ -319,10 +320,11 @@ def evaluations_per_cycle(recipe: Recipe) -> int:
 
 # --- whole folds -------------------------------------------------------------------------------------------
 
-def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: str) -> Run:
+def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: str, note=None) -> Run:
     """Train a run until its cycles are over.
 
     made_from : what the run depends on; saved in every checkpoint
+    note : function that is given each epoch's row of the log as well
     Writes last.pt (everything), best.pt (network of the best epoch by macro F1 at 0.5), log.jsonl, and what the
     hard sampler did (see `telemetry`); a thread writes while training goes on.
     Raises UserError when the loss stops being finite.
@@ -347,6 +349,8 @@ def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: s
         while not is_finished(run):
             train_epoch(run, data, f"{label} epoch {run.epoch + 1}/{recipe.epochs}", save)
             row = close_epoch(run, data, steps)
+            if note:
+                note(row)
             if not all(math.isfinite(row[name]) for name in ("train_loss", "valid_loss") if name in row):
                 raise UserError(f"{label}: the loss is not finite in epoch {row['epoch']}; lower the learning rates with "
                                 "--set learning_rates=... and train anew with --force")

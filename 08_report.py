@@ -1,0 +1,45 @@
+"""Make one page to look at from whatever the work folder holds, or a page of one sample.
+
+reads   WORK/: what the stages have written so far; a section is left out, with a note, where its stage has not run
+        WORK/runs/<recipe>/fold<k>/best.pt   only with --sample, for its heat maps
+writes  WORK/report.html        one file, no network: data, duplicates, folds, trainings, predictions, scores, errors, submission
+        WORK/sample_<Id>.html   with --sample: channels, probabilities and thresholds, duplicates, heat maps
+
+It is made anew each time, in seconds, so it has no sidecar: it never is out of date with what it shows.
+
+example python 08_report.py --work work
+        python 08_report.py --work work --sample 004cd3ba-6269-4a57-9260-ae8a93bcdd47
+"""
+
+from common import cli
+
+
+def parse_args():
+    parser = cli.parser(__doc__)
+    parser.add_argument("--sample", metavar="ID", help="make the page of one sample in place of the whole one")
+    parser.add_argument("--recipe", type=cli.recipe_names, metavar="NAME",
+                        help="with --sample: whose network the heat maps are of (default: the first of thresholds.json)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+
+    # Imported here, so that --help and mistakes on the command line do not wait for the plots.
+    from common.files import write_text
+    from common.page import render
+    from common.report import collect
+    from common.work import Work
+
+    work = Work(args.work)
+    if not args.work.is_dir():
+        raise UserError()
+    sections = collect(work)
+    path = args.work / "report.html"
+    write_text(path, render("Where does the protein sit?", "", sections))
+    made = sum(not section.note for section in sections)
+    print(f"08_report: {made} of {len(sections)} sections, {path.stat().st_size / 1e6:.1f} MB: {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
