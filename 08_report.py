@@ -12,6 +12,7 @@ example python 08_report.py --work work
 """
 
 from common import cli
+from common.errors import UserError
 
 
 def parse_args():
@@ -29,14 +30,19 @@ def main():
     from common.files import write_text
     from common.page import render
     from common.report import collect
+    from common.sample_page import collect_sample
     from common.work import Work
 
     work = Work(args.work)
     if not args.work.is_dir():
-        raise UserError()
-    sections = collect(work)
-    path = args.work / "report.html"
-    write_text(path, render("Where does the protein sit?", "", sections))
+        raise UserError(f"{args.work} is missing; run: bash run_all.sh --work {args.work}")
+    if args.sample:
+        sections = collect_sample(work, args.sample, args.recipe[0] if args.recipe else None)
+        path, title = args.work / f"sample_{args.sample}.html", f"Sample {args.sample}"
+    else:
+        sections = collect(work)
+        path, title = args.work / "report.html", "Where does the protein sit?"
+    write_text(path, render(title, f"What the work folder {args.work.resolve().name} holds.", sections))
     made = sum(not section.note for section in sections)
     print(f"08_report: {made} of {len(sections)} sections, {path.stat().st_size / 1e6:.1f} MB: {path}")
 

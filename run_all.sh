@@ -129,3 +129,4 @@ else
     run "$PYTHON" 06_thresholds.py "${places[@]}" --recipes "$recipes"
     run "$PYTHON" 07_ensemble.py "${places[@]}" --recipes "$recipes"
 fi
+run "$PYTHON" 08_report.py "${places[@]}"

@@ -74,9 +74,11 @@ class Card:
 
 @dataclass(frozen=True)
 class Gallery:
+    """Cards side by side; large : with larger images."""
     title: str
     cards: list[Card]
     text: str
+    large: bool = False
     kind: ClassVar[str] = "gallery"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 STAND_INS = {"ink": "#010101", "muted": "#020202", "line": "#030303", "paper": "#040404", "blue": "#0072b2",
              "red": "#d55e00", "green": "#009e73", "pink": "#cc79a7", "amber": "#e69f00", "sky": "#56b4e9"}
@@ -80,8 +80,8 @@ def legend(axes, columns: int = 3) -> None:
 # --- kinds of plots ----------------------------------------------------------------------------------------
 
 def dots(name: str, rows: list[str], series: dict[str, np.ndarray], xlabel: str, log: bool = False, intervals=None,
-         reference: float | None = None, **limits) -> Markup:
-    """Draw a line of the plot for each row (a class), with a mark for each series; hollow ones come first.
+         reference: float | None = None, filled: bool = True, **limits) -> Markup:
+    """Draw a line of the plot for each row (a class), with a hollow mark for each series; a filled one for the last.
 
     rows : from top to bottom; series : label -> values, (n_rows,), NaN = none; intervals : (n_rows, 2) of the last series
     limits : of the axes, such as xlim
@@ -90,13 +90,13 @@ def dots(name: str, rows: list[str], series: dict[str, np.ndarray], xlabel: str,
     with drawing(name, height=0.75 + 0.205 * len(rows)) as (axes, made):
         values = np.array(list(series.values()), dtype=float)
         if len(values) > 1:
-            axes.hlines(place, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=LINE, linewidth=2, zorder=1)
+            axes.hlines(place, np.fmin.reduce(values), np.fmax.reduce(values), color=LINE, linewidth=2, zorder=1)
         if intervals is not None:
             axes.hlines(place, *np.transpose(intervals), color=SERIES[0], linewidth=2, zorder=2)
         for k, (label, row) in enumerate(zip(series, values, strict=True)):
-            last = k == len(series) - 1
-            colour = SERIES[0] if last else SERIES[1 + k]
-            axes.plot(row, place, MARKERS[k], color=colour, label=label, zorder=4 + k, markersize=5.5 if last else 5,
+            last = filled and k == len(series) - 1
+            colour = SERIES[0] if last else SERIES[1 + k % (len(SERIES) - 1)]
+            axes.plot(row, place, MARKERS[k % len(MARKERS)], color=colour, label=label, zorder=4 + k, markersize=5.5 if last else 5,
                       markerfacecolor=colour if last else PAPER, markeredgewidth=1.3, linestyle="none")
         if reference is not None:
             axes.axvline(reference, color=MUTED, linewidth=1, linestyle="--")
@@ -104,8 +104,9 @@ def dots(name: str, rows: list[str], series: dict[str, np.ndarray], xlabel: str,
         axes.set_yticks(place, rows)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
-        if log:
+        if log and np.nanmax(values) > 5 * np.nanmin(values):
             logarithmic(axes.xaxis)
+            axes.set_xlabel(f"{xlabel}, log scale")
         if len(series) > 1:
             legend(axes)
     return made[0]
@@ -140,6 +141,7 @@ def lines(name: str, series: dict[str, tuple], xlabel: str, ylabel: str, height:
             axes.plot([x], [y], MARKERS[k % len(MARKERS)], color=INK, markersize=6, label=label, linestyle="none")
         axes.set(xlabel=xlabel, ylabel=ylabel, **limits)
         axes.yaxis.set_major_formatter(FuncFormatter(plain))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=xlabel == "epoch"))
         if logx:
             logarithmic(axes.xaxis)
         legend(axes)

@@ -111,7 +111,7 @@ def data(work: Work) -> list:
                "labels a sample": f"{targets.sum(axis=1).mean():.2f}", "stored at": f"{', '.join(work.stores)} px"}),
         Figure("Samples of each class", plots.dots("classes", list(NAMES[order]), {
             name: np.where(values > 0, values, np.nan)[order] for name, values in stages.items()}, "samples", log=True),
-            "The axis is logarithmic. Look for classes at the far left: they decide macro F1, and their scores are uncertain. "
+            "Look for classes at the far left: they decide macro F1, and their scores are uncertain. "
             "Copies are how often a sample appears in an epoch of training."),
         Table("Samples of each class", counts, "Sort by a column to find the rarest class, or the one that lost most."),
         *image_blocks(samples, parts, targets, sizes, channels),
@@ -171,7 +171,7 @@ def co_occurrence(targets, order) -> list:
                                                           "share of the row's samples that also have the column's class"),
                "Bright cells are pairs to expect. A rare class in a bright cell may be learnt by way of its companion.", wide=True),
         Table("Most frequent pairs of classes", pairs, "By chance: as often as if labels were independent. A ratio far above 1 "
-              "is a real companion.", {"by chance": ".1f", "ratio": ".2f"})]
+              "is a real companion.", {"by chance": ".1f", "ratio": ".2f"}, wide=True)]
 
 
 def contact_sheet(work: Work, targets, ids) -> Gallery:
@@ -249,7 +249,7 @@ def folds(work: Work) -> list:
         *([Note(f"Too rare for a positive in every fold: {', '.join(lacking)}. Their scores hang on few samples.")]
           if len(lacking) else []),
         Figure("How even the folds are", plots.dots("folds", list(NAMES[order]), {
-            name: away[k][order] for k, name in enumerate(columns)}, "positives more than an even share", reference=0),
+            name: away[k][order] for k, name in enumerate(columns)}, "positives more than an even share", reference=0, filled=False),
             "Every mark should be within a few samples of 0; a class far off is validated on too few or too many."),
         Table("Positives of each class", counts, "Samples that have the class.", {"off an even share": ".1f"})]
 
@@ -390,7 +390,8 @@ def class_figure(work: Work, c: int, target, prob, precision: float) -> Figure:
     called, right = ((GRID <= values[:, None]).sum(axis=0) for values in (prob, prob[target]))
     curves = {"precision": np.divide(right, called, out=np.full(len(GRID), np.nan), where=called > 0),
               "recall": right / target.sum(), "F1": 2 * right / (called + target.sum())}
-    here = f1_from_counts(*((prob >= work.cuts[c]) @ np.stack([target, ~target], axis=1)), (prob[target] < work.cuts[c]).sum())
+    predicted = prob >= work.cuts[c]
+    here = f1_from_counts((target & predicted).sum(), (~target & predicted).sum(), (target & ~predicted).sum())
     return Figure(NAMES[c], plots.class_panel(f"class {c}", recall[some], along[some], GRID, curves, work.cuts[c], target.mean()),
                   f"{target.sum():,} positives; average precision {precision:.2f}, by chance {target.mean():.2f}. F1 is {here:.2f} at "
                   f"the threshold {work.cuts[c]:.2f}, and {curves['F1'].max():.2f} at best.")
@@ -494,7 +495,7 @@ def errors(work: Work) -> list:
         cards = [error_card(work, rows["Id"][row], c, targets[row], predicted[row], probs[row])
                  for row, c in worst(mask, confidence)]
         blocks += [Gallery(title, cards, text)] if cards else []
-    return [*blocks, mistaken_for(targets, predicted), *suspects(work, rows, targets, probs, predicted)]
+    return [*blocks, error_table(targets, predicted), mistaken_for(targets, predicted), *suspects(work, rows, targets, probs, predicted)]
 
 
 def log_odds(probs) -> np.ndarray:
@@ -520,6 +521,13 @@ def error_card(work: Work, Id: str, c: int, target, predicted, prob):
                             f"predicted {', '.join(NAMES[predicted]) or 'none'}"])
 
 
+def error_table(targets, predicted) -> Table:
+    missed, false = (targets & ~predicted).sum(axis=0), (~targets & predicted).sum(axis=0)
+    table = pd.DataFrame({"class": NAMES, "positives": targets.sum(axis=0), "missed": missed, "false alarms": false})
+    return Table("Errors of each class", table.sort_values("missed", ascending=False, kind="stable"), "Many misses and few false alarms: "
+                 "the threshold is high, or the class is too faint. The other way round, something else looks like it.")
+
+
 def mistaken_for(targets, predicted) -> Table:
     """Count which class is predicted falsely where another one is missed."""
     counts = (targets & ~predicted).astype(float).T @ (~targets & predicted).astype(float)
@@ -537,19 +545,21 @@ def suspects(work: Work, rows, targets, probs, predicted) -> list:
     table = pd.DataFrame({"Id": rows["Id"], "labels": [", ".join(NAMES[row]) for row in targets],
                           "predicted": [", ".join(NAMES[row]) or "none" for row in predicted],
                           "loss out of fold": -np.where(targets, np.log(clipped), np.log(1 - clipped)).sum(axis=1)})
-    text = "Sorted by the loss out of fold. "
-    order = "loss out of fold"
+    # More labels, more loss: a sample is ranked among those with as many.
+    table["suspicion"] = table["loss out of fold"].groupby(np.minimum(targets.sum(axis=1), 3)).rank(pct=True)
+    text = "Suspicion is the rank, from 0 to 1, of the loss out of fold among samples with as many labels. "
     if tables:
         hard = pd.concat(tables)
-        hard["rank"] = hard.groupby("run")["mean_loss"].rank(pct=True)
-        hard = hard.groupby("Id").agg(kept=("share_kept", "mean"), rank=("rank", "mean"))
-        table = table.join(hard, on="Id").rename(columns={"kept": "kept by the sampler", "rank": "rank of its training loss"})
-        table["suspicion"] = (table["loss out of fold"].rank(pct=True) + table["rank of its training loss"].fillna(0)) / 2
-        order, text = "suspicion", ("Suspicion is the mean of two ranks from 0 to 1: of the loss out of fold, and of the mean loss in "
-                                    "the trainings that had the sample. High in both, the networks cannot even learn it by heart. ")
-    table = table.sort_values([order, "Id"], ascending=[False, True], ignore_index=True)
+        n_labels = hard["Target"].str.split().str.len().clip(upper=3)
+        hard["rank"] = hard.groupby(["run", n_labels])["mean_loss"].rank(pct=True)
+        hard = hard.groupby("Id").agg(**{"kept by the sampler": ("share_kept", "mean"), "rank in training": ("rank", "mean")})
+        table = table.join(hard, on="Id")
+        table["suspicion"] = (table["suspicion"] + table["rank in training"].fillna(0)) / 2
+        text = ("Suspicion is the mean of two ranks from 0 to 1, each among samples with as many labels: of the loss out of fold, and of "
+                "the mean loss in the trainings that had the sample. Near 1, the networks cannot even learn it by heart. ")
+    table = table.sort_values(["suspicion", "Id"], ascending=[False, True], ignore_index=True)
     cards = [work.card([row.Id], [f"labelled {row.labels}", f"predicted {row.predicted}"]) for row in table.head(SHOWN).itertuples()]
-    return [Gallery("Suspects for wrong labels", cards, text + "Samples with many labels have a high loss too."),
+    return [Gallery("Suspects for wrong labels", cards, text + "Look whether the label is there to be seen."),
             Table("The 100 first suspects", table.head(100), "For a person to look at; nothing is changed by itself.", wide=True)]
 
 

@@ -48,7 +48,8 @@ def test_dry_run_prints_commands_that_can_be_pasted(run_script, small_data, tmp_
     assert not (tmp_path / "work").exists()
     lines = out.splitlines()
     assert [line.split()[1] for line in lines] == [
-        "01_preprocess.py", "02_dedup.py", "03_make_folds.py", "04_train.py", "05_predict_oof.py", "06_thresholds.py", "07_ensemble.py"]
+        "01_preprocess.py", "02_dedup.py", "03_make_folds.py", "04_train.py", "05_predict_oof.py", "06_thresholds.py", "07_ensemble.py",
+        "08_report.py"]
     subprocess.run(["bash", "-c", lines[0]], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "work" / "samples.csv").is_file()
 
