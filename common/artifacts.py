@@ -32,11 +32,22 @@ def read_json(path: Path):
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
 
 
+def read_lines(path: Path) -> list[dict]:
+    """Read a file of JSON lines; a damaged one is a UserError that names it."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); train its fold again") from None
+
+
 def read_table(path: Path, made_by: str) -> pd.DataFrame:
     """Read a CSV artifact with text kept as text; say which command makes it where it is missing."""
     if not Path(path).is_file():
         raise UserError(f"{path} is missing; run: {made_by}")
-    return pd.read_csv(path, dtype={"Id": str, "Target": str}, keep_default_na=False)
+    try:
+        return pd.read_csv(path, dtype={"Id": str, "Target": str}, keep_default_na=False)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({str(error).strip()}); delete it and run: {made_by}") from None
 
 
 # --- predictions -------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ class Section:
 def cell(value, style: str | None) -> dict:
     """Return a table cell's text and what it is sorted by: numbers by value, intervals by their lower end."""
     if isinstance(value, (tuple, list)):
-        return {"text": f"{value[0]:{style or '.3f'}} to {value[1]:{style or '.3f'}}", "key": value[0], "number": True}
+        return {"text": f"{value[0]:{style or '.2f'}}–{value[1]:{style or '.2f'}}", "key": value[0], "number": True}
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         return {"text": str(value), "key": str(value), "number": False}
     if np.isnan(value):

@@ -96,8 +96,8 @@ def dots(name: str, rows: list[str], series: dict[str, np.ndarray], xlabel: str,
         for k, (label, row) in enumerate(zip(series, values, strict=True)):
             last = filled and k == len(series) - 1
             colour = SERIES[0] if last else SERIES[1 + k % (len(SERIES) - 1)]
-            axes.plot(row, place, MARKERS[k % len(MARKERS)], color=colour, label=label, zorder=4 + k, markersize=5.5 if last else 5,
-                      markerfacecolor=colour if last else PAPER, markeredgewidth=1.3, linestyle="none")
+            axes.plot(row, place, MARKERS[k % len(MARKERS)], color=colour, label=label, zorder=4 + k, linestyle="none",
+                      markersize=5.5 if last else 5, markerfacecolor=colour if last else PAPER, markeredgewidth=1.3)
         if reference is not None:
             axes.axvline(reference, color=MUTED, linewidth=1, linestyle="--")
         axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6), **limits)
@@ -128,20 +128,20 @@ def lines(name: str, series: dict[str, tuple], xlabel: str, ylabel: str, height:
           marks: dict | None = None, verticals=(), dashed=(), **limits) -> Markup:
     """Draw curves: label -> (x, y), or (x, y, number of the colour).
 
-    dashed : labels drawn with dashes; marks : label -> (x, y) of a point to see; verticals : places of thin lines
-    limits : of the axes, such as xlim
+    dashed : those drawn with dashes, not in the legend; marks : label -> (x, y) of a point to see
+    verticals : places of thin lines; limits : of the axes, such as xlim
     """
     with drawing(name, height=height) as (axes, made):
         for x in verticals:
             axes.axvline(x, color=MUTED, linewidth=1, linestyle=":")
         for k, (label, (x, y, *colour)) in enumerate(series.items()):
-            axes.plot(x, y, color=SERIES[(colour or [k])[0] % len(SERIES)], label=label,
+            axes.plot(x, y, color=SERIES[(colour or [k])[0] % len(SERIES)], label=None if label in dashed else label,
                       linestyle="--" if label in dashed else "-", marker="o" if len(x) == 1 else None, markersize=4)
         for k, (label, (x, y)) in enumerate((marks or {}).items()):
             axes.plot([x], [y], MARKERS[k % len(MARKERS)], color=INK, markersize=6, label=label, linestyle="none")
         axes.set(xlabel=xlabel, ylabel=ylabel, **limits)
         axes.yaxis.set_major_formatter(FuncFormatter(plain))
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=xlabel == "epoch"))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=xlabel == "epoch"))
         if logx:
             logarithmic(axes.xaxis)
         legend(axes)

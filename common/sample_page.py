@@ -9,17 +9,18 @@ from common.contact_sheet import composite, jpeg, small_planes
 from common.errors import UserError
 from common.folds import HOLD_OUT, TRAIN_ONLY
 from common.images import CHANNELS
-from common.labels import parse_targets
+from common.labels import SAFE_ID, parse_targets
 from common.page import Card, Facts, Figure, Gallery, Note, Section, Table, data_uri
-from common.report import NAMES, STAINS, pair_card, section, there
-from common.work import Work, class_names
+from common.report import section
+from common.report_data import STAINS, pair_card
+from common.work import NAMES, Work, class_names, there
 
 SIDE = 384  # pixels of a large image at most
 
 
 def collect_sample(work: Work, Id: str, recipe: str | None) -> list[Section]:
     """Return the sections of a sample's page; raises UserError for an Id that stage 01 does not know."""
-    if Id not in work.targets_by_id:
+    if not SAFE_ID.fullmatch(Id) or Id not in work.targets_by_id:
         raise UserError(f"there is no sample {Id!r} in {work.folder / 'samples.csv'}; it has {len(work.samples):,}, such as "
                         f"{work.samples['Id'].iloc[0]}")
     return [section(work, key, title, lead, lambda work, make=make: make(work, Id)) for key, title, lead, make in (
@@ -110,7 +111,8 @@ def probabilities(work: Work, Id: str) -> list:
             "Predicted where the filled mark is right of the hollow one. "
             + ("" if tuned else "Stage 06 has not run: 0.5 stands for the thresholds. ")
             + "A labelled class far left of its threshold is a miss: look for it in the image."),
-        Table("Probabilities", table, "State: labelled, predicted, or both. The mean over recipes decides.", {"threshold": ".2f"})]
+        Table("Probabilities", table, "State: labelled, predicted, or both. The mean over recipes decides.",
+              {"threshold": ".2f"})]
 
 
 def twins(work: Work, Id: str) -> list:
@@ -145,9 +147,9 @@ def heat_maps(work: Work, Id: str, recipe: str | None) -> list:
                   [NAMES[c], why, f"this network says {probs[c]:.2f}"])
              for (c, heat), why in zip(maps.items(), reasons(probs).values(), strict=True)]
     return [Note(f"The network is that of {recipe}, fold {fold}. This sample is {known}."),
-            Gallery("Where it looks", cards, "Yellow is where most speaks for the class, over the image in grey; each map is scaled to its "
-                    "own highest value. A cell of the map is several pixels of the image. The yellow should lie on the structure in "
-                    "question; where it lies elsewhere, the network has learnt something else.", large=True)]
+            Gallery("Where it looks", cards, "Yellow is where most speaks for the class, over the image in grey; each map is "
+                    "scaled to its own highest value. A cell of the map is several pixels of the image. The yellow should lie "
+                    "on the structure; where it does not, the network has learnt something else.", large=True)]
 
 
 def overlay(planes: np.ndarray, heat: np.ndarray) -> np.ndarray:

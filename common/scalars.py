@@ -1,10 +1,10 @@
 """TensorBoard's view of a training: the rows of its log as scalars, one point an epoch."""
 
-import json
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.artifacts import read_lines
 from common.errors import UserError
 
 NAMES = {"train_loss": "loss/train", "valid_loss": "loss/valid", "macro_f1": "macro F1/valid at 0.5",
@@ -43,5 +43,5 @@ def write_finished(folder: Path) -> None:
     """Write the events of a fold that was trained without them, from its log."""
     log = folder / "log.jsonl"
     if log.is_file() and not (folder / "tensorboard").is_dir():
-        with scalars(folder, [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]):
+        with scalars(folder, read_lines(log)):
             pass

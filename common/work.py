@@ -1,13 +1,12 @@
 """What a work folder holds, read when it is asked for; what is missing is a UserError that names its stage."""
 
-import json
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from common.artifacts import fingerprint, load_predictions, prediction_file, read_json, read_table, sidecar
+from common.artifacts import fingerprint, load_predictions, prediction_file, read_json, read_lines, read_table, sidecar
 from common.classes import CLASS_NAMES
 from common.contact_sheet import composite, jpeg, small_planes
 from common.ensemble import mean_predictions
@@ -16,7 +15,9 @@ from common.labels import parse_targets
 from common.page import Card, data_uri
 from common.recipes import Recipe, from_dict
 
+NAMES = np.array(CLASS_NAMES)
 THUMBNAIL = 256  # pixels a side at most
+SHOWN = 12  # cards of a gallery
 
 
 def class_names(target: str) -> str:
@@ -24,11 +25,20 @@ def class_names(target: str) -> str:
     return ", ".join(CLASS_NAMES[int(label)] for label in sorted(target.split(), key=int)) or "none"
 
 
+def there(read):
+    """Return what `read()` returns, None where its stage has not run."""
+    try:
+        return read()
+    except UserError:
+        return None
+
+
 class Work:
     """The artifacts of a work folder as tables; each is read once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.fingerprint = cache(lambda path: fingerprint(path) if path.is_file() else None)
 
     def hint(self, command: str) -> str:
         return f"python {command} --work {self.folder}"
@@ -88,12 +98,13 @@ class Work:
     def runs(self) -> dict[str, dict[int, pd.DataFrame]]:
         """Return recipe -> fold -> log, a row an epoch, of the trainings that have begun."""
         logs = {}
-        for path in sorted((self.folder / "runs").glob("*/fold*/log.jsonl")):
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            logs.setdefault(path.parent.parent.name, {})[int(path.parent.name.removeprefix("fold"))] = pd.DataFrame(rows)
+        for path in (self.folder / "runs").glob("*/fold*/log.jsonl"):
+            recipe, fold = path.parent.parent.name, path.parent.name.removeprefix("fold")
+            if fold.isdecimal():
+                logs.setdefault(recipe, {})[int(fold)] = pd.DataFrame(read_lines(path))
         if not logs:
             raise UserError(f"no training has begun; run: {self.hint('04_train.py')}")
-        return {name: dict(sorted(folds.items())) for name, folds in logs.items()}
+        return {name: dict(sorted(folds.items())) for name, folds in sorted(logs.items())}
 
     def run_folder(self, recipe: str, fold: int) -> Path:
         return self.folder / "runs" / recipe / f"fold{fold}"
@@ -173,12 +184,5 @@ class Work:
             return "unfinished" if path.is_file() else "not made yet", {}
         record = read_json(sidecar(path))
         older = [name for name, place in inputs.items()
-                 if name in record["inputs"] and record["inputs"][name] != self._fingerprint(place)]
+                 if name in record["inputs"] and record["inputs"][name] != self.fingerprint(self.folder / place)]
         return f"from an older {', '.join(older)}: run its stage again" if older else "complete", record
-
-    def _fingerprint(self, place: str) -> str | None:
-        path = self.folder / place
-        self._known = getattr(self, "_known", {})
-        if place not in self._known:
-            self._known[place] = fingerprint(path) if path.is_file() else None
-        return self._known[place]
