@@ -28,23 +28,20 @@ def main():
 
     # Imported here, so that --help and mistakes on the command line do not wait for the plots.
     from common.files import write_text
-    from common.page import render
-    from common.report import collect
-    from common.sample_page import collect_sample
+    from common.report import report_page
+    from common.sample_page import sample_page
     from common.work import Work
 
-    work = Work(args.work)
     if not args.work.is_dir():
         raise UserError(f"{args.work} is missing; run: bash run_all.sh --work {args.work}")
+    work = Work(args.work)
     if args.sample:
-        sections = collect_sample(work, args.sample, args.recipe[0] if args.recipe else None)
-        path, title = args.work / f"sample_{args.sample}.html", f"Sample {args.sample}"
+        html = sample_page(work, args.sample, args.recipe[0] if args.recipe else None)
+        path = args.work / f"sample_{args.sample}.html"
     else:
-        sections = collect(work)
-        path, title = args.work / "report.html", "Where does the protein sit?"
-    write_text(path, render(title, f"What the work folder {args.work.resolve().name} holds.", sections))
-    made = sum(not section.note for section in sections)
-    print(f"08_report: {made} of {len(sections)} sections, {path.stat().st_size / 1e6:.1f} MB: {path}")
+        html, path = report_page(work), args.work / "report.html"
+    write_text(path, html)
+    print(f"08_report: {path.stat().st_size / 1e6:.1f} MB, open it in a browser: {path}")
 
 
 if __name__ == "__main__":

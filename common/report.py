@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from common.errors import UserError
-from common.page import Facts, Section, Table
+from common.page import Facts, Section, Table, render
 from common.progress import progress
 from common.report_data import data, duplicates, folds, training
 from common.report_results import errors, predictions, scores, submission
@@ -17,6 +17,11 @@ def section(work: Work, key: str, title: str, lead: str, make) -> Section:
         return Section(key, title, lead, make(work))
     except UserError as error:
         return Section(key, title, lead, [], str(error))
+
+
+def report_page(work: Work) -> str:
+    """Return the page on a work folder as HTML."""
+    return render("Where does the protein sit?", f"What the work folder {work.folder.resolve().name} holds.", collect(work))
 
 
 def collect(work: Work) -> list[Section]:

@@ -8,7 +8,7 @@ from common.artifacts import read_table
 from common.classes import N_CLASSES
 from common.labels import parse_targets
 from common.metrics import f1_from_counts
-from common.page import Card, Facts, Figure, Gallery, Heading, More, Note, Table
+from common.page import Facts, Figure, Gallery, Heading, More, Note, Table
 from common.tables import HEADINGS, TITLES
 from common.work import NAMES, SHOWN, Work, there
 
@@ -244,7 +244,8 @@ def submission(work: Work) -> list:
     return [
         Facts({"rows": f"{len(table):,}", "labels a row": f"{predicted.sum(axis=1).mean():.2f}",
                "labels a sample in training": f"{known.sum(axis=1).mean():.2f}",
-               "empty rows": f"{(~predicted.any(axis=1)).sum():,}", "classes predicted": f"{predicted.any(axis=0).sum()} of {N_CLASSES}"}),
+               "empty rows": f"{(~predicted.any(axis=1)).sum():,}",
+               "classes predicted": f"{predicted.any(axis=0).sum()} of {N_CLASSES}"}),
         Figure("Class frequencies", plots.dots("submission", list(NAMES[order]), marks, "share of the samples, %", log=True),
                "The two marks of a class should be close, unless test differs from training. Far to the right the class is "
                "predicted too freely; no filled mark means never."),

@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.folds import HOLD_OUT, TRAIN_ONLY
 from common.images import CHANNELS
 from common.labels import SAFE_ID, parse_targets
-from common.page import Card, Facts, Figure, Gallery, Note, Section, Table, data_uri
+from common.page import Card, Facts, Figure, Gallery, Note, Table, data_uri, render
 from common.report import section
 from common.report_data import STAINS, pair_card
 from common.work import NAMES, Work, class_names, there
@@ -18,17 +18,21 @@ from common.work import NAMES, Work, class_names, there
 SIDE = 384  # pixels of a large image at most
 
 
-def collect_sample(work: Work, Id: str, recipe: str | None) -> list[Section]:
-    """Return the sections of a sample's page; raises UserError for an Id that stage 01 does not know."""
+def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
+    """Return the page of a sample as HTML; raises UserError for an Id that stage 01 does not know.
+
+    recipe : whose network the heat maps are of; None for the first one of the ensemble
+    """
     if not SAFE_ID.fullmatch(Id) or Id not in work.targets_by_id:
         raise UserError(f"there is no sample {Id!r} in {work.folder / 'samples.csv'}; it has {len(work.samples):,}, such as "
                         f"{work.samples['Id'].iloc[0]}")
-    return [section(work, key, title, lead, lambda work, make=make: make(work, Id)) for key, title, lead, make in (
+    sections = [section(work, key, title, lead, lambda work, make=make: make(work, Id)) for key, title, lead, make in (
         ("image", "Image", "The four channels, and the composite in the atlas's colours.", channels),
         ("probabilities", "Probabilities", "A class is predicted where its probability reaches its threshold.", probabilities),
         ("duplicates", "Duplicates", "Samples that look nearly the same.", twins),
         ("heat", "Heat maps", "Where the network finds what speaks for a class (Grad-CAM).",
          lambda work, Id: heat_maps(work, Id, recipe)))]
+    return render(f"Sample {Id}", f"From the work folder {work.folder.resolve().name}.", sections)
 
 
 def channels(work: Work, Id: str) -> list:
