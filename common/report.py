@@ -4,19 +4,12 @@ import numpy as np
 import pandas as pd
 
 from common.errors import UserError
+from common.folds import fold_numbers
 from common.page import Facts, Section, Table, render
 from common.progress import progress
 from common.report_data import data, duplicates, folds, training
 from common.report_results import errors, predictions, scores, submission
 from common.work import Work, there
-
-
-def section(work: Work, key: str, title: str, lead: str, make) -> Section:
-    """Return a section, or its note where what it needs is missing."""
-    try:
-        return Section(key, title, lead, make(work))
-    except UserError as error:
-        return Section(key, title, lead, [], str(error))
 
 
 def report_page(work: Work) -> str:
@@ -43,6 +36,14 @@ def collect(work: Work) -> list[Section]:
     return [section(work, *row) for row in progress(rows, len(rows), "drawing", unit="sections")]
 
 
+def section(work: Work, key: str, title: str, lead: str, make) -> Section:
+    """Return a section, or its note where what it needs is missing."""
+    try:
+        return Section(key, title, lead, make(work))
+    except UserError as error:
+        return Section(key, title, lead, [], str(error))
+
+
 def overview(work: Work) -> list:
     blocks = [Table("Stages", stage_table(work), "Sections below are left out until their stage has run.",
                     {"rows": ",.0f", "seconds": ",.1f"}, wide=True)]
@@ -57,23 +58,28 @@ def overview(work: Work) -> list:
     return [Facts(facts), *blocks] if facts else blocks
 
 
-def stage_table(work: Work) -> pd.DataFrame:
-    """Return a row a stage: what it made, from what is there now or not, rows, seconds."""
-    recipes = there(lambda: work.recipes) or []
-    files = lambda part: {recipe: f"predictions/{recipe}/{part}.npz" for recipe in recipes}  # noqa: E731
-    rows = [("01 preprocess", "samples.csv", {}), ("02 dedup", "duplicates.csv", {"samples.csv": "samples.csv"}),
+def stage_files(work: Work) -> list[tuple[str, str, dict[str, str]]]:
+    """Return each stage's main files with the inputs that its sidecar names: name there -> path, all in the work folder."""
+    runs, recipes = there(lambda: work.runs) or {}, there(lambda: work.recipes) or []
+    folds = there(lambda: work.folds)
+    numbers = [] if folds is None else fold_numbers(folds)
+    oof, test = ({recipe: f"predictions/{recipe}/{part}.npz" for recipe in recipes} for part in ("oof", "test"))
+    own = {"folds.csv": "folds.csv"}
+    return [("01 preprocess", "samples.csv", {}), ("02 dedup", "duplicates.csv", {"samples.csv": "samples.csv"}),
             ("03 make folds", "folds.csv", {"duplicates.csv": "duplicates.csv"}),
-            *[("04 train", f"runs/{recipe}/fold{fold}/best.pt", {"folds.csv": "folds.csv"})
-              for recipe, logs in (there(lambda: work.runs) or {}).items() for fold in logs],
-            *[("05 predict", path, {}) for path in files("oof").values()],
-            ("06 thresholds", "thresholds.json", {"folds.csv": "folds.csv", **files("oof")}),
-            ("07 ensemble", "submission.csv", {"thresholds.json": "thresholds.json", **files("test")}),
-            ("09 tables", "tables/tables.md", {"folds.csv": "folds.csv"})]
-    lines = []
-    for stage, path, inputs in rows:
+            *[("04 train", f"runs/{recipe}/fold{fold}/best.pt", own) for recipe, logs in runs.items() for fold in logs],
+            *[("05 predict", f"predictions/{recipe}/fold{fold}_oof.npz", {}) for recipe in recipes for fold in numbers],
+            ("06 thresholds", "thresholds.json", own | oof),
+            ("07 ensemble", "submission.csv", {"thresholds.json": "thresholds.json", **test}),
+            ("09 tables", "tables/tables.md", own)]
+
+
+def stage_table(work: Work) -> pd.DataFrame:
+    """Return a row a stage: what it made, whether from what is there now, rows, seconds; folds in one state together."""
+    rows = []
+    for stage, path, inputs in stage_files(work):
         state, record = work.state(path, inputs)
-        lines.append((stage, path, state, record.get("rows", np.nan), record.get("seconds", np.nan)))
-    table = pd.DataFrame(lines, columns=["stage", "main file", "state", "rows", "seconds"])
-    table["main file"] = table["main file"].str.replace(r"fold\d+", "fold*", regex=True)  # one line for folds in one state
-    return table.groupby(["stage", "main file", "state"], sort=False, as_index=False).agg(
-        {"rows": "max", "seconds": lambda seconds: seconds.sum(min_count=1)})
+        rows.append((stage, path, state, record.get("rows", np.nan), record.get("seconds", np.nan)))
+    table = pd.DataFrame(rows, columns=["stage", "main file", "state", "rows", "seconds"])
+    table["main file"] = table["main file"].str.replace(r"fold\d+", "fold*", regex=True)
+    return table.groupby(["stage", "main file", "state"], sort=False, as_index=False).sum(min_count=1)

@@ -123,9 +123,11 @@ def paper_blocks(work: Work) -> list:
         table = read_table(folder / f"table{number}.csv", "bash run_tables.sh").replace("", np.nan)
         titles = {name: TITLES[name.removesuffix("_paper")] + (", paper" if name.endswith("_paper") else "")
                   for name in table.columns[2:]}
-        table = table.astype({"fold": str, **dict.fromkeys(titles, float)}).rename(columns=titles)
-        blocks.append(Table(f"The paper's Table {number}: {title}", table, "Macro F1 on the validation fold. The paper's "
-                            "figures are from its own split: compare gains, not levels.", wide=True))
+        table = table.astype({"fold": str, **dict.fromkeys(titles, float)}).dropna(axis="columns", how="all")
+        if len(table.columns) > 2:
+            blocks.append(Table(f"The paper's Table {number}: {title}", table.rename(columns=titles), "Macro F1 on the "
+                                "validation fold. The paper's figures are from its own split: compare gains, not levels.",
+                                wide=True))
     return blocks
 
 
