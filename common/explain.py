@@ -44,5 +44,5 @@ def heat_map(camera: LayerGradCam, images: torch.Tensor, c: int, side: int) -> n
 
 
 def turned_back(image: torch.Tensor, view: int) -> torch.Tensor:
-    """Undo `data.dihedral`."""
-    return torch.rot90(image if view < 4 else image.flip(-1), -(view % 4), (-2, -1))
+    """Undo `data.dihedral`, which transposes first and mirrors then."""
+    return dihedral(dihedral(image, view & 6), view & 1)

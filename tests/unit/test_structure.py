@@ -51,3 +51,8 @@ def test_help_shows_what_is_read_and_written_without_torch(path):
     result = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert all(word in result.stdout for word in ("reads", "writes", "example python", "--data DIR", "--work DIR"))
+
+
+def test_the_page_is_made_without_torch():
+    code = "import sys, common.report, common.sample_page, sklearn.metrics; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
