@@ -5,7 +5,7 @@ import pandas as pd
 
 from common import plots
 from common.artifacts import load_predictions, prediction_file
-from common.contact_sheet import composite, jpeg, small_planes
+from common.contact_sheet import composite, jpeg
 from common.errors import UserError
 from common.folds import HOLD_OUT, TRAIN_ONLY
 from common.images import CHANNELS
@@ -39,21 +39,14 @@ def channels(work: Work, Id: str) -> list:
     sample = work.samples[work.samples["Id"] == Id].iloc[0]
     facts = {"labels": class_names(sample["Target"]) if sample["part"] != "test" else "unknown (test)", "part": sample["part"],
              "source": f"{sample['side']} px"}
-    try:
-        planes = small_planes(large_folder(work) / f"{Id}.tif", SIDE)
-    except (OSError, ValueError):
+    planes = there(lambda: work.planes(Id, SIDE))
+    if planes is None:
         return [Facts(facts), Note("Its image is not stored any more.")]
     cards = [Card([(data_uri(jpeg(composite(planes))), f"composite of sample {Id}")], ["composite", "all four channels"])]
     for channel, plane in zip(CHANNELS, planes, strict=True):
         cards.append(Card([(data_uri(jpeg(stretched(plane))), f"{channel} channel of sample {Id}")], [channel, STAINS[channel]]))
     return [Facts(facts), Gallery("Channels", cards, "Each is stretched to the whole range by itself, so brightness says nothing "
                                   "between channels.", large=True)]
-
-
-def large_folder(work: Work):
-    """Return the folder of the smallest images that fill a large one, or of the largest."""
-    fit = [name for name, table in work.stores.items() if table["side"].min() >= SIDE]
-    return work.folder / "images" / (fit or list(work.stores))[0 if fit else -1]
 
 
 def stretched(plane: np.ndarray) -> np.ndarray:
@@ -146,7 +139,7 @@ def heat_maps(work: Work, Id: str, recipe: str | None) -> list:
 
     row = pd.DataFrame({"Id": [Id], "Target": [work.targets_by_id[Id]]})
     probs, maps = explain(work.folder, recipe, fold, work.folds, row, reasons)
-    background = small_planes(large_folder(work) / f"{Id}.tif", SIDE)
+    background = work.planes(Id, SIDE)
     cards = [Card([(data_uri(jpeg(overlay(background, heat))), f"heat map of {NAMES[c]}")],
                   [NAMES[c], why, f"this network says {probs[c]:.2f}"])
              for (c, heat), why in zip(maps.items(), reasons(probs).values(), strict=True)]

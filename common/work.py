@@ -75,19 +75,21 @@ class Work:
         tables = {path.stem: read_table(path, "") for path in (self.folder / "images").glob("*.csv")}
         return dict(sorted(tables.items(), key=lambda item: (item[1]["side"].max(), item[0])))
 
-    @cached_property
-    def thumbnail_folder(self) -> Path:
-        """The folder of the smallest images that fill a thumbnail, or of the largest."""
-        fit = [name for name, table in self.stores.items() if table["side"].min() >= THUMBNAIL]
-        return self.folder / "images" / (fit or list(self.stores) or ["none"])[0 if fit else -1]
+    def planes(self, Id: str, side: int) -> np.ndarray:
+        """Return a sample's planes, (4, side, side) uint8, from the smallest stored images that are large enough, else from
+        the largest, as they are; raises UserError where they cannot be read."""
+        fit = [name for name, table in self.stores.items() if table["side"].min() >= side]
+        store = fit[0] if fit else next(reversed(self.stores), "")
+        try:
+            return small_planes(self.folder / "images" / store / f"{Id}.tif", side)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the image of {Id} cannot be read ({error}); run: {self.hint('01_preprocess.py')}") from None
 
     def image(self, Id: str) -> tuple[str, str]:
         """Return a sample as (data URI, alt text); without a URI where its image cannot be read."""
-        try:
-            picture = data_uri(jpeg(composite(small_planes(self.thumbnail_folder / f"{Id}.tif", THUMBNAIL))))
-        except (OSError, ValueError):
-            picture = ""
-        return picture, f"sample {Id}: {class_names(self.targets_by_id.get(Id, ''))}"
+        planes = there(lambda: self.planes(Id, THUMBNAIL))
+        return ("" if planes is None else data_uri(jpeg(composite(planes))),
+                f"sample {Id}: {class_names(self.targets_by_id.get(Id, ''))}")
 
     def card(self, Ids: list[str], lines: list[str]) -> Card:
         return Card([self.image(Id) for Id in Ids], lines, " | ".join(Ids))
