@@ -8,6 +8,7 @@ writes  WORK/runs/<recipe>/fold<k>/best.pt    network of the best epoch, for sta
         WORK/runs/<recipe>/fold<k>/hard_samples.csv              Ids that the hard sampler kept most often
         WORK/runs/<recipe>/fold<k>/bad_batch.csv                 Ids and losses of the batch at which the loss ceased to be finite
         WORK/runs/<recipe>/fold<k>/hard_classes.csv              classes among the kept samples, per epoch
+        WORK/runs/<recipe>/fold<k>/tensorboard/                  the log for TensorBoard, with --tensorboard
 
 A finished fold is left alone; one that was trained on other data or settings is refused without --force.
 A recipe's variants of the paper's ablation: resnet50-original, -customised, -hard, -eloss; resnet50 has everything.
@@ -17,6 +18,8 @@ example python 04_train.py --recipe resnet50 --folds 0,2 --set alpha=0.999 batch
 """
 
 import json
+from functools import partial
+from itertools import product
 
 from common import cli
 from common.artifacts import read_table
@@ -49,6 +52,8 @@ def parse_args():
                              "half the learning rates, at most three times")
     parser.add_argument("--compile", action="store_true",
                         help="compile the network with torch.compile before it is trained (default: off)")
+    parser.add_argument("--tensorboard", action="store_true",
+                        help="write the log as scalars for TensorBoard too, an epoch at a time: tensorboard --logdir WORK/runs")
     cli.add_hardware_flags(parser)
     cli.add_cluster_flag(parser)
     return parser.parse_args()
@@ -70,7 +75,10 @@ def main():
     from common.folds import fold_numbers
     from common.inference import choose_hardware
     from common.jobs import find_lr, plan, train_job
+    from common.scalars import summary_writer, write_finished
 
+    if args.tensorboard:
+        summary_writer()  # refuse now what would fail after hours
     numbers = args.folds if args.folds is not None else fold_numbers(folds)
     known_folds(args.work, folds, numbers)
     recipes = {name: fit_to_source(recipe, int(samples["side"].min())) for name, recipe in recipes.items()}
@@ -85,8 +93,11 @@ def main():
         if team.is_main:
             prepare([stage for stage, *_ in jobs], args.force)
         team.agree("prepared")
-    do, more = (find_lr, ()) if args.find_lr else (train_job, (args.on_nan,))
-    run_jobs(do, [(*job, args.work, args.seed, flags, *more) for job in jobs], args.jobs, args.cluster, "training")
+    do = find_lr if args.find_lr else partial(train_job, on_nan=args.on_nan, tensorboard=args.tensorboard)
+    run_jobs(do, [(*job, args.work, args.seed, flags) for job in jobs], args.jobs, args.cluster, "training")
+    if args.tensorboard and team.is_main:
+        for name, fold in product(recipes, numbers):
+            write_finished(args.work / "runs" / name / f"fold{fold}")
     team.leave()
 
 
@@ -99,7 +110,7 @@ def list_recipes(as_json):
 
 def show_class_weights(recipes, folds, numbers):
     """Print what the E-loss will weigh each class with."""
-    from common.fold_data import class_counts
+    from common.folds import class_counts
     from common.overview import class_weight_table
 
     for name, recipe in recipes.items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From raw images to submission.csv: all stages in order. What is up to date is left alone.
+# From raw images to submission.csv and a page to look at: all stages in order. What is up to date is left alone.
 # Without data at hand it makes demo data and runs on that.
 set -eo pipefail
 
@@ -135,3 +135,4 @@ else
     run "$PYTHON" 06_thresholds.py "${places[@]}" --recipes "$recipes"
     run "$PYTHON" 07_ensemble.py "${places[@]}" --recipes "$recipes"
 fi
+run "$PYTHON" 08_report.py "${places[@]}"

@@ -34,6 +34,14 @@ def read_json(path: Path):
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
 
 
+def read_lines(path: Path) -> list[dict]:
+    """Read a file of JSON lines; a damaged one is a UserError that names it."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); train its fold again") from None
+
+
 def read_table(path: Path, made_by: str) -> pd.DataFrame:
     """Read a CSV artifact with text kept as text; say which command makes it where it is missing or damaged."""
     if not Path(path).is_file():

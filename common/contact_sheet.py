@@ -1,13 +1,15 @@
-"""Pairs of images side by side, with their distances, for a person to judge."""
+"""Images for a person to judge: in the atlas's colours, small, and as pairs side by side with their distances."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from common.files import writing
 from common.hashing import HASHED
-from common.images import read_planes
+from common.images import read_planes, resize
 
 SHOWN, COLUMNS = 12, 3  # pairs of each kind, pairs in a row
 
@@ -20,6 +22,19 @@ def composite(planes: np.ndarray) -> np.ndarray:
     red, green, blue, yellow = planes.astype(np.float32)
     picture = np.stack([red + yellow / 2, green + yellow / 2, blue], axis=-1)
     return np.clip(picture * (255 / max(1.0, np.percentile(picture, 99.5))), 0, 255).astype(np.uint8)
+
+
+def small_planes(path: Path, side: int) -> np.ndarray:
+    """Read a stored sample's planes, (4, side, side) uint8 or smaller where it is stored smaller."""
+    planes = read_planes(path)
+    return np.stack([resize(plane, min(side, len(plane))) for plane in planes])
+
+
+def jpeg(picture: np.ndarray, quality: int = 82) -> bytes:
+    """Return (h, w) or (h, w, 3) uint8 as JPEG, with colours as sharp as brightness: thin structures are coloured."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+    return buffer.getvalue()
 
 
 def save_contact_sheet(path: Path, folder: Path, sections: dict[str, pd.DataFrame]) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 from common.artifacts import digest, read_table
 from common.data import ImageSet
 from common.errors import UserError
-from common.folds import HOLD_OUT, fold_numbers
+from common.folds import class_counts, fold_numbers, training_rows
 from common.images import CHANNELS
 from common.inference import Normalisation
 from common.labels import parse_targets
@@ -41,16 +41,6 @@ def known_folds(work: Path, folds: pd.DataFrame, numbers: list[int]) -> None:
     for fold in numbers:
         if fold not in known:
             raise UserError(f"there is no fold {fold}; {work / 'folds.csv'} has the folds {', '.join(map(str, known))}")
-
-
-def class_counts(folds: pd.DataFrame, fold: int) -> np.ndarray:
-    """Return the distinct training samples of each class, (28,), when `fold` is kept for validation."""
-    return parse_targets(folds.loc[training_rows(folds, fold), "Target"]).sum(axis=0)
-
-
-def training_rows(folds: pd.DataFrame, fold: int) -> np.ndarray:
-    """Return which rows are trained on when `fold` is kept for validation, (n,) bool."""
-    return ~folds["fold"].isin([fold, HOLD_OUT]).to_numpy()
 
 
 def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe,

@@ -50,6 +50,16 @@ def fold_numbers(folds: pd.DataFrame) -> list[int]:
     return sorted(int(fold) for fold in set(folds["fold"]) if fold >= 0)
 
 
+def class_counts(folds: pd.DataFrame, fold: int) -> np.ndarray:
+    """Return the distinct training samples of each class, (28,), when `fold` is kept for validation."""
+    return parse_targets(folds.loc[training_rows(folds, fold), "Target"]).sum(axis=0)
+
+
+def training_rows(folds: pd.DataFrame, fold: int) -> np.ndarray:
+    """Return which rows are trained on when `fold` is kept for validation, (n,) bool."""
+    return ~folds["fold"].isin([fold, HOLD_OUT]).to_numpy()
+
+
 def make_folds(duplicates: pd.DataFrame, n_folds: int, max_copies: int, seed: int, external: str = "train",
                hold_out: float = 0.0) -> pd.DataFrame:
     """Return Id, Target, part, group, fold, copies of the kept samples of stage 02's table.

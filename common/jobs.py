@@ -14,6 +14,7 @@ from common.finder import save_lr_curve
 from common.fold_data import FoldData, image_set, load_fold, stored_images, training_inputs
 from common.inference import (Hardware, Normalisation, choose_hardware, mean_probabilities, predict_logits, views)
 from common.recipes import Recipe, to_dict
+from common.scalars import scalars
 from common.start import Start, start_from
 from common.training import Run, lr_range_test, new_run, train_fold
 from common.weights import find_weights
@@ -73,7 +74,7 @@ def begin_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware,
 
 
 def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int,
-              hardware_flags: tuple, on_nan: str = "stop") -> None:
+              hardware_flags: tuple, on_nan: str = "stop", tensorboard: bool = False) -> None:
     """Train one fold from what is on disk and seal it: one job of stage 04, in this process or a worker's.
 
     A fold that another process came to train meanwhile is waited for, except by several processes, who would lose touch.
@@ -88,7 +89,8 @@ def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str,
         data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe,
                          start.normalisation)
         run = begin_fold(folder, data, recipe, hardware, fold, seed, start, label)
-        train_fold(run, folder, data, stage.made_from(), label, on_nan)
+        with scalars(folder, run.history) if tensorboard and team.is_main else nullcontext() as note:
+            train_fold(run, folder, data, stage.made_from(), label, on_nan, note)
         if not team.is_main:
             return
         # The rest is not sealed: whoever needs the space of last.pt may delete it.

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from common.class_weights import effective_number_weights, effective_numbers
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.losses import effective_number_weights, effective_numbers
 from common.models import build_model, count_parameters
 from common.recipes import RECIPES, Recipe, to_dict
 

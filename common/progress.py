@@ -1,9 +1,16 @@
 """Progress with an estimate: a bar on a terminal, a plain line now and then elsewhere."""
 
+import multiprocessing
+import os
 import sys
 import time
 
 SECONDS_BETWEEN_LINES = 15
+
+
+def has_terminal() -> bool:
+    """Tell whether one bar can move in place: not in a file or a notebook, not in one of several worker processes."""
+    return sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ and multiprocessing.parent_process() is None
 
 
 def progress(iterable, total: int, label: str, unit: str = "samples", initial: int = 0, quiet: bool = False):
@@ -11,7 +18,7 @@ def progress(iterable, total: int, label: str, unit: str = "samples", initial: i
     if quiet:
         yield from iterable
         return
-    if sys.stderr.isatty():
+    if has_terminal():
         from tqdm import tqdm
 
         yield from tqdm(iterable, total=total, initial=initial, desc=label, unit=f" {unit}", leave=False,

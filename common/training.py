@@ -16,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from common import stopping
 from common.artifacts import write_csv
 from common.checkpoints import FORMAT, Writer, save_checkpoint, snapshot
+from common.class_weights import effective_number_weights
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data import EpochBatches, loader
 from common.errors import UserError
 from common.files import write_text
 from common.fold_data import FoldData
 from common.inference import Hardware, Normalisation, predict_logits, views
-from common.losses import effective_number_weights, hard_samples, sample_losses
+from common.losses import hard_samples, sample_losses
 from common.metrics import macro_f1
 from common.models import build_model, param_groups
 from common.progress import progress
@@ -358,11 +359,12 @@ def evaluations_per_cycle(recipe: Recipe) -> int:
 
 # --- whole folds -------------------------------------------------------------------------------------------
 
-def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: str, on_nan: str = "stop") -> Run:
+def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: str, on_nan: str = "stop", note=None) -> Run:
     """Train a run until its cycles are over.
 
     made_from : what the run depends on; saved in every checkpoint
     on_nan : stop, or go back to the state that the epoch began with, with half the learning rates
+    note : function that is given each epoch's row of the log as well
     Writes last.pt (everything), best.pt (network of the best epoch by macro F1 at 0.5), log.jsonl, and what the
     hard sampler did (see `telemetry`); a thread writes while training goes on.
     Raises UserError when the loss stops being finite, Stopped after a last checkpoint when SIGTERM has come.
@@ -400,6 +402,8 @@ def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: s
                     writer.wait()
                     print(f"{label}: saved in epoch {run.epoch + 1} after batch {run.step}", flush=True)
                 raise
+            if note:
+                note(row)
             if "macro_f1" in row and row["macro_f1"] > run.best_score:
                 run.best_score, best = row["macro_f1"], snapshot(run.network_state())
             if is_finished(run) or time.monotonic() - saved > EPOCH_SECONDS:

@@ -15,6 +15,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before tor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tests.browser import CHROMIUM, DRIVER, open_browser  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
@@ -24,7 +26,7 @@ def real_data() -> Path:
     return Path(folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_script():
     """Run a script of the project in its own process; returns the finished process with its output as text."""
     def run(script, *arguments, check=True, **kwargs):
@@ -35,6 +37,23 @@ def run_script():
             assert result.returncode == 0, result.stdout + result.stderr
         return result
     return run
+
+
+@pytest.fixture(scope="session")
+def real_run(run_script, real_data, tmp_path_factory):
+    """The work folder of a quick run on the 63 real samples, and what the run said."""
+    work = tmp_path_factory.mktemp("real")
+    return work, run_script("run_all.sh", "--data", real_data / "kaggle_png", "--work", work, "--quick", "--pretrained", "none",
+                            timeout=600).stdout
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium where this machine has one."""
+    if not (CHROMIUM.is_file() and DRIVER.is_file()):
+        pytest.skip(f"{CHROMIUM} and {DRIVER} are not there: no browser to look at the page with")
+    with open_browser() as driver:
+        yield driver
 
 
 @pytest.fixture

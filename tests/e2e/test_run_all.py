@@ -48,7 +48,8 @@ def test_dry_run_prints_commands_that_can_be_pasted(run_script, small_data, tmp_
     assert not (tmp_path / "work").exists()
     lines = out.splitlines()
     assert [line.split()[1] for line in lines] == [
-        "01_preprocess.py", "02_dedup.py", "03_make_folds.py", "04_train.py", "05_predict_oof.py", "06_thresholds.py", "07_ensemble.py"]
+        "01_preprocess.py", "02_dedup.py", "03_make_folds.py", "04_train.py", "05_predict_oof.py", "06_thresholds.py",
+        "07_ensemble.py", "08_report.py"]
     subprocess.run(["bash", "-c", lines[0]], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "work" / "samples.csv").is_file()
 
@@ -105,13 +106,13 @@ def test_mistakes_end_at_once_with_one_message(fails, small_data, tmp_path, argu
     assert message in fails("run_all.sh", *data, "--work", tmp_path / "work", *arguments)
 
 
-def test_the_real_63_samples_end_in_a_valid_submission(run_script, real_data, tmp_path):
-    out = run_script("run_all.sh", "--data", real_data / "kaggle_png", "--work", tmp_path, "--quick",
-                     "--pretrained", "none", timeout=600).stdout
+def test_the_real_63_samples_end_in_a_valid_submission(real_run, real_data):
+    work, out = real_run
+    assert out.splitlines()[-1].endswith(str(work / "report.html"))
     assert "classes have no sample and count as 0" in out
-    submission = pd.read_csv(tmp_path / "submission.csv", dtype=str, keep_default_na=False)
+    submission = pd.read_csv(work / "submission.csv", dtype=str, keep_default_na=False)
     test_ids = {path.name.rsplit("_", 1)[0] for path in (real_data / "kaggle_png" / "test").iterdir()}
     assert set(submission["Id"]) == test_ids and len(submission) == 13
     assert all(0 <= int(label) <= 27 for text in submission["Predicted"] for label in text.split())
-    ids, _ = load_predictions(tmp_path / "predictions" / "resnet50-quick" / "oof.npz", "")
+    ids, _ = load_predictions(work / "predictions" / "resnet50-quick" / "oof.npz", "")
     assert len(set(ids)) == 50

@@ -97,9 +97,13 @@ def test_without_a_network_auto_says_where_the_file_goes_and_goes_on(train, work
         assert json.loads(log)["start"] == meta["start"]
 
 
-def test_parts_of_a_batch_and_bf16_train_too(train, work):
-    out = train(*TINY, "--micro-batch", "3", "--precision", "bf16", "--pretrained", "none")
-    assert out.count("epoch 1/1, loss") == 2 and len(pd.read_csv(work / "folds.csv")) == 12
+def test_parts_of_a_batch_and_bf16_train_too_and_tensorboard_has_all_folds(train, work):
+    flags = (*TINY, "--micro-batch", "3", "--precision", "bf16", "--pretrained", "none")
+    out = train(*flags, "--folds", "0") + train(*flags, "--tensorboard")
+    assert out.count("epoch 1/1, loss") == 2 and out.count("is up to date") == 1
+    assert len(pd.read_csv(work / "folds.csv")) == 12
+    for fold in (0, 1):
+        assert len(list((work / "runs" / RECIPE / f"fold{fold}" / "tensorboard").glob("events.out.tfevents.*"))) == 1
 
 
 def test_torchrun_trains_a_fold_on_two_processes(work, run_script):

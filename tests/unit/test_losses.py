@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.losses import effective_number_weights, effective_numbers, hard_samples, sample_losses
+from common.class_weights import effective_number_weights, effective_numbers
+from common.losses import hard_samples, sample_losses
 from common.recipes import Recipe
 
 COUNTS = np.array([1, 2, 11, 500, 12885])

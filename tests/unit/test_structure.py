@@ -8,11 +8,12 @@ import pytest
 
 from tests.conftest import ROOT
 
-LAYERS = ["errors", "classes", "progress", "environment", "files", "arrays", "locks", "stopping", "recipes", "cli", "artifacts", "labels", "parallel", "images",
-          "hashing", "contact_sheet", "folds", "metrics", "schedules", "thresholds", "ensemble", "tables", "preprocess", "demo_drawing",
-          "demo_data", "telemetry", "finder",
-          "distributed", "data", "losses", "weights", "models", "overview", "inference", "start", "fold_data",
-          "checkpoints", "training", "jobs", "estimate", "doctor"]
+LAYERS = ["errors", "classes", "progress", "environment", "files", "arrays", "locks", "stopping", "recipes", "cli", "artifacts",
+          "class_weights", "labels", "parallel", "images", "hashing", "contact_sheet", "folds", "metrics", "schedules",
+          "thresholds", "ensemble", "tables", "preprocess", "demo_drawing", "demo_data", "telemetry", "finder", "page", "plots",
+          "work", "report_data", "report_results", "report", "distributed", "data", "losses", "weights", "models", "overview",
+          "inference", "start", "fold_data", "scalars", "checkpoints", "training", "jobs", "estimate", "doctor", "explain",
+          "sample_page"]
 SCRIPTS = sorted(ROOT.glob("0*_*.py"))
 
 
@@ -51,3 +52,8 @@ def test_help_shows_what_is_read_and_written_without_torch(path):
     result = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert all(word in result.stdout for word in ("reads", "writes", "example python", "--data DIR", "--work DIR"))
+
+
+def test_the_page_is_made_without_torch():
+    code = "import sys, common.report, common.sample_page, sklearn.metrics; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

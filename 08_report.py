@@ -1,0 +1,48 @@
+"""Make one page to look at from whatever the work folder holds, or a page of one sample.
+
+reads   WORK/: what the stages have written so far; a section is left out, with a note, where its stage has not run
+        WORK/runs/<recipe>/fold<k>/best.pt   only with --sample, for its heat maps
+writes  WORK/report.html        one file, no network: data, duplicates, folds, trainings, predictions, scores, errors, submission
+        WORK/sample_<Id>.html   with --sample: channels, probabilities and thresholds, duplicates, heat maps
+
+It is made anew each time, in seconds, so it has no sidecar: it never is out of date with what it shows.
+
+example python 08_report.py --work work
+        python 08_report.py --work work --sample 004cd3ba-6269-4a57-9260-ae8a93bcdd47
+"""
+
+from common import cli
+from common.errors import UserError
+
+
+def parse_args():
+    parser = cli.parser(__doc__)
+    parser.add_argument("--sample", metavar="ID", help="make the page of one sample in place of the whole one")
+    parser.add_argument("--recipe", type=cli.recipe_names, metavar="NAME",
+                        help="with --sample: whose network the heat maps are of (default: the first of thresholds.json)")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+
+    # Imported here, so that --help and mistakes on the command line do not wait for the plots.
+    from common.files import write_text
+    from common.report import report_page
+    from common.sample_page import sample_page
+    from common.work import Work
+
+    if not args.work.is_dir():
+        raise UserError(f"{args.work} is missing; run: bash run_all.sh --work {args.work}")
+    work = Work(args.work)
+    if args.sample:
+        html = sample_page(work, args.sample, args.recipe[0] if args.recipe else None)
+        path = args.work / f"sample_{args.sample}.html"
+    else:
+        html, path = report_page(work), args.work / "report.html"
+    write_text(path, html)
+    print(f"08_report: {path.stat().st_size / 1e6:.1f} MB, open it in a browser: {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

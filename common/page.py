@@ -1,0 +1,129 @@
+"""A page of sections, each a row of blocks: facts, figures, tables and galleries of images; rendered to one HTML file.
+
+Whatever comes from files is escaped by the template; only the plots of `plots.py` are markup.
+"""
+
+import base64
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A few figures in large type: what they are -> text."""
+    items: dict[str, str]
+    kind: ClassVar[str] = "facts"
+
+
+@dataclass(frozen=True)
+class Note:
+    """A paragraph."""
+    text: str
+    kind: ClassVar[str] = "note"
+
+
+@dataclass(frozen=True)
+class Heading:
+    """The title of the blocks that follow."""
+    title: str
+    kind: ClassVar[str] = "heading"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot; text : what to look for; wide : takes the whole width."""
+    title: str
+    svg: Markup
+    text: str
+    wide: bool = False
+    kind: ClassVar[str] = "figure"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that sorts on a click; formats : column -> format of its numbers; wide : takes the whole width."""
+    title: str
+    frame: pd.DataFrame
+    text: str
+    formats: dict[str, str] = field(default_factory=dict)
+    wide: bool = False
+    kind: ClassVar[str] = "table"
+
+    def rows(self) -> list[list[dict]]:
+        columns = [[cell(value, self.formats.get(name)) for value in self.frame[name]] for name in self.frame]
+        return list(zip(*columns, strict=True))
+
+
+@dataclass(frozen=True)
+class Card:
+    """One or more images with lines of text below them, the first one in bold.
+
+    images : (data URI, or '' where the image is not stored; what it shows)
+    """
+    images: list[tuple[str, str]]
+    lines: list[str]
+    Id: str = ""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Cards side by side; large : with larger images."""
+    title: str
+    cards: list[Card]
+    text: str
+    large: bool = False
+    kind: ClassVar[str] = "gallery"
+
+
+@dataclass(frozen=True)
+class More:
+    """Blocks that are shown when asked for."""
+    title: str
+    blocks: list
+    kind: ClassVar[str] = "more"
+
+
+@dataclass(frozen=True)
+class Section:
+    """lead : what it is about; note : why it is left out"""
+    key: str
+    title: str
+    lead: str
+    blocks: list
+    note: str = ""
+
+
+def cell(value, style: str | None) -> dict:
+    """Return a table cell's text and what it is sorted by: numbers by value, intervals by their lower end."""
+    if isinstance(value, (tuple, list)):
+        return {"text": f"{value[0]:{style or '.2f'}}–{value[1]:{style or '.2f'}}", "key": value[0], "number": True}
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return {"text": str(value), "key": str(value), "number": False}
+    if np.isnan(value):
+        return {"text": "–", "key": "", "number": True}
+    style = style or (",d" if isinstance(value, (int, np.integer)) else ".3f")
+    return {"text": f"{value:{style}}", "key": repr(float(value)), "number": True}
+
+
+def data_uri(image: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
+
+
+def sha256(text: str) -> str:
+    """Return the digest by which a page's security policy admits its own script and no other."""
+    return base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
+
+
+def render(title: str, lead: str, sections: list[Section]) -> str:
+    """Return the whole page as HTML."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["sha256"] = sha256
+    return environment.get_template("report.html.jinja").render(title=title, lead=lead, sections=sections)

@@ -1,0 +1,85 @@
+"""The page on a work folder: a section for each stage, from what the stages wrote; a missing one says what to run."""
+
+import numpy as np
+import pandas as pd
+
+from common.errors import UserError
+from common.folds import fold_numbers
+from common.page import Facts, Section, Table, render
+from common.progress import progress
+from common.report_data import data, duplicates, folds, training
+from common.report_results import errors, predictions, scores, submission
+from common.work import Work, there
+
+
+def report_page(work: Work) -> str:
+    """Return the page on a work folder as HTML."""
+    return render("Where does the protein sit?", f"What the work folder {work.folder.resolve().name} holds.", collect(work))
+
+
+def collect(work: Work) -> list[Section]:
+    """Return all sections of the page."""
+    rows = (
+        ("overview", "Overview", "What the stages have made so far, and the figures that matter most.", overview),
+        ("data", "Data", "What there is to learn from. Counts are of samples; a sample may have several classes.", data),
+        ("duplicates", "Duplicates", "Near-identical images by perceptual hashes of red, green and blue. One sample for each "
+         "set of labels stays for training; nothing is removed from test.", duplicates),
+        ("folds", "Folds", "How the samples are split for validation: whole groups of duplicates, every class evenly.", folds),
+        ("training", "Training", "Each recipe's trainings, one a fold. Validation images are those of the fold.", training),
+        ("predictions", "Predictions", "Out of fold: each sample is predicted by the network that did not see it in "
+         "training.", predictions),
+        ("scores", "Scores", "F1 is the harmonic mean of precision and recall; macro F1 is its mean over the 28 classes. "
+         "Cross-fitted means that every sample was decided with thresholds found on other samples.", scores),
+        ("errors", "Errors", "Where the ensemble is most certain and wrong, out of fold. Look at the images: is it the network "
+         "or the label?", errors),
+        ("submission", "Submission", "What is handed in: the classes of the test samples.", submission))
+    return [section(work, *row) for row in progress(rows, len(rows), "drawing", unit="sections")]
+
+
+def section(work: Work, key: str, title: str, lead: str, make) -> Section:
+    """Return a section, or its note where what it needs is missing."""
+    try:
+        return Section(key, title, lead, make(work))
+    except UserError as error:
+        return Section(key, title, lead, [], str(error))
+
+
+def overview(work: Work) -> list:
+    blocks = [Table("Stages", stage_table(work), "Sections below are left out until their stage has run.",
+                    {"rows": ",.0f", "seconds": ",.1f"}, wide=True)]
+    found, facts = there(lambda: work.thresholds), {}
+    if found:
+        facts["macro F1, cross-fitted"] = f"{found['score_cross_fitted']:.3f}"
+        facts["95 % interval"] = "{:.3f} to {:.3f}".format(*found["interval"])
+        facts["mean of"] = ", ".join(found["recipes"])
+    samples = there(lambda: work.samples)
+    if samples is not None:
+        facts["samples"] = f"{len(samples):,}"
+    return [Facts(facts), *blocks] if facts else blocks
+
+
+def stage_files(work: Work) -> list[tuple[str, str, dict[str, str]]]:
+    """Return each stage's main files with the inputs that its sidecar names: name there -> path, all in the work folder."""
+    runs, recipes = there(lambda: work.runs) or {}, there(lambda: work.recipes) or []
+    folds = there(lambda: work.folds)
+    numbers = [] if folds is None else fold_numbers(folds)
+    oof, test = ({recipe: f"predictions/{recipe}/{part}.npz" for recipe in recipes} for part in ("oof", "test"))
+    own = {"folds.csv": "folds.csv"}
+    return [("01 preprocess", "samples.csv", {}), ("02 dedup", "duplicates.csv", {"samples.csv": "samples.csv"}),
+            ("03 make folds", "folds.csv", {"duplicates.csv": "duplicates.csv"}),
+            *[("04 train", f"runs/{recipe}/fold{fold}/best.pt", own) for recipe, logs in runs.items() for fold in logs],
+            *[("05 predict", f"predictions/{recipe}/fold{fold}_oof.npz", {}) for recipe in recipes for fold in numbers],
+            ("06 thresholds", "thresholds.json", own | oof),
+            ("07 ensemble", "submission.csv", {"thresholds.json": "thresholds.json", **test}),
+            ("09 tables", "tables/tables.md", own)]
+
+
+def stage_table(work: Work) -> pd.DataFrame:
+    """Return a row a stage: what it made, whether from what is there now, rows, seconds; folds in one state together."""
+    rows = []
+    for stage, path, inputs in stage_files(work):
+        state, record = work.state(path, inputs)
+        rows.append((stage, path, state, record.get("rows", np.nan), record.get("seconds", np.nan)))
+    table = pd.DataFrame(rows, columns=["stage", "main file", "state", "rows", "seconds"])
+    table["main file"] = table["main file"].str.replace(r"fold\d+", "fold*", regex=True)
+    return table.groupby(["stage", "main file", "state"], sort=False, as_index=False).sum(min_count=1)

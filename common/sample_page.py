@@ -1,0 +1,160 @@
+"""The page of one sample: channels, probabilities against thresholds, duplicates, heat maps."""
+
+import numpy as np
+import pandas as pd
+
+from common import plots
+from common.artifacts import SAFE_ID, load_predictions, prediction_file
+from common.contact_sheet import composite, jpeg
+from common.errors import UserError
+from common.folds import HOLD_OUT, TRAIN_ONLY
+from common.images import CHANNELS
+from common.labels import parse_targets
+from common.page import Card, Facts, Figure, Gallery, Note, Table, data_uri, render
+from common.report import section
+from common.report_data import STAINS, pair_card
+from common.work import NAMES, Work, class_names, there
+
+SIDE = 384  # pixels of a large image at most
+
+
+def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
+    """Return the page of a sample as HTML; raises UserError for an Id that stage 01 does not know.
+
+    recipe : whose network the heat maps are of; None for the first one of the ensemble
+    """
+    if not SAFE_ID.fullmatch(Id) or Id not in work.targets_by_id:
+        raise UserError(f"there is no sample {Id!r} in {work.folder / 'samples.csv'}; it has {len(work.samples):,}, such as "
+                        f"{work.samples['Id'].iloc[0]}")
+    sections = [section(work, key, title, lead, lambda work, make=make: make(work, Id)) for key, title, lead, make in (
+        ("image", "Image", "The four channels, and the composite in the atlas's colours.", channels),
+        ("probabilities", "Probabilities", "A class is predicted where its probability reaches its threshold.", probabilities),
+        ("duplicates", "Duplicates", "Samples that look nearly the same.", twins),
+        ("heat", "Heat maps", "Where the network finds what speaks for a class (Grad-CAM).",
+         lambda work, Id: heat_maps(work, Id, recipe)))]
+    return render(f"Sample {Id}", f"From the work folder {work.folder.resolve().name}.", sections)
+
+
+def channels(work: Work, Id: str) -> list:
+    sample = work.samples[work.samples["Id"] == Id].iloc[0]
+    facts = {"labels": class_names(sample["Target"]) if sample["part"] != "test" else "unknown (test)", "part": sample["part"],
+             "source": f"{sample['side']} px"}
+    planes = there(lambda: work.planes(Id, SIDE))
+    if planes is None:
+        return [Facts(facts), Note("Its image is not stored any more.")]
+    cards = [Card([(data_uri(jpeg(composite(planes))), f"composite of sample {Id}")], ["composite", "all four channels"])]
+    for channel, plane in zip(CHANNELS, planes, strict=True):
+        cards.append(Card([(data_uri(jpeg(stretched(plane))), f"{channel} channel of sample {Id}")], [channel, STAINS[channel]]))
+    return [Facts(facts), Gallery("Channels", cards, "Each is stretched to the whole range by itself, so brightness says nothing "
+                                  "between channels.", large=True)]
+
+
+def stretched(plane: np.ndarray) -> np.ndarray:
+    return np.clip(plane * (255 / max(1.0, np.percentile(plane, 99.5))), 0, 255).astype(np.uint8)
+
+
+def place(work: Work, Id: str) -> tuple[int, str]:
+    """Return the fold whose network to ask about a sample, and in words what the sample was to that network."""
+    if work.samples.set_index("Id")["part"][Id] == "test":
+        return 0, "a test sample, which no network was trained on"
+    folds = there(lambda: work.folds)
+    if folds is None:
+        return 0, "not split yet"
+    same = folds.loc[folds["group"] == work.duplicates.set_index("Id")["group"].get(Id), "fold"]
+    if same.empty:
+        raise UserError(f"folds.csv does not know this sample; run: {work.hint('02_dedup.py')}, then 03_make_folds.py")
+    fold = int(same.iloc[0])
+    if fold == HOLD_OUT:
+        return 0, "held out, so that no network was trained on it"
+    if fold == TRAIN_ONLY:
+        return 0, "for training only, so that this network was trained on it"
+    if Id not in set(folds["Id"]):
+        return fold, f"left out as a duplicate of samples in fold {fold}, which this network was not trained on"
+    return fold, f"in fold {fold}, which this network was not trained on"
+
+
+# --- probabilities -----------------------------------------------------------------------------------------
+
+def member_probabilities(work: Work, Id: str) -> dict[str, np.ndarray]:
+    """Return recipe -> probabilities (28,) of a sample; raises UserError where it is not predicted."""
+    found = {}
+    for recipe in work.recipes:
+        for path in (prediction_file(work.folder, recipe, part) for part in ("oof", "test", "held_out")):
+            ids, probs = load_predictions(path, "") if path.is_file() else ((), ())
+            rows = np.flatnonzero(np.asarray(ids) == Id)
+            if len(rows):
+                found[recipe] = probs[rows[0]]
+    if not found:
+        raise UserError("stage 05 predicts test samples and, out of fold, labelled ones; this one is in neither "
+                        f"({place(work, Id)[1]})")
+    return found
+
+
+def probabilities(work: Work, Id: str) -> list:
+    members = member_probabilities(work, Id)
+    mean = np.mean(list(members.values()), axis=0)
+    labelled = parse_targets([work.targets_by_id[Id]])[0]
+    predicted = mean >= work.cuts
+    order = np.argsort(-mean, kind="stable")
+    state = np.array(["", "predicted", "labelled", "both"])[2 * labelled + predicted]
+    table = pd.DataFrame({"class": NAMES, "state": state, "mean": mean, "threshold": work.cuts, **members}).iloc[order]
+    tuned = there(lambda: work.thresholds)
+    return [
+        Facts({"labelled": class_names(work.targets_by_id[Id]), "predicted": ", ".join(NAMES[predicted]) or "none",
+               "mean of": ", ".join(members)}),
+        Figure("Probability of each class", plots.dots(
+            "probabilities", [f"{NAMES[c]} (labelled)" if labelled[c] else NAMES[c] for c in order],
+            {"threshold": work.cuts[order], "probability": mean[order]}, "probability", xlim=(-0.02, 1.02)),
+            "Predicted where the filled mark is right of the hollow one. "
+            + ("" if tuned else "Stage 06 has not run: 0.5 stands for the thresholds. ")
+            + "A labelled class far left of its threshold is a miss: look for it in the image."),
+        Table("Probabilities", table, "State: labelled, predicted, or both. The mean over recipes decides.",
+              {"threshold": ".2f"})]
+
+
+def twins(work: Work, Id: str) -> list:
+    pairs = work.pairs[(work.pairs["Id"] == Id) | (work.pairs["other_Id"] == Id)]
+    if pairs.empty:
+        return [Note("No other sample is near-identical.")]
+    return [Gallery("Near-identical samples", [pair_card(work, pair) for pair in pairs.head(24).itertuples()],
+                    f"{len(pairs)} pairs, the closest first. They should have the same labels.")]
+
+
+# --- heat maps ---------------------------------------------------------------------------------------------
+
+def heat_maps(work: Work, Id: str, recipe: str | None) -> list:
+    from common.explain import explain  # the one part of the page that needs torch
+
+    recipe = recipe or (there(lambda: work.recipes) or list(work.runs))[0]
+    fold, known = place(work, Id)
+    members = there(lambda: member_probabilities(work, Id))
+    labelled = parse_targets([work.targets_by_id[Id]])[0]
+
+    def reasons(own: np.ndarray) -> dict[int, str]:
+        """Return the classes to explain, most probable first, with why."""
+        mean = own if members is None else np.mean(list(members.values()), axis=0)
+        why = {int(c): " and ".join(word for word, holds in (("labelled", labelled[c]), ("predicted", mean[c] >= work.cuts[c]))
+                                    if holds) for c in np.argsort(-mean, kind="stable")}
+        return {c: text for c, text in why.items() if text} or {next(iter(why)): "the most probable class, below its threshold"}
+
+    row = pd.DataFrame({"Id": [Id], "Target": [work.targets_by_id[Id]]})
+    probs, maps = explain(work.folder, recipe, fold, work.folds, row, reasons)
+    background = work.planes(Id, SIDE)
+    cards = [Card([(data_uri(jpeg(overlay(background, heat))), f"heat map of {NAMES[c]}")],
+                  [NAMES[c], why, f"this network says {probs[c]:.2f}"])
+             for (c, heat), why in zip(maps.items(), reasons(probs).values(), strict=True)]
+    return [Note(f"The network is that of {recipe}, fold {fold}. This sample is {known}."),
+            Gallery("Where it looks", cards, "Yellow is where most speaks for the class, over the image in grey; each map is "
+                    "scaled to its own highest value. A cell of the map is several pixels of the image. The yellow should lie "
+                    "on the structure; where it does not, the network has learnt something else.", large=True)]
+
+
+def overlay(planes: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Lay a heat map (side, side) in [0, 1] over an image in grey, (h, w, 3) uint8; without heat the grey stays."""
+    import cv2
+    from matplotlib import colormaps
+
+    grey = composite(planes).max(axis=2, keepdims=True).astype(float)
+    heat = cv2.resize(heat, grey.shape[:2], interpolation=cv2.INTER_LINEAR)
+    alpha = 0.8 * heat[..., None]
+    return (grey * (1 - alpha) + 255 * colormaps["cividis"](heat)[..., :3] * alpha).round().astype(np.uint8)

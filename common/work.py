@@ -1,0 +1,190 @@
+"""What a work folder holds, read when it is asked for; what is missing is a UserError that names its stage."""
+
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common.artifacts import fingerprint, load_predictions, prediction_file, read_json, read_lines, read_table, sidecar
+from common.classes import CLASS_NAMES
+from common.contact_sheet import composite, jpeg, small_planes
+from common.ensemble import mean_predictions
+from common.errors import UserError
+from common.labels import parse_targets
+from common.page import Card, data_uri
+from common.recipes import Recipe, from_dict
+
+NAMES = np.array(CLASS_NAMES)
+THUMBNAIL = 256  # pixels a side at most
+SHOWN = 12  # cards of a gallery
+
+
+def class_names(target: str) -> str:
+    """Return a label text such as '22 2' as class names."""
+    return ", ".join(CLASS_NAMES[int(label)] for label in sorted(target.split(), key=int)) or "none"
+
+
+def there(read):
+    """Return what `read()` returns, None where its stage has not run."""
+    try:
+        return read()
+    except UserError:
+        return None
+
+
+class Work:
+    """The artifacts of a work folder as tables; each is read once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.fingerprint = cache(lambda path: fingerprint(path) if path.is_file() else None)
+
+    def hint(self, command: str) -> str:
+        return f"python {command} --work {self.folder}"
+
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        return read_table(self.folder / "samples.csv", self.hint("01_preprocess.py"))
+
+    @cached_property
+    def duplicates(self) -> pd.DataFrame:
+        return read_table(self.folder / "duplicates.csv", self.hint("02_dedup.py"))
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """Near-identical pairs with the largest of their three distances, closest first."""
+        pairs = read_table(self.folder / "duplicate_pairs.csv", self.hint("02_dedup.py"))
+        pairs = pairs.astype({"other_Id": str, "other_Target": str})
+        return pairs.assign(bits=pairs[["red", "green", "blue"]].max(axis=1),
+                            agreement=pd.to_numeric(pairs["agreement"])).sort_values("bits", kind="stable", ignore_index=True)
+
+    @cached_property
+    def folds(self) -> pd.DataFrame:
+        return read_table(self.folder / "folds.csv", self.hint("03_make_folds.py"))
+
+    @cached_property
+    def targets_by_id(self) -> dict[str, str]:
+        return dict(zip(self.samples["Id"], self.samples["Target"], strict=True))
+
+    # --- images
+
+    @cached_property
+    def stores(self) -> dict[str, pd.DataFrame]:
+        """Statistics of stored images by the folder's name, smallest images first."""
+        tables = {path.stem: read_table(path, "") for path in (self.folder / "images").glob("*.csv")}
+        return dict(sorted(tables.items(), key=lambda item: (item[1]["side"].max(), item[0])))
+
+    def planes(self, Id: str, side: int) -> np.ndarray:
+        """Return a sample's planes, (4, side, side) uint8, from the smallest stored images that are large enough, else from
+        the largest, as they are; raises UserError where they cannot be read."""
+        fit = [name for name, table in self.stores.items() if table["side"].min() >= side]
+        store = fit[0] if fit else next(reversed(self.stores), "")
+        try:
+            return small_planes(self.folder / "images" / store / f"{Id}.tif", side)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the image of {Id} cannot be read ({error}); run: {self.hint('01_preprocess.py')}") from None
+
+    def image(self, Id: str) -> tuple[str, str]:
+        """Return a sample as (data URI, alt text); without a URI where its image cannot be read."""
+        planes = there(lambda: self.planes(Id, THUMBNAIL))
+        return ("" if planes is None else data_uri(jpeg(composite(planes))),
+                f"sample {Id}: {class_names(self.targets_by_id.get(Id, ''))}")
+
+    def card(self, Ids: list[str], lines: list[str]) -> Card:
+        return Card([self.image(Id) for Id in Ids], lines, " | ".join(Ids))
+
+    # --- trainings
+
+    @cached_property
+    def runs(self) -> dict[str, dict[int, pd.DataFrame]]:
+        """Return recipe -> fold -> log, a row an epoch, of the trainings that have begun."""
+        logs = {}
+        for path in (self.folder / "runs").glob("*/fold*/log.jsonl"):
+            recipe, fold = path.parent.parent.name, path.parent.name.removeprefix("fold")
+            if fold.isdecimal():
+                logs.setdefault(recipe, {})[int(fold)] = pd.DataFrame(read_lines(path))
+        if not logs:
+            raise UserError(f"no training has begun; run: {self.hint('04_train.py')}")
+        return {name: dict(sorted(folds.items())) for name, folds in sorted(logs.items())}
+
+    def run_folder(self, recipe: str, fold: int) -> Path:
+        return self.folder / "runs" / recipe / f"fold{fold}"
+
+    def run_record(self, recipe: str, fold: int) -> dict:
+        """Return the sidecar of a finished training, {} before that."""
+        path = sidecar(self.run_folder(recipe, fold) / "best.pt")
+        return read_json(path) if path.is_file() else {}
+
+    def run_recipe(self, recipe: str, fold: int) -> Recipe | None:
+        """Return the recipe that a finished training was made with."""
+        parameters = self.run_record(recipe, fold).get("parameters")
+        return from_dict({key: value for key, value in parameters.items() if key not in ("fold", "seed")}) if parameters else None
+
+    def run_tables(self, recipe: str, name: str) -> dict[int, pd.DataFrame]:
+        """Return fold -> a CSV file of a recipe's trainings, of the folds that have it."""
+        paths = {fold: self.run_folder(recipe, fold) / name for fold in self.runs.get(recipe, {})}
+        return {fold: read_table(path, "") for fold, path in paths.items() if path.is_file()}
+
+    # --- predictions and what follows
+
+    @cached_property
+    def thresholds(self) -> dict:
+        path = self.folder / "thresholds.json"
+        if not path.is_file():
+            raise UserError(f"{path} is missing; run: {self.hint('06_thresholds.py')}")
+        return read_json(path)
+
+    @cached_property
+    def recipes(self) -> list[str]:
+        """The recipes of the ensemble that stage 06 scored, or the first one with predictions."""
+        if (self.folder / "thresholds.json").is_file():
+            return self.thresholds["recipes"]
+        found = sorted(path.parent.name for path in (self.folder / "predictions").glob("*/oof.npz"))
+        if not found:
+            raise UserError(f"there are no out-of-fold predictions; run: {self.hint('05_predict_oof.py')}")
+        return found[:1]
+
+    def predictions(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return Ids (n,) and the recipes' mean probabilities (n, 28) of oof, test or held_out."""
+        paths = [prediction_file(self.folder, recipe, part) for recipe in self.recipes]
+        hint = self.hint(f"05_predict_oof.py --recipes {','.join(self.recipes)}")
+        return mean_predictions([load_predictions(path, hint) for path in paths], [str(path) for path in paths])
+
+    @cached_property
+    def oof(self) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+        """Return the predicted rows of folds.csv, their targets (n, 28) bool and out-of-fold probabilities (n, 28)."""
+        ids, probs = self.predictions("oof")
+        rows = self.folds.set_index("Id")
+        if not set(ids) <= set(rows.index):
+            raise UserError(f"the predictions are for other samples than folds.csv has; run: {self.hint('05_predict_oof.py')}")
+        rows = rows.loc[ids].reset_index()
+        return rows, parse_targets(rows["Target"]), probs
+
+    @cached_property
+    def cuts(self) -> np.ndarray:
+        """Thresholds of the classes, (28,): stage 06's, or 0.5 before it has run."""
+        try:
+            return np.array(self.thresholds["thresholds"])
+        except UserError:
+            return np.full(len(CLASS_NAMES), 0.5)
+
+    @cached_property
+    def submission(self) -> pd.DataFrame:
+        table = read_table(self.folder / "submission.csv", self.hint("07_ensemble.py"))
+        return table.astype({"Predicted": str})
+
+    # --- what state it is in
+
+    def state(self, artifact: str, inputs: dict[str, str]) -> tuple[str, dict]:
+        """Return in words whether an artifact is there and from the inputs that are there now, and its sidecar.
+
+        inputs : name in the sidecar -> path in the work folder
+        """
+        path = self.folder / artifact
+        if not sidecar(path).is_file():
+            return "unfinished" if path.is_file() else "not made yet", {}
+        record = read_json(sidecar(path))
+        older = [name for name, place in inputs.items()
+                 if name in record["inputs"] and record["inputs"][name] != self.fingerprint(self.folder / place)]
+        return f"from an older {', '.join(older)}: run its stage again" if older else "complete", record

@@ -1,0 +1,162 @@
+"""The page to look at: after any stage, in a browser, with hostile names, and of one sample."""
+
+import json
+import re
+import shutil
+
+import pandas as pd
+import pytest
+
+from common.artifacts import load_predictions, save_predictions
+from common.demo_data import make_demo_data
+from common.files import write_json
+from common.page import render
+from common.report import collect, report_page
+from common.sample_page import sample_page
+from common.work import Work
+from tests.browser import check_page, click_heading, column, show
+
+RECIPE = "demo-quick"
+SECTIONS = ["overview", "data", "duplicates", "folds", "training", "predictions", "scores", "errors", "submission"]
+ATTACK = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def work(run_script, tmp_path_factory):
+    """A work folder of all stages on a small demo, with the page; read only."""
+    folder = tmp_path_factory.mktemp("report")
+    make_demo_data(folder / "data", n_train=60, n_test=10)
+    places = ("--data", folder / "data", "--work", folder / "work")
+    out = run_script("run_all.sh", *places, "--quick", "--recipes", "demo", "--set", "cycle_epochs=2", "--set", "buffers=16",
+                     "--set", "finder=record", "--set", "min_cycle_gain=0").stdout
+    assert re.fullmatch(r"08_report: \d\.\d MB, open it in a browser: .*/work/report.html", out.splitlines()[-1])
+    return folder / "work"
+
+
+def sections_of(work) -> dict:
+    return {section.key: section for section in collect(Work(work))}
+
+
+def test_the_page_in_a_browser(work, browser):
+    check_page(browser, work / "report.html")
+    show(browser, work / "report.html")
+    found = browser.execute_script("return [...document.querySelectorAll('main > section')].map(section => section.id)")
+    assert found == SECTIONS
+    assert len(browser.execute_script("return [...document.images].map(image => image.alt)")) > 40
+    assert not browser.execute_script("return document.querySelectorAll('.left-out-note').length")
+
+    # A click sorts by numbers, the largest first; another one turns that round; text goes from A to Z.
+    classes = sections_of(work)["data"].blocks[2].frame
+    table = browser.execute_script("return [...document.querySelectorAll('table')].findIndex(t => t.closest('#data'))")
+    click_heading(browser, table, 1)
+    assert column(browser, table, 1) == [str(n) for n in sorted(classes["labelled"], reverse=True)]
+    click_heading(browser, table, 1)
+    assert column(browser, table, 1) == [str(n) for n in sorted(classes["labelled"])]
+    click_heading(browser, table, 0)
+    assert column(browser, table, 0) == sorted(classes["class"], key=str.lower)
+
+
+def test_dark_readers_get_a_dark_page(work, browser):
+    def colours(scheme):
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        return browser.execute_script("const colour = e => getComputedStyle(document.querySelector(e));"
+                                      "return [colour('section').backgroundColor, colour('.plot text').fill]")
+
+    show(browser, work / "report.html")
+    assert colours("light") == ["rgb(255, 255, 255)", "rgb(27, 31, 36)"]
+    assert colours("dark") == ["rgb(26, 29, 33)", "rgb(232, 234, 237)"]
+
+
+def test_the_real_samples_in_a_browser(real_run, browser):
+    folder, _ = real_run
+    check_page(browser, folder / "report.html")
+    assert browser.execute_script("return document.querySelectorAll('main > section').length") == len(SECTIONS)
+    assert not browser.execute_script("return document.querySelectorAll('.left-out-note').length")
+
+
+def test_one_sample_in_a_browser(work, run_script, browser, tmp_path):
+    samples = pd.read_csv(work / "samples.csv", dtype=str)
+    for part in ("train", "test", "external"):
+        Id = samples["Id"][samples["part"] == part].iloc[0]
+        page = tmp_path / "sample.html"
+        page.write_text(sample_page(Work(work), Id), encoding="utf-8")
+        check_page(browser, page)
+        text = browser.execute_script("return document.querySelector('#heat').textContent")
+        assert {"train": "which this network was not trained on", "test": "which no network was trained on",
+                "external": "so that this network was trained on it"}[part] in text
+        assert browser.execute_script("return document.querySelectorAll('#heat img').length") > 0
+    run_script("08_report.py", "--work", work, "--sample", Id, "--recipe", RECIPE)
+    assert (work / f"sample_{Id}.html").read_bytes() == page.read_bytes()
+    message = browser.execute_script("return document.querySelector('#probabilities').textContent")
+    assert "Left out: stage 05 predicts test samples and, out of fold, labelled ones; this one is in neither" in message
+
+
+def test_after_each_stage_the_rest_is_left_out_with_what_to_run(work, tmp_path):
+    def copy(*names):
+        for name in names:
+            for path in work.glob(name):
+                target = tmp_path / path.relative_to(work)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+        return {key: section.note for key, section in sections_of(tmp_path).items() if section.note}
+
+    missing = copy()
+    assert list(missing) == SECTIONS[1:] and "samples.csv is missing; run: python 01_preprocess.py" in missing["data"]
+    assert list(copy("samples.csv*", "images/*.csv")) == SECTIONS[2:]  # the images themselves are not needed
+    assert "image not stored" in report_page(Work(tmp_path))
+    assert "no training has begun; run: python 04_train.py" in copy("duplicate*", "folds*")["training"]
+    assert list(copy("runs/*/fold0/log.jsonl")) == SECTIONS[5:]
+    assert list(copy("predictions")) == ["scores", "submission"]
+    assert list(copy("thresholds*")) == ["submission"]
+
+
+def test_the_page_says_what_is_older_and_what_is_damaged(work, tmp_path):
+    shutil.copytree(work, tmp_path, dirs_exist_ok=True)
+    folds = pd.read_csv(tmp_path / "folds.csv", dtype=str)
+    folds.iloc[::-1].to_csv(tmp_path / "folds.csv", index=False)
+    ids, probs = load_predictions(tmp_path / "predictions" / RECIPE / "oof.npz", "")
+    stages = Work(tmp_path)
+    states = next(block for block in collect(stages)[0].blocks if block.kind == "table").frame.set_index("stage")["state"]
+    assert states["02 dedup"] == "complete" and states["04 train"] == "from an older folds.csv: run its stage again"
+    assert states["09 tables"] == "not made yet"
+    save_predictions(tmp_path / "predictions" / RECIPE / "oof.npz", [f"other-{k}" for k in range(len(ids))], probs)
+    (tmp_path / "duplicates.csv").write_text('Id,part\n"cut off')
+    (tmp_path / "runs" / RECIPE / "fold0" / "log.jsonl").write_text('{"epoch": 1, "tr')
+    notes = {key: section.note for key, section in sections_of(tmp_path).items() if section.note}
+    assert "the predictions are for other samples than folds.csv has; run: python 05" in notes["predictions"]
+    assert "duplicates.csv is not the table that its stage wrote" in notes["duplicates"] and "run: python 02_dedup.py" in notes["duplicates"]
+    assert "log.jsonl is damaged" in notes["training"] and "train its fold again" in notes["training"]
+
+
+def test_the_same_artifacts_make_the_same_page(work):
+    assert report_page(Work(work)) == (work / "report.html").read_text(encoding="utf-8")
+
+
+def test_names_from_files_are_never_markup(work, tmp_path, browser):
+    shutil.copytree(work, tmp_path, dirs_exist_ok=True)
+    samples = pd.read_csv(tmp_path / "samples.csv", dtype=str, keep_default_na=False)
+    victim = samples["Id"][samples["part"] == "train"].iloc[0]
+    for path in tmp_path.glob("*.csv"):
+        path.write_text(path.read_text().replace(victim, ATTACK))
+    for kind in ("runs", "predictions"):
+        (tmp_path / kind / RECIPE).rename(tmp_path / kind / ATTACK)
+    for path in (tmp_path / "predictions").glob("*/oof.npz"):
+        ids, probs = load_predictions(path, "")
+        save_predictions(path, [ATTACK if Id == victim else Id for Id in ids], probs)
+    found = json.loads((tmp_path / "thresholds.json").read_text()) | {
+        "recipes": [ATTACK],
+        "members": [{"name": ATTACK, "score_cross_fitted": 0.5, "interval": [0.4, 0.6], "leave_one_out": 0.4}]}
+    write_json(tmp_path / "thresholds.json", found)
+    sections = collect(Work(tmp_path))
+    assert not any(section.note for section in sections)
+    page = tmp_path / "attack.html"
+    page.write_text(render(ATTACK, ATTACK, sections), encoding="utf-8")
+    assert "&lt;img src=x" in page.read_text() and ATTACK not in page.read_text()
+    check_page(browser, page)
+    assert "Members of the ensemble" in page.read_text() and "0.40–0.60" in page.read_text()
+
+
+def test_mistakes(fails, work, tmp_path):
+    assert "nowhere is missing; run: bash run_all.sh" in fails("08_report.py", "--work", tmp_path / "nowhere")
+    assert "there is no sample 'nobody'" in fails("08_report.py", "--work", work, "--sample", "nobody")
+    assert "there is no sample '../samples'" in fails("08_report.py", "--work", work, "--sample", "../samples")
