@@ -56,7 +56,7 @@ def contents(work: Path) -> dict[str, bytes]:
     """Return the files of a work folder but those that tell times or only help to go on."""
     passing = ("journal.jsonl", "log.jsonl", "last.pt")
     return {str(path.relative_to(work)): path.read_bytes() for path in work.rglob("*")
-            if path.is_file() and path.name not in passing and not path.name.endswith(".meta.json")}
+            if path.is_file() and path.name not in passing and not path.name.endswith((".meta.json", ".lock", ".lock.json"))}
 
 
 def test_a_disk_that_is_full_at_each_write_of_each_stage_in_turn(call, small_data, tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_a_disk_that_is_full_at_each_write_of_each_stage_in_turn(call, small_dat
             disk.writes, disk.fails = 0, fails
             code, error = call(script, small_data, work)
             assert code == 2 and error.count("error: ") == 1 and "Traceback" not in error, error
-            assert "No space left on device: " in error and "check that the folder exists, can be written and has space" in error
+            assert "No space left on device" in error and ("can be written and has space" in error or "make room" in error)
             made = contents(work)
             assert all(made[name] == good[name] for name in made if not name.endswith("best.pt")), (script, fails)
             assert not [name for name in made if ".tmp" in name]
@@ -131,9 +131,9 @@ def test_folders_that_cannot_be_written_and_input_that_goes_away(call, small_dat
             if json.loads(path.read_text())["stage"] == script.removesuffix(".py"):
                 path.unlink()
         before = contents(work)
-        with read_only(work):
+        with read_only(work):  # a mode gives "Permission denied" where a mount gives the other
             code, error = call(script, small_data, work)
-        assert code == 2 and error.count("error: ") == 1 and "can be written" in error, error
+        assert code == 2 and error.count("error: ") == 1 and any(why in error for why in ("Read-only file system", "Permission denied")), error
         assert contents(work) == before
         assert call(script, small_data, work) == (0, "")
 
