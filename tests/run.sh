@@ -4,6 +4,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source common/setup.sh requirements.txt tests/requirements.txt
-coverage=()
-[ $# -gt 0 ] || coverage=(--cov --cov-config=tests/coveragerc --cov-fail-under=90)
-exec "$PYTHON" -m pytest "${coverage[@]}" "${@:-tests}"
+all=()
+if [ $# -eq 0 ]; then
+    all=(--numprocesses auto --maxprocesses 8 --dist loadfile --cov --cov-config=tests/coveragerc --cov-fail-under=90)
+    export OMP_NUM_THREADS=1  # each process has a core to itself
+fi
+exec "$PYTHON" -m pytest "${all[@]}" "${@:-tests}"
