@@ -41,11 +41,11 @@ def newton_step(coefs, positives, everything, mean, precision) -> tuple[np.ndarr
     hessian = ((everything * q * (1 - q)) @ products).reshape(-1, 3, 3) + precision
     step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
     before = log_posterior(coefs, positives, everything, mean, precision)
-    for _ in range(12):
-        worse = log_posterior(coefs + step, positives, everything, mean, precision) < before - 1e-9
+    for halvings in range(30):
+        worse = log_posterior(coefs + step, positives, everything, mean, precision) < before
         if not worse.any():
             break
-        step[worse] /= 2
+        step[worse] *= 0.5 if halvings < 29 else 0
     return coefs + step, np.linalg.inv(hessian)
 
 

@@ -8,7 +8,7 @@ from common.progress import progress
 from common.thresholds import FEW, METHODS, cross_fit, evaluate_thresholds, find_thresholds, repeated_folds
 
 COMBINATIONS = ("mean", "weighted", "rank")
-N_WEIGHED, ROUNDS = 50_000, 50  # samples that weights are found on, rounds of EM
+N_WEIGHED = 50_000  # samples that weights are found on at most
 
 
 def align(ids: np.ndarray, probs: np.ndarray, wanted: np.ndarray, name: str, cure: str = "") -> np.ndarray:
@@ -64,21 +64,26 @@ def combine(stack: np.ndarray, how: str, weights=None) -> np.ndarray:
 def find_weights(targets: np.ndarray, stack: np.ndarray) -> np.ndarray:
     """Return the weights on the simplex, (n_members,), whose mean gives the labels the highest likelihood.
 
-    Every class counts alike: its samples are weighted by 1 / its positives. EM for the shares of a mixture climbs in each
-    round and never leaves the simplex. More than N_WEIGHED samples are thinned out evenly.
+    Every class counts alike: its samples are weighted by 1 / its positives. The likelihood is concave, so there is one
+    best place. More than N_WEIGHED samples are thinned out evenly.
     """
+    from scipy.optimize import minimize  # slow to import
+
     every = -(-len(targets) // N_WEIGHED)
     targets, stack = targets[::every], stack[:, ::every]
-    cells = np.where(targets, stack, 1 - stack).clip(1e-6)  # what each member gives to what is true
+    given = np.where(targets, stack, 1 - stack).clip(1e-6)  # what each member gives to what is true
     positives = targets.sum(axis=0)
-    importance = np.divide(1, positives, out=np.zeros(len(positives)), where=positives > 0)
-    weights = np.full(len(stack), 1 / len(stack))
-    if not importance.any():
-        return weights
-    for _ in range(ROUNDS):
-        shares = np.einsum("mnc,nc,c->m", cells, 1 / np.tensordot(weights, cells, 1), importance) * weights
-        weights = shares / shares.sum()
-    return weights
+    importance = np.divide(1, positives, out=np.zeros(len(positives)), where=positives > 0) / max(1, (positives > 0).sum())
+
+    def loss(weights):
+        mixed = np.tensordot(weights, given, 1)
+        return -(np.log(mixed).sum(axis=0) @ importance), -np.einsum("mnc,nc,c->m", given, 1 / mixed, importance)
+
+    n = len(stack)
+    found = minimize(loss, np.full(n, 1 / n), jac=True, method="SLSQP", bounds=[(0, 1)] * n,
+                     constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1})
+    weights = np.clip(found.x, 0, 1)
+    return weights / weights.sum()
 
 
 def evaluate_ensemble(targets, stack, names: list[str], groups, method: str, how: str, prior=None) -> dict:

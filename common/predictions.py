@@ -59,10 +59,10 @@ def read_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if "Id" not in header or len(columns) != N_CLASSES:
         raise UserError(f"{path}: expected the column Id and {N_CLASSES} columns of probabilities, found "
                         f"{'' if 'Id' in header else 'no '}Id and {len(columns)} others: {', '.join(header[:5])} ...")
+    check_ids(path, frame["Id"])
     words = [name for name in columns if not pd.api.types.is_numeric_dtype(frame[name])]
     if words:
         raise UserError(f"{path}: expected numbers, found other text in these columns:\n{listing(words)}")
-    check_ids(path, frame["Id"])
     return checked(path, frame["Id"].to_numpy(str), frame[in_label_order(path, columns)].to_numpy())
 
 
