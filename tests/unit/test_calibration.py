@@ -58,7 +58,8 @@ def test_the_threshold_is_half_the_best_f1_where_probabilities_are_right():
     np.testing.assert_allclose(calibrated_thresholds(targets, probs), best / 2, atol=0.04)
 
 
-@pytest.mark.parametrize("distort", [lambda p: p, lambda p: p**3, np.sqrt, lambda p: 0.1 + 0.6 * p, lambda p: expit(logit(p) / 3)])
+@pytest.mark.parametrize("distort", [lambda p: p, lambda p: p**3, np.sqrt, lambda p: 0.1 + 0.6 * p,
+                                     lambda p: expit(logit(p) / 3)])
 def test_it_is_better_than_greedy_on_unseen_rows_whatever_the_scale(distort):
     def scaled(probs):
         return distort(np.clip(probs.astype(np.float64), 1e-6, 1 - 1e-6)).astype(np.float32)
