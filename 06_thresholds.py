@@ -67,7 +67,6 @@ def main():
                   {labels.name: labels, **dict(zip(names, sources, strict=True)), **aside, **also})
     if stage.is_current():
         return
-    stage.begin()
     wanted = labelled["Id"].to_numpy() if args.oof else members[0][0]
     if args.common_ids:
         members, wanted = keep_common(members, wanted)
@@ -82,6 +81,7 @@ def main():
         rows = labelled_rows(labelled, members[0][0], hint)
         probs = combine(stack_members(members, names), args.combine, result["weights"])
         result |= score_held_out(parse_targets(rows["Target"]), probs, rows["group"].to_numpy(), result["thresholds"])
+    stage.begin()
     write_json(stage.artifact, result)
     stage.finish(rows=len(wanted))
     print("06_thresholds: " + "\n  ".join(describe_ensemble(result)))

@@ -76,7 +76,6 @@ def main():
                   {order.name: order, "thresholds.json": found, **dict(zip(names, sources, strict=True)), **also})
     if stage.is_current():
         return
-    stage.begin()
     probs = combine(stack_members(members, names, wanted), thresholds["combine"], thresholds["weights"])
     predicted = decide(probs, np.array(thresholds["thresholds"]), fallback)
     if known is not None:
@@ -85,6 +84,7 @@ def main():
     check_submission(submission, wanted)
     lost = left_out_samples(args.work / "left_out.csv") if own else []
     submission = with_empty_rows(submission, lost) if len(lost) else submission
+    stage.begin()
     write_csv(stage.artifact, submission)
     stage.finish(rows=len(submission))
     report(stage.artifact, submission, predicted, thresholds, names, known, lost)
@@ -99,10 +99,13 @@ def wanted_ids(args, order, own):
 
 
 def read_thresholds(path, recipes, makes):
-    """Read thresholds.json; it must be for these recipes, where they are given."""
+    """Read thresholds.json, whole and for these recipes, where they are given."""
     if not path.is_file():
         raise UserError(f"{path} is missing; run: python 06_thresholds.py {makes}")
     thresholds = read_json(path)
+    missing = {"recipes", "combine", "weights", "thresholds"} - set(thresholds)
+    if missing:
+        raise UserError(f"{path} has no {', '.join(sorted(missing))}; run: python 06_thresholds.py {makes}")
     if recipes and thresholds["recipes"] != recipes:
         raise UserError(f"{path} was made for {','.join(thresholds['recipes'])}; run: python 06_thresholds.py {makes}")
     return thresholds

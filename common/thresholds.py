@@ -7,6 +7,7 @@ import numpy as np
 
 from common.calibration import calibrated_thresholds
 from common.classes import CLASS_NAMES
+from common.errors import UserError
 from common.folds import stratified_group_folds
 from common.metrics import (bootstrap_f1, bootstrap_macro_f1, class_f1, class_intervals, f1_from_counts, macro_f1,
                             macro_interval)
@@ -93,6 +94,8 @@ def find_thresholds(targets: np.ndarray, probs: np.ndarray, method: str, prior: 
 def repeated_folds(targets, groups, n_folds: int = 5, repeats: int = 3, seed: int = 0) -> list[np.ndarray]:
     """Return fold numbers (n,) for each repeat: stratified, whole groups, fewer folds where there are fewer groups."""
     n_folds = min(n_folds, len(np.unique(groups)))
+    if n_folds < 2:
+        raise UserError(f"{len(targets)} samples in {n_folds} groups leave none to try thresholds on; give at least 2 groups")
     return [stratified_group_folds(targets, groups, n_folds, seed + repeat) for repeat in range(repeats)]
 
 
