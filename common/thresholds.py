@@ -48,15 +48,19 @@ def greedy_thresholds(targets: np.ndarray, probs: np.ndarray, grid: np.ndarray =
 
 
 def exact_thresholds(targets: np.ndarray, probs: np.ndarray) -> np.ndarray:
-    """Return per-class thresholds as `greedy_thresholds` does, with every distinct probability as a candidate."""
+    """Return per-class thresholds as `greedy_thresholds` does, with every distinct probability as a candidate.
+
+    The best one is always a positive sample's: going up to the next positive takes false positives away and nothing else.
+    """
     thresholds = np.full(targets.shape[1], single_threshold(targets, probs))
-    for c, (target, prob) in enumerate(zip(targets.T, probs.T, strict=True)):
-        order = np.argsort(prob, kind="stable")
-        values, first = np.unique(prob[order], return_index=True)
-        tp = target[order][::-1].cumsum()[::-1][first]
-        curve = f1_from_counts(tp, len(prob) - first - tp, target.sum() - tp)
-        if curve.max() > class_f1(target[:, None], prob[:, None] >= thresholds[c])[0]:
-            thresholds[c] = values[curve.argmax()]
+    for c in np.flatnonzero(targets.any(axis=0)):
+        target, prob = targets[:, c], probs[:, c]
+        right, every = np.sort(prob[target]), np.sort(prob)
+        candidates = np.append(np.unique(right), thresholds[c])
+        tp, called = (len(values) - np.searchsorted(values, candidates) for values in (right, every))
+        curve = f1_from_counts(tp, called - tp, len(right) - tp)
+        if curve.max() > curve[-1]:
+            thresholds[c] = candidates[curve.argmax()]
     return thresholds
 
 
