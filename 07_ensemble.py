@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common.artifacts import Stage, read_json, read_table, write_csv
+from common.artifacts import Stage, read_table, write_csv
 from common.ensemble import combine, stack_members
 from common.errors import UserError, listing
 from common.labels import read_csv
 from common.predictions import member_files, read_members
 from common.submission import (check_submission, decide, frequency_table, known_labels, left_out_samples, override,
-                               submission_table, with_empty_rows)
+                               read_thresholds, submission_table, with_empty_rows)
 
 
 def parse_args():
@@ -96,19 +96,6 @@ def wanted_ids(args, order, own):
         return read_csv(order)["Id"].to_numpy()
     samples = read_table(order, f"python 01_preprocess.py --data {args.data} --work {args.work}")
     return samples.loc[samples["part"] == "test", "Id"].to_numpy()
-
-
-def read_thresholds(path, recipes, makes):
-    """Read thresholds.json, whole and for these recipes, where they are given."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; run: python 06_thresholds.py {makes}")
-    thresholds = read_json(path)
-    missing = {"recipes", "combine", "weights", "thresholds"} - set(thresholds)
-    if missing:
-        raise UserError(f"{path} has no {', '.join(sorted(missing))}; run: python 06_thresholds.py {makes}")
-    if recipes and thresholds["recipes"] != recipes:
-        raise UserError(f"{path} was made for {','.join(thresholds['recipes'])}; run: python 06_thresholds.py {makes}")
-    return thresholds
 
 
 def report(path, submission, predicted, thresholds, names, known, lost):

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from common.arrays import read_arrays
 from common.artifacts import check_probabilities, load_predictions, prediction_file
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.errors import UserError, listing
-from common.labels import check_ids, read_csv
+from common.errors import UserError, first_line, listing
+from common.labels import check_samples, read_csv
 
 
 def member_files(given: list[Path] | None, work: Path, recipes: list[str], part: str) -> tuple[list[str], list[Path]]:
@@ -36,30 +37,30 @@ def read_predictions(path: Path, ids: Path | None = None) -> tuple[np.ndarray, n
     if path.suffix == ".npz":
         return load_predictions(path, f"python 05_predict_oof.py, or give {path.name} as a CSV file with Id and 28 columns")
     if path.suffix == ".csv":
-        return read_table(path)
+        return read_prediction_table(path)
     if path.suffix != ".npy":
         raise UserError(f"{path}: expected predictions as .npz, .csv or .npy")
     if ids is None:
         raise UserError(f"{path} has no Ids; name a CSV file with a column Id in the order of its rows: --ids CSV")
     try:
-        probs = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        probs = read_arrays(path)[""]
+    except (ValueError, KeyError) as error:
         raise UserError(f"{path} is not an array that can be read ({error})") from None
     return checked(path, read_csv(ids)["Id"].to_numpy(str), probs)
 
 
-def read_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_prediction_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a CSV file with Id and 28 columns of probabilities."""
     try:
         header = list(pd.read_csv(path, nrows=0).columns)
         columns = [name for name in header if name != "Id"]
         frame = pd.read_csv(path, dtype={"Id": str}, keep_default_na=False, na_values=dict.fromkeys(columns, ["", "NaN", "nan"]))
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a CSV file with Id and {N_CLASSES} columns: {str(error).strip()}") from None
+    except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
+        raise UserError(f"{path} is not a CSV file with Id and {N_CLASSES} columns: {first_line(error)}") from None
     if "Id" not in header or len(columns) != N_CLASSES:
         raise UserError(f"{path}: expected the column Id and {N_CLASSES} columns of probabilities, found "
                         f"{'' if 'Id' in header else 'no '}Id and {len(columns)} others: {', '.join(header[:5])} ...")
-    check_ids(path, frame["Id"])
+    check_samples(frame["Id"], path)
     words = [name for name in columns if not pd.api.types.is_numeric_dtype(frame[name])]
     if words:
         raise UserError(f"{path}: expected numbers, found other text in these columns:\n{listing(words)}")

@@ -5,10 +5,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts import read_table
+from common.artifacts import read_json, read_table
 from common.classes import CLASS_NAMES
 from common.errors import UserError, listing
 from common.labels import format_targets, is_target, parse_targets
+
+
+def read_thresholds(path: Path, recipes: list[str] | None, makes: str) -> dict:
+    """Read thresholds.json, whole and for these recipes, where they are given; `makes` are stage 06's flags."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run: python 06_thresholds.py {makes}")
+    thresholds = read_json(path)
+    missing = {"recipes", "combine", "weights", "thresholds"} - set(thresholds)
+    if missing:
+        raise UserError(f"{path} has no {', '.join(sorted(missing))}; run: python 06_thresholds.py {makes}")
+    if recipes and thresholds["recipes"] != recipes:
+        raise UserError(f"{path} was made for {','.join(thresholds['recipes'])}; run: python 06_thresholds.py {makes}")
+    return thresholds
 
 
 def decide(probs: np.ndarray, thresholds: np.ndarray, fallback: str) -> np.ndarray:

@@ -16,7 +16,8 @@ def own(tmp_path):
     """Out-of-fold and test predictions of two networks as .npz, .csv and .npy, labels and a sample submission."""
     targets, probs = simulated(150)
     ids, test_ids = np.array([f"s{i}" for i in range(150)]), np.array([f"t{i}" for i in range(40)])
-    pd.DataFrame({"Id": ids, "Target": [text or "0" for text in format_targets(targets)]}).to_csv(tmp_path / "train.csv", index=False)
+    labels = pd.DataFrame({"Id": ids, "Target": [text or "0" for text in format_targets(targets)]})
+    labels.to_csv(tmp_path / "train.csv", index=False)
     pd.DataFrame({"Id": test_ids, "Predicted": "0"}).to_csv(tmp_path / "sample_submission.csv", index=False)
     order = np.random.default_rng(0).permutation(150)
     save_predictions(tmp_path / "a.npz", ids[order], probs[order])
@@ -77,7 +78,8 @@ def test_what_does_not_fit_together_is_one_clear_error(own, fails, run_script):
     assert "a.npz has unexpected 1 Ids (--common-ids leaves them out):\n  s0" in fails(*find, own / "fewer.csv")
     pd.concat([labels, pd.DataFrame({"Id": ["s150"], "Target": ["3"]})]).to_csv(own / "more.csv", index=False)
     assert "a.npz lacks 1 Ids (--common-ids leaves them out):\n  s150" in fails(*find, own / "more.csv")
-    assert "150 Ids are in all files; of the labelled ones 1 are left out" in run_script(*find, own / "more.csv", "--common-ids").stdout
+    out = run_script(*find, own / "more.csv", "--common-ids").stdout
+    assert "150 Ids are in all files; of the labelled ones 1 are left out" in out
     assert "none.csv is missing" in fails(*find, own / "none.csv")
 
     decide = ("07_ensemble.py", "--thresholds", own / "w" / "thresholds.json", "--sample", own / "sample_submission.csv",
