@@ -1,82 +1,118 @@
-"""Find a threshold per class on the averaged out-of-fold probabilities: a single one, then greedily per class.
+"""Find a threshold per class on out-of-fold probabilities, and say what they are worth on samples they have not seen.
 
-reads   WORK/predictions/<recipe>/oof.npz of each recipe, and held_out.npz where there is one, WORK/folds.csv
-writes  WORK/thresholds.json   method, recipes, thresholds (28), single, score_cross_fitted, interval,
-                               score_in_sample, per_class; score_held_out, interval_held_out
+reads   WORK/predictions/<recipe>/oof.npz of each recipe, and held_out.npz where there is one, WORK/folds.csv;
+        or, with --oof, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids) and the --labels of their Ids
+writes  WORK/thresholds.json   method, recipes, combine, weights, thresholds (28), single, score_cross_fitted, interval,
+                               score_in_sample, per_class, members, combinations, methods; score_held_out,
+                               interval_held_out; with --reproduce method, thresholds, limits, fallback
 
-Its first figure is cross-fitted: macro F1 on rows that the thresholds were not searched on.
+Its first figure is cross-fitted: macro F1 on rows that neither thresholds nor weights were searched on.
 
-example python 06_thresholds.py --work work --recipes resnet50
+example python 06_thresholds.py --work work --recipes resnet50,senet
+        python 06_thresholds.py --oof a.npz b.csv --labels train.csv --work work
+        python 06_thresholds.py --oof test.npy --ids sample_submission.csv --reproduce submission.csv --work work
 """
 
+from pathlib import Path
+
 from common import cli
-from common.artifacts import Stage, load_predictions, read_table
-from common.ensemble import mean_predictions
+from common.artifacts import Stage, read_table
+from common.ensemble import (COMBINATIONS, align, combine, describe_ensemble, evaluate_ensemble, keep_common,
+                             stack_members)
 from common.errors import UserError, listing
 from common.files import write_json
-from common.labels import absent_classes, parse_targets
-from common.thresholds import METHODS, evaluate_thresholds, score_held_out
+from common.labels import parse_targets, read_csv, read_labels
+from common.predictions import member_files, read_groups, read_members, read_predictions
+from common.submission import check_submission, recover
+from common.thresholds import METHODS, score_held_out
 
 
 def parse_args():
     parser = cli.parser(__doc__)
     parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
-                        help="recipes whose probabilities are averaged (default: resnet50)")
-    parser.add_argument("--method", default="greedy", choices=METHODS,
-                        help="one threshold for all classes, or the paper's greedy search from there (default)")
+                        help="recipes whose probabilities are combined (default: resnet50)")
+    parser.add_argument("--method", default="calibrated", choices=METHODS,
+                        help="calibrated (default): highest expected F1 after calibration, rare classes lean on the others; "
+                             "half: 0.5; single: one for all; greedy: the paper's search; exact: every distinct probability; "
+                             "ratio: predict each class as often as it is to be expected")
+    parser.add_argument("--combine", default="mean", choices=COMBINATIONS,
+                        help="plain mean of the members (default), mean with weights found out of fold, mean of ranks")
+    parser.add_argument("--prior", type=Path, metavar="CSV", help="labels (Id,Target) whose class shares --method ratio is to "
+                                                                  "match (default: those of the out-of-fold samples)")
+    parser.add_argument("--oof", type=Path, nargs="+", metavar="FILE", help="predictions to use in place of the recipes'")
+    parser.add_argument("--ids", type=Path, metavar="CSV", help="Ids of the rows of .npy files")
+    parser.add_argument("--labels", type=Path, metavar="CSV", help="Id,Target of the --oof samples (default: DATA/train.csv)")
+    parser.add_argument("--groups", type=Path, metavar="CSV", help="Id,group of the --oof samples, such as WORK/duplicates.csv: "
+                                                                   "a group is never split (default: each sample by itself)")
+    parser.add_argument("--common-ids", action="store_true", help="leave out samples that some file lacks (default: refuse)")
+    parser.add_argument("--reproduce", type=Path, metavar="CSV",
+                        help="find the thresholds that make this submission of the one --oof file")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    sources = [args.work / "predictions" / recipe / "oof.npz" for recipe in args.recipes]
+    if args.reproduce:
+        return reproduce(args)
     hint = f"python 05_predict_oof.py --work {args.work} --recipes {','.join(args.recipes)}"
-    folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
-    members = [load_predictions(path, hint) for path in sources]
-    held_out = {f"{path.parent.name} held out": path for path in (source.with_name("held_out.npz") for source in sources)
-                if path.is_file()}
-    stage = Stage("06_thresholds", args.work / "thresholds.json", {"method": args.method, "recipes": args.recipes},
-                  {"folds.csv": args.work / "folds.csv", **dict(zip(args.recipes, sources, strict=True)), **held_out})
+    names, sources = member_files(args.oof, args.work, args.recipes, "oof")
+    members = read_members(sources, args.ids, None if args.oof else hint)
+    labels = (args.labels or args.data / "train.csv") if args.oof else args.work / "folds.csv"
+    labelled = read_labels(labels) if args.oof else read_table(labels, f"python 03_make_folds.py --work {args.work}")
+    aside = {} if args.oof else {f"{path.parent.name} held out": path for path in
+                                 (source.with_name("held_out.npz") for source in sources) if path.is_file()}
+    also = {name: path for name, path in {"prior": args.prior, "groups": args.groups, "ids": args.ids}.items() if path}
+    stage = Stage("06_thresholds", args.work / "thresholds.json",
+                  {"method": args.method, "combine": args.combine, "recipes": names, "common_ids": args.common_ids},
+                  {labels.name: labels, **dict(zip(names, sources, strict=True)), **aside, **also})
     if stage.is_current():
         return
-    stage.begin()
-    labelled = folds.set_index("Id")
-    rows, probs = labelled_mean(members, sources, labelled, hint)
+    wanted = labelled["Id"].to_numpy() if args.oof else members[0][0]
+    if args.common_ids:
+        members, wanted = keep_common(members, wanted)
+    stack = stack_members(members, names, wanted, cure=" (--common-ids leaves them out)" if args.oof else "")
+    rows = labelled_rows(labelled, wanted, hint)
+    groups = read_groups(args.groups, wanted) if args.groups else rows["group"].to_numpy() if "group" in rows else wanted
     targets = parse_targets(rows["Target"])
-    result = {"recipes": args.recipes, **evaluate_thresholds(targets, probs, rows["group"].to_numpy(), args.method)}
-    if len(held_out) == len(sources):
-        members = [load_predictions(path, hint) for path in held_out.values()]
-        unseen, probs = labelled_mean(members, held_out.values(), labelled, hint)
-        result |= score_held_out(parse_targets(unseen["Target"]), probs, result["thresholds"])
+    prior = parse_targets(read_labels(args.prior)["Target"]).mean(axis=0) if args.prior else None
+    result = {"recipes": names, **evaluate_ensemble(targets, stack, names, groups, args.method, args.combine, prior)}
+    if aside and len(aside) == len(sources):
+        members = read_members(aside.values(), None, hint)
+        rows = labelled_rows(labelled, members[0][0], hint)
+        probs = combine(stack_members(members, names), args.combine, result["weights"])
+        result |= score_held_out(parse_targets(rows["Target"]), probs, rows["group"].to_numpy(), result["thresholds"])
+    stage.begin()
     write_json(stage.artifact, result)
-    stage.finish(rows=len(rows))
-    report(result, targets)
+    stage.finish(rows=len(wanted))
+    print("06_thresholds: " + "\n  ".join(describe_ensemble(result)))
 
 
-def labelled_mean(members, sources, labelled, hint):
-    """Return the rows of folds.csv that are predicted, and the members' mean probabilities."""
-    ids, probs = mean_predictions(members, [str(path) for path in sources])
+def labelled_rows(labelled, ids, hint):
+    """Return the rows of the label table with the given Ids, in their order."""
+    labelled = labelled.set_index("Id")
     unknown = [Id for Id in ids if Id not in labelled.index]
     if unknown:
         raise UserError(f"the predictions have Ids that folds.csv does not have; run: {hint}\n{listing(unknown)}")
-    return labelled.loc[ids], probs
+    return labelled.loc[ids]
 
 
-def report(result, targets):
-    """Print the honest score first, the flattering one second."""
-    low, high = result["interval"]
-    print(f"06_thresholds: macro F1 {result['score_cross_fitted']:.3f} [{low:.3f}, {high:.3f}] cross-fitted, "
-          f"{result['n_samples']} out-of-fold samples, mean of {', '.join(result['recipes'])}")
-    print(f"  on the rows that the thresholds were searched on, so flattering: {result['score_in_sample']:.3f}; "
-          f"at 0.5: {result['score_at_half']:.3f}; single threshold: {result['single']:.2f}")
-    if "score_held_out" in result:
-        low, high = result["interval_held_out"]
-        print(f"  on the {result['n_held_out']} samples held out, decided by the mean of all folds: "
-              f"{result['score_held_out']:.3f} [{low:.3f}, {high:.3f}]")
-    absent = absent_classes(targets)
-    if absent:
-        print(f"  over the {result['n_present']} classes present: {result['score_cross_fitted_present']:.3f}; "
-              f"warning: {len(absent)} classes have no sample and count as 0: {', '.join(absent)}")
+def reproduce(args):
+    """Write the thresholds that make the submission --reproduce of the one file --oof."""
+    if not args.oof or len(args.oof) != 1:
+        raise UserError("--reproduce needs the one file of predictions that the submission was made from: --oof FILE")
+    submission = read_csv(args.reproduce, "Predicted")
+    check_submission(submission, submission["Id"])
+    ids, probs = read_predictions(args.oof[0], args.ids)
+    stage = Stage("06_thresholds", args.work / "thresholds.json", {"reproduce": True},
+                  {"predictions": args.oof[0], "submission": args.reproduce, **({"ids": args.ids} if args.ids else {})})
+    if stage.is_current():
+        return
+    result = recover(align(ids, probs, submission["Id"], str(args.oof[0])), submission)
+    stage.begin()
+    write_json(stage.artifact, {"recipes": [str(args.oof[0])], "combine": "mean", "weights": [1.0], **result})
+    stage.finish(rows=len(ids))
+    print(f"06_thresholds: {stage.artifact}: with these thresholds and the fallback {result['fallback']} all {len(ids)} rows of "
+          f"{args.reproduce} come out the same\n  " + " ".join(f"{value:g}" for value in result["thresholds"]))
 
 
 if __name__ == "__main__":

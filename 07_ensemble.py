@@ -1,69 +1,115 @@
-"""Average the test probabilities of all recipes, apply the thresholds and write the submission.
+"""Combine the test probabilities of all members, apply the thresholds and write the submission.
 
 reads   WORK/predictions/<recipe>/test.npz of each recipe, WORK/thresholds.json, WORK/samples.csv
         WORK/left_out.csv: test samples that stage 01 left out get an empty row
-writes  WORK/submission.csv   Id, Predicted in the order of sample_submission.csv, checked
+        or, with --test, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids), in the order in which
+        stage 06 had the --oof of the same networks, and --sample
+writes  WORK/submission.csv   Id, Predicted in the order of sample_submission.csv, checked (or --out)
 
 example python 07_ensemble.py --work work --recipes resnet50
+        python 07_ensemble.py --test a.npz b.csv --thresholds work/thresholds.json --sample sample_submission.csv
 """
 
 from common import cli  # first: from here on Ctrl+C is no traceback
 
-import numpy as np
-import pandas as pd
+from pathlib import Path
 
-from common.artifacts import Stage, load_predictions, read_json, read_table, write_csv
-from common.ensemble import align, check_submission, decide, mean_predictions, submission_table, with_empty_rows
+import numpy as np
+
+from common.artifacts import Stage, read_table, write_csv
+from common.ensemble import combine, stack_members
 from common.errors import UserError, listing
+from common.labels import read_csv
+from common.predictions import member_files, read_members
+from common.submission import (check_submission, decide, frequency_table, known_labels, left_out_samples, override,
+                               read_thresholds, submission_table, with_empty_rows)
 
 
 def parse_args():
     parser = cli.parser(__doc__)
     parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
-                        help="recipes whose probabilities are averaged (default: resnet50)")
-    parser.add_argument("--fallback", default="argmax", choices=("argmax", "empty"),
+                        help="recipes whose probabilities are combined (default: resnet50)")
+    parser.add_argument("--fallback", choices=("argmax", "empty"),
                         help="where no class passes its threshold: the most probable one (default) or none")
+    parser.add_argument("--test", type=Path, nargs="+", metavar="FILE", help="predictions to use in place of the recipes'")
+    parser.add_argument("--ids", type=Path, metavar="CSV", help="Ids of the rows of .npy files")
+    parser.add_argument("--thresholds", type=Path, metavar="JSON", help="default: WORK/thresholds.json")
+    parser.add_argument("--sample", type=Path, metavar="CSV",
+                        help="with --test: the submission's Ids in their order (default: DATA/sample_submission.csv)")
+    parser.add_argument("--out", type=Path, metavar="CSV", help="default: WORK/submission.csv")
+    parser.add_argument("--check", type=Path, metavar="CSV", help="only check this submission against --sample")
+    parser.add_argument("--override-duplicates", action="store_true",
+                        help="give test samples that are near-identical to labelled ones (WORK/duplicate_pairs.csv) their "
+                             "labels in place of the predicted ones; against the spirit of a test, so off by default")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     recipes = ",".join(args.recipes)
-    samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
-    wanted = samples.loc[samples["part"] == "test", "Id"].to_numpy()
+    own = not (args.test or args.check)
+    order = args.work / "samples.csv" if own else args.sample or args.data / "sample_submission.csv"
+    wanted = wanted_ids(args, order, own)
+    if args.check:
+        check_submission(read_csv(args.check, "Predicted"), wanted)
+        print(f"07_ensemble: {args.check} is a valid submission of {len(wanted)} rows")
+        return
     if len(wanted) == 0:
         print("07_ensemble: the data has no test samples, so there is no submission to make")
         return
-    found = args.work / "thresholds.json"
-    if not found.is_file():
-        raise UserError(f"{found} is missing; run: python 06_thresholds.py --work {args.work} --recipes {recipes}")
-    thresholds = read_json(found)
-    if thresholds["recipes"] != args.recipes:
-        raise UserError(f"{found} was made for {','.join(thresholds['recipes'])}; "
-                        f"run: python 06_thresholds.py --work {args.work} --recipes {recipes}")
-    sources = [args.work / "predictions" / recipe / "test.npz" for recipe in args.recipes]
-    hint = f"python 05_predict_oof.py --work {args.work} --recipes {recipes}"
-    members = [load_predictions(path, hint) for path in sources]
-    left_out = args.work / "left_out.csv"
-    stage = Stage("07_ensemble", args.work / "submission.csv", {"fallback": args.fallback, "recipes": args.recipes},
-                  {"samples.csv": args.work / "samples.csv", "thresholds.json": found,
-                   **dict(zip(args.recipes, sources, strict=True))})
+    found = args.thresholds or args.work / "thresholds.json"
+    makes = "--oof FILES --labels CSV" if args.test else f"--work {args.work} --recipes {recipes}"
+    thresholds = read_thresholds(found, None if args.test else args.recipes, makes)
+    names, sources = member_files(args.test, args.work, args.recipes, "test")
+    if len(names) != len(thresholds["weights"]):
+        raise UserError(f"{found} is for {len(thresholds['weights'])} members ({', '.join(thresholds['recipes'])}), found "
+                        f"{len(names)}: {', '.join(names)}; give the same networks in the same order")
+    members = read_members(sources, args.ids, None if args.test else
+                           f"python 05_predict_oof.py --work {args.work} --recipes {recipes}")
+    fallback = args.fallback or thresholds.get("fallback", "argmax")
+    also, known = {"ids": args.ids} if args.ids else {}, None
+    if args.override_duplicates:
+        also["pairs"] = args.work / "duplicate_pairs.csv"
+        known = known_labels(read_table(also["pairs"], f"python 02_dedup.py --work {args.work}"), wanted)
+    stage = Stage("07_ensemble", args.out or args.work / "submission.csv",
+                  {"fallback": fallback, "recipes": names, "override_duplicates": args.override_duplicates},
+                  {order.name: order, "thresholds.json": found, **dict(zip(names, sources, strict=True)), **also})
     if stage.is_current():
         return
-    stage.begin()
-    ids, probs = mean_predictions(members, [str(path) for path in sources])
-    predicted = decide(align(ids, probs, wanted, "the test predictions"), np.array(thresholds["thresholds"]), args.fallback)
-    lost = read_table(left_out, "") if left_out.is_file() else pd.DataFrame({"part": [], "Id": [], "place": []})
-    lost = lost[lost["part"] == "test"]
+    probs = combine(stack_members(members, names, wanted), thresholds["combine"], thresholds["weights"])
+    predicted = decide(probs, np.array(thresholds["thresholds"]), fallback)
+    if known is not None:
+        predicted = override(predicted, wanted, known)
     submission = submission_table(wanted, predicted)
     check_submission(submission, wanted)
-    submission = with_empty_rows(submission, lost)
+    lost = left_out_samples(args.work / "left_out.csv") if own else []
+    submission = with_empty_rows(submission, lost) if len(lost) else submission
+    stage.begin()
     write_csv(stage.artifact, submission)
     stage.finish(rows=len(submission))
-    low, high = thresholds["interval"]
-    print(f"07_ensemble: {stage.artifact}: {len(submission)} rows, {predicted.sum(axis=1).mean():.2f} labels a row, "
-          f"{predicted.any(axis=0).sum()} classes; mean of {', '.join(args.recipes)}; cross-fitted out-of-fold "
-          f"macro F1 {thresholds['score_cross_fitted']:.3f} [{low:.3f}, {high:.3f}]")
+    report(stage.artifact, submission, predicted, thresholds, names, known, lost)
+
+
+def wanted_ids(args, order, own):
+    """Return the Ids of the submission in its order."""
+    if not own:
+        return read_csv(order)["Id"].to_numpy()
+    samples = read_table(order, f"python 01_preprocess.py --data {args.data} --work {args.work}")
+    return samples.loc[samples["part"] == "test", "Id"].to_numpy()
+
+
+def report(path, submission, predicted, thresholds, names, known, lost):
+    score = ""
+    if "interval" in thresholds:
+        low, high = thresholds["interval"]
+        score = f"; cross-fitted out-of-fold macro F1 {thresholds['score_cross_fitted']:.3f} [{low:.3f}, {high:.3f}]"
+    print(f"07_ensemble: {path}: {len(submission)} rows, {predicted.sum(axis=1).mean():.2f} labels a row, "
+          f"{predicted.any(axis=0).sum()} classes; {thresholds['combine']} of {', '.join(names)}{score}")
+    if "per_class" in thresholds:
+        print(frequency_table(predicted, thresholds["per_class"], thresholds["n_samples"]))
+    if known is not None:
+        print(f"WARNING: --override-duplicates: {len(known)} rows are NOT predictions but the labels of near-identical labelled "
+              f"samples:\n{listing(known['Id'] + '  <-  ' + known['other_Id'] + '  ' + known['Target'])}")
     if len(lost):
         print(f"warning: {len(lost)} test samples were left out by stage 01 and have empty rows:\n{listing(lost['Id'])}")
 

@@ -76,8 +76,12 @@ def check_probabilities(ids, probs, name) -> None:
     ids, probs = np.asarray(ids), np.asarray(probs)
     if probs.shape != (len(ids), len(CLASS_NAMES)):
         raise UserError(f"{name}: expected probabilities of shape ({len(ids)}, {len(CLASS_NAMES)}), found {probs.shape}")
-    if not np.isfinite(probs).all() or probs.min(initial=0) < 0 or probs.max(initial=0) > 1:
-        raise UserError(f"{name}: expected probabilities in [0, 1], found NaN or values outside")
+    wrong = ~((probs >= 0) & (probs <= 1))  # NaN is neither
+    if wrong.any():
+        rows = np.flatnonzero(wrong.any(axis=1))
+        found = [f"{ids[i]}: {probs[i, wrong[i].argmax()]:g} for {CLASS_NAMES[wrong[i].argmax()]}" for i in rows[:10]]
+        raise UserError(f"{name}: expected probabilities in [0, 1], found NaN or values outside in {len(rows)} rows, "
+                        f"such as:\n{listing(found)}")
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
         raise UserError(f"{name}: these Ids appear more than once:\n{listing(values[counts > 1])}")

@@ -13,30 +13,37 @@ from common.errors import UserError, first_line, listing
 MAX_BYTES = 2 ** 26  # of a CSV file: fifty times the competition's
 
 
-def read_csv(path: Path, column: str) -> pd.DataFrame:
-    """Read `Id` and `column` of a CSV file as text and check the Ids.
+def read_csv(path: Path, *columns: str) -> pd.DataFrame:
+    """Read `Id` and other columns of a CSV file as text and check the Ids.
 
     Raises UserError for a missing or empty file, missing columns, repeated Ids, and Ids that are not plain
     file names (an Id becomes part of a path, so it must not lead out of its folder).
     """
+    columns = ["Id", *columns]
+    expected = f"a CSV file with the column{'s' * (len(columns) > 1)} {','.join(columns)}"
     if not path.is_file():
-        raise UserError(f"{path} is missing; expected a CSV file with the columns Id,{column}")
+        raise UserError(f"{path} is missing; expected {expected}")
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; expected a CSV file of at most {MAX_BYTES / 1e6:.0f} MB")
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="error")
     except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
-        raise UserError(f"{path} is not a CSV file with the columns Id,{column}: {first_line(error)}") from None
-    missing = [name for name in ("Id", column) if name not in frame]
+        raise UserError(f"{path} is not {expected}: {first_line(error)}") from None
+    missing = [name for name in columns if name not in frame]
     if missing:
         raise UserError(f"{path} has no column {missing[0]}; its columns are {', '.join(frame.columns)}")
-    if frame.empty:
+    check_samples(frame["Id"], path)
+    return frame[columns]
+
+
+def check_samples(ids: pd.Series, path: Path) -> None:
+    """Refuse a CSV file without rows, with repeated Ids or with Ids that are not plain file names."""
+    if ids.empty:
         raise UserError(f"{path} has no rows; expected one per sample")
-    check_ids(frame["Id"], path)
-    repeated = frame["Id"][frame["Id"].duplicated()].unique()
+    check_ids(ids, path)
+    repeated = ids[ids.duplicated()].unique()
     if len(repeated):
         raise UserError(f"{path} has Ids that appear more than once:\n{listing(repeated)}")
-    return frame[["Id", column]]
 
 
 def read_labels(path: Path) -> pd.DataFrame:

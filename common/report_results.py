@@ -106,11 +106,11 @@ def member_blocks(members: list[dict] | None) -> list[Table]:
     if not members:
         return []
     titles = {"name": "member", "score_cross_fitted": "macro F1, cross-fitted", "interval": "95 % interval",
-              "leave_one_out": "ensemble without it"}
+              "leave_one_out": "change of the ensemble without it"}
     table = pd.DataFrame(members)
     shown = [name for name in table if name == "interval" or not isinstance(table[name].iloc[0], (dict, list))]
     return [Table("Members of the ensemble", table[shown].rename(columns=lambda name: titles.get(name, name.replace("_", " "))),
-                  "A member is worth its place if the ensemble is worse without it.")]
+                  "A member is worth its place if the ensemble is worse without it: below 0.")]
 
 
 def paper_blocks(work: Work) -> list:

@@ -9,7 +9,7 @@ import pandas as pd
 from common.artifacts import fingerprint, load_predictions, prediction_file, read_json, read_lines, read_table, sidecar
 from common.classes import CLASS_NAMES
 from common.contact_sheet import composite, jpeg, small_planes
-from common.ensemble import mean_predictions
+from common.ensemble import combine, stack_members
 from common.errors import UserError
 from common.labels import parse_targets
 from common.page import Card, data_uri
@@ -146,10 +146,13 @@ class Work:
         return found[:1]
 
     def predictions(self, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return Ids (n,) and the recipes' mean probabilities (n, 28) of oof, test or held_out."""
+        """Return Ids (n,) and the probabilities (n, 28) of oof, test or held_out, of the recipes as stage 06 combines them."""
         paths = [prediction_file(self.folder, recipe, part) for recipe in self.recipes]
         hint = self.hint(f"05_predict_oof.py --recipes {','.join(self.recipes)}")
-        return mean_predictions([load_predictions(path, hint) for path in paths], [str(path) for path in paths])
+        members = [load_predictions(path, hint) for path in paths]
+        found = self.thresholds if (self.folder / "thresholds.json").is_file() else {}
+        stack = stack_members(members, [str(path) for path in paths])
+        return members[0][0], combine(stack, found.get("combine", "mean"), found.get("weights"))
 
     @cached_property
     def oof(self) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:

@@ -2,8 +2,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.ensemble import align, check_submission, decide, mean_predictions, submission_table, with_empty_rows
+from common.ensemble import (align, combine, describe_ensemble, evaluate_ensemble, find_weights, keep_common,
+                             mean_predictions, stack_members)
 from common.errors import UserError
+from tests.unit.test_thresholds import simulated
 
 
 def probs(*rows):
@@ -23,29 +25,58 @@ def test_missing_and_further_ids_are_named():
         align(np.array(["a", "c"]), probs(1, 1), np.array(["a"]), "y.npz")
 
 
-def test_where_nothing_passes_the_most_probable_class_is_taken_or_none():
-    values = probs(0.1, 0.1)
-    values[0, 5], values[1, 6] = 0.9, 0.3
-    thresholds = np.full(28, 0.5)
-    assert submission_table(["a", "b"], decide(values, thresholds, "argmax"))["Predicted"].tolist() == ["5", "6"]
-    assert submission_table(["a", "b"], decide(values, thresholds, "empty"))["Predicted"].tolist() == ["5", ""]
+def test_ranks_count_the_order_only_and_ties_alike():
+    stack = np.zeros((2, 4, 28), dtype=np.float32)
+    stack[0, :, 0], stack[1, :, 0] = [0.1, 0.2, 0.9, 0.3], [0.01, 0.02, 0.02, 0.5]
+    # ranks 1 2 4 3 and 1 2.5 2.5 4, less a half, of 4
+    np.testing.assert_allclose(combine(stack, "rank")[:, 0], [0.125, 0.4375, 0.6875, 0.75])
+    np.testing.assert_allclose(combine(stack**3, "rank"), combine(stack, "rank"))
 
 
-def test_a_probability_at_its_threshold_passes():
-    assert decide(probs(0.5), np.full(28, 0.5), "empty").all()
+def test_a_weighted_mean_by_hand():
+    stack = np.stack([probs(0.2), probs(0.6)])
+    assert combine(stack, "weighted", [0.25, 0.75])[0, 0] == np.float32(0.5)
 
 
-@pytest.mark.parametrize(("ids", "predicted", "message"), [
-    (["a"], ["1"], "not those of sample_submission.csv"),
-    (["b", "a"], ["1", "1"], "in its order"),
-    (["a", "b"], ["1", "28"], "labels other than 0 to 27: 28"),
-])
-def test_a_wrong_submission_is_refused(ids, predicted, message):
-    with pytest.raises(UserError, match=message):
-        check_submission(pd.DataFrame({"Id": ids, "Predicted": predicted}), ["a", "b"])
+def test_weights_are_on_the_simplex_and_a_member_of_noise_gets_little():
+    targets, good = simulated(400)
+    noise = np.random.default_rng(1).random(good.shape).astype(np.float32)
+    weights = find_weights(targets, np.stack([good, noise, good]))
+    assert weights.min() >= 0 and weights.sum() == pytest.approx(1)
+    assert weights[1] < 0.1 and weights[0] == pytest.approx(weights[2])
 
 
-def test_lost_samples_have_empty_rows_at_their_places():
-    lost = pd.DataFrame({"Id": ["y", "x", "z"], "place": [2, 0, 4]})
-    whole = with_empty_rows(pd.DataFrame({"Id": ["a", "b"], "Predicted": ["1", "2"]}), lost)
-    assert whole.to_numpy().tolist() == [["x", ""], ["a", "1"], ["y", ""], ["b", "2"], ["z", ""]]
+def test_weights_equal_a_slow_search():
+    targets, first = simulated(300)
+    _, second = simulated(300, seed=1)
+    first, second = 0.6 * first + 0.2, (first + second) / 2
+    grid = np.linspace(0, 1, 201)
+    cells = np.where(targets, np.stack([first, second]), 1 - np.stack([first, second]))
+    likelihood = [(np.log(w * cells[0] + (1 - w) * cells[1]) / targets.sum(axis=0)).sum() for w in grid]
+    assert find_weights(targets, np.stack([first, second]))[0] == pytest.approx(grid[np.argmax(likelihood)], abs=0.01)
+
+
+def test_the_table_names_members_and_what_each_adds():
+    targets, good = simulated(200)
+    noise = np.random.default_rng(1).random(good.shape).astype(np.float32)
+    result = evaluate_ensemble(targets, np.stack([good, noise]), ["good", "noise"], np.arange(200), "greedy", "mean")
+    good, noise = result["members"]
+    assert good["score_cross_fitted"] > noise["score_cross_fitted"] and noise["leave_one_out"] > 0 > good["leave_one_out"]
+    assert noise["score_cross_fitted"] - result["score_cross_fitted"] == pytest.approx(good["leave_one_out"])
+    combined = {row["combine"]: row["score_cross_fitted"] for row in result["combinations"]}
+    assert combined["mean"] == pytest.approx(result["score_cross_fitted"]) and combined["weighted"] > combined["mean"]
+    methods = {row["method"]: row for row in result["methods"]}
+    assert methods.keys() == {"half", "single", "greedy", "exact", "ratio", "calibrated"}
+    assert methods["greedy"]["score_cross_fitted"] == pytest.approx(result["score_cross_fitted"])
+    assert methods["half"]["score_cross_fitted"] == pytest.approx(methods["half"]["score_in_sample"])
+    text = "\n".join(describe_ensemble({"recipes": ["good", "noise"], **result}))
+    assert "<- used" in text and "rest on fewer than 10 positives: Nucleoplasm (" in text
+
+
+def test_only_common_ids_are_kept_where_that_is_asked_for():
+    members = [(np.array(["a", "b", "c"]), probs(0.1, 0.2, 0.3)), (np.array(["d", "c", "b"]), probs(0.6, 0.5, 0.4))]
+    kept, wanted = keep_common(members, np.array(["c", "x", "b"]))
+    assert wanted.tolist() == ["c", "b"]
+    np.testing.assert_allclose(stack_members(kept, ["x", "y"], wanted)[:, :, 0], [[0.3, 0.2], [0.5, 0.4]])
+    with pytest.raises(UserError, match="no Ids in common"):
+        keep_common(members, np.array(["x"]))

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from common.thresholds import (GRID, cross_fit, evaluate_thresholds, f1_curves, find_thresholds, greedy_thresholds,
-                               single_threshold)
+from common.thresholds import (GRID, METHODS, cross_fit, evaluate_thresholds, exact_thresholds, f1_curves, find_thresholds,
+                               greedy_thresholds, ratio_thresholds, single_threshold)
 
 
 def simulated(n=300, classes=28, seed=0):
@@ -52,6 +52,49 @@ def test_a_class_without_positives_keeps_the_single_threshold():
     assert greedy_thresholds(targets, probs)[3] == single_threshold(targets, probs)
 
 
+def test_exact_equals_a_slow_search_of_every_distinct_probability():
+    targets, probs = simulated(40)
+    probs = np.round(probs, 2)
+    targets[:, 3] = False
+    found = exact_thresholds(targets, probs)
+    assert found[3] == single_threshold(targets, probs)
+    for c in range(28):
+        candidates = np.append(np.unique(probs[:, c]), single_threshold(targets, probs))
+        scores = [f1_score(targets[:, c], probs[:, c] >= t, zero_division=0) for t in candidates]
+        assert f1_score(targets[:, c], probs[:, c] >= found[c], zero_division=0) == max(scores)
+        assert not scores[-1] < max(scores) or found[c] == candidates[int(np.argmax(scores))]
+
+
+def test_ratio_predicts_as_many_as_are_to_be_expected():
+    targets, probs = simulated()
+    np.testing.assert_array_equal((probs >= ratio_thresholds(targets, probs)).sum(axis=0), targets.sum(axis=0))
+    prior = np.linspace(0, 1, 28)
+    found = (probs >= ratio_thresholds(targets, probs, prior)).sum(axis=0)
+    np.testing.assert_array_equal(found, np.round(prior * 300))
+    four = np.array([[0.2], [0.4], [0.8], [0.1]]).repeat(28, axis=1)
+    np.testing.assert_allclose(ratio_thresholds(targets[:4], four, np.full(28, 0.5)), 0.3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_finds_28_thresholds_whatever_the_data(method):
+    targets, probs = simulated(60)
+    for some in (targets, targets & False, targets | True):
+        for values in (probs, probs * 0, probs * 0 + 1, np.round(probs)):
+            found = find_thresholds(some, values.astype(np.float32), method)
+            assert found.shape == (28,) and np.isfinite(found).all()
+
+
+def test_weights_are_found_on_the_other_rows_too():
+    targets, probs = simulated(100)
+    seen = []
+    def weigh(some, members):
+        seen.append((len(some), members.shape))
+        return np.array([1.0, 0.0])
+    found = cross_fit(targets, np.stack([probs, probs * 0]), np.arange(100), "greedy", repeats=1, weigh=weigh)
+    assert len(seen) == 5 and all(shape == (2, n, 28) and n < 100 for n, shape in seen)
+    np.testing.assert_array_equal(found[0], cross_fit(targets, probs.astype(np.float64), np.arange(100), "greedy", repeats=1)[0])
+
+
 def test_cross_fitted_rows_do_not_see_their_own_labels():
     targets, probs = simulated(120)
     groups = np.arange(120) // 2
@@ -82,7 +125,7 @@ def test_absent_classes_count_as_zero_and_are_left_out_of_the_second_score():
     assert result["score_cross_fitted"] == pytest.approx(result["score_cross_fitted_present"] / 2)
 
 
-def test_on_real_predictions_greedy_flatters_itself(real_data):
+def test_on_real_predictions_greedy_flatters_itself_and_calibration_is_better_on_unseen_rows(real_data):
     import pandas as pd
 
     from common.labels import parse_targets
@@ -91,5 +134,8 @@ def test_on_real_predictions_greedy_flatters_itself(real_data):
     rows = pd.Series(range(len(order)), index=order)[labels["Id"]]
     for name in ("inceptionv3_650", "inceptionv4_800", "xception_512"):
         probs = np.load(real_data / "predictions" / f"{name}.npy", allow_pickle=False)[rows]
-        result = evaluate_thresholds(parse_targets(labels["Target"]), probs, labels["Id"].to_numpy(), "greedy")
-        assert 0.7 < result["score_cross_fitted"] < result["score_in_sample"] < 0.95
+        targets, ids = parse_targets(labels["Target"]), labels["Id"].to_numpy()
+        greedy = evaluate_thresholds(targets, probs, ids, "greedy")
+        assert 0.7 < greedy["score_cross_fitted"] < greedy["score_in_sample"] < 0.95
+        calibrated = evaluate_thresholds(targets, probs, ids, "calibrated")
+        assert calibrated["score_cross_fitted"] > greedy["score_cross_fitted"]

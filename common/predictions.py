@@ -1,0 +1,94 @@
+"""Read predictions and groups that come from anywhere: our .npz, CSV with Id and 28 columns, .npy with a CSV of Ids."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common.arrays import read_arrays
+from common.artifacts import check_probabilities, load_predictions, prediction_file
+from common.classes import CLASS_NAMES, N_CLASSES
+from common.errors import UserError, first_line, listing
+from common.labels import check_samples, read_csv
+
+
+def member_files(given: list[Path] | None, work: Path, recipes: list[str], part: str) -> tuple[list[str], list[Path]]:
+    """Return the names and files of the members: those given, else the recipes' predictions of a part."""
+    if given and len(set(given)) < len(given):
+        raise UserError(f"each file may be named once, found {', '.join(map(str, given))}")
+    if given:
+        return [str(path) for path in given], given
+    return recipes, [prediction_file(work, name, part) for name in recipes]
+
+
+def read_members(paths: list[Path], ids: Path | None, made_by: str | None) -> list[tuple]:
+    """Return the Ids and probabilities of each file: of stage 05 where `made_by` says what makes them, else from anywhere."""
+    return [load_predictions(path, made_by) if made_by else read_predictions(path, ids) for path in paths]
+
+
+def read_predictions(path: Path, ids: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the Ids (n,) and probabilities (n, 28) of a file; raises UserError for anything that is not that.
+
+    ids : CSV file whose column Id names the rows of a .npy
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing; expected predictions as .npz, .csv or .npy")
+    if path.suffix == ".npz":
+        return load_predictions(path, f"python 05_predict_oof.py, or give {path.name} as a CSV file with Id and 28 columns")
+    if path.suffix == ".csv":
+        return read_prediction_table(path)
+    if path.suffix != ".npy":
+        raise UserError(f"{path}: expected predictions as .npz, .csv or .npy")
+    if ids is None:
+        raise UserError(f"{path} has no Ids; name a CSV file with a column Id in the order of its rows: --ids CSV")
+    try:
+        probs = read_arrays(path)[""]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is not an array that can be read ({error})") from None
+    return checked(path, read_csv(ids)["Id"].to_numpy(str), probs)
+
+
+def read_prediction_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a CSV file with Id and 28 columns of probabilities."""
+    try:
+        header = list(pd.read_csv(path, nrows=0).columns)
+        columns = [name for name in header if name != "Id"]
+        frame = pd.read_csv(path, dtype={"Id": str}, keep_default_na=False, na_values=dict.fromkeys(columns, ["", "NaN", "nan"]))
+    except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
+        raise UserError(f"{path} is not a CSV file with Id and {N_CLASSES} columns: {first_line(error)}") from None
+    if "Id" not in header or len(columns) != N_CLASSES:
+        raise UserError(f"{path}: expected the column Id and {N_CLASSES} columns of probabilities, found "
+                        f"{'' if 'Id' in header else 'no '}Id and {len(columns)} others: {', '.join(header[:5])} ...")
+    check_samples(frame["Id"], path)
+    words = [name for name in columns if not pd.api.types.is_numeric_dtype(frame[name])]
+    if words:
+        raise UserError(f"{path}: expected numbers, found other text in these columns:\n{listing(words)}")
+    return checked(path, frame["Id"].to_numpy(str), frame[in_label_order(path, columns)].to_numpy())
+
+
+def in_label_order(path: Path, columns: list[str]) -> list[str]:
+    """Return the columns in the order of the labels, which they name: class names, or numbers at the end (0, p0, class_0)."""
+    numbers = [re.search(r"(\d+)$", name) for name in columns]
+    labels = [CLASS_NAMES.index(name) if name in CLASS_NAMES else int(number[1]) if number else None
+              for name, number in zip(columns, numbers, strict=True)]
+    if sorted(label for label in labels if label is not None) != list(range(N_CLASSES)):
+        raise UserError(f"{path}: expected columns named by class or by label, such as Nucleoplasm, 0 or p0, found:\n"
+                        f"{listing(columns)}")
+    return [columns[labels.index(c)] for c in range(N_CLASSES)]
+
+
+def checked(path: Path, ids: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if probs.dtype.kind not in "fiu":
+        raise UserError(f"{path}: expected numbers, found {probs.dtype}")
+    check_probabilities(ids, probs, path)
+    return ids, probs.astype(np.float32, copy=False)
+
+
+def read_groups(path: Path, ids: np.ndarray) -> np.ndarray:
+    """Return the group of each Id, (n,), of a CSV file Id,group such as stage 02's duplicates.csv."""
+    group = read_csv(path, "group").set_index("Id")["group"]
+    missing = [Id for Id in ids if Id not in group.index]
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} Ids:\n{listing(missing)}")
+    return group.loc[ids].to_numpy()

@@ -1,0 +1,154 @@
+"""The submission: classes decided from probabilities, checked, and compared with what is known."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common.artifacts import read_json, read_table
+from common.classes import CLASS_NAMES
+from common.errors import UserError, listing
+from common.labels import format_targets, is_target, parse_targets
+
+
+def read_thresholds(path: Path, recipes: list[str] | None, makes: str) -> dict:
+    """Read thresholds.json, whole and for these recipes, where they are given; `makes` are stage 06's flags."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run: python 06_thresholds.py {makes}")
+    thresholds = read_json(path)
+    missing = {"recipes", "combine", "weights", "thresholds"} - set(thresholds)
+    if missing:
+        raise UserError(f"{path} has no {', '.join(sorted(missing))}; run: python 06_thresholds.py {makes}")
+    if recipes and thresholds["recipes"] != recipes:
+        raise UserError(f"{path} was made for {','.join(thresholds['recipes'])}; run: python 06_thresholds.py {makes}")
+    return thresholds
+
+
+def decide(probs: np.ndarray, thresholds: np.ndarray, fallback: str) -> np.ndarray:
+    """Return the predicted classes, (n, 28) bool; where none passes: the most probable one, or none.
+
+    fallback : argmax or empty
+    """
+    predicted = probs >= thresholds
+    if fallback == "argmax":
+        none = ~predicted.any(axis=1)
+        predicted[none, probs[none].argmax(axis=1)] = True
+    return predicted
+
+
+def known_labels(pairs: pd.DataFrame, ids: np.ndarray) -> pd.DataFrame:
+    """Return for each test sample of `ids` with near-identical labelled ones the nearest: Id, other_Id, bits, Target.
+
+    pairs : stage 02's duplicate_pairs.csv; bits : distance over the three channels
+    """
+    turned = {"Id": "other_Id", "part": "other_part", "Target": "other_Target"}
+    both = pd.concat([pairs, pairs.rename(columns=turned | {new: old for old, new in turned.items()})])
+    found = both[(both["part"] == "test") & (both["other_part"] != "test") & both["Id"].isin(ids)]
+    found = found.assign(bits=found[["red", "green", "blue"]].sum(axis=1)).sort_values("bits", kind="stable")
+    found = found.drop_duplicates("Id")[["Id", "other_Id", "bits", "other_Target"]]
+    return found.rename(columns={"other_Target": "Target"})
+
+
+def override(predicted: np.ndarray, ids: np.ndarray, known: pd.DataFrame) -> np.ndarray:
+    """Return the predictions with the labels of `known` (Id, Target) in place of those of its Ids."""
+    place, result = {Id: i for i, Id in enumerate(ids)}, predicted.copy()
+    result[[place[Id] for Id in known["Id"]]] = parse_targets(known["Target"])
+    return result
+
+
+def frequency_table(predicted: np.ndarray, per_class: list[dict], n_samples: int) -> str:
+    """Return how often each class is predicted beside its share of the labelled samples, the most different first.
+
+    per_class, n_samples : as in thresholds.json
+    """
+    called = predicted.mean(axis=0)
+    known = np.array([row["positives"] for row in per_class]) / n_samples
+    ratio = np.divide(called, known, out=np.full(len(known), np.inf), where=known > 0)
+    ratio[(known == 0) & (called == 0)] = 1
+    with np.errstate(divide="ignore"):
+        order = np.argsort(-np.abs(np.log(ratio)), kind="stable")
+    lines = [f"  {'class':30s} {'predicted':>9s} {'share':>7s} {'labelled':>9s} {'ratio':>6s}"]
+    return "\n".join(lines + [f"  {per_class[c]['class']:30s} {predicted[:, c].sum():9d} {called[c]:7.2%} {known[c]:9.2%} "
+                              f"{ratio[c]:6.2f}" for c in order])
+
+
+def submission_table(ids, predicted: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame({"Id": ids, "Predicted": format_targets(predicted)})
+
+
+def left_out_samples(path: Path) -> pd.DataFrame:
+    """Return the test samples that stage 01 left out, of its left_out.csv where there is one: Id, place."""
+    lost = read_table(path, "") if path.is_file() else pd.DataFrame({"part": [], "Id": [], "place": []})
+    return lost.loc[lost["part"] == "test", ["Id", "place"]]
+
+
+def with_empty_rows(submission: pd.DataFrame, lost: pd.DataFrame) -> pd.DataFrame:
+    """Return the submission with an empty prediction for each row of `lost` (Id, place), at its place."""
+    rows = submission.to_dict("records")
+    for row in lost.sort_values("place").itertuples():
+        rows.insert(int(row.place), {"Id": row.Id, "Predicted": ""})
+    return pd.DataFrame(rows, columns=submission.columns)
+
+
+def check_submission(frame: pd.DataFrame, wanted) -> None:
+    """Refuse a submission whose Ids are not `wanted` in that order, or whose labels are not 0 to 27, each once at most."""
+    found, wanted = list(frame["Id"]), list(wanted)
+    if found != wanted:
+        if sorted(found) == sorted(wanted):
+            raise UserError("the submission's Ids are not in the order of sample_submission.csv")
+        raise UserError("the submission's Ids are not those of sample_submission.csv; "
+                        f"missing: {len(set(wanted) - set(found))}, unexpected: {len(set(found) - set(wanted))}, "
+                        f"repeated: {len(found) - len(set(found))}")
+    wrong = [f"{row.Id}: {row.Predicted!r}" for row in frame.itertuples() if row.Predicted and not is_prediction(row.Predicted)]
+    if wrong:
+        raise UserError(f"the submission has labels other than 0 to {len(CLASS_NAMES) - 1}, or one twice:\n{listing(wrong)}")
+
+
+def is_prediction(text: str) -> bool:
+    labels = text.split()
+    return is_target(text) and len(set(map(int, labels))) == len(labels)
+
+
+def recover(probs: np.ndarray, frame: pd.DataFrame) -> dict:
+    """Find thresholds with which `probs` make exactly the submission `frame` (same order), as plain types for thresholds.json.
+
+    limits : [low, high] of each class; every threshold with low < threshold <= high does it
+    Raises UserError where no thresholds do.
+    """
+    predicted = parse_targets(frame["Predicted"])
+    fallback = "argmax" if predicted.any(axis=1).all() else "empty"
+    thresholds, low, high = recover_thresholds(probs, predicted, fallback)
+    wrong = (decide(probs, thresholds, fallback) != predicted).sum(axis=0)
+    if wrong.any():
+        found = [f"{CLASS_NAMES[c]}: {wrong[c]} samples; predicted down to {high[c]:.6f}, not predicted up to {low[c]:.6f}"
+                 for c in np.flatnonzero(wrong)]
+        raise UserError("no thresholds make this submission of these probabilities; classes that contradict it:\n"
+                        f"{listing(found)}")
+    return {"method": "reproduced", "thresholds": thresholds.tolist(), "fallback": fallback,
+            "limits": np.stack([low, high], axis=1).tolist(), "n_samples": len(probs)}
+
+
+def recover_thresholds(probs: np.ndarray, predicted: np.ndarray, fallback: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find thresholds with which `probs` give exactly the cells of `predicted`; three arrays of shape (n_classes,).
+
+    fallback : argmax or empty, for rows in which no class passes
+    Returns thresholds and the limits low < threshold <= high between which every one does it. A class that cannot be
+    reproduced by a threshold has low >= high. In a row whose only class is its most probable one that class may
+    or may not have passed, so it says nothing about the threshold: were it below, the fallback would predict it too.
+    """
+    telling = predicted.copy()
+    if fallback == "argmax":
+        alone = np.flatnonzero(predicted.sum(axis=1) == 1)
+        telling[alone, probs[alone].argmax(axis=1)] = False
+    low = np.where(predicted, -np.inf, probs).max(axis=0).astype(np.float64)
+    high = np.where(telling, probs, 1.0).min(axis=0).astype(np.float64)
+    return np.array([shortest_decimal(*limits) for limits in zip(low, high, strict=True)]), low, high
+
+
+def shortest_decimal(low: float, high: float) -> float:
+    """Return the number with the fewest decimals in (low, high]; high where none of ten will do."""
+    for digits in range(1, 11):
+        value = np.floor(high * 10**digits) / 10**digits
+        if low < value <= high:
+            return float(value)
+    return float(high)

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+from scipy.special import expit, logit
+
+from common.calibration import CENTRES, calibrated_thresholds, expected_f1_curves, fit_calibration, logit_counts
+from common.metrics import class_f1
+from common.thresholds import exact_thresholds, greedy_thresholds
+
+
+def calibrated_world(n, seed=0, share=0.1):
+    """Probabilities that are right: a sample's label is drawn with its probability."""
+    rng = np.random.default_rng(seed)
+    probs = expit(rng.normal(logit(share), 2, size=(n, 28))).astype(np.float32)
+    return rng.random(probs.shape) < probs, probs
+
+
+def test_counts_equal_a_plain_histogram():
+    targets, probs = calibrated_world(500)
+    probs[0, 0], probs[1, 0] = 0, 1
+    positives, everything = logit_counts(targets, probs)
+    assert (everything.sum(axis=1) == 500).all() and (positives.sum(axis=1) == targets.sum(axis=0)).all()
+    assert everything[0, 0] == everything[0, -1] == 1
+    middle = (np.abs(CENTRES) < 8)
+    for c in range(1, 28):
+        width = CENTRES[1] - CENTRES[0]
+        edges = np.append(CENTRES[middle] - width / 2, CENTRES[middle][-1] + width / 2)
+        expected = np.histogram(logit(probs[:, c].astype(np.float64)), edges)[0]
+        np.testing.assert_array_equal(everything[c, middle], expected)
+
+
+def test_probabilities_that_are_right_stay_as_they_are():
+    coefs, mean = fit_calibration(*logit_counts(*calibrated_world(5000)))
+    np.testing.assert_allclose(mean, [0, 1, 1], atol=0.1)
+    np.testing.assert_allclose(coefs, np.tile([0, 1, 1], (28, 1)), atol=0.35)
+
+
+def test_a_distortion_is_undone_also_where_classes_have_few_positives():
+    """Distorted alike in all classes: a class with few positives learns it from the others."""
+    targets, probs = calibrated_world(2000)
+    targets[200:, :4], probs[200:, :4] = False, 0.0001  # about 20 positives
+    distorted = (probs.astype(np.float64) ** 2).astype(np.float32)
+    positives, everything = logit_counts(targets, distorted)
+    coefs, _ = fit_calibration(positives, everything)
+    for p in (0.2, 0.5, 0.8):
+        found = expit(coefs @ [1, np.log(p**2), -np.log(1 - p**2)])
+        np.testing.assert_allclose(found, p, atol=0.15)
+
+
+def test_the_expected_curve_by_hand():
+    everything, q = np.array([[2.0, 0.0, 1.0]]), np.array([[0.25, 0.5, 0.5]])
+    # the upper bin: .5 right of 1 called, 1 expected positive: 2 * .5 / (1 + 1); all: 2 * 1 / (3 + 1)
+    np.testing.assert_allclose(expected_f1_curves(everything, q), [[0.5, 0.5, 0.5]])
+
+
+def test_the_threshold_is_half_the_best_f1_where_probabilities_are_right():
+    targets, probs = calibrated_world(20_000)
+    best = class_f1(targets, probs >= exact_thresholds(targets, probs))
+    np.testing.assert_allclose(calibrated_thresholds(targets, probs), best / 2, atol=0.04)
+
+
+@pytest.mark.parametrize("distort", [lambda p: p, lambda p: p**3, np.sqrt, lambda p: 0.1 + 0.6 * p,
+                                     lambda p: expit(logit(p) / 3)])
+def test_it_is_better_than_greedy_on_unseen_rows_whatever_the_scale(distort):
+    def scaled(probs):
+        return distort(np.clip(probs.astype(np.float64), 1e-6, 1 - 1e-6)).astype(np.float32)
+
+    unseen, values = calibrated_world(20_000, seed=1)
+    gains = []
+    for seed in range(3):
+        targets, probs = calibrated_world(300, seed=10 + seed)
+        ours, greedy = (class_f1(unseen, scaled(values) >= find(targets, scaled(probs))).mean()
+                        for find in (calibrated_thresholds, greedy_thresholds))
+        gains.append(ours - greedy)
+    assert np.mean(gains) > 0.005
+
+
+def test_a_class_without_positives_takes_what_the_others_have():
+    targets, probs = calibrated_world(1000)
+    targets[:, 3] = False
+    found = calibrated_thresholds(targets, probs)
+    assert found[3] == pytest.approx(found.mean(), abs=0.05)

@@ -1,0 +1,96 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from common.artifacts import save_predictions
+from common.classes import CLASS_NAMES
+from common.errors import UserError
+from common.predictions import member_files, read_groups, read_predictions
+
+IDS = np.array(["a", "b", "c"])
+PROBS = np.random.default_rng(0).random((3, 28)).astype(np.float32)
+
+
+def table(columns=tuple(map(str, range(28))), probs=PROBS, ids=IDS):
+    return pd.DataFrame(probs, columns=columns).assign(Id=ids)
+
+
+def written(tmp_path, frame):
+    frame.to_csv(tmp_path / "p.csv", index=False)
+    return tmp_path / "p.csv"
+
+
+def test_the_three_kinds_of_file_give_the_same(tmp_path):
+    save_predictions(tmp_path / "p.npz", IDS, PROBS)
+    np.save(tmp_path / "p.npy", PROBS)
+    pd.DataFrame({"Id": IDS, "Predicted": ""}).to_csv(tmp_path / "ids.csv", index=False)
+    for path in (tmp_path / "p.npz", written(tmp_path, table()), tmp_path / "p.npy"):
+        ids, probs = read_predictions(path, tmp_path / "ids.csv")
+        assert ids.tolist() == ["a", "b", "c"] and probs.dtype == np.float32
+        np.testing.assert_array_equal(probs, PROBS)
+
+
+@pytest.mark.parametrize("columns", [CLASS_NAMES, [f"p{c}" for c in range(28)], [f"class_{c:02d}" for c in range(28)]])
+def test_columns_are_put_in_the_order_of_the_labels(tmp_path, columns):
+    shuffled = np.random.default_rng(1).permutation(28)
+    frame = table([columns[c] for c in shuffled], PROBS[:, shuffled])
+    np.testing.assert_array_equal(read_predictions(written(tmp_path, frame))[1], PROBS)
+
+
+def changed(row, column, value):
+    frame = table().astype({"3": object})
+    frame.loc[row, column] = value
+    return frame
+
+
+@pytest.mark.parametrize(("frame", "message"), [
+    (table().drop(columns="27"), "expected the column Id and 28 columns of probabilities, found Id and 27 others"),
+    (table().assign(more=0), "found Id and 29 others"),
+    (table().drop(columns="Id"), "found no Id and 28 others"),
+    (table([f"x{c}y" for c in range(28)]), "expected columns named by class or by label"),
+    (table([*map(str, range(27)), "26b1"]), "expected columns named by class or by label"),
+    (table(ids=["a", "b", "a"]), "Ids that appear more than once:\n  a"),
+    (table(ids=["a", "../b", "c"]), "not plain file names"),
+    (changed(1, "3", 1.5), r"found NaN or values outside in 1 rows, such as:\n  b: 1.5 for Nucleoli fibrillar center"),
+    (changed(1, "3", -0.1), r"b: -0.1 for Nucleoli"),
+    (changed(2, "3", np.nan), r"c: nan for Nucleoli"),
+    (changed(2, "3", "high"), "expected numbers, found other text in these columns:\n  3"),
+    (table().iloc[:0], "has no rows"),
+])
+def test_what_a_table_may_not_be(tmp_path, frame, message):
+    with pytest.raises(UserError, match=message):
+        read_predictions(written(tmp_path, frame))
+
+
+@pytest.mark.parametrize(("array", "message"), [
+    (PROBS[:2], r"expected probabilities of shape \(3, 28\), found \(2, 28\)"),
+    (PROBS[:, :27], r"found \(3, 27\)"),
+    (PROBS * np.nan, "found NaN or values outside in 3 rows"),
+    (PROBS.astype(object), "not an array that can be read"),
+    (PROBS.astype(str), "expected numbers"),
+])
+def test_what_an_array_may_not_be(tmp_path, array, message):
+    np.save(tmp_path / "p.npy", array, allow_pickle=True)
+    pd.DataFrame({"Id": IDS}).to_csv(tmp_path / "ids.csv", index=False)
+    with pytest.raises(UserError, match=message):
+        read_predictions(tmp_path / "p.npy", tmp_path / "ids.csv")
+
+
+def test_other_files_are_refused(tmp_path):
+    np.save(tmp_path / "p.npy", PROBS)
+    with pytest.raises(UserError, match="has no Ids; name a CSV file"):
+        read_predictions(tmp_path / "p.npy")
+    with pytest.raises(UserError, match="p.pkl is missing"):
+        read_predictions(tmp_path / "p.pkl")
+    (tmp_path / "p.pkl").write_bytes(b"")
+    with pytest.raises(UserError, match="expected predictions as .npz, .csv or .npy"):
+        read_predictions(tmp_path / "p.pkl")
+    with pytest.raises(UserError, match="each file may be named once"):
+        member_files([tmp_path / "p.npy"] * 2, tmp_path, [], "oof")
+
+
+def test_groups_are_matched_by_id(tmp_path):
+    pd.DataFrame({"Id": ["c", "a", "b"], "group": ["x", "y", "y"]}).to_csv(tmp_path / "g.csv", index=False)
+    assert read_groups(tmp_path / "g.csv", IDS).tolist() == ["y", "y", "x"]
+    with pytest.raises(UserError, match="lacks 1 Ids:\n  d"):
+        read_groups(tmp_path / "g.csv", np.array(["a", "d"]))

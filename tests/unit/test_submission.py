@@ -1,0 +1,102 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from common.errors import UserError
+from common.submission import (check_submission, decide, frequency_table, known_labels, override, recover, shortest_decimal,
+                               submission_table, with_empty_rows)
+from tests.unit.test_ensemble import probs
+
+
+def test_where_nothing_passes_the_most_probable_class_is_taken_or_none():
+    values = probs(0.1, 0.1)
+    values[0, 5], values[1, 6] = 0.9, 0.3
+    thresholds = np.full(28, 0.5)
+    assert submission_table(["a", "b"], decide(values, thresholds, "argmax"))["Predicted"].tolist() == ["5", "6"]
+    assert submission_table(["a", "b"], decide(values, thresholds, "empty"))["Predicted"].tolist() == ["5", ""]
+
+
+def test_a_probability_at_its_threshold_passes():
+    assert decide(probs(0.5), np.full(28, 0.5), "empty").all()
+
+
+@pytest.mark.parametrize(("ids", "predicted", "message"), [
+    (["a"], ["1"], "not those of sample_submission.csv; missing: 1, unexpected: 0, repeated: 0"),
+    (["a", "a", "b", "x"], ["1"] * 4, "missing: 0, unexpected: 1, repeated: 1"),
+    (["b", "a"], ["1", "1"], "not in the order of sample_submission.csv"),
+    (["a", "b"], ["1", "28"], "labels other than 0 to 27, or one twice:\n  b: '28'"),
+    (["a", "b"], ["1 x", ""], "a: '1 x'"),
+    (["a", "b"], ["1 01", ""], "a: '1 01'"),
+])
+def test_a_wrong_submission_is_refused(ids, predicted, message):
+    with pytest.raises(UserError, match=message):
+        check_submission(pd.DataFrame({"Id": ids, "Predicted": predicted}), ["a", "b"])
+
+
+def test_lost_samples_have_empty_rows_at_their_places():
+    lost = pd.DataFrame({"Id": ["y", "x", "z"], "place": [2, 0, 4]})
+    whole = with_empty_rows(pd.DataFrame({"Id": ["a", "b"], "Predicted": ["1", "2"]}), lost)
+    assert whole.to_numpy().tolist() == [["x", ""], ["a", "1"], ["y", ""], ["b", "2"], ["z", ""]]
+
+
+def test_test_samples_take_the_labels_of_their_nearest_labelled_twin():
+    pairs = pd.DataFrame([("t1", "test", "a", "train", 2, 2, 2, "", "3"), ("b", "train", "t1", "test", 0, 1, 0, "4 5", ""),
+                          ("t2", "test", "t3", "test", 0, 0, 0, "", ""), ("a", "train", "b", "train", 0, 0, 0, "3", "4 5")],
+                         columns=["Id", "part", "other_Id", "other_part", "red", "green", "blue", "Target", "other_Target"])
+    ids = np.array(["t2", "t1"])
+    known = known_labels(pairs, ids)
+    assert known.to_numpy().tolist() == [["t1", "b", 1, "4 5"]]
+    predicted = np.zeros((2, 28), dtype=bool)
+    changed = override(predicted, ids, known)
+    assert submission_table(ids, changed)["Predicted"].tolist() == ["", "4 5"] and not predicted.any()
+    assert known_labels(pairs, ids[:1]).empty
+
+
+def test_frequencies_beside_those_of_the_labels():
+    predicted = np.zeros((10, 28), dtype=bool)
+    predicted[:5, 1] = predicted[:2, 2] = True
+    per_class = [{"class": f"class {c}", "positives": positives} for c, positives in enumerate([0, 5, 20] + [0] * 25)]
+    lines = frequency_table(predicted, per_class, 100).splitlines()
+    assert lines[1].split() == ["class", "1", "5", "50.00%", "5.00%", "10.00"]
+    assert lines[2].split()[:5] == ["class", "0", "0", "0.00%", "0.00%"] or lines[2].split()[-1] == "1.00"
+
+
+def random_submission(fallback, seed=0, n=500):
+    rng = np.random.default_rng(seed)
+    values = rng.random((n, 28)).astype(np.float32) ** 4
+    thresholds = rng.uniform(0.3, 0.95, 28)
+    return values, thresholds, submission_table(np.arange(n).astype(str), decide(values, thresholds, fallback))
+
+
+@pytest.mark.parametrize("fallback", ["argmax", "empty"])
+def test_thresholds_of_a_submission_make_it_again(fallback):
+    values, thresholds, frame = random_submission(fallback)
+    found = recover(values, frame)
+    assert found["fallback"] == fallback
+    again = submission_table(frame["Id"], decide(values, np.array(found["thresholds"]), fallback))
+    assert again.equals(frame)
+    low, high = np.array(found["limits"]).T
+    assert ((low < thresholds) & (thresholds <= high)).all()
+
+
+def test_a_submission_that_no_thresholds_make_is_refused():
+    values, _, frame = random_submission("argmax")
+    frame.loc[values[:, 5].argmax(), "Predicted"] = "7 9"
+    with pytest.raises(UserError, match="(?s)no thresholds make this submission.*Nuclear bodies: [0-9]+ samples"):
+        recover(values, frame)
+
+
+def test_the_shortest_decimal_between_two_limits():
+    assert shortest_decimal(0.1478, 0.1503) == 0.15 and shortest_decimal(0.2, 0.3) == 0.3 and shortest_decimal(0.1, 1.0) == 1
+    assert shortest_decimal(0.5, 0.5) == 0.5
+
+
+def test_the_published_submissions_of_three_networks_come_out_cell_by_cell(real_data):
+    order = pd.read_csv(real_data / "labels" / "sample_submission.csv", dtype=str)["Id"]
+    for name in ("inceptionv3_650", "inceptionv4_800", "xception_512"):
+        values = np.load(real_data / "predictions" / f"{name}.npy", allow_pickle=False)
+        frame = pd.read_csv(real_data / "predictions" / f"{name}_submission.csv", dtype=str, keep_default_na=False)
+        assert frame["Id"].equals(order)
+        found = recover(values, frame)
+        again = submission_table(order, decide(values, np.array(found["thresholds"]), found["fallback"]))
+        assert again.equals(frame)
