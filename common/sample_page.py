@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from common import plots
-from common.artifacts import SAFE_ID, load_predictions, prediction_file
+from common.artifacts import load_predictions, prediction_file
 from common.contact_sheet import composite, jpeg
 from common.errors import UserError
 from common.folds import HOLD_OUT, TRAIN_ONLY
@@ -23,7 +23,7 @@ def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
 
     recipe : whose network the heat maps are of; None for the first one of the ensemble
     """
-    if not SAFE_ID.fullmatch(Id) or Id not in work.targets_by_id:
+    if Id not in work.targets_by_id:  # Ids of artifacts are plain file names
         raise UserError(f"there is no sample {Id!r} in {work.folder / 'samples.csv'}; it has {len(work.samples):,}, such as "
                         f"{work.samples['Id'].iloc[0]}")
     sections = [section(work, key, title, lead, lambda work, make=make: make(work, Id)) for key, title, lead, make in (

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts import fingerprint, load_predictions, prediction_file, read_json, read_lines, read_table, sidecar
+from common.artifacts import (check_ids, fingerprint, load_predictions, prediction_file, read_json, read_lines, read_table,
+                              sidecar)
 from common.classes import CLASS_NAMES
 from common.contact_sheet import composite, jpeg, small_planes
 from common.ensemble import combine, stack_members
@@ -56,6 +57,7 @@ class Work:
         """Near-identical pairs with the largest of their three distances, closest first."""
         pairs = read_table(self.folder / "duplicate_pairs.csv", self.hint("02_dedup.py"))
         pairs = pairs.astype({"other_Id": str, "other_Target": str})
+        check_ids(pairs["other_Id"], self.folder / "duplicate_pairs.csv")
         return pairs.assign(bits=pairs[["red", "green", "blue"]].max(axis=1),
                             agreement=pd.to_numeric(pairs["agreement"])).sort_values("bits", kind="stable", ignore_index=True)
 
