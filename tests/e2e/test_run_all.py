@@ -70,7 +70,7 @@ def test_strange_names_come_back_from_a_dry_run(run_script, small_data, tmp_path
                      "--weights-dir", STRANGE, "--dry-run").stdout
     read = subprocess.run(["bash", "-c", f"python() {{ printf '%s\\0' \"$@\"; }}; {out.replace(sys.executable, 'python')}"],
                           capture_output=True, text=True, check=True).stdout
-    assert read.split("\0").count(str(tmp_path / STRANGE).rstrip("\n")) == 7
+    assert read.split("\0").count(str(tmp_path / STRANGE).rstrip("\n")) == 8  # each of the eight stages
 
 
 def test_the_tables_come_from_one_command_and_use_what_is_there(run_script, small_data, tmp_path):
