@@ -37,7 +37,8 @@ def other_classes(path):
 
 
 @pytest.mark.parametrize(("do", "message"), [
-    (lambda f: check_probabilities(["a"], np.full((1, 28), 2.0), "p.npz"), "p.npz: expected probabilities in [0, 1], found NaN or values outside"),
+    (lambda f: check_probabilities(["a"], np.full((1, 28), 2.0), "p.npz"),
+     "p.npz: expected probabilities in [0, 1], found NaN or values outside in 1 rows, such as:\n  a: 2 for Nucleoplasm"),
     (lambda f: load_predictions(other_classes(f / "p.npz"), "CURE"), "{f}/p.npz was made for other classes; run: CURE"),
     (lambda f: read_json(written(f / "x.json", "{")), "{f}/x.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 "
      "column 2 (char 1)); delete it and run its stage again"),
