@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
 from hypothesis import HealthCheck, given, settings
@@ -25,9 +26,10 @@ from common.errors import UserError
 from common.files import write_json, write_text
 from common.images import BadImage, checksum, read_channel, read_planes, write_planes
 from common.labels import parse_targets, read_csv, read_labels
+from common.predictions import read_groups, read_predictions
 from common.preprocess import read_journal
 
-KINDS = 10  # of tests below, each with its share of the cases
+KINDS = 11  # of tests below, each with its share of the cases
 CASES = int(os.environ.get("HPA_FUZZ_CASES", 300)) // KINDS
 MAX_SECONDS = 20  # of one case, on a machine that does other things too
 MAX_GROWTH = 2 ** 20  # kilobytes
@@ -201,6 +203,28 @@ def test_predictions_are_read_or_refused(tmp_path, data):
     found = outcome(load_predictions, path, "python 05_predict_oof.py")
     if found is not None:
         assert found[1].shape == (len(found[0]), 28) and 0 <= found[1].min(initial=0) <= found[1].max(initial=0) <= 1
+
+
+def as_array(values) -> bytes:
+    content = io.BytesIO()
+    np.save(content, values)
+    return content.getvalue()
+
+
+TABLE = pd.DataFrame(np.eye(2, 28), columns=[f"p{c}" for c in range(28)]).assign(Id=["a", "b"]).to_csv(index=False).encode()
+
+
+@given(st.data())
+@fuzz
+def test_predictions_from_anywhere_are_read_or_refused(tmp_path, data):
+    write_text(tmp_path / "ids.csv", as_csv([["a", "0"], ["b", "0"]]))
+    suffix, good = data.draw(st.sampled_from([(".csv", TABLE), (".npy", as_array(np.eye(2, 28)))]))
+    path = tmp_path / f"p{suffix}"
+    path.write_bytes(data.draw(damage(good) | array_header() | st.binary(max_size=100) | ROWS.map(as_csv).map(str.encode)))
+    found = outcome(read_predictions, path, tmp_path / "ids.csv")
+    if found is not None:
+        assert found[1].shape == (len(found[0]), 28) and 0 <= found[1].min(initial=0) <= found[1].max(initial=0) <= 1
+    outcome(read_groups, path, np.array(["a", "b"]))
 
 
 def test_a_bomb_of_zeros_is_refused_before_it_is_inflated(tmp_path):
