@@ -273,7 +273,7 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
     Returns a `Seen`, None where no sample is good; what is wrong with a sample goes into `bad`.
     """
     from common import images
-    from common.hashing import hash_file
+    from common.hashing import hash_planes
     from common.preprocess import HASH_SIZE
     from common.recipes import fit_to_source, get_recipe
 
@@ -292,7 +292,7 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
             if isinstance(made, images.BadImage):
                 bad[sample] = f"{sample.part}: {made}"
                 continue
-            hash_file(Path(folder) / small / f"{sample.Id}.tif")
+            hash_planes(images.read_planes(Path(folder) / small / f"{sample.Id}.tif"))
             seconds.append(time.perf_counter() - started)
             peaks.append(made[1])
             reading = {name: [*reading.get(name, []), seconds_to_read(Path(folder) / recipe.store / f"{sample.Id}.tif")]
