@@ -137,6 +137,7 @@ def run(main) -> None:
              "fewer --workers")
     finally:
         end_loaders()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C while Python clears up is no traceback
 
 
 def fail(message: str):
