@@ -17,7 +17,6 @@ example python 04_train.py --recipe resnet50 --folds 0,2 --set alpha=0.999 batch
         torchrun --nproc-per-node 4 04_train.py --recipe senet --folds 0
 """
 
-import json
 from functools import partial
 from itertools import product
 
@@ -62,7 +61,9 @@ def parse_args():
 def main():
     args = parse_args()
     if args.list_recipes:
-        return list_recipes(args.json)
+        from common.overview import recipe_listing
+
+        return print(recipe_listing(args.json))
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
     recipes = {name: get_recipe(name, args.settings) for name in args.recipe}
@@ -83,7 +84,9 @@ def main():
     known_folds(args.work, folds, numbers)
     recipes = {name: fit_to_source(recipe, int(samples["side"].min())) for name, recipe in recipes.items()}
     if args.show_class_weights:
-        return show_class_weights(recipes, folds, numbers)
+        from common.overview import class_weight_listing
+
+        return print(class_weight_listing(recipes, folds, numbers))
     flags = (args.device, args.precision, args.workers, args.micro_batch, args.compile)
     team = choose_hardware(*flags).team
     jobs = plan(args.work, recipes, folds, numbers, args.seed, args.force or args.find_lr, args.pretrained,
@@ -99,25 +102,6 @@ def main():
         for name, fold in product(recipes, numbers):
             write_finished(args.work / "runs" / name / f"fold{fold}")
     team.leave()
-
-
-def list_recipes(as_json):
-    """Print every recipe with the parameters of its network."""
-    from common.overview import recipe_records, recipe_table
-
-    print(json.dumps(recipe_records(), indent=1) if as_json else recipe_table().to_string(index=False))
-
-
-def show_class_weights(recipes, folds, numbers):
-    """Print what the E-loss will weigh each class with."""
-    from common.folds import class_counts
-    from common.overview import class_weight_table
-
-    for name, recipe in recipes.items():
-        for fold in numbers:
-            print(f"{name} fold {fold}: alpha {recipe.alpha:g}, weights {recipe.class_weights}, on the "
-                  f"{recipe.weighted_part} of each class")
-            print(class_weight_table(class_counts(folds, fold), recipe).to_string(index=False), end="\n\n")
 
 
 if __name__ == "__main__":

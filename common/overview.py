@@ -1,6 +1,6 @@
 """What a training is going to do, before it does it: the recipes side by side, and a fold's class weights."""
 
-from dataclasses import replace
+import json
 
 import numpy as np
 import pandas as pd
@@ -8,6 +8,7 @@ import torch
 
 from common.class_weights import effective_number_weights, effective_numbers
 from common.classes import CLASS_NAMES, N_CLASSES
+from common.folds import class_counts
 from common.models import build_model, count_parameters
 from common.recipes import RECIPES, Recipe, to_dict
 
@@ -41,13 +42,25 @@ def recipe_records() -> list[dict]:
             for name, recipe in RECIPES.items()]
 
 
+def recipe_listing(as_json: bool) -> str:
+    """Return every recipe with the parameters of its network, as text."""
+    return json.dumps(recipe_records(), indent=1) if as_json else recipe_table().to_string(index=False)
+
+
+def class_weight_listing(recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: list[int]) -> str:
+    """Return what the E-loss will weigh each class with, for each recipe and fold, as text."""
+    return "\n\n".join(
+        f"{name} fold {fold}: alpha {recipe.alpha:g}, weights {recipe.class_weights}, on the {recipe.weighted_part} of each class\n"
+        + class_weight_table(class_counts(folds, fold), recipe).to_string(index=False)
+        for name, recipe in recipes.items() for fold in numbers)
+
+
 def class_weight_table(counts: np.ndarray, recipe: Recipe) -> pd.DataFrame:
     """Return the E-loss weights of a training fold: samples n, effective number Q_n, weight used, weight of eq. 6.
 
     counts : (n_classes,) distinct training samples
     """
-    raw = replace(recipe, class_weights="raw")
     return pd.DataFrame({
         "class": CLASS_NAMES, "n": counts, "Q_n": effective_numbers(counts, recipe.alpha).round(2),
         "weight": effective_number_weights(counts, recipe.alpha, recipe.class_weights).round(4),
-        "1/Q_n": effective_number_weights(counts, raw.alpha, "raw").round(5)})
+        "1/Q_n": effective_number_weights(counts, recipe.alpha, "raw").round(5)})
