@@ -38,7 +38,7 @@ def main():
     probs = np.zeros((len(folds), N_CLASSES), dtype=np.float32)
     for fold in sorted(folds["fold"].unique()):
         rows = (folds["fold"] == fold).to_numpy()
-        data = load_fold(args.work, folds, fold, recipe, 0)
+        data = load_fold(args.work, folds, fold, recipe)
         logits = predict_logits(new_run(recipe, data, hardware, fold, 0).model, data.normalisation,
                                 image_set(args.work, recipe, folds[rows]), hardware, views("none"))
         probs[rows] = mean_probabilities(logits)
