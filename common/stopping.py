@@ -18,7 +18,8 @@ class Stopped(BaseException):
 
 @dataclass
 class State:
-    """Whether SIGTERM has come to this process, and whether it waits there for the next `check`."""
+    """The process that listens, whether SIGTERM has come to it, and whether it waits there for the next `check`."""
+    pid: int = 0
     asked: bool = False
     held: bool = False
 
@@ -33,7 +34,7 @@ def is_follower() -> bool:
 
 def listen() -> None:
     """From here on SIGTERM raises Stopped in the main thread."""
-    STATE.asked = False
+    STATE.pid, STATE.asked = os.getpid(), False
     signal.signal(signal.SIGTERM, _on_sigterm)
 
 
@@ -65,6 +66,8 @@ def when_parent_ends(parent: int, act) -> None:
 
 
 def _on_sigterm(*_) -> None:
+    if os.getpid() != STATE.pid:  # a forked process, which somebody ends
+        os._exit(SIGTERM_CODE)
     again, STATE.asked = STATE.asked, True
     if STATE.held and is_follower():  # it may wait for the main process for ever
         end_later()

@@ -77,3 +77,11 @@ def test_run_all_names_itself(small_data, tmp_path, when, number, code):
     assert output.count("To go on: ") == 1
     assert f"To go on: bash run_all.sh --data {small_data} --work {str(tmp_path / 'my work').replace(' ', chr(92) + ' ')} --quick" in output
     assert seconds < 20  # a few, on a machine that does nothing else
+
+
+def test_a_forked_process_ends_without_a_word():
+    code = ("import os, multiprocessing as m, time; from common import stopping; stopping.listen(); "
+            "child = m.get_context('fork').Process(target=time.sleep, args=(60,)); child.start(); time.sleep(0.5); "
+            "child.terminate(); child.join(); print(child.exitcode)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert (result.stdout.strip(), result.stderr) == ("143", "")
