@@ -5,9 +5,11 @@ and a resumed run draws what an undisturbed one would have drawn.
 """
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -92,7 +94,7 @@ class ImageSet(Dataset):
     def read(self, Id: str) -> np.ndarray:
         """Decode one stored image; raises UserError where it is missing or damaged."""
         planes = read_planes(self.folder / f"{Id}.tif", self.crcs.get(Id))
-        return np.ascontiguousarray(planes.transpose(1, 2, 0)).transpose(2, 0, 1)  # channels last in memory, as batches are
+        return cv2.merge(list(planes)).transpose(2, 0, 1)  # channels last in memory, as batches are
 
 
 def whole_batches(dataset: ImageSet, batch_size: int) -> list[np.ndarray]:
@@ -140,10 +142,21 @@ def collate(items):
     return images, torch.from_numpy(np.stack(targets).astype(np.float32))
 
 
-def loader(dataset: ImageSet, workers: int, pin: bool, batches) -> DataLoader:
-    """Return a loader of the given batches: lists of the dataset's keys."""
-    return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches,
-                      worker_init_fn=leave_signals)
+def loader(dataset: ImageSet, workers: int, pin: bool, batches):
+    """Return an iterable of the given batches, lists of the dataset's keys, made by `workers` processes or else by a thread."""
+    found = DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches,
+                       worker_init_fn=leave_signals)
+    return found if workers else one_ahead(found)
+
+
+def one_ahead(batches):
+    """Yield each batch while a thread makes the next one: the network leaves cores idle between its layers."""
+    source = iter(batches)
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, source, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = pool.submit(next, source, None)
+            yield batch
 
 
 def leave_signals(_) -> None:

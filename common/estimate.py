@@ -147,11 +147,10 @@ def training_seconds(recipe: Recipe, cost: Cost, folds: pd.DataFrame, fold: int,
     images, step = batches.steps * batches.batch, batches.batch * cost.train
     if batches.batch > fits and recipe.hard_share < 1:
         step *= 4 / 3  # the sampler ranks in a pass of its own
-    epoch = batches.steps * step * (1 + recipe.whole_share * ((recipe.size / recipe.crop) ** 2 - 1))
     valid = (folds["fold"] == fold).sum() * cost.predict * evaluations_per_cycle(recipe) * recipe.max_cycles
     times_read = 1 if rows * 4 * recipe.size ** 2 <= CACHE_BYTES else recipe.epochs
     finder = FINDER_STEPS * step if recipe.finder != "off" else 0
-    return recipe.epochs * epoch + valid + finder + times_read * images * read
+    return recipe.epochs * batches.steps * step + valid + finder + times_read * images * read
 
 
 def checkpoint_bytes(recipe: Recipe, cost: Cost) -> int:

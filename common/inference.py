@@ -39,7 +39,7 @@ class Hardware:
 
 def choose_hardware(device: str, precision: str, workers: int | None, micro_batch: int | None = None,
                     compiled: bool = False, training: bool = True) -> Hardware:
-    """Resolve 'auto': a GPU where there is one, else the CPU; bfloat16 where the hardware multiplies it, float16 on
+    """Resolve 'auto': a GPU where there is one, else the CPU; bfloat16 where the hardware gains from it, float16 on
     older GPUs, else 32 bit. A CPU predicts in 32 bit always, so that no image's result depends on its batch.
 
     On the CPU the batches are made in the training process by default: the cores are the network's. Of several
@@ -55,14 +55,18 @@ def choose_hardware(device: str, precision: str, workers: int | None, micro_batc
         raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
     device = torch.device(device)
     if precision == "auto" and device.type == "cpu":
-        capable = torch.cpu.get_capabilities()
-        precision = "bf16" if training and (capable.get("avx512_bf16") or capable.get("amx_bf16")) else "fp32"
+        precision = "bf16" if training and bf16_is_faster(torch.cpu.get_capabilities()) else "fp32"
     elif precision == "auto":
         precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return Hardware(device, autocast, workers, join_team(device), micro_batch, compiled)
+
+
+def bf16_is_faster(cpu: dict) -> bool:
+    """Tell whether a CPU multiplies bfloat16 faster than 32-bit floats: Intel's with AMX only, others' with AVX-512 too."""
+    return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16") and not cpu.get("cpu_name", "").startswith("Intel"))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ class Recipe:
     image_size: int = 768
     crop_size: int = 512
     size_divisor: int = 1
-    whole_share: float = 0.0  # of all epochs, the last ones: they learn from whole images, as prediction sees them
 
     # Network: encoder, pooling (adaptive concat; global average; the encoder's own), buffering layers, 28 outputs.
     encoder: str = "resnet50"
@@ -95,7 +94,6 @@ class Recipe:
         checks = {
             "size_divisor": self.size_divisor >= 1,
             "crop_size": 32 <= self.crop <= self.size,
-            "whole_share": 0 <= self.whole_share <= 1,
             "dropouts": len(self.dropouts) == len(self.buffers) and all(0 <= p < 1 for p in self.dropouts),
             "buffers": all(width > 0 for width in self.buffers),
             "focal_gamma": self.focal_gamma >= 0,
@@ -179,7 +177,7 @@ def plus(recipe: Recipe, rates: tuple[float, ...], epochs: int) -> Recipe:
     """
     return replace(recipe, optimizer="adamw", weight_decay=0.05, learning_rates=rates, finder="off", schedule="one-cycle",
                    cycle_epochs=epochs, max_cycles=1, base_loss="bce", class_weights="none", class_reduction="mean",
-                   hard_share=1.0, whole_share=0.25, evaluate_epochs=max(1, epochs // 10))
+                   hard_share=1.0, evaluate_epochs=max(1, epochs // 10))
 
 
 RECIPES = {

@@ -262,13 +262,11 @@ def train_epoch(run: Run, data: FoldData, label: str, save) -> None:
     batches = EpochBatches(len(data.train), recipe.batch_size, run.seed, run.epoch, run.step, team)
     share = 1.0 if run.epoch < recipe.hard_warmup_epochs else recipe.hard_share
     loss_sum = torch.tensor(run.loss_sum, dtype=torch.float64, device=hardware.device)
-    whole = run.epoch >= round((1 - recipe.whole_share) * recipe.epochs)
-    dataset = replace(data.train, crop=recipe.size) if whole else data.train
     started = saved = time.monotonic()
     before, unread = run.seconds, []
     slower = 0.5 ** len(run.returns)
     run.model.train()
-    for images, targets in progress(loader(dataset, hardware.workers, hardware.is_gpu, batches), batches.steps,
+    for images, targets in progress(loader(data.train, hardware.workers, hardware.is_gpu, batches), batches.steps,
                                     label, unit="batches", initial=run.step, quiet=not team.is_main):
         step = run.epoch * batches.steps + run.step
         for group in run.optimizer.param_groups:

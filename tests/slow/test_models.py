@@ -180,4 +180,4 @@ def test_three_groups_split_in_the_middle_of_the_encoder(name, early, late):
 def test_the_stem_is_the_first_convolution(name):
     with torch.device("meta"):
         encoder = build_encoder(Recipe(encoder=name))[0]
-    assert stem(encoder)[0] in ("conv1", "layer0.conv1", "conv0", "0.conv") and stem(encoder)[1].in_channels == 4
+    assert stem(encoder)[0] in ("conv1", "conv1.0", "layer0.conv1", "conv0", "0.conv") and stem(encoder)[1].in_channels == 4

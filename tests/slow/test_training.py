@@ -32,8 +32,7 @@ SMALL = replace(DEMO, image_size=512, crop_size=512, size_divisor=8, buffers=(64
                 min_cycle_gain=0.0, finder="off")
 
 
-OURS = replace(SMALL, optimizer="adamw", schedule="one-cycle", learning_rates=(1e-3, 1e-3), evaluate_epochs=3, base_loss="bce",
-               whole_share=0.25)
+OURS = replace(SMALL, optimizer="adamw", schedule="one-cycle", learning_rates=(1e-3, 1e-3), evaluate_epochs=3, base_loss="bce")
 
 
 @pytest.fixture(autouse=True)
@@ -581,20 +580,13 @@ def test_a_write_that_fails_ends_the_training(tmp_path, monkeypatch):
         train(tmp_path / "run", fold_data(tmp_path / "images", 16))
 
 
-def test_the_last_epochs_learn_from_whole_images(tmp_path, monkeypatch):
-    recipe = replace(SMALL, image_size=512, crop_size=256, cycle_epochs=4, max_cycles=1, whole_share=0.25)
-    step, sides = training.train_step, []
-    monkeypatch.setattr(training, "train_step", lambda run, images, *rest: sides.append(images.shape[-1]) or step(run, images, *rest))
-    train(tmp_path / "run", fold_data(tmp_path / "images", 16, crop=recipe.crop), recipe)
-    assert sides == [32] * 6 + [64] * 2
-
-
-def test_a_cpu_trains_in_bf16_where_it_multiplies_it_and_predicts_in_32_bit(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert choose_hardware("cpu", "auto", None).autocast == torch.bfloat16
+@pytest.mark.parametrize(("cpu", "expected"), [
+    ({"avx512_bf16": True, "cpu_name": "AMD EPYC 9B14"}, torch.bfloat16), ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, None),
+    ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16), ({}, None)])
+def test_a_cpu_trains_in_bf16_where_that_is_faster_and_predicts_in_32_bit(monkeypatch, cpu, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert choose_hardware("cpu", "auto", None).autocast == expected
     assert choose_hardware("cpu", "auto", None, training=False).autocast is None
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert choose_hardware("cpu", "auto", None).autocast is None
 
 
 def test_a_compiled_network_learns_the_same(tmp_path, monkeypatch):

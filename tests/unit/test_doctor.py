@@ -104,10 +104,10 @@ def test_time_is_scaled_from_what_was_measured(monkeypatch):
     recipe = get_recipe("resnet50", ["batch_size=2", "cycle_epochs=2", "max_cycles=3", "finder=off"])
     # 6 training rows in 3 batches of 2, 6 epochs: 36 images at 1 s, read at 0.1 s once; 3 validated 6 times at 0.5 s.
     assert estimate.training_seconds(recipe, COST, FOLDS, 0, 0.1, 100) == pytest.approx(36 + 0.6 + 3 * 6 * 0.5)
-    # A pass of its own for the sampler, the finder, and whole images for the last half: (768/512)^2 as many pixels.
+    # A pass of its own for the sampler, and the finder.
     assert estimate.training_seconds(recipe, COST, FOLDS, 0, 0.1, 1) == pytest.approx(36 * 4 / 3 + 0.6 + 9)
-    recipe = get_recipe("resnet50", ["batch_size=2", "cycle_epochs=2", "max_cycles=3", "whole_share=0.5"])
-    assert estimate.training_seconds(recipe, COST, FOLDS, 0, 0, 100) == pytest.approx(100 * 2 + 36 * (1 + 0.5 * 1.25) + 9)
+    recipe = get_recipe("resnet50", ["batch_size=2", "cycle_epochs=2", "max_cycles=3"])
+    assert estimate.training_seconds(recipe, COST, FOLDS, 0, 0, 100) == pytest.approx(100 * 2 + 36 + 9)
 
     monkeypatch.setattr(estimate, "cores", lambda: 2)
     args = SimpleNamespace(folds=[0, 1], tta="dihedral", no_test=False)
