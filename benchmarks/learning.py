@@ -3,7 +3,7 @@
 Each run trains one fold in a process of its own and predicts its validation part; everything from the start of Python
 counts. How many epochs fit is measured first, once for each arm, with a short run. An arm's score is macro F1 over its
 out-of-fold probabilities with cross-fitted greedy thresholds; of several learning rates the arm with the best score counts,
-which flatters the others and not us. Finished runs are kept in --out: stop it and start it again at will.
+which flatters the others and not us. Finished runs are kept in --out: stop it and start it again at will. Curves over several --minutes go to OUT/learning.png.
 
 example python benchmarks/learning.py --out learning --minutes 2,5 --seeds 0,1,2
 The last line is a JSON object.
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -50,7 +51,7 @@ def parse_args():
     parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2], metavar="A,B", help="seeds (default: 0,1,2)")
     parser.add_argument("--n-folds", type=int, default=3, metavar="N", help="folds (default: 3)")
     parser.add_argument("--ours", type=cli.names, default=["demo", "small_plus"], metavar="A,B", help="recipes; field changes "
-                        "after colons, such as small_plus:mixup=0 (default: demo,small_plus)")
+                        "after colons, such as small_plus:batch_size=64 (default: demo,small_plus)")
     parser.add_argument("--others", type=cli.names, default=list(OTHERS), metavar="A@RATE,B@RATE",
                         help=f"contestants of benchmarks/others.py and their learning rates; none (default: {','.join(OTHERS)})")
     parser.add_argument("--at-once", type=cli.positive, default=1, metavar="N", help="runs at once, each with its share of "
@@ -172,7 +173,24 @@ def report(args, arms, folds) -> None:
             low, high = found["interval"]
             print(f"  {arm:40s} {found['macro_f1']:.3f} [{low:.3f}, {high:.3f}]  {found['epochs']:4d} epochs, "
                   f"{found['seconds']:.0f} s at most; seeds {' '.join(f'{value:.3f}' for value in found['seeds'])}")
+    if len(args.minutes) > 1:
+        draw(args, arms, figures)
     print(json.dumps(figures))
+
+
+def draw(args, arms, figures) -> None:
+    """Draw each arm's score against the minutes of a run, with intervals, as OUT/learning.png."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for arm in arms:
+        values = np.array([[figures[f"{arm} {minutes:g}"]["macro_f1"], *figures[f"{arm} {minutes:g}"]["interval"]] for minutes in args.minutes])
+        axes.errorbar(args.minutes, values[:, 0], np.abs(values[:, 1:] - values[:, :1]).T, marker="o", markersize=4, capsize=3, label=arm)
+    axes.set(xlabel="minutes a run, set-up included", ylabel="macro F1, cross-fitted, 95 % interval", ylim=(0, 1), xscale="log")
+    axes.set_xticks(args.minutes, [f"{minutes:g}" for minutes in args.minutes])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(args.out / "learning.png", dpi=120)
 
 
 def score(args, arm, minutes, rows) -> dict:

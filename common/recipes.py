@@ -192,7 +192,7 @@ RECIPES = {
     "gapnet_pl_plus": replace(GAPNET_PL, encoder="gapnet_pl_plus"),
     "resnet50_plus": plus(replace(RESNET50, batch_size=64), (2e-4, 1e-3), 24),
     "senet_plus": plus(replace(SENET, batch_size=64), (2e-4, 5e-4, 1e-3), 24),
-    "small_plus": replace(plus(replace(DEMO, batch_size=32), (1e-2, 1e-2), 80), weight_decay=0.3),
+    "small_plus": replace(plus(replace(DEMO, batch_size=32), (1e-2, 1e-2), 80), weight_decay=0.3, dropouts=(0.5,)),
     "demo": DEMO,
     "demo_large": replace(DEMO, image_size=1024, crop_size=768, cycle_epochs=8),
     "demo_gapnet": replace(GAPNET_PL, size_divisor=8, batch_size=16, cycle_epochs=16, max_cycles=2),

@@ -54,6 +54,8 @@ def other_classes(path):
     (lambda f: refuse_bad({Sample("a", "train", "0", ()): "a_red is bad"}, [Sample("a", "train", "0", ())], f / "bad.csv"),
      "1 samples cannot be used (all of them in {f}/bad.csv):\n  a_red is bad\nmend or remove them and run this again, or leave them out with "
      "--keep-going"),
+    (lambda f: runpy.run_path(str(ROOT / "06_thresholds.py"))["labelled_rows"](pd.DataFrame({"Id": ["a"]}), ["a", "b"], "CURE"),
+     "the predictions have Ids that folds.csv does not have; run: CURE\n  b"),
     (lambda f: cli.names("a,a"), "expected distinct names separated by commas, found 'a,a'"),
     (lambda f: cli.positive("0"), "expected a whole number above 0, found '0'"),
     (lambda f: cli.fold_numbers("0,x"), "expected fold numbers separated by commas such as 0,2, found '0,x'"),
