@@ -5,7 +5,6 @@ and a resumed run draws what an undisturbed one would have drawn.
 """
 
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,21 +141,10 @@ def collate(items):
     return images, torch.from_numpy(np.stack(targets).astype(np.float32))
 
 
-def loader(dataset: ImageSet, workers: int, pin: bool, batches):
-    """Return an iterable of the given batches, lists of the dataset's keys, made by `workers` processes or else by a thread."""
-    found = DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches,
-                       worker_init_fn=leave_signals)
-    return found if workers else one_ahead(found)
-
-
-def one_ahead(batches):
-    """Yield each batch while a thread makes the next one: the network leaves cores idle between its layers."""
-    source = iter(batches)
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(next, source, None)
-        while (batch := upcoming.result()) is not None:
-            upcoming = pool.submit(next, source, None)
-            yield batch
+def loader(dataset: ImageSet, workers: int, pin: bool, batches) -> DataLoader:
+    """Return a loader of the given batches: lists of the dataset's keys."""
+    return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches,
+                      worker_init_fn=leave_signals)
 
 
 def leave_signals(_) -> None:
