@@ -35,15 +35,12 @@ def dihedral(image, which: int):
 
 
 def random_crop(image: np.ndarray, crop: int, draw: np.ndarray) -> np.ndarray:
-    """Cut a random (crop, crop) window out of (4, h, w) uint8 and put it through a random symmetry.
+    """Cut a random (crop, crop) window out of (4, h, w) and put it through a random symmetry; a view, nothing is copied.
 
     draw : three random numbers in [0, 1), for the window's place and the symmetry
     """
-    # The four bytes of a pixel are moved as one number, which is five times as fast.
-    pixels = np.ascontiguousarray(image.transpose(1, 2, 0)).view(np.uint32)[..., 0]
-    top, left = (int(u * (side - crop + 1)) for u, side in zip(draw, pixels.shape, strict=False))
-    window = dihedral(pixels[top:top + crop, left:left + crop], int(8 * draw[2]))
-    return np.ascontiguousarray(window)[..., None].view(np.uint8).transpose(2, 0, 1)
+    top, left = (int(u * (side - crop + 1)) for u, side in zip(draw, image.shape[1:], strict=False))
+    return dihedral(image[:, top:top + crop, left:left + crop], int(8 * draw[2]))
 
 
 class Cache(dict):
@@ -61,7 +58,8 @@ class Cache(dict):
 
 @dataclass
 class ImageSet(Dataset):
-    """Images of `ids` under `folder` with their targets; one item is a (4, h, w) uint8 array and its targets.
+    """Images of `ids` under `folder` with their targets; one item is a (4, h, w) uint8 array, channels last
+    in memory, and its targets.
 
     crop : side of random training crops in pixels; None for whole images
     sides : side of each stored image in pixels, where they may differ: one batch of whole images has one size
@@ -137,7 +135,10 @@ class EpochBatches:
 def collate(items):
     """Stack items to (n, 4, h, w) uint8 images, channels last in memory, and (n, n_classes) float targets."""
     images, targets = zip(*items, strict=True)
-    images = torch.from_numpy(np.stack([image.transpose(1, 2, 0) for image in images])).permute(0, 3, 1, 2)
+    # The four bytes of a pixel are copied as one number, which is five times as fast.
+    pixels = np.empty((len(images), *images[0].shape[1:], 1), np.uint32)
+    np.stack([image.transpose(1, 2, 0).view(np.uint32) for image in images], out=pixels)
+    images = torch.from_numpy(pixels.view(np.uint8)).permute(0, 3, 1, 2)
     return images, torch.from_numpy(np.stack(targets).astype(np.float32))
 
 
