@@ -13,7 +13,6 @@ difference, and the largest memory: resident sets of all processes, looked at ev
 example HPA_REAL_DATA=real python benchmarks/preprocess.py --samples 40
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -166,8 +165,7 @@ def usual(job):
 def report(runs: dict, few: int, all_: int, many: int, jobs: int) -> None:
     """Print a row a contestant, the ratios and the JSON; runs : (name, count) -> seconds, MiB."""
     rows = {}
-    codecs = importlib.util.find_spec("imagecodecs") is not None  # tifffile deflates with it twice as fast
-    print(f"{all_} samples on {jobs} cores, {'with' if codecs else 'without'} imagecodecs")
+    print(f"{all_} samples on {jobs} cores")
     print(f"{'':8s} {'s':>7s} {'samples/s':>10s} {'further':>8s} " + "".join(f"{f'MiB, {count}':>10s}" for count in (few, all_, many)))
     for name in ("stage01", "bare", "usual"):
         seconds = runs[name, all_][0]
@@ -181,7 +179,7 @@ def report(runs: dict, few: int, all_: int, many: int, jobs: int) -> None:
     for other, wanted in (("bare", 0.85), ("usual", 2)):
         print(f"stage01 / {other}: {ratios[f'samples_per_s_stage01_to_{other}']:.2f} with the start of Python, "
               f"{ratios[f'further_per_s_stage01_to_{other}']:.2f} without (wanted: at least {wanted})")
-    print(json.dumps({"samples": all_, "few": few, "many": many, "jobs": jobs, "imagecodecs": codecs, **rows, **ratios}))
+    print(json.dumps({"samples": all_, "few": few, "many": many, "jobs": jobs, **rows, **ratios}))
 
 
 if __name__ == "__main__":

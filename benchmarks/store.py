@@ -3,12 +3,10 @@
 On HPA_REAL_DATA's full-size samples at 768 px (crops of 512) and its PNG samples at 512 px (crops of 384), one core,
 files in the page cache. A crop is read by reading the whole image. `write` is without, `flushed` with the fsync that
 stage 01 does for each file before it renames it into place. The formats take turns; medians over samples and repeats.
-`ours, by tifffile` is the same file, read by tifffile in place of OpenCV: faster where imagecodecs is installed.
 
 example HPA_REAL_DATA=real python benchmarks/store.py
 """
 
-import importlib.util
 import json
 import os
 import sys
@@ -41,11 +39,9 @@ def parse_args():
 def main():
     args = parse_args()
     cv2.setNumThreads(1)
-    if not has_imagecodecs():
-        print("zstd is left out: imagecodecs is not installed")
     full = [np.stack([images.resize(plane, 768) for plane in planes]) for planes in samples(real("kaggle_tiff"), 2)]
     png = [np.stack(planes) for planes in samples(real("kaggle_png"), args.samples)]
-    figures = {"imagecodecs": has_imagecodecs()}
+    figures = {}
     for stored, crop, repeats in ((full, 512, args.repeats * 5), (png, 384, args.repeats)):
         side = stored[0].shape[1]
         print(f"{len(stored)} samples of {side} px, crops of {crop}\n{'format':18s} {'bytes':>9s} {'write ms':>9s} "
@@ -55,10 +51,6 @@ def main():
             print("{0:18s} {bytes:9d} {write_ms:9.2f} {flushed_ms:10.2f} {crop_ms:8.2f} {crops_per_s:14.1f} {same!s:>11s}"
                   .format(name, **row))
     print(json.dumps(figures))
-
-
-def has_imagecodecs() -> bool:
-    return importlib.util.find_spec("imagecodecs") is not None
 
 
 def samples(data: Path, limit: int):
@@ -89,12 +81,9 @@ def tiff_writer(**how):
 
 
 def formats() -> dict:
-    found = {"TIFF (ours)": (images.write_planes, images.read_planes),
-             "ours, by tifffile": (images.write_planes, tifffile.imread),
-             "4 PNGs": (write_png, read_png), "TIFF uncompressed": (tiff_writer(), tifffile.imread)}
-    if has_imagecodecs():
-        found["TIFF zstd"] = (tiff_writer(compression="zstd", predictor=True), tifffile.imread)
-    return found
+    return {"TIFF (ours)": (images.write_planes, images.read_planes), "4 PNGs": (write_png, read_png),
+            "TIFF uncompressed": (tiff_writer(), tifffile.imread),
+            "TIFF zstd": (tiff_writer(compression="zstd", predictor=True), tifffile.imread)}
 
 
 # --- measuring ---------------------------------------------------------------------------------------------
