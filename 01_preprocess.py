@@ -29,7 +29,7 @@ def parse_args():
                         help="leave out samples with missing or bad files, by name, in place of an error at the end")
     parser.add_argument("--white-level", type=cli.positive, default=65535, metavar="V",
                         help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)")
-    parser.add_argument("--jobs", type=int, default=-1, metavar="N", help="worker processes (default: all cores)")
+    parser.add_argument("--jobs", type=cli.jobs, default=-1, metavar="N", help="worker processes (default: all cores)")
     cli.add_cluster_flag(parser)
     parser.add_argument("--check", action="store_true",
                         help="make nothing: look at machine, input, labels, weights, room and time of a whole run, and say what "

@@ -36,7 +36,7 @@ def parse_args():
                         help="take no class below N kept samples (default: 50)")
     parser.add_argument("--external-groups", default="antibody", choices=("antibody", "none"),
                         help="keep external fields of one antibody in one fold (default), or treat each by itself")
-    parser.add_argument("--jobs", type=int, default=-1, metavar="N", help="worker processes (default: all cores)")
+    parser.add_argument("--jobs", type=cli.jobs, default=-1, metavar="N", help="worker processes (default: all cores)")
     cli.add_cluster_flag(parser)
     return parser.parse_args()
 

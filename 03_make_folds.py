@@ -25,7 +25,7 @@ def parse_args():
                         help="external samples are for training only (default), or are split into folds as the others")
     parser.add_argument("--hold-out", type=float, default=0.0, metavar="SHARE",
                         help="set this share of the samples aside, neither trained on nor validated on (default: none)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
+    parser.add_argument("--seed", type=cli.not_negative, default=0, help="seed of the split (default: 0)")
     args = parser.parse_args()
     if args.n_folds < 2:
         parser.error("--n-folds must be at least 2")

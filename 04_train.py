@@ -39,8 +39,8 @@ def parse_args():
     parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
     parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
     parser.add_argument("--find-lr", action="store_true", help="only run the learning rate finder and save its curve")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order, crops and dropout (default: 0)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+    parser.add_argument("--seed", type=cli.not_negative, default=0, help="seed of weights, order, crops and dropout (default: 0)")
+    parser.add_argument("--jobs", type=cli.jobs, default=1, metavar="N",
                         help="folds to train at once, each with its share of the cores; pays for small networks on a "
                              "CPU (default: 1)")
     parser.add_argument("--micro-batch", type=cli.positive, metavar="N",

@@ -109,7 +109,10 @@ if $check && $demo && [ ! -e "$data/train.csv" ]; then
     trap 'rm -rf "$data"' EXIT
 fi
 places=(--data "$data" --work "$work")
-if $demo; then run "$PYTHON" -m common.demo_data --data "$data"; fi
+# Without the packages there is nothing to draw with; what the check then says comes first.
+if $demo && ! { $check && ! "$PYTHON" common/environment.py requirements.txt > /dev/null 2>&1; }; then
+    run "$PYTHON" -m common.demo_data --data "$data"
+fi
 runs=$recipes parts=()
 if $tables; then
     parts=(--no-test)

@@ -24,6 +24,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                 return {"": read_array(file, os.path.getsize(path))}
             with zipfile.ZipFile(file) as members:
                 check_size(inflated_size(members))
+                if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members.infolist()):
+                    raise ValueError("is compressed otherwise than by deflate")  # zipfile inflates it without a limit
                 return {info.filename.removesuffix(".npy"): read_array(members.open(info), info.file_size)
                         for info in members.infolist()}
         except Exception as error:  # damaged files raise many kinds

@@ -13,6 +13,10 @@ from common.errors import UserError, nearest
 from common.recipes import run_name
 
 
+OUT_OF_MEMORY = ("the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, or "
+                 "try --device cpu")
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations whose errors name the nearest known flag."""
 
@@ -47,7 +51,7 @@ def add_hardware_flags(parser) -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
                         help="autocast type (default: bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32; "
                              "a CPU predicts in fp32)")
-    parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: 0 on the CPU, up to 8 on a GPU)")
+    parser.add_argument("--workers", type=not_negative, metavar="N", help="loader processes (default: 0 on the CPU, up to 8 on a GPU)")
 
 
 def add_weight_flags(parser) -> None:
@@ -96,6 +100,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> int:
+    """Parse a whole number from 0 to 2^32 - 1, the largest seed that all libraries take."""
+    if not text.isdecimal() or int(text) >= 2 ** 32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2 ** 32 - 1}, found {text!r}")
+    return int(text)
+
+
+def jobs(text: str) -> int:
+    """Parse a number of processes: a whole number above 0, or -1 for as many as there are cores."""
+    return -1 if text == "-1" else positive(text)
+
+
 def fold_numbers(text: str) -> list[int]:
     """Parse '0,2' into a list of distinct fold numbers."""
     values = [part.strip() for part in text.split(",")]
@@ -129,6 +145,8 @@ def run(main) -> None:
     except (KeyboardInterrupt, stopping.Stopped) as stop:
         stopped(stop)
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
+            fail(OUT_OF_MEMORY)
         if stopping.STATE.asked:  # the main process of several has saved and left
             sys.exit(stopping.SIGTERM_CODE)
         if not str(error).startswith("DataLoader worker"):

@@ -204,7 +204,7 @@ def make_demo_data(folder: Path, seed: int = 0, n_train: int = 1000, n_test: int
 def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder to write, made if missing")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.not_negative, default=0)
     arguments = parser.parse_args()
     make_demo_data(arguments.data, arguments.seed)
     print(f"demo data is in {arguments.data}: drawn images in the layout of the competition")

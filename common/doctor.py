@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import cli
 from common.environment import unmet
 from common.errors import UserError, listing
 from common.progress import progress
@@ -87,6 +88,10 @@ def guarded(name: str, check):
         yield Check(name, FAILS, f"the package {error.name or error} cannot be imported", "see packages")
     except OSError as error:
         yield Check(name, FAILS, f"{error.filename or ''}: {error.strerror or error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        yield Check(name, FAILS, cli.OUT_OF_MEMORY)
 
 
 # --- the machine -------------------------------------------------------------------------------------------

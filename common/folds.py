@@ -19,8 +19,8 @@ def stratified_group_folds(targets: np.ndarray, groups: np.ndarray, n_folds: int
     """
     from iterstrat.ml_stratifiers import MultilabelStratifiedKFold  # slow to import, and training does not need it
 
-    _, group = np.unique(groups, return_inverse=True)
-    n_groups = group.max() + 1
+    names, group = np.unique(groups, return_inverse=True)
+    n_groups = len(names)
     if n_groups < n_folds:
         raise UserError(f"{n_groups} distinct samples cannot make {n_folds} folds; give more data or fewer folds")
     group_targets = np.zeros((n_groups, targets.shape[1]), dtype=bool)

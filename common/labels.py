@@ -23,10 +23,9 @@ def read_csv(path: Path, *columns: str) -> pd.DataFrame:
     expected = f"a CSV file with the column{'s' * (len(columns) > 1)} {','.join(columns)}"
     if not path.is_file():
         raise UserError(f"{path} is missing; expected {expected}")
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; expected a CSV file of at most {MAX_BYTES / 1e6:.0f} MB")
+    check_bytes(path, MAX_BYTES)
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="error")
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="error", compression=None)
     except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
         raise UserError(f"{path} is not {expected}: {first_line(error)}") from None
     missing = [name for name in columns if name not in frame]
@@ -34,6 +33,12 @@ def read_csv(path: Path, *columns: str) -> pd.DataFrame:
         raise UserError(f"{path} has no column {missing[0]}; its columns are {', '.join(frame.columns)}")
     check_samples(frame["Id"], path)
     return frame[columns]
+
+
+def check_bytes(path: Path, most: int) -> None:
+    """Refuse a CSV file that is larger than any of its kind."""
+    if path.stat().st_size > most:
+        raise UserError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; expected a CSV file of at most {most / 1e6:.0f} MB")
 
 
 def check_samples(ids: pd.Series, path: Path) -> None:

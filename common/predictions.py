@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.arrays import read_arrays
+from common.arrays import MAX_BYTES, read_arrays
 from common.artifacts import check_probabilities, load_predictions, prediction_file
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, first_line, listing
-from common.labels import check_samples, read_csv
+from common.labels import check_bytes, check_samples, read_csv
 
 
 def member_files(given: list[Path] | None, work: Path, recipes: list[str], part: str) -> tuple[list[str], list[Path]]:
@@ -51,10 +51,12 @@ def read_predictions(path: Path, ids: Path | None = None) -> tuple[np.ndarray, n
 
 def read_prediction_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a CSV file with Id and 28 columns of probabilities."""
+    check_bytes(path, MAX_BYTES)
     try:
-        header = list(pd.read_csv(path, nrows=0).columns)
+        header = list(pd.read_csv(path, nrows=0, compression=None).columns)
         columns = [name for name in header if name != "Id"]
-        frame = pd.read_csv(path, dtype={"Id": str}, keep_default_na=False, na_values=dict.fromkeys(columns, ["", "NaN", "nan"]))
+        frame = pd.read_csv(path, dtype={"Id": str}, keep_default_na=False, compression=None,
+                            na_values=dict.fromkeys(columns, ["", "NaN", "nan"]))
     except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
         raise UserError(f"{path} is not a CSV file with Id and {N_CLASSES} columns: {first_line(error)}") from None
     if "Id" not in header or len(columns) != N_CLASSES:

@@ -17,7 +17,8 @@ from common.parallel import run_parallel
 from common.recipes import stored_size
 
 HASH_SIZE = 128  # pixels; every sample is stored at this size too, for stage 02
-COMPRESSED = 0.35  # of the raw bytes that a stored image takes, about: 0.3 to 0.8 MB of 2.36 MB at 768 px
+COMPRESSED = 0.35  # of the raw bytes that a large stored image takes, about: 0.3 to 0.8 MB of 2.36 MB at 768 px
+HEADERS = 1000  # bytes of a stored image that are not pixels
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ def list_external(data: Path) -> tuple[pd.DataFrame, list[dict]]:
 
 
 def source_state(sample: Sample) -> str:
-    """Fingerprint a sample's files by name, size and time of change, without reading them."""
-    return digest([[path.name, stat.st_size, stat.st_mtime_ns] for path in sample.files for stat in (path.stat(),)])
+    """Fingerprint a sample's files by name, size and times of change, without reading them; programs that copy or unpack
+    files set the time of their content (mtime), none that of their entry (ctime)."""
+    return digest([[path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path in sample.files for stat in (path.stat(),)])
 
 
 def wanted_stores(recipes) -> list[str]:
@@ -147,7 +149,7 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path) -> N
 
 def space_needed(sides: list[int]) -> float:
     """Return the bytes that images of these sides in pixels take when stored, about."""
-    return COMPRESSED * len(images.CHANNELS) * sum(side ** 2 for side in sides)
+    return sum(HEADERS + len(images.CHANNELS) * side ** 2 * (COMPRESSED if side > images.PLAIN_SIDE else 1) for side in sides)
 
 
 def check_space(sides: list[int], work: Path) -> None:

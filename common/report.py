@@ -47,7 +47,7 @@ def section(work: Work, key: str, title: str, lead: str, make) -> Section:
 def overview(work: Work) -> list:
     blocks = [Table("Stages", stage_table(work), "Sections below are left out until their stage has run.",
                     {"rows": ",.0f", "seconds": ",.1f"}, wide=True)]
-    found, facts = there(lambda: work.thresholds), {}
+    found, facts = there(lambda: work.scores), {}
     if found:
         facts["macro F1, cross-fitted"] = f"{found['score_cross_fitted']:.3f}"
         facts["95 % interval"] = "{:.3f} to {:.3f}".format(*found["interval"])

@@ -73,7 +73,7 @@ def calibration(targets: np.ndarray, probs: np.ndarray) -> Figure:
 # --- scores ------------------------------------------------------------------------------------------------
 
 def scores(work: Work) -> list:
-    found = work.thresholds
+    found = work.scores
     facts = {"macro F1, cross-fitted": f"{found['score_cross_fitted']:.3f}",
              "95 % interval": "{:.3f} to {:.3f}".format(*found["interval"]),
              "on the rows of the search": f"{found['score_in_sample']:.3f}",

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from common.artifacts import read_json, read_table
-from common.classes import CLASS_NAMES
+from common.classes import CLASS_NAMES, N_CLASSES
+from common.ensemble import COMBINATIONS
 from common.errors import UserError, listing
 from common.labels import format_targets, is_target, parse_targets
 
@@ -16,12 +17,35 @@ def read_thresholds(path: Path, recipes: list[str] | None, makes: str) -> dict:
     if not path.is_file():
         raise UserError(f"{path} is missing; run: python 06_thresholds.py {makes}")
     thresholds = read_json(path)
+    if not isinstance(thresholds, dict):
+        raise UserError(f"{path} is not what stage 06 writes; run: python 06_thresholds.py {makes}")
     missing = {"recipes", "combine", "weights", "thresholds"} - set(thresholds)
     if missing:
         raise UserError(f"{path} has no {', '.join(sorted(missing))}; run: python 06_thresholds.py {makes}")
+    wrong = impossible_part(thresholds)
+    if wrong:
+        raise UserError(f"{path}: expected {wrong}; run: python 06_thresholds.py {makes}")
     if recipes and thresholds["recipes"] != recipes:
         raise UserError(f"{path} was made for {','.join(thresholds['recipes'])}; run: python 06_thresholds.py {makes}")
     return thresholds
+
+
+def impossible_part(thresholds: dict) -> str:
+    """Say what is expected of the first part that cannot be as it is, "" where all can."""
+    names, weights = thresholds["recipes"], thresholds["weights"]
+    expected = {
+        "the names of networks as recipes": isinstance(names, list) and all(isinstance(name, str) for name in names),
+        f"{N_CLASSES} thresholds from 0 to 1": are_shares(thresholds["thresholds"]) and len(thresholds["thresholds"]) == N_CLASSES,
+        f"combine to be one of {', '.join(COMBINATIONS)}": thresholds["combine"] in COMBINATIONS,
+        "one weight from 0 to 1 a network, 1 in all": are_shares(weights) and len(weights) == len(names)
+        and abs(sum(weights) - 1) < 1e-3,
+        "argmax or empty as fallback": thresholds.get("fallback", "argmax") in ("argmax", "empty"),
+    }
+    return next((text for text, fine in expected.items() if not fine), "")
+
+
+def are_shares(values) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
 
 
 def decide(probs: np.ndarray, thresholds: np.ndarray, fallback: str) -> np.ndarray:

@@ -158,9 +158,13 @@ def frozen_statistics(model):
             layer.momentum = momentum
 
 
-def micro_batches(n: int, most: int | None) -> list[slice]:
-    """Return how n images are cut into parts of at most `most`, never one image alone: BatchNorm needs two."""
-    parts = max(1, min(-(-n // (most or n)), n // 2))
+def micro_batches(n: int, most: int | None, batch: int | None = None, processes: int = 1) -> list[slice]:
+    """Return how n images are cut into parts of at most `most`, never one image alone: BatchNorm needs two.
+
+    batch, processes : of n images in each of several processes, which must all have as many parts: those of the largest n
+    """
+    largest, smallest = -(-(batch or n) // processes), (batch or n) // processes
+    parts = max(1, min(-(-largest // (most or largest)), smallest // 2))
     return [slice(n * k // parts, n * (k + 1) // parts) for k in range(parts)]
 
 
@@ -197,7 +201,7 @@ def accumulate(run: Run, images, targets, n: int, share: float, step: int) -> tu
     The sampler ranks the whole batch of all processes. In several parts that takes a pass of its own, without
     gradients, with the same dropout and without a trace in the running statistics.
     """
-    team, parts = run.hardware.team, micro_batches(len(images), run.micro_batch)
+    team, parts = run.hardware.team, micro_batches(len(images), run.micro_batch, n, run.hardware.team.size)
 
     def losses_of(k, network):
         seed_torch(run.seed, 1, step, team.rank, k)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from common.artifacts import (check_ids, fingerprint, load_predictions, prediction_file, read_json, read_lines, read_table,
-                              sidecar)
+                              read_sidecar, sidecar)
 from common.classes import CLASS_NAMES
 from common.contact_sheet import composite, jpeg, small_planes
 from common.ensemble import combine, stack_members
@@ -115,8 +115,8 @@ class Work:
 
     def run_record(self, recipe: str, fold: int) -> dict:
         """Return the sidecar of a finished training, {} before that."""
-        path = sidecar(self.run_folder(recipe, fold) / "best.pt")
-        return read_json(path) if path.is_file() else {}
+        path = self.run_folder(recipe, fold) / "best.pt"
+        return read_sidecar(path) if sidecar(path).is_file() else {}
 
     def run_recipe(self, recipe: str, fold: int) -> Recipe | None:
         """Return the recipe that a finished training was made with."""
@@ -136,6 +136,14 @@ class Work:
         if not path.is_file():
             raise UserError(f"{path} is missing; run: {self.hint('06_thresholds.py')}")
         return read_json(path)
+
+    @cached_property
+    def scores(self) -> dict:
+        """What is in `thresholds`, where stage 06 has scored them."""
+        if "score_cross_fitted" not in self.thresholds:
+            raise UserError(f"the thresholds have no scores, since --reproduce took them from a submission; for scores run: "
+                            f"{self.hint('06_thresholds.py')}")
+        return self.thresholds
 
     @cached_property
     def recipes(self) -> list[str]:
@@ -189,7 +197,7 @@ class Work:
         path = self.folder / artifact
         if not sidecar(path).is_file():
             return "unfinished" if path.is_file() else "not made yet", {}
-        record = read_json(sidecar(path))
+        record = read_sidecar(path)
         older = [name for name, place in inputs.items()
                  if name in record["inputs"] and record["inputs"][name] != self.fingerprint(self.folder / place)]
         return f"from an older {', '.join(older)}: run its stage again" if older else "complete", record

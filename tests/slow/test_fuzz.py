@@ -5,6 +5,7 @@ HPA_FUZZ_CASES  cases in all (default 300; 10000 by hand)
 
 import csv
 import faulthandler
+import gzip
 import io
 import json
 import os
@@ -236,6 +237,18 @@ def test_a_bomb_of_zeros_is_refused_before_it_is_inflated(tmp_path):
     assert outcome(load_predictions, tmp_path / "p.npz", "") is None
     with pytest.raises(UserError, match="claims 1.1 GB of arrays; at most 0.3 GB are accepted"):
         load_predictions(tmp_path / "p.npz", "")
+
+
+def test_an_archive_that_is_not_deflated_is_refused(tmp_path):  # zipfile inflates bzip2 and LZMA without a limit
+    (tmp_path / "p.npz").write_bytes(as_npz({"ids.npy": b"x", "probs.npy": b"x"}, zipfile.ZIP_BZIP2))
+    with pytest.raises(UserError, match="is compressed otherwise than by deflate"):
+        load_predictions(tmp_path / "p.npz", "")
+
+
+def test_a_table_is_not_inflated(tmp_path):
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"Id,Target\n" + b"a,0\n" * 1000))
+    with pytest.raises(UserError, match="is not a CSV file with the columns Id,Target"):
+        read_labels(tmp_path / "x.csv.gz")
 
 
 # --- images ------------------------------------------------------------------------------------------------

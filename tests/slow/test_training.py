@@ -14,6 +14,7 @@ import torch
 from common import stopping, training
 from common.checkpoints import load_checkpoint, load_network, save_checkpoint
 from common.data import ImageSet
+from common.distributed import Team
 from common.errors import UserError
 from common.files import write_text
 from common.finder import save_lr_curve
@@ -207,6 +208,14 @@ def test_ranking_in_parts_uses_the_same_dropout_and_leaves_no_trace(tmp_path):
 @pytest.mark.parametrize(("n", "most", "sizes"), [(8, None, [8]), (8, 4, [4, 4]), (7, 4, [3, 4]), (3, 2, [3]), (1, 2, [1]), (9, 2, [2, 2, 2, 3])])
 def test_no_part_has_one_image(n, most, sizes):
     assert [part.stop - part.start for part in micro_batches(n, most)] == sizes
+
+
+@pytest.mark.parametrize(("batch", "processes", "most"), [(74, 4, 18), (7, 2, 3), (9, 2, 1), (8, 3, 2)])
+def test_all_processes_have_as_many_parts_of_a_batch(batch, processes, most):
+    team = [Team(rank, processes).part(batch) for rank in range(processes)]
+    parts = [micro_batches(part.stop - part.start, most, batch, processes) for part in team]
+    assert len({len(own) for own in parts}) == 1
+    assert all(part.stop - part.start > 1 for own in parts for part in own)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_goes_on(tmp_path, capsys, monkeypatch):

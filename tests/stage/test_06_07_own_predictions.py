@@ -58,6 +58,8 @@ def test_from_files_to_a_submission(own, run_script):
 
     run_script("06_thresholds.py", "--oof", own / "a_test.npz", "--reproduce", own / "out.csv", "--work", own / "r")
     assert len(read(own / "r" / "thresholds.json")["limits"]) == 28
+    run_script("08_report.py", "--work", own / "r")
+    assert "the thresholds have no scores, since --reproduce took them from a submission" in (own / "r" / "report.html").read_text()
 
 
 def test_groups_of_other_predictions_stay_together(own, run_script):

@@ -20,7 +20,7 @@ RECIPE = "demo-quick"
 STAGES = {"01_preprocess.py": ("--recipes", RECIPE, "--jobs", "1"), "02_dedup.py": ("--jobs", "1"), "03_make_folds.py": ("--n-folds", "2"),
           "04_train.py": ("--recipe", RECIPE, "--set", "cycle_epochs=1", "max_cycles=2", "buffers=16"),
           "05_predict_oof.py": ("--recipes", RECIPE, "--tta", "none"), "06_thresholds.py": ("--recipes", RECIPE),
-          "07_ensemble.py": ("--recipes", RECIPE)}
+          "07_ensemble.py": ("--recipes", RECIPE), "08_report.py": ()}
 
 
 @pytest.fixture

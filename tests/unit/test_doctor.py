@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from common import doctor, estimate
+from common import cli, doctor, estimate
 from common.doctor import FAILS, FINE, WARNING, Check, Seen
 from common.errors import UserError
 from common.estimate import Cost
@@ -36,7 +36,8 @@ def test_a_line_has_state_name_what_was_found_and_below_it_the_cure():
 
 @pytest.mark.parametrize(("error", "told"), [
     (UserError("no train.csv"), "no train.csv"), (ModuleNotFoundError(name="cv2"), "the package cv2 cannot be imported"),
-    (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied")])
+    (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied"),
+    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), cli.OUT_OF_MEMORY)])
 def test_what_ends_a_check_is_its_last_line(error, told):
     def check():
         yield Check("a", FINE, "before")
@@ -96,7 +97,7 @@ def test_the_disk_must_hold_images_and_networks(monkeypatch, tmp_path, free, sta
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free * GB))
     args = SimpleNamespace(work=tmp_path / "not" / "yet", folds=None)
     (line,), _ = found(doctor.disk(args, input_of(), FOLDS, {"resnet50": COST}))
-    assert line.state == state and "stored images 8 MB, networks 60 MB" in line.found, line
+    assert line.state == state and "stored images 9 MB, networks 60 MB" in line.found, line
     assert line.found.endswith(f"free in {tmp_path}")
 
 

@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -6,6 +7,7 @@ from PIL import Image
 from common.errors import UserError
 from common.images import (BadImage, channel_files, list_files, read_channel, read_header, read_planes, read_sample,
                            resize, statistics, write_planes)
+from common.preprocess import space_needed
 
 RNG = np.random.default_rng(0)
 
@@ -131,3 +133,13 @@ def test_stored_planes_come_back_and_damaged_ones_are_refused(tmp_path, size):
     path.write_bytes(b"no image" * size)
     with pytest.raises(UserError, match=r"a.tif cannot be read \(.*\); delete it, and run: python 01_preprocess.py"):
         read_planes(path)
+
+
+@pytest.mark.parametrize("side", [128, 256, 768])
+def test_the_space_that_is_asked_for_is_what_an_image_takes(tmp_path, side):
+    rng = np.random.default_rng(0)
+    cells = cv2.GaussianBlur(rng.random((side, side), dtype=np.float32), (0, 0), 4)
+    planes = np.stack([cv2.normalize(cells, None, 0, 200, cv2.NORM_MINMAX) + 4 * rng.random((side, side))] * 4).astype(np.uint8)
+    write_planes(tmp_path / "a.tif", planes)
+    size = (tmp_path / "a.tif").stat().st_size
+    assert size == pytest.approx(space_needed([side]), rel=0.02 if side <= 256 else 0.6)

@@ -79,6 +79,11 @@ def test_texts(tmp_path, do, message):
     ("03_make_folds.py", ["--n-folds", "1"], "--n-folds must be at least 2"),
     ("03_make_folds.py", ["--max-copies", "0"], "--max-copies must be at least 1"),
     ("03_make_folds.py", ["--hold-out", "0.6"], "--hold-out must be a share from 0 to 0.5"),
+    ("03_make_folds.py", ["--seed", "-1"], "argument --seed: expected a whole number from 0 to 4294967295, found '-1'"),
+    ("01_preprocess.py", ["--jobs", "0"], "argument --jobs: expected a whole number above 0, found '0'"),
+    ("02_dedup.py", ["--jobs", "-2"], "argument --jobs: expected a whole number above 0, found '-2'"),
+    ("04_train.py", ["--jobs", "x"], "argument --jobs: expected a whole number above 0, found 'x'"),
+    ("05_predict_oof.py", ["--workers", "-1"], "argument --workers: expected a whole number from 0 to 4294967295, found '-1'"),
 ])
 def test_texts_of_flags(monkeypatch, capsys, script, arguments, message):
     monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -93,6 +98,9 @@ def test_texts_of_flags(monkeypatch, capsys, script, arguments, message):
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 2,
      "error: DataLoader worker (pid 7) is killed by signal: Killed. (perhaps memory ran out); finished work is kept. To go on: python 04_train.py "
      "--jobs 2, if need be with fewer --workers\n"),
+    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 2,
+     "error: the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, or try "
+     "--device cpu\n"),
     (KeyboardInterrupt(), 130, "\nstopped; finished work is kept. To go on: python 04_train.py --jobs 2\n"),
 ])
 def test_texts_at_the_end_of_a_script(monkeypatch, capsys, error, code, message):

@@ -1,10 +1,12 @@
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from common.errors import UserError
-from common.submission import (check_submission, decide, frequency_table, known_labels, override, recover, shortest_decimal,
-                               submission_table, with_empty_rows)
+from common.submission import (check_submission, decide, frequency_table, known_labels, override, read_thresholds, recover,
+                               shortest_decimal, submission_table, with_empty_rows)
 from tests.unit.test_ensemble import probs
 
 
@@ -18,6 +20,24 @@ def test_where_nothing_passes_the_most_probable_class_is_taken_or_none():
 
 def test_a_probability_at_its_threshold_passes():
     assert decide(probs(0.5), np.full(28, 0.5), "empty").all()
+
+
+GOOD = {"recipes": ["a", "b"], "combine": "mean", "weights": [0.5, 0.5], "thresholds": [0.5] * 28}
+
+
+@pytest.mark.parametrize(("found", "expected"), [
+    ([], "is not what stage 06 writes"), (GOOD | {"thresholds": [50] * 28}, "expected 28 thresholds from 0 to 1"),
+    (GOOD | {"thresholds": [float("nan")] * 28}, "28 thresholds"), (GOOD | {"thresholds": [0.5] * 27}, "28 thresholds"),
+    (GOOD | {"thresholds": ["0.5"] * 28}, "28 thresholds"), (GOOD | {"combine": "sum"}, "combine to be one of mean, weighted, rank"),
+    (GOOD | {"weights": [1]}, "one weight from 0 to 1 a network, 1 in all"), (GOOD | {"weights": [1, 1]}, "one weight"),
+    (GOOD | {"recipes": "ab"}, "names of networks"), (GOOD | {"fallback": "none"}, "argmax or empty as fallback"), (GOOD, None)])
+def test_thresholds_that_cannot_be_are_refused(tmp_path, found, expected):
+    (tmp_path / "t.json").write_text(json.dumps(found))
+    if expected is None:
+        assert read_thresholds(tmp_path / "t.json", ["a", "b"], "CURE") == found
+        return
+    with pytest.raises(UserError, match=f"{expected}.*; run: python 06_thresholds.py CURE"):
+        read_thresholds(tmp_path / "t.json", None, "CURE")
 
 
 @pytest.mark.parametrize(("ids", "predicted", "message"), [
