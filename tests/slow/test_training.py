@@ -30,7 +30,7 @@ from common.training import Run, is_finished, lr_range_test, micro_batches, new_
 
 CPU = Hardware(torch.device("cpu"))
 SMALL = replace(DEMO, image_size=512, crop_size=512, size_divisor=8, buffers=(64,), batch_size=8, cycle_epochs=2, max_cycles=2,
-                min_cycle_gain=0.0, finder="off")
+                min_cycle_gain=0.0, finder="off", evaluate_epochs=1)
 
 
 OURS = replace(SMALL, optimizer="adamw", schedule="one-cycle", learning_rates=(1e-3, 1e-3), evaluate_epochs=3, base_loss="bce")
