@@ -17,8 +17,9 @@ from urllib.request import Request, urlopen
 import torch
 from safetensors.torch import load_file
 
+from common.arrays import refuse_inflated
 from common.artifacts import fingerprint
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.progress import progress
 
 SECONDS_TO_ANSWER = 20
@@ -158,9 +159,14 @@ def fetch(url: str, path: Path, sha256: str) -> None:
 def read_file(path: Path) -> dict:
     """Read a file of tensors and plain types onto the CPU; no code in it is ever run. Raises UserError."""
     try:
-        read = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many kinds
-        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}); {CURE}") from None
+        if path.suffix == ".safetensors":
+            read = load_file(path)
+        else:
+            refuse_inflated(path)
+            read = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # damaged files raise many kinds, torch's with long advice
+        reason = first_line(error) if isinstance(error, ValueError) else type(error).__name__
+        raise UserError(f"{path} cannot be read as weights ({reason}); {CURE}") from None
     return read if isinstance(read, dict) else {}
 
 

@@ -2,6 +2,7 @@ import hashlib
 import http.server
 import socket
 import threading
+import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -215,6 +216,15 @@ def test_damaged_files_are_named(tmp_path, suffix, content):
     path.write_bytes({"empty": b"", "text": b"<html>not found</html>", "cut off": path.read_bytes()[:-500]}[content])
     with pytest.raises(UserError, match=r"damaged\.(pth|safetensors) cannot be read as weights .* --pretrained FILE"):
         read_weights(path)
+
+
+def test_a_file_that_claims_more_than_its_size_is_refused(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(10 ** 7)}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as whole, zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    with pytest.raises(UserError, match=r"b\.pth cannot be read as weights \(claims 0\.0 GB in 0\.0 GB\); expected a \.pth"):
+        read_weights(tmp_path / "b.pth")
 
 
 @pytest.mark.parametrize("content", [torch.ones(3), [torch.ones(3)], {}, {"conv1.weight": 3}, {0: torch.ones(3)},
