@@ -107,7 +107,7 @@ def test_another_networks_tensors_are_one_message(tmp_path, state, change, told)
 @pytest.mark.parametrize(("changes", "told"), [
     ({"epoch": GONE}, "it lacks 'epoch'"), ({"optimizer": GONE}, "it lacks 'optimizer'"),
     ({"optimizer": {}}, "it lacks 'param_groups'"),
-    ({"optimizer": {"state": {}, "param_groups": []}}, "different number of parameter groups")])
+    ({"optimizer": {"state": {}, "param_groups": []}}, "different number of parameter")])
 def test_parts_of_a_training_that_are_missing_are_one_message(tmp_path, state, changes, told):
     written(tmp_path, state, **changes)
     with pytest.raises(UserError, match="last.pt does not fit the network of this version") as error:
@@ -126,7 +126,8 @@ def test_a_run_that_cannot_be_deleted_is_told_and_not_taken_for_new(tmp_path, mo
     with pytest.raises(UserError) as error:
         prepare([stage], force=True)
     assert str(error.value) == (f"{tmp_path}/fold0 cannot be deleted, which --force asks for (best.pt: Permission denied); get the "
-                                "right to delete it or have its owner do so, or give another --work")
+                                "right to delete it or have its owner do so, or "
+                                "give another --work")
 
 
 def test_a_run_that_is_a_link_is_not_cleared_in_silence(tmp_path):
@@ -162,4 +163,5 @@ def test_a_network_that_changes_has_checkpoints_of_a_new_format():
     changed = [encoder for encoder in found if found[encoder] != PINNED.get(encoder)]
     assert FORMAT == PINNED_FORMAT and not changed, (
         f"networks changed: {changed}. Checkpoints of before must not be read as theirs: add one to FORMAT in "
-        f"common/checkpoints.py, then set PINNED_FORMAT to it and PINNED to {found}. Only where torch merely prints its layers in another way FORMAT stays")
+        f"common/checkpoints.py, then set PINNED_FORMAT to it and PINNED to {found}. "
+        "Only where torch merely prints its layers in another way FORMAT stays")
