@@ -128,8 +128,8 @@ def download(encoder: str, published: Published, path: Path) -> Path | None:
             failures.append(f"  {url} ({error})")
         except OSError as error:
             raise UserError(f"the weights of {encoder} cannot be written to {path.parent} ({error.strerror or error}); make "
-                            "room or get the right to, give --weights-dir a folder that can be written, or start from random weights with "
-                            "--pretrained none") from None
+                            "room or get the right to, give --weights-dir a folder that can be written, or start from random "
+                            "weights with --pretrained none") from None
     print(f"{encoder}: the ImageNet weights could not be downloaded, so training goes on from random weights.\n"
           f"To start from them, save one of these as {path.absolute()}:\n" + "\n".join(failures) +
           "\n(--pretrained none starts from random weights without asking for them)", flush=True)

@@ -125,8 +125,8 @@ def test_a_run_that_cannot_be_deleted_is_told_and_not_taken_for_new(tmp_path, mo
     monkeypatch.setattr(shutil, "rmtree", refused)
     with pytest.raises(UserError) as error:
         prepare([stage], force=True)
-    assert str(error.value) == (f"{tmp_path}/fold0 cannot be deleted, which --force asks for (best.pt: Permission denied); get the "
-                                "right to delete it or have its owner do so, or "
+    assert str(error.value) == (f"{tmp_path}/fold0 cannot be deleted, which --force asks for (best.pt: Permission denied); "
+                                "get the right to delete it or have its owner do so, or "
                                 "give another --work")
 
 
