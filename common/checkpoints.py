@@ -2,8 +2,9 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 import pandas as pd
 import torch
@@ -19,7 +20,15 @@ from common.models import build_model
 from common.recipes import Recipe, from_dict, to_dict
 
 
-FORMAT = 2  # of checkpoints; one more whenever older ones could be misread
+FORMAT = 3  # of checkpoints; one more whenever older ones could be misread, as after each change of a network
+TRAIN_AGAIN = "train the fold again with --force, or use the version that wrote it"
+
+NUMBER = (int, float)
+NETWORK = {"model": dict, "mean": list, "std": list, "classes": list, "recipe": dict}  # in every checkpoint
+TRAINING = {  # in last.pt too
+    "made_from": dict, "good": (dict, type(None)), "optimizer": dict, "scaler": dict, "ranking": torch.Tensor, "epoch": int,
+    "step": int, "loss_sum": NUMBER, "seconds": NUMBER, "best_score": NUMBER, "micro_batch": (int, type(None)), "start": str,
+    "returns": list, "history": list, "class_mix": list}
 
 
 def save_checkpoint(path: Path, values: dict) -> None:
@@ -75,12 +84,45 @@ def load_checkpoint(path: Path) -> dict:
                         "delete it and train the fold again") from None
     found = saved.get("format", 1) if isinstance(saved, dict) else "no"
     if found != FORMAT:
-        raise UserError(f"{path} is a checkpoint of format {found}, this version of the project reads format {FORMAT}; train the "
-                        "fold again with --force, or use the version that wrote it")
-    if saved["classes"] != list(CLASS_NAMES):
-        raise UserError(f"{path} was trained for {len(saved['classes'])} classes, expected the {N_CLASSES} of this project; "
-                        "train the fold again with --force")
+        raise UserError(f"{path} is a checkpoint of format {found}, this version of the project reads format {FORMAT}; "
+                        f"{TRAIN_AGAIN}")
+    check_types(path, saved)
+    check_classes(path, saved["classes"])
     return saved
+
+
+def check_types(path: Path, saved: dict) -> None:
+    """Refuse a checkpoint that lacks what each has, or holds other kinds of values than this project writes."""
+    kinds = {**NETWORK, **{key: kind for key, kind in TRAINING.items() if key in saved}}
+    fits = {key: isinstance(saved.get(key), kind) for key, kind in kinds.items()}
+    for key in ("mean", "std"):
+        fits[key] = fits[key] and len(saved[key]) == 4 and all(isinstance(value, NUMBER) for value in saved[key])
+    wrong = [key for key, fine in fits.items() if not fine]
+    if wrong:
+        lacks = "lacks" if wrong[0] not in saved else "has no valid"
+        raise UserError(f"{path} is not a checkpoint that this project wrote: it {lacks} {wrong[0]!r}; {TRAIN_AGAIN}")
+
+
+def check_classes(path: Path, found: list) -> None:
+    """Refuse a checkpoint of other classes: other in number, name or order."""
+    if len(found) != N_CLASSES:
+        raise UserError(f"{path} was trained for {len(found)} classes, expected the {N_CLASSES} of this project; {TRAIN_AGAIN}")
+    for number, (name, expected) in enumerate(zip(found, CLASS_NAMES, strict=True)):
+        if name != expected:
+            raise UserError(f"{path} was trained for other classes: class {number} is {name!r}, expected {expected!r}; "
+                            f"{TRAIN_AGAIN}")
+
+
+@contextmanager
+def restoring(path: Path):
+    """Make one message of what torch raises for a checkpoint of another network or with parts missing."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else shorten(str(error), 240)
+        raise UserError(f"{path} does not fit the network of this version ({reason}); {TRAIN_AGAIN}") from None
 
 
 def check_recipe(path: Path, saved: dict, recipe: Recipe) -> None:
@@ -97,7 +139,10 @@ def made_from(folder: Path) -> dict | None:
     if sidecar(folder / "best.pt").is_file():
         return read_sidecar(folder / "best.pt")
     if (folder / "last.pt").is_file():
-        return load_checkpoint(folder / "last.pt")["made_from"]
+        made = load_checkpoint(folder / "last.pt").get("made_from", {})
+        if not all(isinstance(made.get(part), dict) for part in ("parameters", "inputs")):
+            raise UserError(f"{folder / 'last.pt'} does not say what it was made from; {TRAIN_AGAIN}")
+        return made
     return None
 
 
@@ -109,7 +154,19 @@ def prepare(stages: list[Stage], force: bool) -> None:
             if not force:
                 check_unfinished(stage)
         for stage in stages if force else ():
-            shutil.rmtree(stage.artifact.parent, ignore_errors=True)
+            clear(stage.artifact.parent)
+
+
+def clear(folder: Path) -> None:
+    """Delete a run's folder; one that cannot be deleted is a UserError: what is left would pass for the new training."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be deleted, which --force asks for ({error.filename or folder}: "
+                        f"{error.strerror or error}); get the right to delete it or have its owner do so, or "
+                        "give another --work") from None
 
 
 def check_unfinished(stage: Stage) -> None:
@@ -149,6 +206,7 @@ def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.
     saved = load_checkpoint(path)
     check_recipe(path, saved, recipe)
     model = build_model(recipe, N_CLASSES)
-    model.load_state_dict(saved["model"])
+    with restoring(path):
+        model.load_state_dict(saved["model"])
     return (model.to(hardware.device, memory_format=torch.channels_last),
             Normalisation(tuple(saved["mean"]), tuple(saved["std"])))

@@ -367,7 +367,7 @@ def weights(args, seen: Seen):
             at_hand = next((path for path in files if path.is_file()), None)
             if not at_hand:
                 host = next((url for url in PUBLISHED[encoder].urls if answers(url)), None)
-                yield Check("weights", FINE, f"{encoder}: will be downloaded from {host}") if host else Check(
+                yield download_to(files[0].parent, encoder, host) if host else Check(
                     "weights", WARNING, f"{encoder}: the published weights are not at hand and their host does not answer, so "
                     "training starts from random ones and learns much less",
                     f"save {PUBLISHED[encoder].urls[0]} as {files[0].absolute()}")
@@ -380,6 +380,18 @@ def weights(args, seen: Seen):
         with contextlib.redirect_stdout(told):
             start = start_from(recipe, args.pretrained, at_hand)
         yield Check("weights", FINE, f"{encoder}: {start.describe()}")
+
+
+def download_to(folder: Path, encoder: str, host: str) -> Check:
+    """Tell whether weights that a host has can be downloaded to a folder."""
+    try:
+        with tempfile.TemporaryFile(dir=existing(folder)) as file:
+            file.write(bytes(4096))
+        return Check("weights", FINE, f"{encoder}: will be downloaded from {host}")
+    except OSError as error:
+        return Check("weights", FAILS, f"{encoder}: would be downloaded to {folder}, which cannot be written ({error.strerror})",
+                     "make room or get the right to, give --weights-dir a folder that can be written, or start from random "
+                     "weights with --pretrained none")
 
 
 def work_so_far(args, seen: Seen):

@@ -8,7 +8,7 @@ import pandas as pd
 
 from common.artifacts import Stage, digest, prediction_file, read_table, save_predictions
 from common.checkpoints import (check_recipe, check_unfinished, finished_checkpoint, load_checkpoint, load_network,
-                                made_from)
+                                made_from, restoring)
 from common.distributed import Team
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, image_set, load_fold, stored_images, training_inputs
@@ -59,7 +59,8 @@ def begin_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware,
         saved = load_checkpoint(folder / "last.pt")
         check_recipe(folder / "last.pt", saved, recipe)
         run = new_run(recipe, data, hardware, fold, seed)
-        run.restore(saved)
+        with restoring(folder / "last.pt"):
+            run.restore(saved)
         run.good = saved.get("good")
         run.normalise = Normalisation(tuple(saved["mean"]), tuple(saved["std"]))
         print(f"{label}: going on at epoch {run.epoch + 1}" + (f", batch {run.step + 1}" if run.step else ""), flush=True)

@@ -21,6 +21,7 @@ from common.files import write_json
 
 # What a killed process leaves running, such as loader workers, ends within these; so does who is just saving and leaving.
 SECONDS_AFTER_DEATH, SECONDS_OF_GRACE = 15, 4
+MODE = 0o666  # of lock files: they stay, and to lock one is to write it, for everyone who shares the folder
 
 
 class Lock:
@@ -34,18 +35,22 @@ class Lock:
         self.record = path.with_name(path.name + ".json")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(path)
-            self.acquire(place, wait)
+            self.lock = FileLock(path, mode=MODE)
+            self.acquire(place, path, wait)
             write_json(self.record, this_process())
         except OSError as error:
             raise UserError(f"{place} cannot be made: {path.parent} cannot be written to ({error.strerror or error}); make "
                             "room or get the right to, or give another --work") from None
 
-    def acquire(self, place: Path, wait: bool) -> None:
+    def acquire(self, place: Path, path: Path, wait: bool) -> None:
         try:
             return self.lock.acquire(timeout=0)
         except Timeout:
             holder = read_record(self.record)
+        except PermissionError:
+            if not (os.path.exists(path) and os.access(path.parent, os.W_OK)):
+                raise
+            raise UserError(unwritable(place, path, read_record(self.record))) from None
         told = f"{place} is being made by {describe(holder)}"
         if wait:
             print(f"waiting: {told}", flush=True)
@@ -65,16 +70,28 @@ class Lock:
         self.release()
 
 
+def unwritable(place: Path, path: Path, holder: dict) -> str:
+    """Say who holds a lock whose file others may not write, as far as its record tells, or that nobody does."""
+    other = "or give another --work"
+    if holder["pid"] and not is_gone(holder):
+        return (f"{place} is being made by {describe(holder)}\nwait for its end, or stop it there, and run this again; if it has "
+                f"ended already, delete {path}; {other}")
+    return (f"{place} cannot be made: its lock file {path} may not be written by you, and nobody holds it; delete it or have its "
+            f"owner do so, and run this again; {other}")
+
+
 def holders(work: Path):
     """Say what is being made in a work folder, and by whom."""
     for record in sorted(work.glob("**/.*.lock.json")):
-        path = record.with_suffix("")
+        path, holder = record.with_suffix(""), read_record(record)
+        told = f"{path.with_name(path.name[1:]).with_suffix('')} is being made by {describe(holder)}"
         try:
-            FileLock(path).acquire(timeout=0).lock.release()
+            FileLock(path, mode=MODE).acquire(timeout=0).lock.release()
         except Timeout:
-            yield f"{path.with_name(path.name[1:]).with_suffix('')} is being made by {describe(read_record(record))}"
-        except OSError:
-            continue  # another user's, who does not let others write
+            yield told
+        except OSError:  # not to be written: the record is all there is
+            if not is_gone(holder):
+                yield told
 
 
 def this_process() -> dict:

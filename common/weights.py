@@ -17,8 +17,9 @@ from urllib.request import Request, urlopen
 import torch
 from safetensors.torch import load_file
 
+from common.arrays import refuse_inflated
 from common.artifacts import fingerprint
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.progress import progress
 
 SECONDS_TO_ANSWER = 20
@@ -74,7 +75,7 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
     pretrained : 'none'; 'auto' for the published file, from `weights_dir`, torch's cache or its host; or a file
 
     Where the host cannot be reached, a message on stdout says which file to put where. A file at hand that is not
-    the published one is used, with a warning. Raises UserError for a file that is not there.
+    the published one is used, with a warning. Raises UserError for a file that is not there, or cannot be written.
     """
     if pretrained == "none":
         return None
@@ -109,15 +110,26 @@ def told_if_other(path: Path, sha256: str) -> Path:
 
 # --- downloading -------------------------------------------------------------------------------------------
 
+class NotPublished(Exception):
+    """A host does not answer, or gives another file than the published one."""
+
+
 def download(encoder: str, published: Published, path: Path) -> Path | None:
-    """Download to `path` from the first host that has the file; where none has, print what to do and return None."""
+    """Download to `path` from the first host that has the file; where none has, print what to do and return None.
+
+    Raises UserError where `path` cannot be written: that is no reason to train from random weights.
+    """
     failures = []
     for url in published.urls:
         try:
             fetch(url, path, published.sha256)
             return path
-        except (OSError, HTTPException, ValueError) as error:
+        except NotPublished as error:
             failures.append(f"  {url} ({error})")
+        except OSError as error:
+            raise UserError(f"the weights of {encoder} cannot be written to {path.parent} ({error.strerror or error}); make "
+                            "room or get the right to, give --weights-dir a folder that can be written, or start from random "
+                            "weights with --pretrained none") from None
     print(f"{encoder}: the ImageNet weights could not be downloaded, so training goes on from random weights.\n"
           f"To start from them, save one of these as {path.absolute()}:\n" + "\n".join(failures) +
           "\n(--pretrained none starts from random weights without asking for them)", flush=True)
@@ -133,21 +145,35 @@ def answers(url: str) -> bool:
         return False
 
 
+def receive(url: str):
+    """Yield how many megabytes a file has and then its content, in parts; raises NotPublished."""
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "python"}), timeout=SECONDS_TO_ANSWER) as response:
+            yield math.ceil(int(response.headers.get("Content-Length", 0)) / MEGABYTE)
+            while part := response.read(MEGABYTE):
+                yield part
+    except (OSError, HTTPException, ValueError) as error:
+        raise NotPublished(error) from None
+
+
 def fetch(url: str, path: Path, sha256: str) -> None:
-    """Download one file under a temporary name and move it into place once its checksum is right, else ValueError."""
+    """Download one file under a temporary name and move it into place once its checksum is right.
+
+    Raises NotPublished for what the host does, OSError for what the disk does.
+    """
+    content = receive(url)
+    size = next(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest = hashlib.sha256()
     try:
-        with (urlopen(Request(url, headers={"User-Agent": "python"}), timeout=SECONDS_TO_ANSWER) as response,
-              open(temporary, "wb") as file):
-            size = math.ceil(int(response.headers.get("Content-Length", 0)) / MEGABYTE)
+        with open(temporary, "wb") as file:
             print(f"downloading {path.name} ({size} MB) from {urlsplit(url).netloc}", file=sys.stderr, flush=True)
-            for chunk in progress(iter(lambda: response.read(MEGABYTE), b""), size, path.name, "MB"):
-                digest.update(chunk)
-                file.write(chunk)
+            for part in progress(content, size, path.name, "MB"):
+                digest.update(part)
+                file.write(part)
         if not digest.hexdigest().startswith(sha256):
-            raise ValueError(f"SHA-256 should begin with {sha256}, found {digest.hexdigest()}")
+            raise NotPublished(f"SHA-256 should begin with {sha256}, found {digest.hexdigest()}")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -158,9 +184,14 @@ def fetch(url: str, path: Path, sha256: str) -> None:
 def read_file(path: Path) -> dict:
     """Read a file of tensors and plain types onto the CPU; no code in it is ever run. Raises UserError."""
     try:
-        read = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many kinds
-        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}); {CURE}") from None
+        if path.suffix == ".safetensors":
+            read = load_file(path)
+        else:
+            refuse_inflated(path)
+            read = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # damaged files raise many kinds, torch's with long advice
+        reason = first_line(error) if isinstance(error, ValueError) else type(error).__name__
+        raise UserError(f"{path} cannot be read as weights ({reason}); {CURE}") from None
     return read if isinstance(read, dict) else {}
 
 

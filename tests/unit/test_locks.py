@@ -6,13 +6,15 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from common import locks
 from common.errors import UserError
-from common.locks import Lock, is_gone, read_record
+from common.locks import Lock, holders, is_gone, read_record
 from tests.conftest import ROOT
 
 @pytest.fixture(autouse=True)
@@ -86,3 +88,67 @@ def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/thing cannot be made: .*file cannot be written to .*or give another --work"):
         Lock(tmp_path / "file" / "thing")
+
+
+@pytest.fixture
+def shared():
+    """A folder that everyone may write, left as whoever is not root."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        before = os.getresuid()
+        if os.getuid() == 0:
+            os.setresuid(65534, 65534, 0)
+        yield Path(folder)
+        os.setresuid(*before)
+
+
+def test_whoever_shares_the_folder_may_lock_after_another(tmp_path):
+    before = os.umask(0o077)
+    try:
+        with Lock(tmp_path / "thing"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / ".thing.lock").stat().st_mode & 0o777 == 0o666
+
+
+def locked_by(folder: Path, **changes) -> Path:
+    """Write a lock file that may not be written and its record; return what it locks."""
+    (folder / ".thing.lock").touch(mode=0o444)
+    if changes:
+        record = {"user": "ada", "host": "elsewhere", "pid": "7", "since": "noon", "command": "python 01.py", **changes}
+        (folder / ".thing.lock.json").write_text(json.dumps(record))
+    return folder / "thing"
+
+
+def test_of_a_lock_file_that_may_not_be_written_the_record_tells_the_holder(shared):
+    place = locked_by(shared, user="bob")
+    told = f"{place} is being made by bob on elsewhere, process 7, since noon: python 01.py"
+    with pytest.raises(UserError) as error:
+        Lock(place)
+    assert str(error.value) == (f"{told}\nwait for its end, or stop it there, and run this again; if it has ended already, delete "
+                                f"{shared}/.thing.lock; or give another --work")
+    assert list(holders(shared)) == [told]
+
+
+@pytest.mark.parametrize("record", [{}, {"host": os.uname().nodename, "pid": str(2 ** 22 + 1)}], ids=["none", "of the dead"])
+def test_of_a_lock_file_that_nobody_holds_the_message_says_which_to_delete(shared, record):
+    place = locked_by(shared, **record)
+    with pytest.raises(UserError) as error:
+        Lock(place)
+    assert str(error.value) == (f"{place} cannot be made: its lock file {shared}/.thing.lock may not be written by you, and nobody "
+                                "holds it; delete it or have its owner do so, and run this again; or give another --work")
+    assert list(holders(shared)) == []
+    (shared / ".thing.lock").unlink()
+    with Lock(place):
+        pass
+
+
+def test_a_folder_without_the_right_to_write_is_told_as_such(shared):
+    folder = shared / "closed"
+    folder.mkdir()
+    place = locked_by(folder)
+    folder.chmod(0o555)
+    with pytest.raises(UserError, match="cannot be written to .Permission denied.; make room or get the right to"):
+        Lock(place)
+    folder.chmod(0o755)

@@ -158,7 +158,8 @@ def test_a_stage_names_what_changed_before_training_is_lost(tmp_path):
     write_json(tmp_path / "in", 1)
     before = Stage("04_train", tmp_path / "best.pt", {"alpha": 0.9}, {"folds.csv": tmp_path / "in"})
     now = Stage("04_train", tmp_path / "best.pt", {"alpha": 0.5}, {"folds.csv": tmp_path / "in"})
-    save_checkpoint(tmp_path / "last.pt", {"format": FORMAT, "classes": list(CLASS_NAMES), "made_from": before.made_from()})
+    save_checkpoint(tmp_path / "last.pt", {"format": FORMAT, "classes": list(CLASS_NAMES), "recipe": {}, "model": {}, "mean": [0.5] * 4,
+                                           "std": [0.3] * 4, "made_from": before.made_from()})
     with pytest.raises(UserError) as error:
         prepare([now], False)
     cure = "use --force to throw it away and train anew, or another --work"

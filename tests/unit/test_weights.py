@@ -1,10 +1,16 @@
+import errno
 import hashlib
 import http.server
+import io
+import os
 import socket
 import threading
+import zipfile
 from dataclasses import replace
 from functools import partial
+from http.client import HTTPResponse, IncompleteRead
 from pathlib import Path
+from types import SimpleNamespace
 
 import pretrainedmodels
 import pytest
@@ -14,7 +20,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from common import weights
+from common import doctor, weights
 from common.errors import UserError
 from common.models import build_encoder
 from common.recipes import Recipe
@@ -217,6 +223,15 @@ def test_damaged_files_are_named(tmp_path, suffix, content):
         read_weights(path)
 
 
+def test_a_file_that_claims_more_than_its_size_is_refused(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(10 ** 7)}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as whole, zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    with pytest.raises(UserError, match=r"b\.pth cannot be read as weights \(claims 0\.0 GB in 0\.0 GB\); expected a \.pth"):
+        read_weights(tmp_path / "b.pth")
+
+
 @pytest.mark.parametrize("content", [torch.ones(3), [torch.ones(3)], {}, {"conv1.weight": 3}, {0: torch.ones(3)},
                                      {"state_dict": torch.ones(3)}, {"model": [3]}, {"fc.weight": torch.ones(3)}])
 def test_what_is_no_dictionary_of_an_encoders_tensors_is_refused(tmp_path, content):
@@ -328,7 +343,57 @@ def test_without_a_network_the_message_says_what_to_put_where(tmp_path, encoder,
     assert message.count("Connection refused") == len(published.urls)
 
 
-def test_a_folder_that_cannot_be_made_is_told_too(tmp_path, host, capsys):
+CANNOT_WRITE = ("the weights of resnet18 cannot be written to {folder} ({reason}); make room or get the right to, give "
+                "--weights-dir a folder that can be written, or start from random weights with --pretrained none")
+
+
+def test_a_folder_that_cannot_be_made_is_no_reason_for_random_weights(tmp_path, host):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as error:
+        find_weights("resnet18", "auto", tmp_path / "file")
+    assert str(error.value) == CANNOT_WRITE.format(folder=tmp_path / "file", reason="File exists")
+
+
+def test_without_a_network_such_a_folder_does_not_matter(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert find_weights("resnet18", "auto", tmp_path / "file") is None
-    assert "Errno" in capsys.readouterr().out
+    assert "random weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step", ["write", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_no_file_is_no_reason_for_random_weights(tmp_path, host, monkeypatch, step, number):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    class Full(io.FileIO):
+        write = refused
+
+    if step == "write":
+        monkeypatch.setattr(weights, "open", lambda path, mode: Full(path, mode), raising=False)
+    else:
+        monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(UserError) as error:
+        find_weights("resnet18", "auto", tmp_path / "weights")
+    assert str(error.value) == CANNOT_WRITE.format(folder=tmp_path / "weights", reason=os.strerror(number))
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", [TimeoutError("timed out"), ConnectionResetError(104, "reset"), IncompleteRead(b"", 9)])
+def test_a_host_that_breaks_off_is_a_failure_of_the_network(tmp_path, host, monkeypatch, capsys, failure):
+    def broken(self, size=-1):
+        raise failure
+    monkeypatch.setattr(HTTPResponse, "read", broken)
+    assert find_weights("resnet18", "auto", tmp_path / "weights") is None
+    assert f"{host} ({failure})" in capsys.readouterr().out
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_the_doctor_says_whether_a_download_could_be_written(tmp_path, host):
+    (tmp_path / "file").touch()
+    seen = SimpleNamespace(recipes={"a": Recipe(encoder="resnet18")})
+    fine, = doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path / "weights" / "new"), seen)
+    assert (fine.state, fine.found) == (doctor.FINE, f"resnet18: will be downloaded from {host}")
+    fails, = doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path / "file"), seen)
+    assert fails.found == f"resnet18: would be downloaded to {tmp_path}/file, which cannot be written (Not a directory)"
+    assert fails.state == doctor.FAILS and "--weights-dir" in fails.cure and not (tmp_path / "weights").exists()

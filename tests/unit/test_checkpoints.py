@@ -1,0 +1,167 @@
+"""Checkpoints that are not this version's: each is one message with the file and the cure; --force clears or says why not."""
+
+import hashlib
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from common.artifacts import Stage
+from common.checkpoints import FORMAT, load_checkpoint, load_network, made_from, prepare, save_checkpoint
+from common.classes import CLASS_NAMES
+from common.errors import UserError
+from common.inference import Hardware, Normalisation
+from common.jobs import begin_fold
+from common.models import build_model
+from common.recipes import Recipe
+from common.start import Start
+from common.training import new_run
+
+CPU = Hardware(torch.device("cpu"))
+RECIPE = Recipe(encoder="resnet10_narrow", buffers=(8,))
+DATA = SimpleNamespace(normalisation=Normalisation((0.5,) * 4, (0.3,) * 4), counts=np.ones(28), train=range(3))
+GONE = object()
+CURE = "train the fold again with --force, or use the version that wrote it"
+
+
+@pytest.fixture(scope="module")
+def state():
+    return {**new_run(RECIPE, DATA, CPU, 0, 0).state(), "made_from": {"parameters": {}, "inputs": {}}}
+
+
+def written(folder, state, **changes):
+    """Save a checkpoint with changed values, without those that are GONE."""
+    values = {key: value for key, value in {**state, **changes}.items() if value is not GONE}
+    save_checkpoint(folder / "last.pt", values)
+    return folder / "last.pt"
+
+
+def test_a_checkpoint_as_it_is_written_is_read(tmp_path, state):
+    path = written(tmp_path, state)
+    assert load_checkpoint(path).keys() == state.keys()
+    assert load_network(path, RECIPE, CPU)[1] == DATA.normalisation and made_from(tmp_path) == state["made_from"]
+    assert begin_fold(tmp_path, DATA, RECIPE, CPU, 0, 0, Start(), "test").epoch == 0
+
+
+@pytest.mark.parametrize("key", ["model", "mean", "std", "classes", "recipe"])
+def test_what_every_checkpoint_has_must_be_there(tmp_path, state, key):
+    path = written(tmp_path, state, **{key: GONE})
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert str(error.value) == f"{path} is not a checkpoint that this project wrote: it lacks {key!r}; {CURE}"
+
+
+@pytest.mark.parametrize("changes", [
+    {"model": [1]}, {"mean": 0.5}, {"mean": [0.5]}, {"std": ["a"] * 4}, {"classes": "Nucleoplasm"}, {"recipe": []},
+    {"made_from": "x"}, {"epoch": "1"}, {"ranking": [1]}, {"history": {}}, {"optimizer": 3}])
+def test_values_must_be_of_the_kind_that_is_written(tmp_path, state, changes):
+    path = written(tmp_path, state, **changes)
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert str(error.value) == f"{path} is not a checkpoint that this project wrote: it has no valid {list(changes)[0]!r}; {CURE}"
+
+
+@pytest.mark.parametrize("made", [GONE, {}, {"parameters": {}, "inputs": "folds.csv"}])
+def test_without_what_it_was_made_from_a_training_cannot_go_on(tmp_path, state, made):
+    written(tmp_path, state, made_from=made)
+    with pytest.raises(UserError, match="last.pt does not say what it was made from; train the fold again with --force"):
+        made_from(tmp_path)
+
+
+def test_of_other_classes_the_first_is_named(tmp_path, state):
+    names = [*CLASS_NAMES[:2], "Golgi", *CLASS_NAMES[3:]]
+    with pytest.raises(UserError) as error:
+        load_checkpoint(written(tmp_path, state, classes=names))
+    assert str(error.value) == (f"{tmp_path}/last.pt was trained for other classes: class 2 is 'Golgi', expected "
+                                f"{CLASS_NAMES[2]!r}; {CURE}")
+    with pytest.raises(UserError, match="was trained for 27 classes, expected the 28 of this project; train the fold again"):
+        load_checkpoint(written(tmp_path, state, classes=names[1:]))
+
+
+def other_names(model):
+    return {name.replace("conv1.0.", "conv1."): tensor for name, tensor in model.items()}
+
+
+def other_shapes(model):
+    return {**model, "head.4.bias": torch.zeros(3)}
+
+
+def no_tensors(model):
+    return {name: "weights" for name in model}
+
+
+@pytest.mark.parametrize(("change", "told"), [(other_names, "conv1.0.weight"), (other_shapes, "size mismatch for head.4.bias"),
+                                              (no_tensors, "head.4.bias")])
+def test_another_networks_tensors_are_one_message(tmp_path, state, change, told):
+    path = written(tmp_path, state, model=change(state["model"]))
+    for read in (lambda: load_network(path, RECIPE, CPU), lambda: begin_fold(tmp_path, DATA, RECIPE, CPU, 0, 0, Start(), "test")):
+        with pytest.raises(UserError) as error:
+            read()
+        message = str(error.value)
+        assert message.startswith(f"{path} does not fit the network of this version (Error(s) in loading state_dict")
+        assert CURE in message and len(message) < 600 and (told in message or change is no_tensors)
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"epoch": GONE}, "it lacks 'epoch'"), ({"optimizer": GONE}, "it lacks 'optimizer'"),
+    ({"optimizer": {}}, "it lacks 'param_groups'"),
+    ({"optimizer": {"state": {}, "param_groups": []}}, "different number of parameter")])
+def test_parts_of_a_training_that_are_missing_are_one_message(tmp_path, state, changes, told):
+    written(tmp_path, state, **changes)
+    with pytest.raises(UserError, match="last.pt does not fit the network of this version") as error:
+        begin_fold(tmp_path, DATA, RECIPE, CPU, 0, 0, Start(), "test")
+    assert told in str(error.value)
+
+
+# --- clearing ----------------------------------------------------------------------------------------------
+
+def test_a_run_that_cannot_be_deleted_is_told_and_not_taken_for_new(tmp_path, monkeypatch):
+    def refused(folder, *_, **__):
+        raise PermissionError(13, "Permission denied", "best.pt")
+    (tmp_path / "fold0").mkdir()
+    stage = Stage("04_train", tmp_path / "fold0" / "best.pt", {}, {}, whole=tmp_path / "fold0")
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    with pytest.raises(UserError) as error:
+        prepare([stage], force=True)
+    assert str(error.value) == (f"{tmp_path}/fold0 cannot be deleted, which --force asks for (best.pt: Permission denied); "
+                                "get the right to delete it or have its owner do so, or "
+                                "give another --work")
+
+
+def test_a_run_that_is_a_link_is_not_cleared_in_silence(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "best.pt").touch()
+    (tmp_path / "fold0").symlink_to(tmp_path / "elsewhere")
+    stage = Stage("04_train", tmp_path / "fold0" / "best.pt", {}, {}, whole=tmp_path / "fold0")
+    with pytest.raises(UserError, match="fold0 cannot be deleted, which --force asks for .*symbolic link"):
+        prepare([stage], force=True)
+    (tmp_path / "fold0").unlink()
+    prepare([stage], force=True)  # nothing is there
+    assert (tmp_path / "elsewhere" / "best.pt").exists()
+
+
+# --- networks ----------------------------------------------------------------------------------------------
+
+PINNED_FORMAT, PINNED = 3, {
+    "resnet10_narrow": "6c6e29359ffa128a", "densenet50": "5aeadbe4b3da09df", "gapnet_pl": "3436de7aa1d089c9",
+    "gapnet_pl_plus": "cd08d357dbfbe7b2"}
+
+
+def network_digest(encoder: str) -> str:
+    """Return a digest of a network's modules in their order, with their settings, and of its tensors' names and shapes."""
+    own = {"pooling": "own", "head_order": "linear-selu-dropout"} if encoder.startswith("gapnet") else {"pooling": "acp"}
+    with torch.device("meta"):
+        model = build_model(Recipe(encoder=encoder, buffers=(64,), dropouts=(0.5,), **own), 28)
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+    return hashlib.sha256(f"{model!r}{shapes}".encode()).hexdigest()[:16]
+
+
+def test_a_network_that_changes_has_checkpoints_of_a_new_format():
+    found = {encoder: network_digest(encoder) for encoder in ("resnet10_narrow", "densenet50", "gapnet_pl", "gapnet_pl_plus")}
+    changed = [encoder for encoder in found if found[encoder] != PINNED.get(encoder)]
+    assert FORMAT == PINNED_FORMAT and not changed, (
+        f"networks changed: {changed}. Checkpoints of before must not be read as theirs: add one to FORMAT in "
+        f"common/checkpoints.py, then set PINNED_FORMAT to it and PINNED to {found}. "
+        "Only where torch merely prints its layers in another way FORMAT stays")
