@@ -12,7 +12,7 @@ from common.artifacts import sidecar
 from tests.conftest import ROOT
 
 RECIPE = "demo-quick"
-TINY = ("--set", "cycle_epochs=300", "max_cycles=1", "buffers=16", "finder=off")
+TINY = ("--set", "cycle_epochs=300", "max_cycles=1", "buffers=16", "finder=off", "evaluate_epochs=1")
 ENVIRONMENT = {**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
@@ -71,7 +71,7 @@ def test_torchruns_main_process_saves(work):
                                                      ("epoch 1/300", signal.SIGTERM, -signal.SIGTERM)])
 def test_run_all_names_itself(small_data, tmp_path, when, number, code):
     flags = ["--data", small_data, "--work", tmp_path / "my work", "--quick", "--recipes", "demo", "--set", "cycle_epochs=300", "--set",
-             "max_cycles=1"]
+             "max_cycles=1", "--set", "evaluate_epochs=1"]
     found, output, seconds = stopped(["bash", "run_all.sh", *flags], number, [when], whole_group=number == signal.SIGINT)
     assert found == code and "Traceback" not in output, output
     assert output.count("To go on: ") == 1
