@@ -321,6 +321,6 @@ def test_keep_going_leaves_samples_out_by_name_everywhere(make, run_script, refu
 def test_a_full_disk_is_noticed_before_the_first_image(tmp_path):
     from common.errors import UserError
     from common.preprocess import check_space
-    with pytest.raises(UserError, match=r"about 3303.0 GB are needed in .* for 4000000 images, .* GB are free; make room"):
+    with pytest.raises(UserError, match=r"about 3307.0 GB are needed in .* for 4000000 images, .* GB are free; make room"):
         check_space([768] * 4_000_000, tmp_path)
     check_space([768], tmp_path)
