@@ -3,7 +3,8 @@
 Each run trains one fold in a process of its own and predicts its validation part; everything from the start of Python
 counts. How many epochs fit is measured first, once for each arm, with a short run. An arm's score is macro F1 over its
 out-of-fold probabilities with cross-fitted greedy thresholds; of several learning rates the arm with the best score counts,
-which flatters the others and not us. Finished runs are kept in --out: stop it and start it again at will. Curves over several --minutes go to OUT/learning.png.
+which flatters the others and not us. Finished runs are kept in --out: stop it and start it again at will. Curves over
+several --minutes go to OUT/learning.png.
 
 example python benchmarks/learning.py --out learning --minutes 2,5 --seeds 0,1,2
 The last line is a JSON object.
@@ -183,8 +184,10 @@ def draw(args, arms, figures) -> None:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for arm in arms:
-        values = np.array([[figures[f"{arm} {minutes:g}"]["macro_f1"], *figures[f"{arm} {minutes:g}"]["interval"]] for minutes in args.minutes])
-        axes.errorbar(args.minutes, values[:, 0], np.abs(values[:, 1:] - values[:, :1]).T, marker="o", markersize=4, capsize=3, label=arm)
+        found = [figures[f"{arm} {minutes:g}"] for minutes in args.minutes]
+        scores = np.array([row["macro_f1"] for row in found])
+        ends = np.abs(np.array([row["interval"] for row in found]) - scores[:, None]).T
+        axes.errorbar(args.minutes, scores, ends, marker="o", markersize=4, capsize=3, label=arm)
     axes.set(xlabel="minutes a run, set-up included", ylabel="macro F1, cross-fitted, 95 % interval", ylim=(0, 1), xscale="log")
     axes.set_xticks(args.minutes, [f"{minutes:g}" for minutes in args.minutes])
     axes.minorticks_off()

@@ -49,9 +49,10 @@ def add_hardware_flags(parser) -> None:
     """Add --device, --precision and --workers to a stage's command line."""
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-                        help="autocast type (default: bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32; "
+                        help="autocast type (default: bf16 where that is faster, fp16 on older GPUs, else fp32; "
                              "a CPU predicts in fp32)")
-    parser.add_argument("--workers", type=not_negative, metavar="N", help="loader processes (default: 0 on the CPU, up to 8 on a GPU)")
+    parser.add_argument("--workers", type=not_negative, metavar="N",
+                        help="loader processes (default: 0 on the CPU, up to 8 on a GPU)")
 
 
 def add_weight_flags(parser) -> None:
@@ -145,7 +146,7 @@ def run(main) -> None:
     except (KeyboardInterrupt, stopping.Stopped) as stop:
         stopped(stop)
     except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded here
+        if is_out_of_memory(error):
             fail(OUT_OF_MEMORY)
         if stopping.STATE.asked:  # the main process of several has saved and left
             sys.exit(stopping.SIGTERM_CODE)
@@ -156,6 +157,11 @@ def run(main) -> None:
     finally:
         end_loaders()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C while Python clears up is no traceback
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error is torch's for a full GPU, without loading torch."""
+    return type(error).__name__ == "OutOfMemoryError"
 
 
 def fail(message: str):

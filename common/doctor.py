@@ -89,7 +89,7 @@ def guarded(name: str, check):
     except OSError as error:
         yield Check(name, FAILS, f"{error.filename or ''}: {error.strerror or error}")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if not cli.is_out_of_memory(error):
             raise
         yield Check(name, FAILS, cli.OUT_OF_MEMORY)
 

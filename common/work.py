@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts import (check_ids, fingerprint, load_predictions, prediction_file, read_json, read_lines, read_table,
-                              read_sidecar, sidecar)
+from common.artifacts import (check_ids, fingerprint, load_predictions, prediction_file, read_lines, read_sidecar,
+                              read_table, sidecar)
 from common.classes import CLASS_NAMES
 from common.contact_sheet import composite, jpeg, small_planes
 from common.ensemble import combine, stack_members
@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.labels import parse_targets
 from common.page import Card, data_uri
 from common.recipes import Recipe, from_dict
+from common.submission import read_thresholds
 
 NAMES = np.array(CLASS_NAMES)
 THUMBNAIL = 256  # pixels a side at most
@@ -132,10 +133,7 @@ class Work:
 
     @cached_property
     def thresholds(self) -> dict:
-        path = self.folder / "thresholds.json"
-        if not path.is_file():
-            raise UserError(f"{path} is missing; run: {self.hint('06_thresholds.py')}")
-        return read_json(path)
+        return read_thresholds(self.folder / "thresholds.json", None, f"--work {self.folder}")
 
     @cached_property
     def scores(self) -> dict:

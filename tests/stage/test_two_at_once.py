@@ -72,7 +72,8 @@ def test_folds_are_trained_side_by_side_and_each_thing_by_one_process(run_script
     assert read_json(sidecar(runs / "fold0" / "best.pt"))["epochs"] == 2
 
     # Whoever comes to a fold that another took meanwhile waits, and goes on after it.
-    train = ("04_train.py", "--work", work, "--recipe", WAITING, "--set", "max_cycles=1", "buffers=16", "cycle_epochs=40", "evaluate_epochs=1", "--folds")
+    train = ("04_train.py", "--work", work, "--recipe", WAITING, "--set", "max_cycles=1", "buffers=16", "cycle_epochs=40",
+             "evaluate_epochs=1", "--folds")
     both = start(*train, "0,1")
     read_until(both, f"{WAITING} fold 0: epoch 1/40")
     with Lock(work / "runs" / WAITING / "fold1", wait=True):
