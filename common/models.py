@@ -7,8 +7,6 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import DenseNet
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from common.errors import UserError
 from common.recipes import Recipe
@@ -101,12 +99,14 @@ def pretrainedmodel(name: str) -> nn.Module:
         return getattr(pretrainedmodels, name)(num_classes=1000, pretrained=None)
 
 
-def resnet10_narrow() -> ResNet:
+def resnet10_narrow() -> nn.Module:
     """Return a ResNet for images of 100 to 250 pixels: one block a stage, 16 to 128 channels, halved by max pooling.
 
     Small bright spots, which strided convolutions learn to see only with much data, pass a maximum unharmed. The stem
     pools before it normalises, which takes a fifth off the time of a training step.
     """
+    from torchvision.models.resnet import BasicBlock, ResNet  # takes two seconds, which a stage that is up to date can do without
+
     network = ResNet(BasicBlock, [1, 1, 1, 1])
     network.conv1 = nn.Sequential(nn.Conv2d(3, 16, 5, stride=2, padding=2, bias=False), network.maxpool)
     network.bn1, network.maxpool = nn.BatchNorm2d(16), nn.Identity()
@@ -121,8 +121,10 @@ def resnet10_narrow() -> ResNet:
     return network
 
 
-def densenet50() -> DenseNet:
+def densenet50() -> nn.Module:
     """Return a DenseNet-BC with 2 * 22 + 5 = 49 layers; with its buffering layer it has about ResNet18's parameters."""
+    from torchvision.models import DenseNet
+
     return DenseNet(growth_rate=80, block_config=(3, 6, 8, 5), num_init_features=160)
 
 

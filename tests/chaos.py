@@ -1,6 +1,6 @@
 """Kill the stages at random moments, call each again, and see whether the submission is the same byte for byte.
 
-example python tests/chaos.py --rounds 100 --seed 0
+example python tests/chaos.py --rounds 100 --seed 0 --jobs 2
 
 A round works in a fresh folder through all stages. Up to three times a stage is killed at a moment drawn from `seed`:
 after some time, or after some changes in the work folder. Kinds of kills:
@@ -27,6 +27,8 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+
+from joblib import Parallel, delayed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -161,9 +163,9 @@ def content(path: Path) -> bytes | None:
 
 # --- rounds ------------------------------------------------------------------------------------------------
 
-def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float], kills: Counter) -> list[str]:
-    """Go through all stages once with random kills; returns what went wrong."""
-    problems = []
+def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float]) -> tuple[Counter, list[str]]:
+    """Go through all stages once with random kills; returns how many of each kind there were, and what went wrong."""
+    kills, problems = Counter(), []
     for command in stage_commands(data, work, rng.random() < 0.5):
         stage = command[1][:2]
         for _ in range(rng.choice([0, 1, 1, 2, 3])):
@@ -174,9 +176,17 @@ def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float], 
             problems += [problem] if problem else []
         result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         if result.returncode:
-            return [*problems, f"cannot go on: {shlex.join(command)}\n{result.stdout}{result.stderr}"]
+            return kills, [*problems, f"cannot go on: {shlex.join(command)}\n{result.stdout}{result.stderr}"]
     again = run_all(data, work)
-    return problems + ([f"not all is up to date:\n{again}"] if "making" in again else [])
+    return kills, problems + ([f"not all is up to date:\n{again}"] if "making" in again else [])
+
+
+def play_round(number: int, seed: int, data: Path, whole: Path, seconds: dict[str, float]) -> tuple[Counter, list[str], bool]:
+    """Play a round in a folder of its own; returns the kills, what went wrong, and whether its files are those of `whole`."""
+    work = whole.parent / f"round{number}"
+    kills, problems = play(data, work, random.Random(f"{seed} {number}"), seconds)
+    differing = [name for name in SAME if content(work / name) != content(whole / name)]
+    return kills, [f"round {number}: {problem}" for problem in problems + [f"{name} differs" for name in differing]], not differing
 
 
 def undisturbed(data: Path, work: Path) -> dict[str, float]:
@@ -193,6 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="rounds at once; what is killed and when is drawn per round")
     parser.add_argument("--work", type=Path, help="an empty or new folder to work in (default: a temporary one)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -200,14 +211,14 @@ def main() -> int:
         data, whole = place / "data", place / "whole"
         make_demo_data(data, n_train=32, n_test=6)
         seconds, kills, identical, problems = undisturbed(data, whole), Counter(), 0, []
-        for number in range(args.rounds):
-            work = place / f"round{number}"
-            found = play(data, work, random.Random(f"{args.seed} {number}"), seconds, kills)
-            differing = [name for name in SAME if content(work / name) != content(whole / name)]
-            identical += not differing
-            problems += found + [f"round {number}: {name} differs" for name in differing]
-            print(f"round {number + 1}/{args.rounds}: {sum(kills.values())} kills so far, submission "
-                  f"{'differs' if differing else 'identical'}", *found, sep="\n", flush=True)
+        rounds = Parallel(args.jobs, backend="threading", return_as="generator_unordered")(
+            delayed(play_round)(number, args.seed, data, whole, seconds) for number in range(args.rounds))
+        for done, (round_kills, found, same) in enumerate(rounds, start=1):
+            kills += round_kills
+            identical += same
+            problems += found
+            print(f"{done}/{args.rounds} rounds: {sum(kills.values())} kills so far, this submission "
+                  f"{'identical' if same else 'differs'}", *found, sep="\n", flush=True)
     by_stage = {stage: {key.split()[1]: n for key, n in sorted(kills.items()) if key.startswith(stage)} for stage in seconds}
     print(json.dumps({"rounds": args.rounds, "seed": args.seed, "kills": sum(kills.values()), "kills_per_stage": by_stage,
                       "identical": identical, "problems": len(problems)}))
