@@ -61,4 +61,4 @@ def refuse_inflated(path: Path) -> None:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as members:
             if inflated_size(members) > os.path.getsize(path):
-                raise ValueError(f"claims {inflated_size(members) / 1e9:.1f} GB in {os.path.getsize(path) / 1e9:.1f} GB")
+                raise ValueError(f"claims {inflated_size(members):,} bytes in {os.path.getsize(path):,}")

@@ -17,7 +17,7 @@ from common.files import writing
 from common.fold_data import training_inputs
 from common.inference import Hardware, Normalisation
 from common.models import build_model
-from common.recipes import Recipe, from_dict, to_dict
+from common.recipes import Recipe, recipe_of_run, to_dict
 
 
 FORMAT = 3  # of checkpoints; one more whenever older ones could be misread, as after each change of a network
@@ -192,7 +192,7 @@ def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, w
     if not sidecar(folder / "best.pt").is_file():
         raise UserError(f"{folder} has no finished training; run: {train}")
     meta = read_sidecar(folder / "best.pt")
-    recipe = from_dict({key: value for key, value in meta["parameters"].items() if key not in ("fold", "seed")})
+    recipe = recipe_of_run(meta["parameters"])
     # Which weights it began with is of no concern here.
     inputs = {**meta["inputs"], **training_inputs(work, folds, recipe)}
     reason = Stage("04_train", folder / "best.pt", meta["parameters"], inputs).why_stale()

@@ -397,11 +397,11 @@ def download_to(folder: Path, encoder: str, host: str) -> Check:
 def work_so_far(args, seen: Seen):
     """Yield what of an earlier run in the work folder is of use, and which trainings would ask for --force."""
     from common.artifacts import Stage, read_table
-    from common.checkpoints import made_from
+    from common.checkpoints import FORMAT, made_from
     from common.fold_data import training_inputs
     from common.folds import fold_numbers
     from common.preprocess import preprocess_stage, source_state, wanted_stores
-    from common.recipes import get_recipe, to_dict
+    from common.recipes import get_recipe, run_parameters
 
     if not (args.work / "samples.csv").is_file():
         return
@@ -418,7 +418,7 @@ def work_so_far(args, seen: Seen):
                 continue
             trained.append(f"{name} fold {fold}")
             kept = {key: value for key, value in begun["inputs"].items() if key == "weights"}
-            stage = Stage("04_train", folder / "best.pt", {**to_dict(recipe), "fold": fold, "seed": 0},
+            stage = Stage("04_train", folder / "best.pt", run_parameters(recipe, fold, 0, FORMAT),
                           {**training_inputs(args.work, folds, recipe), **kept})
             changes = stage.changes(begun)
             if changes:

@@ -7,23 +7,28 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def writing(path: Path):
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it into place.
+def naming(path: Path):
+    """Let an OSError that names no file, such as that of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
-    An OSError that names no file, such as that of a full disk, names this one.
-    """
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: many writers choose their format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        with naming(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

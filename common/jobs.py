@@ -7,13 +7,13 @@ from pathlib import Path
 import pandas as pd
 
 from common.artifacts import Stage, digest, prediction_file, read_table, save_predictions
-from common.checkpoints import (check_recipe, check_unfinished, finished_checkpoint, load_checkpoint, load_network,
+from common.checkpoints import (FORMAT, check_recipe, check_unfinished, finished_checkpoint, load_checkpoint, load_network,
                                 made_from, restoring)
 from common.distributed import Team
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, image_set, load_fold, stored_images, training_inputs
 from common.inference import (Hardware, Normalisation, choose_hardware, mean_probabilities, predict_logits, views)
-from common.recipes import Recipe, to_dict
+from common.recipes import Recipe, run_parameters
 from common.scalars import scalars
 from common.start import Start, start_from
 from common.training import Run, lr_range_test, new_run, train_fold
@@ -45,8 +45,8 @@ def plan(work: Path, recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: l
             else:
                 start = fresh_start(recipe)
                 began_with = start.inputs()
-            stage = Stage("04_train", folder / "best.pt", {**to_dict(recipe), "fold": fold, "seed": seed},
-                          {**inputs, **began_with}, whole=folder)
+            stage = Stage("04_train", folder / "best.pt", run_parameters(recipe, fold, seed, FORMAT), {**inputs, **began_with},
+                          whole=folder)
             if force or not stage.is_current(rebuilds=False):
                 jobs.append((stage, recipe, fold, start, f"{name} fold {fold}"))
     return jobs

@@ -12,6 +12,7 @@ import pandas as pd
 from common import images
 from common.artifacts import Stage, check_ids, digest, write_csv
 from common.errors import UserError, listing
+from common.files import naming
 from common.labels import absent_classes, parse_targets, read_csv, read_labels
 from common.parallel import run_parallel
 from common.recipes import stored_size
@@ -206,7 +207,7 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     folder.mkdir(parents=True, exist_ok=True)
     check_space([stored_size(store, known[s]) for s in todo for store in lacking[s]], work)
     jobs = [(images.store_sample, s.Id, s.files, s.rgb_coded, lacking[s], folder, white) for s in todo]
-    with open(journal, "a", encoding="utf-8") as file:
+    with naming(journal), open(journal, "a", encoding="utf-8") as file:
         for k, result in run_parallel(images.attempt, jobs, n_jobs, "resizing"):
             sample = todo[k]
             if isinstance(result, images.BadImage):

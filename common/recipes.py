@@ -303,6 +303,16 @@ def from_dict(values: dict) -> Recipe:
     return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+def run_parameters(recipe: Recipe, fold: int, seed: int, checkpoint_format: int) -> dict:
+    """Return what stage 04 notes of a training: with other values it is another training."""
+    return {**to_dict(recipe), "fold": fold, "seed": seed, "checkpoint_format": checkpoint_format}
+
+
+def recipe_of_run(parameters: dict) -> Recipe:
+    """Return the recipe that `run_parameters` took in."""
+    return from_dict({name: value for name, value in parameters.items() if name not in ("fold", "seed", "checkpoint_format")})
+
+
 def fit_to_source(recipe: Recipe, side: int) -> Recipe:
     """Return the recipe with sizes that a source of `side` pixels can give without enlarging.
 

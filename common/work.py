@@ -14,7 +14,7 @@ from common.ensemble import combine, stack_members
 from common.errors import UserError
 from common.labels import parse_targets
 from common.page import Card, data_uri
-from common.recipes import Recipe, from_dict
+from common.recipes import Recipe, recipe_of_run
 from common.submission import read_thresholds
 
 NAMES = np.array(CLASS_NAMES)
@@ -122,7 +122,7 @@ class Work:
     def run_recipe(self, recipe: str, fold: int) -> Recipe | None:
         """Return the recipe that a finished training was made with."""
         parameters = self.run_record(recipe, fold).get("parameters")
-        return from_dict({key: value for key, value in parameters.items() if key not in ("fold", "seed")}) if parameters else None
+        return recipe_of_run(parameters) if parameters else None
 
     def run_tables(self, recipe: str, name: str) -> dict[int, pd.DataFrame]:
         """Return fold -> a CSV file of a recipe's trainings, of the folds that have it."""

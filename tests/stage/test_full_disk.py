@@ -1,6 +1,7 @@
 """A disk that is full at each write in turn, folders that cannot be written, input that goes away: one message, nothing half done."""
 
 import errno
+import io
 import json
 import os
 import runpy
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from common import images, training
+from common import images, preprocess, training
 from common.checkpoints import save_checkpoint
 from tests.conftest import ROOT
 
@@ -20,7 +21,7 @@ RECIPE = "demo-quick"
 STAGES = {"01_preprocess.py": ("--recipes", RECIPE, "--jobs", "1"), "02_dedup.py": ("--jobs", "1"), "03_make_folds.py": ("--n-folds", "2"),
           "04_train.py": ("--recipe", RECIPE, "--set", "cycle_epochs=1", "max_cycles=2", "buffers=16"),
           "05_predict_oof.py": ("--recipes", RECIPE, "--tta", "none"), "06_thresholds.py": ("--recipes", RECIPE),
-          "07_ensemble.py": ("--recipes", RECIPE), "08_report.py": ()}
+          "07_ensemble.py": ("--recipes", RECIPE), "09_tables.py": ("--recipes", RECIPE, "--partial"), "08_report.py": ()}
 
 
 @pytest.fixture
@@ -94,6 +95,19 @@ def test_a_disk_that_is_full_at_each_write_of_each_stage_in_turn(call, small_dat
         assert_made(call(script, small_data, work))  # it goes on
     assert contents(work) == good
     assert counts["04_train.py"] > 10 and counts["05_predict_oof.py"] >= 12
+
+
+@pytest.mark.parametrize("step", ["write", "flush"])
+def test_a_disk_that_is_full_at_a_line_of_the_journal(call, small_data, tmp_path, monkeypatch, step):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    journal = tmp_path / "work" / "images" / "journal.jsonl"
+    monkeypatch.setattr(preprocess, "open", lambda *_, **__: type("Full", (io.StringIO,), {step: full})(), raising=False)
+    code, error = call("01_preprocess.py", small_data, tmp_path / "work")
+    assert code == 2 and error.count("error: ") == 1, error
+    assert f"error: No space left on device: {journal}; check that the folder exists, can be written and has space" in error
+    assert not (tmp_path / "work" / "samples.csv").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from common.artifacts import Stage
-from common.checkpoints import FORMAT, load_checkpoint, load_network, made_from, prepare, save_checkpoint
+from common.checkpoints import (FORMAT, check_unfinished, load_checkpoint, load_network, made_from, prepare,
+                                save_checkpoint)
 from common.classes import CLASS_NAMES
 from common.errors import UserError
 from common.inference import Hardware, Normalisation
 from common.jobs import begin_fold
 from common.models import build_model
-from common.recipes import Recipe
+from common.recipes import Recipe, recipe_of_run, run_parameters
 from common.start import Start
 from common.training import new_run
 
@@ -140,6 +141,15 @@ def test_a_run_that_is_a_link_is_not_cleared_in_silence(tmp_path):
     (tmp_path / "fold0").unlink()
     prepare([stage], force=True)  # nothing is there
     assert (tmp_path / "elsewhere" / "best.pt").exists()
+
+
+def test_a_finished_training_of_another_format_asks_for_force(tmp_path):
+    (tmp_path / "best.pt").touch()
+    now = run_parameters(RECIPE, 0, 0, FORMAT)
+    Stage("04_train", tmp_path / "best.pt", {**now, "checkpoint_format": FORMAT - 1}, {}).finish(rows=1)
+    with pytest.raises(UserError, match=rf"something else \(checkpoint_format was {FORMAT - 1}, now {FORMAT}\); use --force"):
+        check_unfinished(Stage("04_train", tmp_path / "best.pt", now, {}))
+    assert recipe_of_run(now) == RECIPE
 
 
 # --- networks ----------------------------------------------------------------------------------------------
