@@ -17,9 +17,11 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
                 ("06_thresholds.py", *places, "--recipes", RECIPE), ("07_ensemble.py", *places, "--recipes", RECIPE)]
     stages = lambda *numbers: "".join(run_script(*commands[n - 1]).stdout for n in numbers)
     times = lambda: {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.suffix in (".tif", ".npz", ".pt")}
+    check = lambda: run_script(*commands[0], "--check", "--n-folds", 2, "--folds", 0, *TINY, check=False)
     changed = lambda before: {path.name for path, time in times().items() if before.get(path) != time}
     stages(1, 2, 3, 4, 5, 6, 7)
     networks = {path: path.read_bytes() for path in work.rglob("best.pt")}
+    assert f"begun or trained already, to be gone on with: {RECIPE} fold 0" in check().stdout
 
     # A test image: its stored copies, the test predictions and what is made of these.
     before = times()
@@ -33,6 +35,9 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     # A training image: every fold is trained or validated on it, so training asks.
     before = times()
     write_sample(small_data / "train_full_size", "train-3", seed=7)
+    told = check().stdout
+    assert f"stage 01 will run again (changed: image files); trained already: {RECIPE} fold 0" in told
+    assert "-> where images or labels come out different, these will ask for --force; another --work keeps them" in told
     stages(1)
     assert changed(before) == {"train-3.tif"}
     message = fails(*commands[3])
@@ -53,7 +58,7 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     assert "holds a finished training made from something else (changed: folds.csv); use --force" in fails(*commands[3])
     assert {path: path.read_bytes() for path in work.rglob("best.pt")} == networks
     assert all(sidecar(path).is_file() for path in networks)
-    told = run_script(*commands[0], "--check", "--n-folds", 2, "--folds", 0, *TINY, check=False)
+    told = check()
     assert told.returncode == 2 and told.stdout.count("will fail") == 1
     assert "fold0 was trained on something else (changed: folds.csv)" in told.stdout
     assert f"python 04_train.py --work {work} --recipe {RECIPE} --folds 0 --force" in told.stdout

@@ -52,6 +52,11 @@ def test_all_that_is_wrong_is_told_in_one_go_with_its_cure(run_script, small_dat
                  "-> mend or remove them, or leave them out with --keep-going", "16-bit files never exceed 40"):
         assert text in told.stdout, (text, told.stdout)
 
+    shutil.rmtree(folder)
+    (small_data / "test_full_size").rename(tmp_path / "elsewhere")
+    told = run_script(SCRIPT, "--check", "--data", small_data, "--work", work, *QUICK, check=False)
+    assert told.returncode == 2 and "no sample can be used, so nothing else can be looked at" in told.stdout
+
     table = pd.read_csv(small_data / "train.csv", dtype=str)
     table.assign(Target=["28", *table["Target"][1:]]).to_csv(small_data / "train.csv", index=False)
     (tmp_path / "file").write_text("")

@@ -5,6 +5,7 @@ import torch
 from common import cli, data
 from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop, whole_batches
 from common.errors import UserError
+from common.fold_data import stored_images
 from common.images import read_planes, write_planes
 
 RNG = np.random.default_rng(0)
@@ -29,6 +30,15 @@ def test_crops_keep_the_channels_ratio_and_reach_every_corner():
         seen |= set(crop[0].ravel())
         symmetries.add((int(crop[0, 0, 1]) - int(crop[0, 0, 0]), int(crop[0, 1, 0]) - int(crop[0, 0, 0])))
     assert {0, 7, 56, 63} <= seen and len(symmetries) == 8
+
+
+def test_a_sample_that_is_not_stored_is_named_with_the_cure(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "96.csv").write_text("Id,crc\na,0\n")
+    with pytest.raises(UserError) as error:
+        stored_images(tmp_path, "96", ["a", "b", "c"])
+    assert str(error.value) == (f"{tmp_path}/images/96 lacks 2 samples, such as b; run: python 01_preprocess.py --work {tmp_path} "
+                                "--recipes RECIPE")
 
 
 def test_a_crop_is_the_window_of_its_draw_in_the_symmetry_of_its_draw():

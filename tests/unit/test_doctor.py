@@ -1,13 +1,15 @@
 """The doctor's single checks: what each says of a good and of a bad machine, folder or recipe."""
 
+import os
 import shutil
+import signal
 from collections import namedtuple
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
-from common import cli, doctor, estimate
+from common import cli, doctor, estimate, weights
 from common.doctor import FAILS, FINE, WARNING, Check, Seen
 from common.errors import UserError
 from common.estimate import Cost
@@ -120,6 +122,27 @@ def test_time_is_scaled_from_what_was_measured(monkeypatch):
 @pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (119, "119 s"), (150, "2.5 min"), (9000, "2.5 hours"), (216000, "2.5 days")])
 def test_times_are_told_in_the_unit_that_suits(seconds, text):
     assert doctor.duration(seconds) == text
+
+
+def killed(recipe):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_step_that_is_killed_for_want_of_memory_is_told(monkeypatch):
+    monkeypatch.setattr(estimate, "measure_here", killed)
+    with pytest.raises(UserError) as error:
+        estimate.measure(get_recipe("demo"))
+    assert str(error.value) == ("a step of two 128 px images was killed, most likely for want of memory; use smaller crops: --set "
+                                "crop_size=...")
+
+
+def test_weights_that_nobody_hands_out_are_a_warning_with_the_file_to_save(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "answers", lambda url: False)
+    (line,), _ = found(doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path), input_of()))
+    assert line.state == WARNING and line.found == ("resnet50: the published weights are not at hand and their host does not answer, "
+                                                    "so training starts from random ones and learns much less")
+    published = weights.PUBLISHED["resnet50"]
+    assert line.cure == f"save {published.urls[0]} as {tmp_path / published.file}"
 
 
 def test_a_step_is_measured_and_memory_grows_with_the_images():

@@ -4,6 +4,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from common import images
 from common.errors import UserError
 from common.images import (BadImage, channel_files, list_files, read_channel, read_header, read_planes, read_sample,
                            resize, statistics, write_planes)
@@ -57,6 +58,13 @@ def test_a_header_that_claims_too_much_is_refused_before_decoding(tmp_path):
     Image.new("L", (20000, 20000)).save(path)
     with pytest.raises(BadImage):
         read_header(path)
+
+
+def test_a_file_that_decodes_to_another_size_than_its_header_says_is_refused(tmp_path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "decode", lambda path: np.zeros((32, 64), np.uint8))
+    with pytest.raises(BadImage, match=r"^decodes to \(32, 64\), its header says 64 x 64"):
+        read_channel(tmp_path / "a.png", "green")
 
 
 def test_channels_of_rgb_coded_images_are_their_planes(tmp_path):
