@@ -126,16 +126,20 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
         process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdout=output, stderr=output)
         wait_for_moment(process, work, rng.random() * seconds, rng.choice([None, rng.randrange(60)]))
         was_killed = process.poll() is None and kill(process, kind, rng)
-        try:
-            process.wait(SECONDS_TO_END if was_killed else 600)
+        started = time.monotonic()
+        try:  # what looked like a worker may have been a helper of a moment, and the stage goes on
+            process.wait(SECONDS_TO_END if was_killed and kind != "worker" else 600)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return True, f"still there {SECONDS_TO_END} s after {kind}: {shlex.join(command)}"
+            process.wait()
+        seconds = time.monotonic() - started
         quiet = leaves_files_alone(process.pid, work)
         output.seek(0)
         text = output.read()
+    if was_killed and seconds > SECONDS_TO_END and process.returncode != 0:
+        return True, f"still there {seconds:.0f} s after {kind}: {shlex.join(command)}\n{text}"
     if process.returncode == 0:  # it was done, or did without what was killed
-        return was_killed, None
+        return False, None
     if process.returncode not in CODES[kind] or not was_killed or (kind not in ("group", "main", "both") and "Traceback" in text):
         return True, f"ended with {process.returncode} after {kind}: {shlex.join(command)}\n{text}"
     if process.returncode in (130, -2, 143) and "To go on: python" not in text:
@@ -206,6 +210,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="rounds at once; what is killed and when is drawn per round")
     parser.add_argument("--work", type=Path, help="an empty or new folder to work in (default: a temporary one)")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore Ctrl+C
     with tempfile.TemporaryDirectory() as temporary:
         place = (args.work or Path(temporary)).resolve()
         data, whole = place / "data", place / "whole"
