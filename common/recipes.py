@@ -17,6 +17,7 @@ CHOICES = {
     "head_order": ("linear-relu-dropout", "dropout-linear-relu", "linear-selu-dropout"),
     "fourth_channel": ("red", "zeros", "mean"),
     "normalisation": ("weights", "data"),
+    "standardise": ("none", "sample"),
     "optimizer": ("sgd", "adamw"),
     "base_loss": ("focal", "bce"),
     "class_weights": ("normalised", "raw", "none"),
@@ -49,6 +50,7 @@ class Recipe:
     head_order: str = "linear-relu-dropout"  # after a BatchNorm, as is fastai's other order; the one with SELU has none
     fourth_channel: str = "red"  # where the stem's weights for yellow come from
     normalisation: str = "weights"  # that of the pretrained weights; of the data, as always where there are none
+    standardise: str = "none"  # "sample": then each image's channels, each by its own mean and deviation
 
     # E-loss (eq. 5-6) on the base loss; weights normalised to sum to 28 (Cui et al. 2019) unless raw.
     base_loss: str = "focal"
@@ -193,7 +195,8 @@ RECIPES = {
     "gapnet_pl_plus": replace(GAPNET_PL, encoder="gapnet_pl_plus"),
     "resnet50_plus": plus(replace(RESNET50, batch_size=64), (2e-4, 1e-3), 24),
     "senet_plus": plus(replace(SENET, batch_size=64), (2e-4, 5e-4, 1e-3), 24),
-    "small_plus": replace(plus(replace(DEMO, batch_size=32), (1e-2, 1e-2), 80), weight_decay=0.3, dropouts=(0.5,)),
+    "small_plus": replace(plus(replace(DEMO, batch_size=32), (1e-2, 1e-2), 80), weight_decay=0.3, dropouts=(0.5,),
+                          standardise="sample"),
     "demo": DEMO,
     "demo_large": replace(DEMO, image_size=1024, crop_size=768, cycle_epochs=8),
     "demo_gapnet": replace(GAPNET_PL, size_divisor=8, batch_size=16, cycle_epochs=16, max_cycles=2),
