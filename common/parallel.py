@@ -4,8 +4,9 @@ import os
 import signal
 import threading
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import joblib
@@ -24,7 +25,7 @@ def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str
     Memory is bounded by the number of workers: jobs are handed out as others finish.
     """
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
-    with interrupts_blocked():
+    with interrupts_blocked() if n_jobs != 1 else nullcontext():
         results = parallel(joblib.delayed(_indexed)(index, function, job, os.getpid()) for index, job in enumerate(jobs))
     try:
         yield from progress(results, len(jobs), label, unit)
@@ -55,6 +56,7 @@ def _end_with(parent: int) -> None:
 @contextmanager
 def interrupts_blocked():
     """Hold Ctrl+C back; processes that are started inside never see it: their parent ends them."""
+    resource_tracker.ensure_running()  # before: Python lets Ctrl+C through again once it has started this helper
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -138,6 +138,8 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
         text = output.read()
     if was_killed and seconds > SECONDS_TO_END and process.returncode != 0:
         return True, f"still there {seconds:.0f} s after {kind}: {shlex.join(command)}\n{text}"
+    if kind == "ctrl-c" and "init_import_site" in text:  # Python itself was still starting
+        return True, None
     if process.returncode == 0:  # it was done, or did without what was killed
         return False, None
     if process.returncode not in CODES[kind] or not was_killed or (kind not in ("group", "main", "both") and "Traceback" in text):

@@ -79,6 +79,14 @@ def test_run_all_names_itself(small_data, tmp_path, when, number, code):
     assert seconds < 20  # a few, on a machine that does nothing else
 
 
+def test_worker_processes_never_see_ctrl_c():
+    code = ("import signal; from common.parallel import run_parallel\n"
+            "for _, blocked in run_parallel(signal.pthread_sigmask, [(signal.SIG_BLOCK, [])] * 2, 2, 'jobs'): print(signal.SIGINT in blocked)\n"
+            "print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert result.stdout.split() == ["True", "True", "False"], result.stdout + result.stderr
+
+
 def test_a_forked_process_ends_without_a_word():
     code = ("import os, multiprocessing as m, time; from common import stopping; stopping.listen(); "
             "child = m.get_context('fork').Process(target=time.sleep, args=(60,)); child.start(); time.sleep(0.5); "
