@@ -544,7 +544,7 @@ def test_a_checkpoint_that_claims_more_than_its_size_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt") as whole, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as small:
         for name in whole.namelist():
             small.writestr(name, whole.read(name))
-    with pytest.raises(UserError, match="b.pt is not a checkpoint that can be read .claims 0.0 GB in 0.0 GB"):
+    with pytest.raises(UserError, match=r"b.pt is not a checkpoint that can be read .claims 40,\d{3},\d{3} bytes in \d\d,\d{3}"):
         load_checkpoint(tmp_path / "b.pt")
 
 
