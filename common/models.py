@@ -60,12 +60,12 @@ class Classifier(nn.Module):
 def standardise(x: torch.Tensor) -> torch.Tensor:
     """Subtract the mean of each channel of each image, (n, c, h, w), and divide by its deviation (plus a small floor)."""
     n, c, _, w = x.shape
-    rows = x.permute(0, 2, 3, 1).flatten(2)  # (n, h, w c): as lie in memory, channels last
+    rows = x.permute(0, 2, 3, 1).flatten(2)  # (n, h, w c), as they lie in memory
     pixels = rows.view(n, -1, c)
     mean = pixels.mean(dim=1, keepdim=True)
     variance = (pixels.square().mean(dim=1, keepdim=True) - mean.square()).clamp_min(0)
     scale = 1 / (variance.sqrt() + DEVIATION_FLOOR)
-    # Long rows take a tenth of the time that short ones of c numbers do.
+    # With whole rows in place of c numbers at a time this takes a third of the time.
     scaled = torch.addcmul((-mean * scale).repeat(1, 1, w), rows, scale.repeat(1, 1, w))
     return scaled.unflatten(2, (w, c)).permute(0, 3, 1, 2)
 
@@ -125,7 +125,7 @@ def resnet10_narrow() -> nn.Module:
     Small bright spots, which strided convolutions learn to see only with much data, pass a maximum unharmed. The stem
     pools before it normalises, which takes a fifth off the time of a training step.
     """
-    from torchvision.models.resnet import BasicBlock, ResNet  # takes two seconds, which a stage that is up to date can do without
+    from torchvision.models.resnet import BasicBlock, ResNet  # two seconds, spared where nothing is built
 
     network = ResNet(BasicBlock, [1, 1, 1, 1])
     network.conv1 = nn.Sequential(nn.Conv2d(3, 16, 5, stride=2, padding=2, bias=False), network.maxpool)
