@@ -17,23 +17,25 @@ from common.progress import progress
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 SECONDS_TO_ANSWER = 20
+WORKER_LOST = ("{label}: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again "
+               "to go on, if need be with a lower --jobs")
 
 
-def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str = "samples"):
+def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str = "samples", unseen=(signal.SIGINT,)):
     """Call `function(*job)` for each job; yield (index of the job, result) as they are done, with progress.
 
     Memory is bounded by the number of workers: jobs are handed out as others finish.
+    unseen : signals that worker processes do not see, unless a job lets them through
     """
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
-    with interrupts_blocked() if n_jobs != 1 else nullcontext():
+    with blocked(unseen) if n_jobs != 1 else nullcontext():
         results = parallel(joblib.delayed(_indexed)(index, function, job, os.getpid()) for index, job in enumerate(jobs))
     try:
         yield from progress(results, len(jobs), label, unit)
     except BrokenProcessPool:
         if stopping.STATE.asked:
             raise stopping.Stopped from None
-        raise UserError(f"{label}: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same "
-                        "command again to go on, if need be with a lower --jobs") from None
+        raise UserError(WORKER_LOST.format(label=label)) from None
 
 
 def _indexed(index, function, job, parent):
@@ -54,10 +56,10 @@ def _end_with(parent: int) -> None:
 
 
 @contextmanager
-def interrupts_blocked():
-    """Hold Ctrl+C back; processes that are started inside never see it: their parent ends them."""
-    resource_tracker.ensure_running()  # before: Python lets Ctrl+C through again once it has started this helper
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def blocked(signals):
+    """Hold signals back; processes that are started inside never see them: their parent tells or ends them."""
+    resource_tracker.ensure_running()  # before: Python lets signals through again once it has started this helper
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
@@ -70,22 +72,36 @@ def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, labe
         for job in jobs:
             function(*job)
         return
-    with workers(n_jobs, cluster) as n_workers:
-        for _ in run_parallel(_stoppable, [(os.getpid(), function, job) for job in jobs], n_workers, label, unit="folds"):
-            pass
+    with workers(n_jobs, cluster) as n_workers, stopping.held(passed_on=True) if cluster is None else nullcontext():
+        calls = [(os.getpid(), function, job) for job in jobs]
+        done = run_parallel(_stoppable, calls, n_workers, label, "folds", (signal.SIGINT, signal.SIGTERM))
+        if any([was_stopped for _, was_stopped in done]) and not stopping.STATE.asked:
+            raise UserError(WORKER_LOST.format(label=label))
 
 
-def _stoppable(parent, function, job) -> None:
-    """Do a long job; SIGTERM to this machine's worker process ends it when the job has saved what it had."""
+def _stoppable(parent, function, job) -> bool:
+    """Do a long job; returns whether SIGTERM to this machine's worker process ended it, when it had saved what it had.
+
+    The process stays: joblib kills all others, whatever they have not saved, when one has ended.
+    """
     if not _works_for(parent):
-        return function(*job)
-    stopping.listen()
+        function(*job)
+        return False
+    _listen()
     try:
-        return function(*job)
+        with stopping.at_work():
+            function(*job)
     except stopping.Stopped:
-        os._exit(stopping.SIGTERM_CODE)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return True
+    return False
+
+
+@cache
+def _listen() -> None:
+    """Let SIGTERM through to this worker process, for the first time; it is noted until `stopping.at_work`."""
+    stopping.STATE.held = True
+    stopping.listen()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 @contextmanager

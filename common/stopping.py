@@ -18,10 +18,12 @@ class Stopped(BaseException):
 
 @dataclass
 class State:
-    """The process that listens, whether SIGTERM has come to it, and whether it waits there for the next `check`."""
+    """The process that listens, whether SIGTERM has come to it, whether it waits there for the next `check`, and whether it
+    is passed on to worker processes meanwhile."""
     pid: int = 0
     asked: bool = False
     held: bool = False
+    passed_on: bool = False
 
 
 STATE = State()
@@ -39,14 +41,29 @@ def listen() -> None:
 
 
 @contextmanager
-def held():
-    """Inside, SIGTERM waits for the next `check`, which stands where everything can be saved."""
-    STATE.held = True
+def held(passed_on: bool = False):
+    """Inside, SIGTERM waits for the next `check`, which stands where everything can be saved.
+
+    passed_on : worker processes are told at once, and save what they have; their jobs end as if they were done
+    """
+    before = STATE.held, STATE.passed_on
+    STATE.held, STATE.passed_on = True, passed_on
     try:
         yield
         check()
     finally:
-        STATE.held = False
+        STATE.held, STATE.passed_on = before
+
+
+@contextmanager
+def at_work():
+    """For a job of a worker process: inside, SIGTERM ends it; outside it is noted, and the next job ends as it begins."""
+    STATE.held = False
+    try:
+        check()
+        yield
+    finally:
+        STATE.held = True
 
 
 def check() -> None:
@@ -71,7 +88,13 @@ def _on_sigterm(*_) -> None:
     again, STATE.asked = STATE.asked, True
     if STATE.held and is_follower():  # it may wait for the main process for ever
         end_later()
-    if not STATE.held and not again:
+    if again:
+        return
+    if STATE.passed_on:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        end_later()
+    elif not STATE.held:
         _stop_children()
         raise Stopped
 

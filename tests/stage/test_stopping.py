@@ -79,6 +79,43 @@ def test_run_all_names_itself(small_data, tmp_path, when, number, code):
     assert seconds < 20  # a few, on a machine that does nothing else
 
 
+SLOW_TO_SAVE = """
+import os, signal, time
+from common import cli, stopping
+from common.parallel import run_jobs
+
+def work(seconds_to_save):
+    if seconds_to_save is None:  # done at once: its process waits for more
+        return
+    with stopping.held():
+        os.write(1, b"begun\\n")  # in one piece, beside those of other processes
+        while not stopping.STATE.asked:
+            time.sleep(0.01)
+        time.sleep(seconds_to_save)
+        os.write(1, b"saved\\n")
+
+cli.run(lambda: run_jobs(work, [(None,), (3,), (0,), (2,)], 3, None, "jobs"))
+"""
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_whoever_has_saved_does_not_take_others_with_it(whole_group):
+    process = subprocess.Popen([sys.executable, "-c", SLOW_TO_SAVE], cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    begun = [process.stdout.readline() for _ in range(3)]
+    assert begun == ["begun\n"] * 3
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 143 and output.count("saved") == 3 and "Traceback" not in output, output
+
+
+def test_a_worker_that_is_told_to_end_alone_does_not_pass_for_done():
+    code = SLOW_TO_SAVE.replace("while not", "os.kill(os.getpid(), signal.SIGTERM)\n        while not")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "saved" in result.stdout, result.stdout + result.stderr
+    assert "error: jobs: a worker process was killed (perhaps memory ran out); finished work is kept" in result.stderr
+
+
 def test_worker_processes_never_see_ctrl_c():
     code = ("import signal; from common.parallel import run_parallel\n"
             "for _, blocked in run_parallel(signal.pthread_sigmask, [(signal.SIG_BLOCK, [])] * 2, 2, 'jobs'): print(signal.SIGINT in blocked)\n"
