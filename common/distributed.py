@@ -1,6 +1,7 @@
 """One training on several processes that torchrun started: who this process is, and what they tell each other."""
 
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +50,15 @@ class Team:
                 distributed.broadcast(buffer, 0)
 
     def leave(self) -> None:
-        """End the connection to the other processes."""
+        """End this process of several, as the last thing that it does.
+
+        Python does not clear up: gloo's threads may still hold tensors then, and one process in eight aborts.
+        """
         if self.size > 1:
             distributed.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     def agree(self, value):
         """Return what the main process has (plain types)."""

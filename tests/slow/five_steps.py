@@ -40,6 +40,7 @@ def main(path: str, micro_batch: str) -> None:
         losses, kept = train_step(run, images[part], targets[part], BATCH, recipe.hard_share, step)
         steps.append({"losses": losses, "kept": kept})
     torch.save({"model": run.model.state_dict(), "steps": steps}, f"{path}.{team.rank}")
+    team.leave()
 
 
 if __name__ == "__main__":
