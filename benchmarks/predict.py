@@ -23,7 +23,8 @@ from common import cli
 from common.recipes import get_recipe
 
 # name -> recipe, images
-NETWORKS = {"small": (get_recipe("demo"), 256), "large": (get_recipe("resnet50", ["size_divisor=4"]), 8)}
+NETWORKS = {"tiny": (get_recipe("demo"), 256), "tiny+": (get_recipe("small_plus"), 256),
+            "small": (get_recipe("demo", ["encoder=resnet18"]), 16), "large": (get_recipe("resnet50", ["size_divisor=4"]), 8)}
 WANTED = 1.03
 
 
