@@ -18,7 +18,7 @@ from common import cli  # first: from here on Ctrl+C is no traceback
 
 import numpy as np
 
-from common.artifacts import Stage, read_table, write_csv
+from common.artifacts import Stage, read_table, stored_images, write_csv
 from common.contact_sheet import SHOWN, save_contact_sheet
 from common.errors import listing
 from common.hashing import HASHED, doubtful_pairs, duplicate_tables, hash_file
@@ -60,8 +60,8 @@ def main():
         return
     stage.begin()
     hashes, flat = np.empty((len(samples), 3, 8), dtype=np.uint8), np.empty(len(samples), dtype=bool)
-    crcs = read_table(folder.with_suffix(".csv"), "python 01_preprocess.py").set_index("Id")["crc"]
-    jobs = [(folder.resolve() / f"{Id}.tif", crcs[Id]) for Id in samples["Id"]]
+    crcs = stored_images(args.work, folder.name, samples["Id"])["crc"]
+    jobs = [(folder.resolve() / f"{Id}.tif", crc) for Id, crc in zip(samples["Id"], crcs, strict=True)]
     with workers(args.jobs, args.cluster) as n_jobs:
         for i, result in run_parallel(hash_file, jobs, n_jobs, "hashing"):
             hashes[i], flat[i] = result

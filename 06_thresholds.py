@@ -22,7 +22,7 @@ from common.ensemble import (COMBINATIONS, align, combine, describe_ensemble, ev
 from common.errors import UserError, listing
 from common.files import write_json
 from common.labels import parse_targets, read_csv, read_labels
-from common.predictions import member_files, read_groups, read_members, read_predictions
+from common.predictions import check_there, member_files, read_groups, read_members, read_predictions
 from common.submission import check_submission, recover
 from common.thresholds import METHODS, score_held_out
 
@@ -56,7 +56,7 @@ def main():
         return reproduce(args)
     hint = f"python 05_predict_oof.py --work {args.work} --recipes {','.join(args.recipes)}"
     names, sources = member_files(args.oof, args.work, args.recipes, "oof")
-    members = read_members(sources, args.ids, None if args.oof else hint)
+    check_there(sources, None if args.oof else hint)
     labels = (args.labels or args.data / "train.csv") if args.oof else args.work / "folds.csv"
     labelled = read_labels(labels) if args.oof else read_table(labels, f"python 03_make_folds.py --work {args.work}")
     aside = {} if args.oof else {f"{path.parent.name} held out": path for path in
@@ -67,6 +67,7 @@ def main():
                   {labels.name: labels, **dict(zip(names, sources, strict=True)), **aside, **also})
     if stage.is_current():
         return
+    members = read_members(sources, args.ids, None if args.oof else hint)
     wanted = labelled["Id"].to_numpy() if args.oof else members[0][0]
     if args.common_ids:
         members, wanted = keep_common(members, wanted)

@@ -20,7 +20,7 @@ from common.artifacts import Stage, read_table, write_csv
 from common.ensemble import combine, stack_members
 from common.errors import UserError, listing
 from common.labels import read_csv
-from common.predictions import member_files, read_members
+from common.predictions import check_there, member_files, read_members
 from common.submission import (check_submission, decide, frequency_table, known_labels, left_out_samples, override,
                                read_thresholds, submission_table, with_empty_rows)
 
@@ -64,25 +64,29 @@ def main():
     if len(names) != len(thresholds["weights"]):
         raise UserError(f"{found} is for {len(thresholds['weights'])} members ({', '.join(thresholds['recipes'])}), found "
                         f"{len(names)}: {', '.join(names)}; give the same networks in the same order")
-    members = read_members(sources, args.ids, None if args.test else
-                           f"python 05_predict_oof.py --work {args.work} --recipes {recipes}")
+    makes_members = None if args.test else f"python 05_predict_oof.py --work {args.work} --recipes {recipes}"
+    check_there(sources, makes_members)
     fallback = args.fallback or thresholds.get("fallback", "argmax")
     also, known = {"ids": args.ids} if args.ids else {}, None
     if args.override_duplicates:
         also["pairs"] = args.work / "duplicate_pairs.csv"
         known = known_labels(read_table(also["pairs"], f"python 02_dedup.py --work {args.work}"), wanted)
+    left_out = args.work / "left_out.csv"
+    if own and left_out.is_file():
+        also["left_out.csv"] = left_out
     stage = Stage("07_ensemble", args.out or args.work / "submission.csv",
                   {"fallback": fallback, "recipes": names, "override_duplicates": args.override_duplicates},
                   {order.name: order, "thresholds.json": found, **dict(zip(names, sources, strict=True)), **also})
     if stage.is_current():
         return
+    members = read_members(sources, args.ids, makes_members)
     probs = combine(stack_members(members, names, wanted), thresholds["combine"], thresholds["weights"])
     predicted = decide(probs, np.array(thresholds["thresholds"]), fallback)
     if known is not None:
         predicted = override(predicted, wanted, known)
     submission = submission_table(wanted, predicted)
     check_submission(submission, wanted)
-    lost = left_out_samples(args.work / "left_out.csv") if own else []
+    lost = left_out_samples(left_out) if own else []
     submission = with_empty_rows(submission, lost) if len(lost) else submission
     stage.begin()
     write_csv(stage.artifact, submission)

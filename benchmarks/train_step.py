@@ -3,8 +3,8 @@
 bare     the same network, optimizer, precision and batches with tensors that are in memory already: forward, binary
          cross-entropy, backward, step
 stage04  an epoch of stage 04 from stored images: reading, cropping, turning, normalising, E-loss, hard sampler, telemetry
-Both in one process, epoch by epoch in turn; the median of the ratios counts, after one epoch that is not counted. Memory is
-that of a process that does only one of them.
+Both in one process, epoch by epoch in turn; the median of the ratios counts, after one epoch that is not counted. Waiting is the
+share of stage 04's time until the next batch is there. Memory is that of a process that does only one of them.
 
 example python benchmarks/train_step.py
 The last line is a JSON object.
@@ -67,11 +67,11 @@ def measure(name: str, what: str, repeats: int) -> dict:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import torch
 
+    from common import training
     from common.data import EpochBatches, ImageSet, loader
     from common.fold_data import FoldData
     from common.images import write_planes
     from common.inference import Normalisation, choose_hardware
-    from common.training import new_run, train_epoch
 
     sys.stderr = open(os.devnull, "w")
     recipe, n = NETWORKS[name]
@@ -85,7 +85,7 @@ def measure(name: str, what: str, repeats: int) -> dict:
                          .repeat(8, axis=1).repeat(8, axis=2))
         images = ImageSet(Path(folder), ids, targets, recipe.crop)
         data = FoldData(images, replace(images, crop=None), targets.sum(axis=0), Normalisation((0.1,) * 4, (0.1,) * 4))
-        run = new_run(recipe, data, hardware, 0, 0)
+        run = training.new_run(recipe, data, hardware, 0, 0)
         for group in run.optimizer.param_groups:
             group["lr"] = 1e-4
         batches = []
@@ -104,25 +104,34 @@ def measure(name: str, what: str, repeats: int) -> dict:
 
         def stage04():
             run.epoch, run.step = run.epoch + 1, 0
-            train_epoch(run, data, name, lambda: None)
+            training.train_epoch(run, data, name, lambda: None)
 
-        def loading():
-            for _ in loader(images, 0, False, EpochBatches(n, recipe.batch_size, 0, 1)):
-                pass
+        seconds = {"bare": [], "stage04": [], "waiting": []}
 
-        seconds = {"bare": [], "stage04": [], "loading": []}
+        def timed_loader(*args):
+            seconds["waiting"].append(0.0)
+            batches = iter(loader(*args))
+            while True:
+                started = time.perf_counter()
+                batch = next(batches, None)
+                seconds["waiting"][-1] += time.perf_counter() - started
+                if batch is None:
+                    return
+                yield batch
+
+        training.loader = timed_loader
         run.model.train()
         for _ in range(repeats + 1):
-            for key, work in (("bare", bare), ("stage04", stage04), ("loading", loading)):
+            for key, work in (("bare", bare), ("stage04", stage04)):
                 if key == what or what == "both":
                     started = time.perf_counter()
                     work()
                     seconds[key].append(time.perf_counter() - started)
     result = {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
     if what == "both":
-        own, other, load = (np.array(seconds[key][1:]) for key in ("stage04", "bare", "loading"))
+        own, other, wait = (np.array(seconds[key][1:]) for key in ("stage04", "bare", "waiting"))
         result |= {"bare_ms": round(1000 * float(np.median(other)) / n, 3), "stage04_ms": round(1000 * float(np.median(own)) / n, 3),
-                   "ratio": round(float(np.median(own / other)), 3), "waiting": round(float(np.median(load / own)), 4)}
+                   "ratio": round(float(np.median(own / other)), 3), "waiting": round(float(np.median(wait / own)), 4)}
     return result
 
 

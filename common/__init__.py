@@ -1,5 +1,25 @@
-"""Everything that the numbered scripts import."""
+"""Everything that the numbered scripts import. Whatever they import first, from here on Ctrl+C is no traceback."""
 
 import os
+import sys
 
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2 ** 26))  # OpenCV refuses larger headers; it asks when it is loaded
+
+
+def _on_exception(kind, value, trace):
+    """Ctrl+C while a script is still importing is no bug: say what is said later on, and end as Python does."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from common.cli import say_stopped, stop_behind  # anew, where it came in the middle of that
+
+    if stop := stop_behind(value):
+        say_stopped(stop)
+        sys.stderr.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        sys.__excepthook__(kind, value, trace)
+
+
+sys.excepthook = _on_exception

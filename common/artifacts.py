@@ -21,6 +21,14 @@ from common.files import write_json, writing
 from common.locks import Lock
 
 
+# What stages write into their tables, and which of it are numbers.
+COLUMNS = {"samples.csv": "Id part Target side", "images": "Id side crc", "left_out.csv": "Id part Target place",
+           "duplicates.csv": "Id part Target near_group group kept", "folds.csv": "Id Target part group fold copies",
+           "duplicate_pairs.csv": "Id part Target other_Id other_part other_Target red green blue agreement",
+           "submission.csv": "Id Predicted"}
+NUMBERS = {"side", "place", "kept", "fold", "copies", "red", "green", "blue"}
+
+
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     with writing(path) as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n")
@@ -51,9 +59,30 @@ def read_table(path: Path, made_by: str) -> pd.DataFrame:
     except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
         raise UserError(f"{path} is not the table that its stage wrote ({first_line(error)}); delete it and run: "
                         f"{made_by}") from None
+    check_columns(table, Path(path), made_by)
     if "Id" in table:
         check_ids(table["Id"], path)
     return table
+
+
+def check_columns(table: pd.DataFrame, path: Path, made_by: str) -> None:
+    """Refuse a table without the columns that its stage writes, or with text where numbers are due."""
+    columns = COLUMNS.get("images" if path.parent.name == "images" else path.name, "").split()
+    for name in columns:
+        if name not in table:
+            raise UserError(f"{path} has no column {name}, which its stage writes; delete it and run: {made_by}")
+        if name in NUMBERS and len(table) and not pd.api.types.is_numeric_dtype(table[name]):
+            raise UserError(f"{path} has text in its column {name}, expected numbers; delete it and run: {made_by}")
+
+
+def stored_images(work: Path, store: str, ids) -> pd.DataFrame:
+    """Return stage 01's statistics of the given Ids in one folder of stored images, in their order."""
+    rerun = f"python 01_preprocess.py --work {work} --recipes RECIPE"
+    table = read_table(work / "images" / f"{store}.csv", rerun).set_index("Id")
+    missing = [Id for Id in ids if Id not in table.index]
+    if missing:
+        raise UserError(f"{work / 'images' / store} lacks {len(missing)} samples, such as {missing[0]}; run: {rerun}")
+    return table.loc[list(ids)].reset_index()
 
 
 # --- Ids ---------------------------------------------------------------------------------------------------
@@ -168,6 +197,12 @@ class Stage:
         self.parameters = json.loads(json.dumps(parameters))
         self.inputs = {key: fingerprint(value) if isinstance(value, Path) else value for key, value in inputs.items()}
         self.started = time.time()
+
+    def check_unchanged(self, inputs: dict) -> None:
+        """Refuse inputs that are others now than when this stage began; call it when they have been read."""
+        now = Stage(self.name, self.artifact, self.parameters, {**self.inputs, **inputs})
+        if changes := now.changes(self.made_from()):
+            raise UserError(f"{self.name}: another process wrote its inputs anew since this command began ({changes}); run it again")
 
     def made_from(self) -> dict:
         return {"parameters": self.parameters, "inputs": self.inputs}

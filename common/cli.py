@@ -3,13 +3,14 @@
 import argparse
 import multiprocessing
 import os
+import select
 import shlex
 import signal
 import sys
 from pathlib import Path
 
 from common import stopping
-from common.errors import UserError, nearest
+from common.errors import WORKER_LOST, UserError, nearest
 from common.recipes import run_name
 
 
@@ -134,32 +135,62 @@ def run(main) -> None:
         stopping.when_parent_ends(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         main()
-    except UserError as error:
-        # From a loader's worker process torch hands on the message with a traceback before it.
-        fail(str(error).split("UserError: ")[-1].rstrip())
-    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        fail(f"{error.strerror or error}{where}; check that the folder exists, can be written and has space")
-    except (KeyboardInterrupt, stopping.Stopped) as stop:
-        stopped(stop)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            fail(OUT_OF_MEMORY)
-        if stopping.STATE.asked:  # the main process of several has saved and left
-            sys.exit(stopping.SIGTERM_CODE)
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        fail(f"{str(error).strip()} (perhaps memory ran out); finished work is kept. To go on: {command()}, if need be with "
-             "fewer --workers")
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if stop := stop_behind(error):
+            stopped(stop)
+        if message := explain(error):
+            fail(message)
+        if isinstance(error, BrokenPipeError):  # whoever read the output, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        raise
     finally:
         end_loaders()
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C while Python clears up is no traceback
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def stop_behind(error: BaseException) -> BaseException | None:
+    """Return the Ctrl+C or SIGTERM that an error comes from, None where it is one of its own.
+
+    What is raised while a module in C is imported comes out as an ImportError; and when the main process of several has
+    saved and left, the others lose touch.
+    """
+    while error is not None:
+        if isinstance(error, (KeyboardInterrupt, stopping.Stopped)):
+            return error
+        error = error.__cause__ or error.__context__
+    return stopping.Stopped() if stopping.STATE.asked else None
+
+
+def explain(error: BaseException) -> str | None:
+    """Return the message for an error that a user can do something about, None for others."""
+    if isinstance(error, UserError):
+        # From a loader's worker process torch hands on the message with a traceback before it.
+        return str(error).split("UserError: ")[-1].rstrip()
+    if isinstance(error, BrokenPipeError):
+        return None if output_is_closed() else WORKER_LOST
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{where}; check that the folder exists, can be written and has space"
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return (f"{str(error).strip()} (perhaps memory ran out); finished work is kept. To go on: {command()}, if need be with "
+                "fewer --workers")
+    return None
+
+
+def output_is_closed() -> bool:
+    """Tell whether nobody reads any more what this process prints."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error is torch's for a full GPU, without loading torch."""
     return type(error).__name__ == "OutOfMemoryError"
 
@@ -197,14 +228,3 @@ def command() -> str:
     if "LOCAL_WORLD_SIZE" in os.environ:
         launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
     return os.environ.get("RUN_ALL_COMMAND") or shlex.join([*launcher, *sys.argv])
-
-
-def _on_exception(kind, value, trace):
-    """Ctrl+C while a script is still importing is no bug either."""
-    if issubclass(kind, KeyboardInterrupt):
-        say_stopped(value)
-    else:
-        sys.__excepthook__(kind, value, trace)
-
-
-sys.excepthook = _on_exception

@@ -5,6 +5,7 @@ and a resumed run draws what an undisturbed one would have drawn.
 """
 
 import signal
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from common import stopping
 from common.distributed import Team
 from common.errors import UserError
 from common.images import read_planes
+from common.parallel import blocked
 
 CACHE_BYTES = 2 ** 29  # of decoded images that a set keeps
 
@@ -142,13 +144,22 @@ def collate(items):
     return images, torch.from_numpy(np.stack(targets).astype(np.float32))
 
 
+class Loader(DataLoader):
+    """A DataLoader whose processes get no SIGTERM before `leave_signals`: torch would let it end them, and training with them."""
+
+    def __iter__(self):
+        with blocked({signal.SIGTERM}) if self.num_workers else nullcontext():
+            return super().__iter__()
+
+
 def loader(dataset: ImageSet, workers: int, pin: bool, batches) -> DataLoader:
     """Return a loader of the given batches: lists of the dataset's keys."""
-    return DataLoader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches,
-                      worker_init_fn=leave_signals)
+    return Loader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches,
+                  worker_init_fn=leave_signals)
 
 
 def leave_signals(_) -> None:
     """Let a loader process outlast what is sent to the whole process group: the process that it works for ends it when it can."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stopping.end_later())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -358,7 +358,7 @@ def labels(args, seen: Seen):
 def weights(args, seen: Seen):
     """Yield for each encoder where its weights are, or whether their host answers."""
     from common.start import start_from
-    from common.weights import PUBLISHED, answers, weight_files
+    from common.weights import PUBLISHED, answers, told_if_other, weight_files
 
     for encoder in sorted({recipe.encoder for recipe in seen.recipes.values()}):
         recipe = next(recipe for recipe in seen.recipes.values() if recipe.encoder == encoder)
@@ -378,8 +378,11 @@ def weights(args, seen: Seen):
                 raise UserError(f"--pretrained {at_hand}: there is no such file")
         told = io.StringIO()
         with contextlib.redirect_stdout(told):
+            if at_hand and args.pretrained == "auto":
+                told_if_other(at_hand, PUBLISHED[encoder].sha256)
             start = start_from(recipe, args.pretrained, at_hand)
-        yield Check("weights", FINE, f"{encoder}: {start.describe()}")
+        yield Check("weights", WARNING if told.getvalue() else FINE, f"{encoder}: {start.describe()}",
+                    told.getvalue().strip().removeprefix("warning: "))
 
 
 def download_to(folder: Path, encoder: str, host: str) -> Check:
@@ -458,8 +461,13 @@ def memory(name: str, recipe):
 
 
 def shared_memory(recipe, workers: int, free: int, name: str) -> Check:
-    """Tell whether the batches that loader processes hold ready fit into shared memory: two each."""
-    needed = 2 * workers * recipe.batch_size * 4 * recipe.crop ** 2
+    """Tell whether the batches that loader processes hold ready fit into shared memory: two each, of crops or whole images."""
+    from common.images import MAX_SIDE
+    from common.inference import BATCH
+    from common.recipes import stored_size
+
+    largest = stored_size(recipe.store, MAX_SIDE)
+    needed = 2 * workers * 4 * max(recipe.batch_size * recipe.crop ** 2, BATCH * largest ** 2)
     found = f"{workers} loader processes need {gigabytes(needed)} of /dev/shm, {gigabytes(free)} are free"
     if needed <= free:
         return Check(f"shared memory, {name}", FINE, found)

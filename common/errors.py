@@ -1,6 +1,10 @@
 """The one exception for what a user can mend, and how long lists are told."""
 
 
+WORKER_LOST = ("a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, "
+               "if need be with a lower --jobs")
+
+
 class UserError(Exception):
     """Say what was expected, what was found and the cure; ends a script with exit code 2."""
 

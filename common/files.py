@@ -3,7 +3,12 @@
 import contextlib
 import json
 import os
+import re
+import time
 from pathlib import Path
+
+LEFTOVER = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")
+SECONDS_UNTIL_LEFT = 3600
 
 
 @contextlib.contextmanager
@@ -31,6 +36,21 @@ def writing(path: Path):
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what killed processes left half-written in a folder: temporaries that nobody has written to for an hour."""
+    with os.scandir(folder) as entries:
+        names = [entry.path for entry in entries if LEFTOVER.fullmatch(entry.name)]
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - os.stat(name).st_mtime > SECONDS_UNTIL_LEFT:
+                os.unlink(name)
+
+
+def csv_files(folder: Path) -> list[Path]:
+    """Return the CSV files of a folder, without those that a killed process left half-written."""
+    return [path for path in folder.glob("*.csv") if not path.name.startswith(".")]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts import digest, read_table
+from common.artifacts import digest, stored_images
 from common.data import ImageSet
 from common.errors import UserError
 from common.folds import class_counts, fold_numbers, training_rows
@@ -23,16 +23,6 @@ class FoldData:
     valid: ImageSet
     counts: np.ndarray  # (28,) distinct training samples of each class
     normalisation: Normalisation
-
-
-def stored_images(work: Path, store: str, ids) -> pd.DataFrame:
-    """Return stage 01's statistics of the given Ids in one folder of stored images, in their order."""
-    rerun = f"python 01_preprocess.py --work {work} --recipes RECIPE"
-    table = read_table(work / "images" / f"{store}.csv", rerun).set_index("Id")
-    missing = [Id for Id in ids if Id not in table.index]
-    if missing:
-        raise UserError(f"{work / 'images' / store} lacks {len(missing)} samples, such as {missing[0]}; run: {rerun}")
-    return table.loc[list(ids)].reset_index()
 
 
 def known_folds(work: Path, folds: pd.DataFrame, numbers: list[int]) -> None:

@@ -51,7 +51,7 @@ def list_files(folder: Path) -> dict[str, Path]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 stem, suffix = os.path.splitext(entry.name)
-                if suffix.lower() in SUFFIXES:
+                if suffix.lower() in SUFFIXES and entry.is_file():  # no folder, nor a pipe that would be waited for
                     rank = SUFFIXES.index(suffix.lower())
                     if stem not in found or rank < found[stem][0]:
                         found[stem] = (rank, Path(entry.path))

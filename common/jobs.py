@@ -1,17 +1,18 @@
 """The jobs of stages 04 and 05, a recipe and fold each: which ones there are to do, and each from start to seal."""
 
+import math
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
-from common.artifacts import Stage, digest, prediction_file, read_table, save_predictions
+from common.artifacts import Stage, digest, prediction_file, read_table, save_predictions, stored_images
 from common.checkpoints import (FORMAT, check_recipe, check_unfinished, finished_checkpoint, load_checkpoint, load_network,
                                 made_from, restoring)
 from common.distributed import Team
 from common.finder import save_lr_curve
-from common.fold_data import FoldData, image_set, load_fold, stored_images, training_inputs
+from common.fold_data import FoldData, image_set, load_fold, training_inputs
 from common.inference import (Hardware, Normalisation, choose_hardware, mean_probabilities, predict_logits, views)
 from common.recipes import Recipe, run_parameters
 from common.scalars import scalars
@@ -87,8 +88,9 @@ def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str,
             return
         if team.is_main:
             check_unfinished(stage)
-        data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe,
-                         start.normalisation)
+        folds = read_table(work / "folds.csv", "python 03_make_folds.py")
+        data = load_fold(work, folds, fold, recipe, start.normalisation)
+        stage.check_unchanged(training_inputs(work, folds, recipe))  # it may have waited for days
         run = begin_fold(folder, data, recipe, hardware, fold, seed, start, label)
         with scalars(folder, run.history) if tensorboard and team.is_main else nullcontext() as note:
             train_fold(run, folder, data, stage.made_from(), label, on_nan, note)
@@ -104,8 +106,11 @@ def found_rates(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware
                 weights: dict | None, label: str) -> tuple[float, ...]:
     """Save the finder's curve and return the learning rates to train with: by its suggestion, or the recipe's."""
     rates, losses = lr_range_test(data, recipe, hardware, fold, seed, weights, label=f"{label} learning rates")
-    suggestion = hardware.team.agree(save_lr_curve(folder, rates, losses) if hardware.team.is_main else None)
     groups = recipe.group_learning_rates
+    if not math.isfinite(losses[0]):  # training meets the same batch first, and deals with it
+        print(f"{label}: the loss is not finite from the very first batch, so there is no learning rate to be found", flush=True)
+        return groups
+    suggestion = hardware.team.agree(save_lr_curve(folder, rates, losses) if hardware.team.is_main else None)
     if recipe.finder == "use":
         groups = tuple(suggestion * rate / groups[-1] for rate in groups)
     print(f"{label}: highest learning rate at which the loss still falls: {suggestion:.2g}; learning rates "

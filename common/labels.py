@@ -1,5 +1,7 @@
 """Read the competition's CSV files: Ids and label sets, none of them trusted."""
 
+import csv
+import io
 import re
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, first_line, listing
 
 MAX_BYTES = 2 ** 26  # of a CSV file: fifty times the competition's
+MAX_HEADER = 10_000  # characters of its first line
 
 
 def read_csv(path: Path, *columns: str) -> pd.DataFrame:
@@ -36,9 +39,17 @@ def read_csv(path: Path, *columns: str) -> pd.DataFrame:
 
 
 def check_bytes(path: Path, most: int) -> None:
-    """Refuse a CSV file that is larger than any of its kind."""
+    """Refuse a CSV file that is larger than any of its kind, or so wide that its columns alone would fill the memory."""
     if path.stat().st_size > most:
         raise UserError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; expected a CSV file of at most {most / 1e6:.0f} MB")
+    with open(path, encoding="latin-1", newline="") as file:
+        start = file.read(MAX_HEADER + 1)
+    try:
+        header, *rest = csv.reader(io.StringIO(start, newline=""))
+    except (csv.Error, ValueError):  # a field without end, or an empty file
+        header, rest = [], []
+    if len(start) > MAX_HEADER and not rest:
+        raise UserError(f"{path} has a first line of over {MAX_HEADER} characters; expected the names of a few columns")
 
 
 def check_samples(ids: pd.Series, path: Path) -> None:

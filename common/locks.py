@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import clear_leftovers, write_json
 
 # What a killed process leaves running, such as loader workers, ends within these; so does who is just saving and leaving.
 SECONDS_AFTER_DEATH, SECONDS_OF_GRACE = 15, 4
@@ -37,6 +37,7 @@ class Lock:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(path, mode=MODE)
             self.acquire(place, path, wait)
+            clear_leftovers(place if place.is_dir() else path.parent)
             write_json(self.record, this_process())
         except OSError as error:
             raise UserError(f"{place} cannot be made: {path.parent} cannot be written to ({error.strerror or error}); make "
@@ -96,7 +97,11 @@ def holders(work: Path):
 
 def this_process() -> dict:
     """Return what others are told of this process."""
-    return {"user": getpass.getuser(), "host": socket.gethostname(), "pid": os.getpid(),
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # in a container, somebody without a name
+        user = f"user {os.getuid()}"
+    return {"user": user, "host": socket.gethostname(), "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": shlex.join(["python", *sys.argv])}
 
 
@@ -122,7 +127,7 @@ def is_gone(holder: dict) -> bool:
         return False
     try:
         os.kill(int(holder["pid"]), 0)
-    except (ProcessLookupError, OverflowError):
+    except (ProcessLookupError, OverflowError, ValueError):  # the last two: no process has such a number
         return True
     except PermissionError:  # another user's
         pass

@@ -12,13 +12,11 @@ from pathlib import Path
 import joblib
 
 from common import stopping
-from common.errors import UserError
+from common.errors import WORKER_LOST, UserError
 from common.progress import progress
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 SECONDS_TO_ANSWER = 20
-WORKER_LOST = ("{label}: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again "
-               "to go on, if need be with a lower --jobs")
 
 
 def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str = "samples", unseen=(signal.SIGINT,)):
@@ -35,7 +33,7 @@ def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str
     except BrokenProcessPool:
         if stopping.STATE.asked:
             raise stopping.Stopped from None
-        raise UserError(WORKER_LOST.format(label=label)) from None
+        raise UserError(f"{label}: {WORKER_LOST}") from None
 
 
 def _indexed(index, function, job, parent):
@@ -76,7 +74,7 @@ def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, labe
         calls = [(os.getpid(), function, job) for job in jobs]
         done = run_parallel(_stoppable, calls, n_workers, label, "folds", (signal.SIGINT, signal.SIGTERM))
         if any([was_stopped for _, was_stopped in done]) and not stopping.STATE.asked:
-            raise UserError(WORKER_LOST.format(label=label))
+            raise UserError(f"{label}: {WORKER_LOST}")
 
 
 def _stoppable(parent, function, job) -> bool:

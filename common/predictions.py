@@ -22,6 +22,13 @@ def member_files(given: list[Path] | None, work: Path, recipes: list[str], part:
     return recipes, [prediction_file(work, name, part) for name in recipes]
 
 
+def check_there(paths: list[Path], made_by: str | None) -> None:
+    """Refuse predictions that are missing."""
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} is missing; " + (f"run: {made_by}" if made_by else "expected predictions as .npz, .csv or .npy"))
+
+
 def read_members(paths: list[Path], ids: Path | None, made_by: str | None) -> list[tuple]:
     """Return the Ids and probabilities of each file: of stage 05 where `made_by` says what makes them, else from anywhere."""
     return [load_predictions(path, made_by) if made_by else read_predictions(path, ids) for path in paths]
@@ -32,8 +39,7 @@ def read_predictions(path: Path, ids: Path | None = None) -> tuple[np.ndarray, n
 
     ids : CSV file whose column Id names the rows of a .npy
     """
-    if not path.is_file():
-        raise UserError(f"{path} is missing; expected predictions as .npz, .csv or .npy")
+    check_there([path], None)
     if path.suffix == ".npz":
         return load_predictions(path, f"python 05_predict_oof.py, or give {path.name} as a CSV file with Id and 28 columns")
     if path.suffix == ".csv":

@@ -12,7 +12,7 @@ import pandas as pd
 from common import images
 from common.artifacts import Stage, check_ids, digest, write_csv
 from common.errors import UserError, listing
-from common.files import naming
+from common.files import clear_leftovers, csv_files, naming
 from common.labels import absent_classes, parse_targets, read_csv, read_labels
 from common.parallel import run_parallel
 from common.recipes import stored_size
@@ -205,6 +205,8 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     lacking = {s: [store for store in stores if store not in done[s]] for s in done}
     todo = [s for s in done if lacking[s]]
     folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, *(folder / store for store in stores if (folder / store).is_dir())):
+        clear_leftovers(place)
     check_space([stored_size(store, known[s]) for s in todo for store in lacking[s]], work)
     jobs = [(images.store_sample, s.Id, s.files, s.rgb_coded, lacking[s], folder, white) for s in todo]
     with naming(journal), open(journal, "a", encoding="utf-8") as file:
@@ -230,7 +232,7 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
 
 def all_stored(Ids, folder: Path) -> bool:
     """Tell whether every sample is there at every size of which `folder` has a table."""
-    return all(set(Ids) <= stored_ids(table.with_suffix("")) for table in folder.glob("*.csv"))
+    return all(set(Ids) <= stored_ids(table.with_suffix("")) for table in csv_files(folder))
 
 
 def stored_ids(folder: Path) -> set[str]:

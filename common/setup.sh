@@ -33,13 +33,23 @@ setup() {
         echo "${install[*]}"
         return
     fi
+    exec 9>.venv.lock
+    if command -v flock >/dev/null && ! flock --nonblock 9; then
+        echo "waiting: .venv is being made by another process" >&2
+        flock 9
+        if [ -x "$PYTHON" ] && "$PYTHON" common/environment.py "$@" >/dev/null 2>&1; then
+            exec 9>&-
+            return
+        fi
+    fi
     echo "setting up .venv once (several GB, mostly torch)" >&2
     if ! "$base" -m venv .venv || ! "${install[@]}" --quiet; then
         echo "error: the packages could not be installed into .venv; this is what the active Python lacks:" >&2
-        "$base" common/environment.py "$@" >&2
+        "$base" common/environment.py "$@" >&2 || true
         echo "install these by hand (without internet: from wheels), then run this again" >&2
         exit 2
     fi
+    exec 9>&-
 }
 
 setup "$@"

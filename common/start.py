@@ -1,11 +1,13 @@
 """Where a training starts: from a file of pretrained weights with the normalisation that belongs to it, or at random."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from common.artifacts import fingerprint
+from common.errors import UserError
 from common.inference import Normalisation
 from common.models import build_encoder
 from common.recipes import Recipe
@@ -47,6 +49,11 @@ def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
                  f"none are published for {recipe.encoder}")
 
 
+def is_four_numbers(values) -> bool:
+    return (isinstance(values, (list, tuple)) and len(values) == 4
+            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values))
+
+
 def weights_normalisation(recipe: Recipe, file: Path) -> Normalisation | None:
     """Return the normalisation that weights were trained with: a checkpoint's own, or the published one.
 
@@ -54,6 +61,9 @@ def weights_normalisation(recipe: Recipe, file: Path) -> Normalisation | None:
     """
     saved = read_file(file)
     if "mean" in saved and "std" in saved:
+        if not all(map(is_four_numbers, (saved["mean"], saved["std"]))) or min(saved["std"]) <= 0:
+            raise UserError(f"{file} has a mean or std that is not four numbers, one a channel, those of std above 0; take both "
+                            "out of the file, or give --pretrained another")
         return Normalisation(tuple(saved["mean"]), tuple(saved["std"]))
     if recipe.encoder not in PUBLISHED:
         return None

@@ -107,8 +107,9 @@ def end_later() -> None:
 
 
 def _stop_children() -> None:
-    """Pass SIGTERM on to worker processes and wait until they have saved what they had."""
-    children, deadline = multiprocessing.active_children(), time.monotonic() + GRACE_SECONDS
+    """Pass SIGTERM on to worker processes and wait until they have saved what they had; loaders have nothing to save."""
+    children = [child for child in multiprocessing.active_children() if not child.daemon]
+    deadline = time.monotonic() + GRACE_SECONDS
     for child in children:
         child.terminate()
     for child in children:

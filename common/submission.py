@@ -40,12 +40,26 @@ def impossible_part(thresholds: dict) -> str:
         "one weight from 0 to 1 a network, 1 in all": are_shares(weights) and len(weights) == len(names)
         and abs(sum(weights) - 1) < 1e-3,
         "argmax or empty as fallback": thresholds.get("fallback", "argmax") in ("argmax", "empty"),
+        "a score_cross_fitted and its interval, from 0 to 1": "interval" not in thresholds
+        or are_shares(thresholds["interval"]) and len(thresholds["interval"]) == 2
+        and are_shares([thresholds.get("score_cross_fitted")]),
+        f"class and positives of {N_CLASSES} classes as per_class, and n_samples": "per_class" not in thresholds
+        or are_counts(thresholds["per_class"]) and is_count(thresholds.get("n_samples")) and thresholds["n_samples"] > 0,
     }
     return next((text for text, fine in expected.items() if not fine), "")
 
 
 def are_shares(values) -> bool:
     return isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
+
+
+def are_counts(rows) -> bool:
+    return isinstance(rows, list) and len(rows) == N_CLASSES and all(
+        isinstance(row, dict) and isinstance(row.get("class"), str) and is_count(row.get("positives")) for row in rows)
+
+
+def is_count(value) -> bool:
+    return type(value) is int and value >= 0
 
 
 def decide(probs: np.ndarray, thresholds: np.ndarray, fallback: str) -> np.ndarray:

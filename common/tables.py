@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from common.artifacts import load_predictions, read_json, sidecar
+from common.artifacts import load_predictions, read_sidecar, sidecar
 from common.classes import N_CLASSES
 from common.ensemble import align
 from common.errors import UserError
@@ -113,7 +113,7 @@ def missing_runs(systems: dict[str, dict[str, str]], files: dict[str, dict[int, 
 
 def check_same_views(files: dict[str, dict[int, Path]]) -> None:
     """Refuse runs that stage 05 predicted in different ways: a difference of views would look like a gain."""
-    ways = {path: read_json(sidecar(path))["parameters"] for paths in files.values() for path in paths.values()
+    ways = {path: read_sidecar(path)["parameters"] for paths in files.values() for path in paths.values()
             if sidecar(path).is_file()}
     for path, way in ways.items():
         first, expected = next(iter(ways.items()))

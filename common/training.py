@@ -39,9 +39,10 @@ MOST_RETURNS = 3  # to the last good state, each time with half the learning rat
 
 
 class NotFinite(Exception):
-    """The loss or a weight is no longer a finite number; `batch`: Ids and losses of the first such batch, where it is known."""
+    """The loss or a weight is no longer a finite number; `batch`: Ids and losses of the first such training batch, or of the
+    validation samples that have such losses."""
 
-    def __init__(self, where: str, batch: pd.DataFrame | None = None):
+    def __init__(self, where: str, batch: pd.DataFrame):
         super().__init__(where)
         self.batch = batch
 
@@ -326,15 +327,19 @@ def close_ranking(run: Run, data: FoldData, epoch: int) -> None:
 
 
 def evaluate(run: Run, data: FoldData) -> tuple[float, float]:
-    """Return the mean E-loss and the macro F1 at 0.5 on the whole validation images."""
+    """Return the mean E-loss and the macro F1 at 0.5 on the whole validation images; raises NotFinite."""
     team, valid = run.hardware.team, data.valid
     team.share_buffers(run.model)
     part = team.part(len(valid))
     mine = replace(valid, ids=valid.ids[part], targets=valid.targets[part],
                    sides=None if valid.sides is None else valid.sides[part])
     logits = team.gather_rows(predict_logits(run.model, run.normalise, mine, run.hardware, views("none"))[0])
-    loss = sample_losses(logits, torch.from_numpy(valid.targets), run.class_weights.cpu(), run.recipe)
-    return loss.double().mean().item(), macro_f1(valid.targets, (logits > 0).numpy())
+    losses = sample_losses(logits, torch.from_numpy(valid.targets), run.class_weights.cpu(), run.recipe)
+    wrong = ~losses.isfinite()
+    if wrong.any():
+        raise NotFinite(f"the validation of epoch {run.epoch + 1}",
+                        pd.DataFrame({"Id": valid.ids[wrong.numpy()], "loss": losses[wrong].tolist()}))
+    return losses.double().mean().item(), macro_f1(valid.targets, (logits > 0).numpy())
 
 
 def is_finished(run: Run) -> bool:
@@ -423,12 +428,11 @@ def describe_epoch(run: Run, row: dict, label: str) -> str:
 def go_back(run: Run, error: NotFinite, folder: Path, label: str) -> None:
     """Put a run back to its last good state, to go on with half the learning rates; without one, or too often, UserError.
 
-    Writes bad_batch.csv, the Ids and losses of the batch, where it is known.
+    Writes bad_batch.csv, the Ids and losses of the batch.
     """
-    found = f"{label}: the loss is not finite in {error}"
-    if error.batch is not None and run.hardware.team.is_main:
+    found = f"{label}: the loss is not finite in {error}, whose Ids and losses are in {folder / 'bad_batch.csv'}"
+    if run.hardware.team.is_main:
         write_csv(folder / "bad_batch.csv", error.batch)
-        found += f", whose Ids and losses are in {folder / 'bad_batch.csv'}"
     returns = [*run.returns, str(error)]
     if run.good is None or len(returns) > MOST_RETURNS:
         tried = f", after it went back {MOST_RETURNS} times" if run.good else ""
@@ -464,8 +468,6 @@ def close_epoch(run: Run, data: FoldData) -> dict:
         started = time.monotonic()
         row["valid_loss"], row["macro_f1"] = evaluate(run, data)
         row["valid_seconds"] = round(time.monotonic() - started, 2)
-        if not math.isfinite(row["valid_loss"]):
-            raise NotFinite(f"the validation of epoch {row['epoch']}")
     if run.returns:
         row["returns"] = list(run.returns)
     close_ranking(run, data, row["epoch"])

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from common.arrays import refuse_inflated
 from common.artifacts import fingerprint
 from common.errors import UserError, first_line
+from common.files import clear_leftovers
 from common.progress import progress
 
 SECONDS_TO_ANSWER = 20
@@ -164,6 +165,7 @@ def fetch(url: str, path: Path, sha256: str) -> None:
     content = receive(url)
     size = next(content)
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     digest = hashlib.sha256()
     try:
@@ -174,6 +176,8 @@ def fetch(url: str, path: Path, sha256: str) -> None:
                 file.write(part)
         if not digest.hexdigest().startswith(sha256):
             raise NotPublished(f"SHA-256 should begin with {sha256}, found {digest.hexdigest()}")
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -204,12 +208,17 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     state = read_file(path)
     for wrapper in ("state_dict", "model"):
         state = state.get(wrapper, state) if isinstance(state, dict) else {}
-    named = isinstance(state, dict) and all(isinstance(name, str) and torch.is_tensor(tensor)
-                                            for name, tensor in state.items())
+    named = isinstance(state, dict) and all(isinstance(name, str) and is_plain(tensor) for name, tensor in state.items())
     tensors = encoder_tensors(state) if named else {}
     if not tensors:
         raise UserError(f"{path} holds no tensors of an encoder, or other things too; {CURE}")
     return tensors
+
+
+def is_plain(tensor) -> bool:
+    """Tell whether something is a tensor of real numbers with a place in memory for each."""
+    return (torch.is_tensor(tensor) and tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
+            and not tensor.is_meta)
 
 
 def encoder_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

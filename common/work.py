@@ -12,6 +12,7 @@ from common.classes import CLASS_NAMES
 from common.contact_sheet import composite, jpeg, small_planes
 from common.ensemble import combine, stack_members
 from common.errors import UserError
+from common.files import csv_files
 from common.labels import parse_targets
 from common.page import Card, data_uri
 from common.recipes import Recipe, recipe_of_run
@@ -75,7 +76,7 @@ class Work:
     @cached_property
     def stores(self) -> dict[str, pd.DataFrame]:
         """Statistics of stored images by the folder's name, smallest images first."""
-        tables = {path.stem: read_table(path, "") for path in (self.folder / "images").glob("*.csv")}
+        tables = {path.stem: read_table(path, "") for path in csv_files(self.folder / "images")}
         return dict(sorted(tables.items(), key=lambda item: (item[1]["side"].max(), item[0])))
 
     def planes(self, Id: str, side: int) -> np.ndarray:

@@ -401,11 +401,28 @@ def test_it_goes_back_three_times_at_most(tmp_path, monkeypatch, capsys):
 
 
 def test_a_validation_loss_that_is_not_finite_counts_too(tmp_path, monkeypatch):
-    losses = iter([1.0, float("nan"), 0.9, 0.8, 0.7])
-    monkeypatch.setattr(training, "evaluate", lambda run, data: (next(losses), 0.1))
+    real, calls = training.predict_logits, []
+
+    def predict(*arguments):
+        logits = real(*arguments).clone()
+        calls.append(1)
+        if len(calls) == 2:
+            logits[0, 5] = float("nan")
+        return logits
+
+    monkeypatch.setattr(training, "predict_logits", predict)
     run = train(tmp_path / "run", fold_data(tmp_path / "images", 8), STEADY, on_nan="back")
-    assert run.returns == ["the validation of epoch 2"] and run.valid_losses == [1.0, 0.9, 0.8, 0.7]
-    assert not (tmp_path / "run" / "bad_batch.csv").exists()
+    assert run.returns == ["the validation of epoch 2"] and len(run.valid_losses) == 4
+    assert list(pd.read_csv(tmp_path / "run" / "bad_batch.csv")["Id"]) == ["s5"]
+
+
+def test_a_loss_that_is_not_finite_from_the_first_batch_passes_the_finder(tmp_path, monkeypatch, capsys):
+    data = fold_data(tmp_path / "images", 24)
+    monkeypatch.setattr(training, "sample_losses", lambda logits, *_: logits.sum(dim=1) * float("nan"))
+    with pytest.raises(UserError, match="the loss is not finite in epoch 1, batch 1 of 3, whose Ids and losses are in "):
+        train(tmp_path / "run", data, replace(SMALL, finder="record"))
+    assert "the loss is not finite from the very first batch, so there is no learning rate to be found" in capsys.readouterr().out
+    assert len(pd.read_csv(tmp_path / "run" / "bad_batch.csv")) == 8
 
 
 def test_losses_are_looked_at_now_and_then(tmp_path, monkeypatch):

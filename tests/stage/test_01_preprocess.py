@@ -92,6 +92,16 @@ def test_a_deleted_image_is_made_again(make, small_data, tmp_path):
     assert image.is_file()
 
 
+def test_what_a_killed_run_left_half_written_is_not_taken_for_a_table(make, run_script, small_data, tmp_path):
+    make(small_data)
+    images = tmp_path / "work" / "images"
+    (images / ".128.4242.tmp.csv").write_text("Id,si")
+    assert "is up to date" in make(small_data)
+    assert "is up to date" in make(small_data)  # its record is there still
+    assert "making" not in make(small_data)
+    run_script("08_report.py", "--data", small_data, "--work", tmp_path / "work")
+
+
 def test_the_input_folder_may_be_read_only(make, small_data):
     def listing():
         return {p: p.stat().st_mtime_ns for p in small_data.rglob("*")}

@@ -187,11 +187,24 @@ def test_test_samples_that_were_left_out_have_empty_rows_in_their_places(stages,
     submission = pd.read_csv(work / "submission.csv", dtype=str, keep_default_na=False)
     assert list(submission["Id"]) == ["test-2", "test-0", "test-1"]
     assert [bool(text) for text in submission["Predicted"]] == [True, False, True]
+    with open(small_data / "sample_submission.csv", "a") as file:
+        file.write("test-9,0\n")  # without images, so only left_out.csv changes
+    run_script("01_preprocess.py", "--data", small_data, "--work", work, "--recipes", RECIPE, "--keep-going")
+    assert "submission.csv again (changed: left_out.csv)" in stages(small_data, [7])
+    assert pd.read_csv(work / "submission.csv", dtype=str)["Id"].tolist()[-1] == "test-9"
+
+
+def test_without_a_sample_submission_the_test_images_are_taken(stages, small_data, tmp_path):
+    (small_data / "sample_submission.csv").unlink()
+    told = f"{small_data}/sample_submission.csv is missing: the 3 samples in the test folders are taken, sorted by Id"
+    assert told in stages(small_data, [1])
+    samples = pd.read_csv(tmp_path / "work" / "samples.csv")
+    assert list(samples.loc[samples["part"] == "test", "Id"]) == ["test-0", "test-1", "test-2"]
 
 
 def test_data_without_test_samples_ends_without_a_submission(stages, run_script, small_data, tmp_path):
     shutil.rmtree(small_data / "test_full_size")
     (small_data / "sample_submission.csv").unlink()
-    stages(small_data, [1])
+    assert "are taken, sorted by Id" not in stages(small_data, [1])
     out = run_script("07_ensemble.py", "--work", tmp_path / "work").stdout
     assert "the data has no test samples, so there is no submission to make" in out

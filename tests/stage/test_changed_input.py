@@ -1,8 +1,13 @@
 """A changed input: what depends on it is made again and nothing else, and training is never thrown away unasked."""
 
 import pandas as pd
+import pytest
 
-from common.artifacts import sidecar
+from common.artifacts import read_table, sidecar
+from common.distributed import Team
+from common.errors import UserError
+from common.jobs import plan, train_job
+from common.recipes import get_recipe
 from tests.conftest import write_sample
 
 RECIPE = "demo-quick"
@@ -62,3 +67,17 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     assert told.returncode == 2 and told.stdout.count("will fail") == 1
     assert "fold0 was trained on something else (changed: folds.csv)" in told.stdout
     assert f"python 04_train.py --work {work} --recipe {RECIPE} --folds 0 --force" in told.stdout
+
+
+def test_a_fold_that_had_to_wait_is_not_trained_on_other_folds_than_its_record_names(run_script, small_data, tmp_path):
+    work = tmp_path / "work"
+    places = ("--data", small_data, "--work", work)
+    run_script("01_preprocess.py", *places, "--recipes", RECIPE)
+    run_script("02_dedup.py", *places)
+    run_script("03_make_folds.py", *places, "--n-folds", 2)
+    recipes = {RECIPE: get_recipe(RECIPE, list(TINY[1:]))}
+    job, = plan(work, recipes, read_table(work / "folds.csv", ""), [0], 0, False, "none", None, Team())
+    run_script("03_make_folds.py", *places, "--n-folds", 3)
+    with pytest.raises(UserError, match=r"another process wrote its inputs anew since this command began \(changed: folds.csv\); run it again"):
+        train_job(*job, work, 0, ("cpu", "fp32", 0, None, False))
+    assert not (work / "runs" / RECIPE / "fold0" / "best.pt").exists()

@@ -124,6 +124,51 @@ def test_worker_processes_never_see_ctrl_c():
     assert result.stdout.split() == ["True", "True", "False"], result.stdout + result.stderr
 
 
+LOADING = """
+import os, time
+from contextlib import nullcontext
+from common import cli, stopping
+
+class Slow:
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, i):
+        time.sleep(0.05)
+        return i
+
+def main():
+    from common.data import Loader, leave_signals
+
+    def begin(worker):
+        time.sleep(SECONDS)
+        leave_signals(worker)
+
+    with stopping.HELD:
+        batches = iter(Loader(Slow(), num_workers=2, worker_init_fn=begin))
+        os.write(1, b"begun\\n")
+        for i, _ in enumerate(batches):
+            if i > 20:
+                os.write(1, b"saved\\n")
+                stopping.check()
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_loaders_have_nothing_to_save_and_are_not_waited_for(whole_group):
+    command = [sys.executable, "-c", LOADING.replace("SECONDS", "0").replace("stopping.HELD", "nullcontext()")]
+    code, output, seconds = stopped(command, signal.SIGTERM, ("begun",), whole_group)
+    assert code == 143 and seconds < 15 and "To go on: " in output and "Traceback" not in output, output
+
+
+def test_loaders_that_have_just_begun_are_there_until_all_is_saved():
+    command = [sys.executable, "-c", LOADING.replace("SECONDS", "2").replace("HELD", "held()")]
+    code, output, _ = stopped(command, signal.SIGTERM, ("begun",), whole_group=True)
+    assert code == 143 and "saved" in output and "To go on: " in output and "Traceback" not in output, output
+
+
 def test_a_forked_process_ends_without_a_word():
     code = ("import os, multiprocessing as m, time; from common import stopping; stopping.listen(); "
             "child = m.get_context('fork').Process(target=time.sleep, args=(60,)); child.start(); time.sleep(0.5); "

@@ -96,3 +96,12 @@ def test_a_damaged_sidecar_is_an_error_with_its_name(tmp_path):
     stage.sidecar.write_text("{")
     with pytest.raises(UserError, match="out.txt.meta.json is not valid JSON"):
         stage.why_stale()
+
+
+def test_inputs_that_another_process_wrote_anew_are_noticed(tmp_path):
+    stage = make_stage(tmp_path)
+    inputs = {name: tmp_path / name for name in stage.inputs}
+    stage.check_unchanged(inputs)
+    next(iter(inputs.values())).write_text("other")
+    with pytest.raises(UserError, match=r"another process wrote its inputs anew since this command began \(changed: .*\); run it again"):
+        stage.check_unchanged(inputs)

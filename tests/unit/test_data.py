@@ -34,7 +34,7 @@ def test_crops_keep_the_channels_ratio_and_reach_every_corner():
 
 def test_a_sample_that_is_not_stored_is_named_with_the_cure(tmp_path):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "96.csv").write_text("Id,crc\na,0\n")
+    (tmp_path / "images" / "96.csv").write_text("Id,side,crc\na,96,0\n")
     with pytest.raises(UserError) as error:
         stored_images(tmp_path, "96", ["a", "b", "c"])
     assert str(error.value) == (f"{tmp_path}/images/96 lacks 2 samples, such as b; run: python 01_preprocess.py --work {tmp_path} "

@@ -71,6 +71,8 @@ def test_shared_memory_is_for_two_batches_a_loader_process():
     recipe = get_recipe("resnet50")
     needed = 2 * 8 * 74 * 4 * 512 ** 2
     assert doctor.shared_memory(recipe, 8, needed, "a").state == FINE
+    whole = 2 * 8 * 32 * 4 * 1024 ** 2  # images for validation take more than crops here
+    assert doctor.shared_memory(get_recipe("resnet50", ["size_rule=by-source"]), 8, whole - 1, "a").state == FAILS
     line = doctor.shared_memory(recipe, 8, 64 * 2 ** 20, "a")
     assert line.state == FAILS and line.found == "8 loader processes need 1.2 GB of /dev/shm, 67 MB are free" and "--shm-size" in line.cure
 

@@ -1,3 +1,5 @@
+import os
+
 import cv2
 import numpy as np
 import pytest
@@ -119,6 +121,14 @@ def test_tiff_is_preferred_over_png_and_whole_samples_over_parts(tmp_path):
     assert all(path.suffix == ".tif" for path in channel_files("b", folders)[0])
     assert channel_files("c", folders) == ([], ["c_red", "c_green", "c_blue", "c_yellow"])
     assert channel_files("a", [folders[0]]) == ([], ["a_red"])
+
+
+def test_folders_and_pipes_are_no_images(tmp_path):
+    os.mkfifo(tmp_path / "a_red.tif")
+    (tmp_path / "a_green.tif").mkdir()
+    grey(tmp_path / "a_blue.tif")
+    (tmp_path / "a_yellow.tif").symlink_to("a_blue.tif")
+    assert set(list_files(tmp_path)) == {"a_blue", "a_yellow"}
 
 
 def test_channels_of_different_sizes_are_refused(tmp_path):

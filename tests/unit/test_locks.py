@@ -1,9 +1,11 @@
 """One process at a time makes a thing; others are told who; the killed hold nothing."""
 
+import getpass
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +16,7 @@ import pytest
 
 from common import locks
 from common.errors import UserError
-from common.locks import Lock, holders, is_gone, read_record
+from common.locks import Lock, holders, is_gone, read_record, this_process
 from tests.conftest import ROOT
 
 @pytest.fixture(autouse=True)
@@ -75,6 +77,29 @@ def test_a_damaged_record_is_no_more_than_a_poor_message(holder, tmp_path, text)
     (tmp_path / ".thing.lock.json").write_text(text)
     with pytest.raises(UserError, match="thing is being made by "):
         Lock(tmp_path / "thing")
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 12345"), OSError("No username set")])
+def test_a_user_without_a_name_is_told_by_number(monkeypatch, error):
+    def nameless():
+        raise error
+    monkeypatch.setattr(getpass, "getuser", nameless)
+    assert this_process()["user"] == f"user {os.getuid()}"
+
+
+def test_a_number_that_no_process_has_is_gone():
+    assert all(is_gone({"host": socket.gethostname(), "pid": pid}) for pid in ("9" * 20, "9" * 5000))
+
+
+def test_who_makes_a_thing_clears_what_killed_processes_left(tmp_path):
+    (tmp_path / "run").mkdir()
+    old, new, other = (tmp_path / "run" / name for name in (".last.123.tmp.pt", ".best.124.tmp.pt", ".note.tmp"))
+    for path in (old, new, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    Lock(tmp_path / "run").release()
+    assert set((tmp_path / "run").iterdir()) == {new, other}
 
 
 def test_a_pid_of_another_machine_says_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import runpy
+import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 
@@ -10,14 +11,16 @@ import pandas as pd
 import pytest
 import tifffile
 
-from common import cli, labels, parallel
+from common import cli, labels, parallel, stopping
 from common.artifacts import Stage, check_probabilities, load_predictions, read_json, read_sidecar, read_table
 from common.errors import UserError
 from common.files import write_json, write_text
 from common.images import BadImage, read_channel
 from common.labels import parse_targets, read_csv, read_labels
 from common.parallel import run_parallel, workers
+from common.predictions import check_there
 from common.preprocess import Sample, refuse_bad
+from common.thresholds import repeated_folds
 from tests.conftest import ROOT
 
 
@@ -46,6 +49,16 @@ def other_classes(path):
      "{f}/x.meta.json is not a record that a stage wrote; delete it and run its stage again"),
     (lambda f: read_table(written(f / "x.csv", ""), "CURE"), "{f}/x.csv is not the table that its stage wrote (No columns to parse from "
      "file); delete it and run: CURE"),
+    (lambda f: read_table(written(f / "folds.csv", "Id,Target,part,group,fold\na,0,train,a,0\n"), "CURE"),
+     "{f}/folds.csv has no column copies, which its stage writes; delete it and run: CURE"),
+    (lambda f: read_table(written(f / "samples.csv", "Id,part,Target,side\na,train,0,x\n"), "CURE"),
+     "{f}/samples.csv has text in its column side, expected numbers; delete it and run: CURE"),
+    (lambda f: read_labels(written(f / "x.csv", "Id,Target" + 10 ** 4 * "," + "\na,0\n")),
+     "{f}/x.csv has a first line of over 10000 characters; expected the names of a few columns"),
+    (lambda f: read_labels(written(f / "x.csv", 'Id,"Target\n' + 10 ** 4 * "," + '"\na,0\n')),
+     "{f}/x.csv has a first line of over 10000 characters; expected the names of a few columns"),
+    (lambda f: check_there([f / "oof.npz"], "CURE"), "{f}/oof.npz is missing; run: CURE"),
+    (lambda f: check_there([f / "a.csv"], None), "{f}/a.csv is missing; expected predictions as .npz, .csv or .npy"),
     (lambda f: read_table(written(f / "x.csv", "Id\n../a\n"), "CURE"), "{f}/x.csv has Ids that are not plain file names:\n  '../a'"),
     (lambda f: read_csv(written(f / "x.csv", "Id,Predicted\n"), "Predicted"), "{f}/x.csv has no rows; expected one per sample"),
     (lambda f: read_labels(written(f / "x.csv", "Id,Target\na,28\n")), "{f}/x.csv: Target must be labels 0 to 27 separated by spaces, found:\n"
@@ -56,6 +69,8 @@ def other_classes(path):
      "--keep-going"),
     (lambda f: runpy.run_path(str(ROOT / "06_thresholds.py"))["labelled_rows"](pd.DataFrame({"Id": ["a"]}), ["a", "b"], "CURE"),
      "the predictions have Ids that folds.csv does not have; run: CURE\n  b"),
+    (lambda f: repeated_folds(np.ones((2, 28), bool), np.array(["g", "g"])),
+     "2 samples in 1 groups leave none to try thresholds on; give at least 2 groups"),
     (lambda f: cli.names("a,a"), "expected distinct names separated by commas, found 'a,a'"),
     (lambda f: cli.positive("0"), "expected a whole number above 0, found '0'"),
     (lambda f: cli.fold_numbers("0,x"), "expected fold numbers separated by commas such as 0,2, found '0,x'"),
@@ -101,6 +116,9 @@ def test_texts_of_flags(monkeypatch, capsys, script, arguments, message):
     (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 2,
      "error: the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, or try "
      "--device cpu\n"),
+    (BrokenPipeError(32, "Broken pipe"), 2,
+     "error: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, if need be "
+     "with a lower --jobs\n"),
     (KeyboardInterrupt(), 130, "\nstopped; finished work is kept. To go on: python 04_train.py --jobs 2\n"),
 ])
 def test_texts_at_the_end_of_a_script(monkeypatch, capsys, error, code, message):
@@ -112,6 +130,35 @@ def test_texts_at_the_end_of_a_script(monkeypatch, capsys, error, code, message)
     assert (stop.value.code, capsys.readouterr().err) == (code, message)
 
 
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (stopping.Stopped, 143)])
+def test_a_signal_while_a_module_in_c_is_imported_is_no_traceback(capsys, stop, code):
+    def main():
+        try:
+            raise stop
+        except BaseException as error:
+            raise ImportError("initialization failed") from error
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == code and "stopped; finished work is kept. To go on: " in capsys.readouterr().err
+
+
+def test_after_sigterm_any_error_is_the_end_that_was_asked_for(capsys, monkeypatch):
+    def main():
+        monkeypatch.setattr(stopping.STATE, "asked", True)
+        raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 143 and "stopped; finished work is kept. To go on: " in capsys.readouterr().err
+
+
+def test_who_reads_the_output_may_leave():
+    code = "from common import cli; cli.run(lambda: print('line' * 10 ** 6))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(4)
+    process.stdout.close()
+    assert (process.wait(timeout=60), process.stderr.read()) == (141, b"")
+
+
 def test_run_all_and_torchrun_name_their_own_commands(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["04_train.py", "--work", "my work"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -120,9 +167,20 @@ def test_run_all_and_torchrun_name_their_own_commands(monkeypatch):
     assert cli.command() == "bash run_all.sh --work x"
 
 
-def test_ctrl_c_among_the_imports_is_no_traceback(capsys):
-    cli._on_exception(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert "Traceback" not in (err := capsys.readouterr().err) and "To go on: python" in err
+@pytest.mark.parametrize("module", ["common.cli", "common.recipes", "common.locks"])
+def test_ctrl_c_among_the_imports_is_no_traceback(module):
+    code = f"""import sys
+class Once:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Once())
+from common import cli
+from common.artifacts import Stage
+"""
+    end = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (end.returncode, end.stderr) == (-2, "\nstopped; finished work is kept. To go on: python -c\n")
 
 
 def test_a_killed_worker_process_is_one_message(monkeypatch):

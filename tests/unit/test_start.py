@@ -56,3 +56,11 @@ def test_a_checkpoint_of_this_project_brings_its_own(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(encoder.state_dict().values(), again.state_dict().values(), strict=True))
     assert begun.describe() == "from best.pt, images normalised as for those"
     assert begun.inputs() == {"weights": start.fingerprint(tmp_path / "best.pt")}
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.5, [0.2] * 4), (torch.ones(3), [0.2] * 4), ([0.5] * 3, [0.2] * 4), ([0.5] * 4, ["a"] * 4),
+                                           ([0.5] * 4, [0.0] * 4), ([float("nan")] * 4, [0.2] * 4)])
+def test_a_normalisation_that_cannot_be_is_refused(tmp_path, mean, std):
+    torch.save({"model": build_encoder(RESNET)[0].state_dict(), "mean": mean, "std": std}, tmp_path / "best.pt")
+    with pytest.raises(UserError, match=r"best\.pt has a mean or std that is not four numbers, one a channel"):
+        start_from(RESNET, "best.pt", tmp_path / "best.pt")

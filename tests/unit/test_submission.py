@@ -30,7 +30,10 @@ GOOD = {"recipes": ["a", "b"], "combine": "mean", "weights": [0.5, 0.5], "thresh
     (GOOD | {"thresholds": [float("nan")] * 28}, "28 thresholds"), (GOOD | {"thresholds": [0.5] * 27}, "28 thresholds"),
     (GOOD | {"thresholds": ["0.5"] * 28}, "28 thresholds"), (GOOD | {"combine": "sum"}, "combine to be one of mean, weighted, rank"),
     (GOOD | {"weights": [1]}, "one weight from 0 to 1 a network, 1 in all"), (GOOD | {"weights": [1, 1]}, "one weight"),
-    (GOOD | {"recipes": "ab"}, "names of networks"), (GOOD | {"fallback": "none"}, "argmax or empty as fallback"), (GOOD, None)])
+    (GOOD | {"recipes": "ab"}, "names of networks"), (GOOD | {"fallback": "none"}, "argmax or empty as fallback"),
+    (GOOD | {"interval": [0.1, 0.2]}, "score_cross_fitted and its interval"), (GOOD | {"interval": 3, "score_cross_fitted": 0.5}, "interval"),
+    (GOOD | {"per_class": [{"class": "a"}] * 28, "n_samples": 3}, "class and positives of 28 classes"),
+    (GOOD | {"per_class": [{"class": "a", "positives": 1}] * 28, "n_samples": 0}, "and n_samples"), (GOOD, None)])
 def test_thresholds_that_cannot_be_are_refused(tmp_path, found, expected):
     (tmp_path / "t.json").write_text(json.dumps(found))
     if expected is None:

@@ -233,7 +233,8 @@ def test_a_file_that_claims_more_than_its_size_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [torch.ones(3), [torch.ones(3)], {}, {"conv1.weight": 3}, {0: torch.ones(3)},
-                                     {"state_dict": torch.ones(3)}, {"model": [3]}, {"fc.weight": torch.ones(3)}])
+                                     {"state_dict": torch.ones(3)}, {"model": [3]}, {"fc.weight": torch.ones(3)},
+                                     {"conv1.weight": torch.ones(3).to_sparse()}, {"conv1.weight": torch.ones(3, dtype=torch.complex64)}])
 def test_what_is_no_dictionary_of_an_encoders_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth holds no tensors of an encoder"):
@@ -398,3 +399,11 @@ def test_the_doctor_says_whether_a_download_could_be_written(tmp_path, host):
     fails, = doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path / "file"), seen)
     assert fails.found == f"resnet18: would be downloaded to {tmp_path}/file, which cannot be written (Not a directory)"
     assert fails.state == doctor.FAILS and "--weights-dir" in fails.cure and not (tmp_path / "weights").exists()
+
+
+def test_the_doctor_warns_of_a_file_that_is_not_the_published_one(tmp_path):
+    torch.save(source("resnet18").state_dict(), tmp_path / PUBLISHED["resnet18"].file)
+    line, = doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path),
+                           SimpleNamespace(recipes={"a": Recipe(encoder="resnet18")}))
+    assert line.state == doctor.WARNING and line.found.startswith(f"resnet18: from {PUBLISHED['resnet18'].file}")
+    assert f"is not the published file: its SHA-256 should begin with {PUBLISHED['resnet18'].sha256}" in line.cure
