@@ -58,9 +58,9 @@ def main():
                   {"samples.csv": args.work / "samples.csv", "images": folder.with_suffix(".csv")})
     if stage.is_current():
         return
+    crcs = stored_images(args.work, folder.name, samples["Id"])["crc"]
     stage.begin()
     hashes, flat = np.empty((len(samples), 3, 8), dtype=np.uint8), np.empty(len(samples), dtype=bool)
-    crcs = stored_images(args.work, folder.name, samples["Id"])["crc"]
     jobs = [(folder.resolve() / f"{Id}.tif", crc) for Id, crc in zip(samples["Id"], crcs, strict=True)]
     with workers(args.jobs, args.cluster) as n_jobs:
         for i, result in run_parallel(hash_file, jobs, n_jobs, "hashing"):

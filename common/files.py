@@ -43,7 +43,7 @@ def clear_leftovers(folder: Path) -> None:
     with os.scandir(folder) as entries:
         names = [entry.path for entry in entries if LEFTOVER.fullmatch(entry.name)]
     for name in names:
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
+        with contextlib.suppress(OSError):  # another process was faster, or another user's file must stay
             if time.time() - os.stat(name).st_mtime > SECONDS_UNTIL_LEFT:
                 os.unlink(name)
 

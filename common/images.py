@@ -110,8 +110,10 @@ def tiff_header(path: Path) -> Header:
             raise BadImage(f"holds {page.dtype}; expected 8 or 16 bit unsigned integers")
         if page.photometric.name == "MINISWHITE":
             raise BadImage("is stored inverted (white is zero); expected black is zero")
+        if page.samplesperpixel not in (1, 3):
+            raise BadImage(f"has {page.samplesperpixel} values a pixel; expected one")
         sides = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
-        if max(sides) > MAX_SIDE or page.imagedepth != 1 or page.samplesperpixel > 4:
+        if max(sides) > MAX_SIDE or page.imagedepth != 1:
             raise BadImage(f"claims {' x '.join(map(str, page.shape))} px; at most {MAX_SIDE} x {MAX_SIDE} are accepted")
         return Header(page.imagewidth, page.imagelength, page.dtype.itemsize * 8,
                       page.samplesperpixel != 1 or page.photometric.name == "PALETTE")

@@ -33,7 +33,7 @@ setup() {
         echo "${install[*]}"
         return
     fi
-    exec 9>.venv.lock
+    { exec 9>.venv.lock; } 2>/dev/null || exec 9>/dev/null
     if command -v flock >/dev/null && ! flock --nonblock 9; then
         echo "waiting: .venv is being made by another process" >&2
         flock 9

@@ -76,6 +76,8 @@ def other_classes(path):
     (lambda f: cli.fold_numbers("0,x"), "expected fold numbers separated by commas such as 0,2, found '0,x'"),
     (lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8, 3), np.uint8), photometric="rgb"), "red"),
      "is a colour image; expected one grey channel a file"),
+    (lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8, 4), np.uint8), photometric="rgb", extrasamples=["unassalpha"]), "red"),
+     "has 4 values a pixel; expected one"),
     (lambda f: read_channel(tiff(f / "a.tif", np.zeros((3, 8, 8), np.uint8), photometric="minisblack"), "red"),
      "has 3 pages; expected one channel a file"),
     (lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8), np.float32)), "red"), "holds float32; expected 8 or 16 bit unsigned integers"),
