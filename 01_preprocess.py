@@ -16,6 +16,7 @@ from common import cli  # first: from here on Ctrl+C is no traceback
 import sys
 
 from common.doctor import examine
+from common.errors import UserError
 
 
 def parse_args():
@@ -27,7 +28,7 @@ def parse_args():
     parser.add_argument("--limit", type=cli.positive, metavar="N", help="use only N training samples, drawn at random")
     parser.add_argument("--keep-going", action="store_true",
                         help="leave out samples with missing or bad files, by name, in place of an error at the end")
-    parser.add_argument("--white-level", type=cli.positive, default=65535, metavar="V",
+    parser.add_argument("--white-level", type=cli.white_level, default=65535, metavar="V",
                         help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)")
     parser.add_argument("--jobs", type=cli.jobs, default=-1, metavar="N", help="worker processes (default: all cores)")
     cli.add_cluster_flag(parser)
@@ -47,10 +48,13 @@ def main():
     # Imported here, so that --check can tell which packages are missing.
     from common.artifacts import read_table, write_csv
     from common.parallel import workers
-    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, list_samples, preprocess_stage, sample_table,
+    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, list_samples, preprocess_stage, sample_table,
                                    source_state, statistics_table, store_all, wanted_stores)
     from common.recipes import fit_to_source, get_recipe
 
+    data, work = args.data.resolve(), args.work.resolve()
+    if work == data or data in work.parents:
+        raise UserError(f"--work {args.work} is in --data {args.data}, which is never written to; give another --work")
     recipes = {name: get_recipe(name, args.settings) for name in args.recipes}
     samples, bad = list_samples(args.data.resolve(), args.limit)
     states = {sample: source_state(sample) for sample in samples}
@@ -72,6 +76,7 @@ def main():
     tables, left_out = {store: args.work / "images" / f"{store}.csv" for store in stored.statistics}, args.work / "left_out.csv"
     for store, path in tables.items():
         write_csv(path, statistics_table(stored.samples, stored.statistics[store]))
+    drop_outdated(args.work / "images", stored.statistics, stored.samples, states, args.white_level)
     write_csv(left_out, bad_table(stored.bad, samples))
     write_csv(stage.artifact, sample_table(stored.samples, stored.sides))
     stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()])

@@ -13,7 +13,7 @@ from common import cli  # first: from here on Ctrl+C is no traceback
 
 import numpy as np
 
-from common.artifacts import Stage, load_predictions, prediction_file, read_table, save_predictions
+from common.artifacts import Stage, load_predictions, prediction_file, read_sidecar, read_table, save_predictions
 from common.ensemble import mean_predictions
 from common.parallel import run_jobs
 
@@ -55,8 +55,11 @@ def main():
     jobs = [(args.work, recipe, fold, folds, {"oof": folds[folds["fold"] == fold], **means}, settings, args.batch_size, flags)
             for recipe in args.recipes for fold in numbers]
 
+    from common.checkpoints import check_alike
     from common.jobs import predict_job
 
+    for recipe in args.recipes:
+        check_alike(args.work, recipe, numbers)
     run_jobs(predict_job, jobs, args.jobs, args.cluster, "predicting")
     for recipe in args.recipes:
         combine(args, recipe, numbers, "oof", join_folds)
@@ -74,7 +77,7 @@ def combine(args, recipe_name, numbers, part, how):
     stage.begin(wait=True)  # it takes a second
     ids, probs = how([load_predictions(path, "python 05_predict_oof.py") for path in sources], [str(p) for p in sources])
     save_predictions(stage.artifact, ids, probs)
-    stage.finish(rows=len(ids))
+    stage.finish(rows=len(ids), networks=[read_sidecar(path)["inputs"]["network"] for path in sources])
 
 
 def join_folds(members, _):

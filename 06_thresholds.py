@@ -21,8 +21,9 @@ from common.ensemble import (COMBINATIONS, align, combine, describe_ensemble, ev
                              stack_members)
 from common.errors import UserError, listing
 from common.files import write_json
+from common.folds import HOLD_OUT
 from common.labels import parse_targets, read_csv, read_labels
-from common.predictions import check_there, member_files, read_groups, read_members, read_predictions
+from common.predictions import check_networks, check_there, member_files, read_groups, read_members, read_predictions
 from common.submission import check_submission, recover
 from common.thresholds import METHODS, score_held_out
 
@@ -59,12 +60,15 @@ def main():
     check_there(sources, None if args.oof else hint)
     labels = (args.labels or args.data / "train.csv") if args.oof else args.work / "folds.csv"
     labelled = read_labels(labels) if args.oof else read_table(labels, f"python 03_make_folds.py --work {args.work}")
-    aside = {} if args.oof else {f"{path.parent.name} held out": path for path in
-                                 (source.with_name("held_out.npz") for source in sources) if path.is_file()}
+    aside = {}
+    if not args.oof and (labelled["fold"] == HOLD_OUT).any():
+        check_networks(args.work, args.recipes, "held_out", hint)
+        aside = {f"{path.parent.name} held out": path for path in (source.with_name("held_out.npz") for source in sources)
+                 if path.is_file()}
     also = {name: path for name, path in {"prior": args.prior, "groups": args.groups, "ids": args.ids}.items() if path}
     stage = Stage("06_thresholds", args.work / "thresholds.json",
                   {"method": args.method, "combine": args.combine, "recipes": names, "common_ids": args.common_ids},
-                  {labels.name: labels, **dict(zip(names, sources, strict=True)), **aside, **also})
+                  {"labels" if args.oof else "folds.csv": labels, **dict(zip(names, sources, strict=True)), **aside, **also})
     if stage.is_current():
         return
     members = read_members(sources, args.ids, None if args.oof else hint)

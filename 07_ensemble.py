@@ -20,7 +20,7 @@ from common.artifacts import Stage, read_table, write_csv
 from common.ensemble import combine, stack_members
 from common.errors import UserError, listing
 from common.labels import read_csv
-from common.predictions import check_there, member_files, read_members
+from common.predictions import check_networks, check_there, member_files, read_members
 from common.submission import (check_submission, decide, frequency_table, known_labels, left_out_samples, override,
                                read_thresholds, submission_table, with_empty_rows)
 
@@ -66,6 +66,8 @@ def main():
                         f"{len(names)}: {', '.join(names)}; give the same networks in the same order")
     makes_members = None if args.test else f"python 05_predict_oof.py --work {args.work} --recipes {recipes}"
     check_there(sources, makes_members)
+    if own:
+        check_networks(args.work, args.recipes, "test", makes_members)
     fallback = args.fallback or thresholds.get("fallback", "argmax")
     also, known = {"ids": args.ids} if args.ids else {}, None
     if args.override_duplicates:
@@ -74,9 +76,11 @@ def main():
     left_out = args.work / "left_out.csv"
     if own and left_out.is_file():
         also["left_out.csv"] = left_out
-    stage = Stage("07_ensemble", args.out or args.work / "submission.csv",
-                  {"fallback": fallback, "recipes": names, "override_duplicates": args.override_duplicates},
-                  {order.name: order, "thresholds.json": found, **dict(zip(names, sources, strict=True)), **also})
+    inputs = {"samples.csv" if own else "order": order, "thresholds.json": found, **dict(zip(names, sources, strict=True)), **also}
+    out = args.out or args.work / "submission.csv"
+    if out.is_dir() or out.resolve() in [path.resolve() for path in inputs.values()]:
+        raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'one of the inputs'}; give another file")
+    stage = Stage("07_ensemble", out, {"fallback": fallback, "recipes": names, "override_duplicates": args.override_duplicates}, inputs)
     if stage.is_current():
         return
     members = read_members(sources, args.ids, makes_members)

@@ -42,7 +42,7 @@ trap '[ $? -ne 130 ] || printf "\nstopped; finished work is kept. To go on: %s\n
 
 while [ $# -gt 0 ]; do
     case $1 in
-        --data | --work | --recipes | --folds | --set | --pretrained | --weights-dir) [ $# -ge 2 ] || fail "$1 needs a value" ;;
+        --data | --work | --recipes | --folds | --set | --pretrained | --weights-dir) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
     esac
     case $1 in
         --data) data=$2; shift 2 ;;
@@ -68,7 +68,14 @@ done
 absolute() { case $1 in /*) printf '%s' "$1" ;; *) [ "$caller" = "$here" ] && printf '%s' "$1" || printf '%s' "$caller/$1" ;; esac; }
 work=$(absolute "$work")
 [ -z "$data" ] || data=$(absolute "$data")
-case $pretrained in '') ;; auto | none) weights=(--pretrained "$pretrained") ;; *) weights=(--pretrained "$(absolute "$pretrained")") ;; esac
+case $pretrained in
+    '') ;;
+    auto | none) weights=(--pretrained "$pretrained") ;;
+    *)
+        weights=(--pretrained "$(absolute "$pretrained")")
+        [ -f "${weights[1]}" ] || fail "--pretrained $pretrained: there is no such file"
+        ;;
+esac
 [ -z "$weights_dir" ] || weights+=(--weights-dir "$(absolute "$weights_dir")")
 cd "$here"
 
@@ -96,8 +103,12 @@ if $quick; then
     n_folds=2 limit=(--limit 1000) views=(--tta none)
 fi
 folds=${folds:-$(seq -s, 0 $((n_folds - 1)))}
-for fold in ${folds//,/ }; do
-    [[ $fold =~ ^[0-9]+$ ]] && [ "$fold" -lt "$n_folds" ] || fail "--folds must be numbers from 0 to $((n_folds - 1)) separated by commas, found $folds"
+seen=,
+IFS=, read -ra numbers <<<"$folds,"
+for fold in "${numbers[@]}"; do
+    [[ $fold =~ ^[0-9]+$ && $seen != *,$fold,* ]] && [ "$fold" -lt "$n_folds" ] || \
+        fail "--folds must be distinct numbers from 0 to $((n_folds - 1)) separated by commas, found $folds"
+    seen+=$fold,
 done
 changes=()
 [ ${#settings[@]} -eq 0 ] || changes=(--set "${settings[@]}")

@@ -23,3 +23,7 @@ def _on_exception(kind, value, trace):
 
 
 sys.excepthook = _on_exception
+
+from common import stopping  # noqa: E402  after the hook, for Ctrl+C may come now
+
+stopping.spare_imports()

@@ -181,6 +181,21 @@ def check_unfinished(stage: Stage) -> None:
         raise UserError(f"{folder} holds an unfinished training made from something else ({changes}); {cure}")
 
 
+def check_alike(work: Path, name: str, numbers: list[int]) -> None:
+    """Refuse finished folds of one name that were trained with different recipes: their probabilities are put together."""
+    first = None
+    for fold in numbers:
+        path = work / "runs" / name / f"fold{fold}" / "best.pt"
+        if not sidecar(path).is_file():
+            continue
+        recipe = to_dict(recipe_of_run(read_sidecar(path)["parameters"]))
+        first = first or (fold, recipe)
+        changed = [f"{key} {first[1][key]} and {value}" for key, value in recipe.items() if value != first[1][key]]
+        if changed:
+            raise UserError(f"folds {first[0]} and {fold} of {name} were trained with different recipes: {'; '.join(changed)}; train one "
+                            f"of them anew: python 04_train.py --work {work} --recipe {name} --folds {fold} --force")
+
+
 def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, which: str) -> tuple[Path, Recipe]:
     """Return the path of a fold's best.pt or last.pt, and the recipe that it was trained with.
 

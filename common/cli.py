@@ -18,6 +18,9 @@ OUT_OF_MEMORY = ("the GPU's memory does not do, perhaps because others use it to
                  "try --device cpu")
 
 
+SMALLER = "finished work is kept: take a smaller batch (04_train.py --micro-batch), a smaller crop, or a smaller network"
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations whose errors name the nearest known flag."""
 
@@ -39,9 +42,9 @@ class Parser(argparse.ArgumentParser):
 def parser(description: str) -> Parser:
     """Return a parser with the flags that every stage takes: --data and --work."""
     result = Parser(description)
-    result.add_argument("--data", type=Path, default=Path("data"), metavar="DIR",
+    result.add_argument("--data", type=folder, default=Path("data"), metavar="DIR",
                         help="input folder in the competition's layout (default: data); never written to")
-    result.add_argument("--work", type=Path, default=Path("work"), metavar="DIR",
+    result.add_argument("--work", type=folder, default=Path("work"), metavar="DIR",
                         help="folder for everything that is made (default: work)")
     return result
 
@@ -69,7 +72,7 @@ def add_check_flags(parser) -> None:
     """Add what the doctor is told of the later stages."""
     group = parser.add_argument_group("what is checked with --check")
     group.add_argument("--folds", type=fold_numbers, metavar="0,2", help="folds to train (default: all)")
-    group.add_argument("--n-folds", type=positive, default=5, metavar="N", help="folds of stage 03 (default: 5)")
+    group.add_argument("--n-folds", type=fold_count, default=5, metavar="N", help="folds of stage 03 (default: 5)")
     group.add_argument("--tta", default="dihedral", choices=("none", "dihedral"), help="views of stage 05 (default: dihedral)")
     group.add_argument("--no-test", action="store_true", help="stage 05 predicts the validation samples only")
     add_weight_flags(group)
@@ -80,6 +83,13 @@ def add_cluster_flag(parser) -> None:
     parser.add_argument("--cluster", metavar="ADDRESS",
                         help="do the jobs on the workers of a dask scheduler, such as tcp://host:8786, that see the same "
                              "files (default: on this machine)")
+
+
+def folder(text: str) -> Path:
+    """Parse the path of a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, found nothing")
+    return Path(text)
 
 
 def names(text: str) -> list[str]:
@@ -99,6 +109,20 @@ def positive(text: str) -> int:
     """Parse a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
+
+
+def white_level(text: str) -> int:
+    """Parse a value of 16 bits above 0."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 65535, found {text!r}")
+    return int(text)
+
+
+def fold_count(text: str) -> int:
+    """Parse a number of folds, 2 or more."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 1, found {text!r}")
     return int(text)
 
 
@@ -128,6 +152,8 @@ def run(main) -> None:
     # a quiet machine, and on a shared one torch is ten times faster. Set before torch is loaded, which `main` does.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it a GPU's matrix products vary between runs
+    for stream in (sys.stdout, sys.stderr):  # paths may have names that are no text
+        stream.reconfigure(errors="backslashreplace")
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started one talks
         sys.stdout = open(os.devnull, "w")
     stopping.listen()
@@ -135,6 +161,8 @@ def run(main) -> None:
         stopping.when_parent_ends(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         main()
+        for number in (signal.SIGINT, signal.SIGTERM):  # all is done: while Python clears up, nothing is to be stopped
+            signal.signal(number, signal.SIG_IGN)
     except SystemExit:
         raise
     except BaseException as error:
@@ -148,7 +176,8 @@ def run(main) -> None:
         raise
     finally:
         end_loaders()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C while Python clears up is no traceback
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C while Python clears up is no traceback
 
 
 def stop_behind(error: BaseException) -> BaseException | None:
@@ -176,6 +205,8 @@ def explain(error: BaseException) -> str | None:
         return f"{error.strerror or error}{where}; check that the folder exists, can be written and has space"
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return f"memory does not do ({str(error).strip().splitlines()[0]}); {SMALLER}"
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return (f"{str(error).strip()} (perhaps memory ran out); finished work is kept. To go on: {command()}, if need be with "
                 "fewer --workers")

@@ -85,13 +85,15 @@ def guarded(name: str, check):
     except UserError as error:
         yield Check(name, FAILS, str(error))
     except ImportError as error:
+        if cli.stop_behind(error):
+            raise
         yield Check(name, FAILS, f"the package {error.name or error} cannot be imported", "see packages")
     except OSError as error:
         yield Check(name, FAILS, f"{error.filename or ''}: {error.strerror or error}")
-    except RuntimeError as error:
-        if not cli.is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if cli.stop_behind(error) or not (message := cli.explain(error)):
             raise
-        yield Check(name, FAILS, cli.OUT_OF_MEMORY)
+        yield Check(name, FAILS, message)
 
 
 # --- the machine -------------------------------------------------------------------------------------------

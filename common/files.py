@@ -55,7 +55,7 @@ def csv_files(folder: Path) -> list[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value) -> None:

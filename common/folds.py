@@ -1,5 +1,7 @@
 """Stratified folds on duplicate groups, a hold-out part, oversampling as a number of copies, and an audit of it all."""
 
+from fractions import Fraction
+
 import numpy as np
 import pandas as pd
 
@@ -74,7 +76,12 @@ def make_folds(duplicates: pd.DataFrame, n_folds: int, max_copies: int, seed: in
     inner = np.ones(len(kept), dtype=bool) if external == "stratified" else (kept["part"] == "train").to_numpy()
     place = dict.fromkeys(groups, TRAIN_ONLY)
     if hold_out:
-        aside = stratified_group_folds(targets[inner], groups[inner], round(1 / hold_out), seed) == 0
+        parts = min(100, len(np.unique(groups[inner])))
+        share = Fraction(hold_out).limit_denominator(max(parts, 1))
+        if share == 0:
+            raise UserError(f"--hold-out {hold_out:g} of {parts} distinct samples is none; give a larger share" if parts < 100 else
+                            f"--hold-out {hold_out:g}: the smallest share is 0.01")
+        aside = stratified_group_folds(targets[inner], groups[inner], share.denominator, seed) < share.numerator
         place |= dict.fromkeys(groups[inner][aside], HOLD_OUT)
         inner = inner & np.array([place[group] != HOLD_OUT for group in groups])
     place |= zip(groups[inner], stratified_group_folds(targets[inner], groups[inner], n_folds, seed), strict=True)

@@ -50,6 +50,8 @@ def choose_hardware(device: str, precision: str, workers: int | None, micro_batc
     if device == "cuda" and local_rank() is not None:
         device = f"cuda:{local_rank()}"
     try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise RuntimeError("neither a CPU nor a CUDA GPU")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None

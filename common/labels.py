@@ -39,7 +39,8 @@ def read_csv(path: Path, *columns: str) -> pd.DataFrame:
 
 
 def check_bytes(path: Path, most: int) -> None:
-    """Refuse a CSV file that is larger than any of its kind, or so wide that its columns alone would fill the memory."""
+    """Refuse a CSV file that is larger than any of its kind, or so wide that its columns alone would fill the memory, or that
+    has two columns of one name: pandas would rename one."""
     if path.stat().st_size > most:
         raise UserError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; expected a CSV file of at most {most / 1e6:.0f} MB")
     with open(path, encoding="latin-1", newline="") as file:
@@ -50,6 +51,9 @@ def check_bytes(path: Path, most: int) -> None:
         header, rest = [], []
     if len(start) > MAX_HEADER and not rest:
         raise UserError(f"{path} has a first line of over {MAX_HEADER} characters; expected the names of a few columns")
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has the column {twice[0]!r} {header.count(twice[0])} times; expected once")
 
 
 def check_samples(ids: pd.Series, path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from common.arrays import MAX_BYTES, read_arrays
-from common.artifacts import check_probabilities, load_predictions, prediction_file
+from common.artifacts import check_probabilities, load_predictions, prediction_file, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, first_line, listing
 from common.labels import check_bytes, check_samples, read_csv
@@ -27,6 +27,15 @@ def check_there(paths: list[Path], made_by: str | None) -> None:
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path} is missing; " + (f"run: {made_by}" if made_by else "expected predictions as .npz, .csv or .npy"))
+
+
+def check_networks(work: Path, recipes: list[str], part: str, made_by: str) -> None:
+    """Refuse predictions of a part by other networks than those of the out-of-fold ones: some were trained anew since."""
+    for name in recipes:
+        path, oof = prediction_file(work, name, part), prediction_file(work, name, "oof")
+        these, those = (set(read_sidecar(file).get("networks", ())) if sidecar(file).is_file() else set() for file in (path, oof))
+        if these and those and not (these <= those or those <= these):
+            raise UserError(f"{path} was predicted by other networks than {oof}: a fold has been trained anew since; run: {made_by}")
 
 
 def read_members(paths: list[Path], ids: Path | None, made_by: str | None) -> list[tuple]:
@@ -99,4 +108,7 @@ def read_groups(path: Path, ids: np.ndarray) -> np.ndarray:
     missing = [Id for Id in ids if Id not in group.index]
     if missing:
         raise UserError(f"{path} lacks {len(missing)} Ids:\n{listing(missing)}")
-    return group.loc[ids].to_numpy()
+    group = group.loc[ids]
+    if (group == "").any():
+        raise UserError(f"{path} has no group for {(group == '').sum()} Ids:\n{listing(group.index[group == ''])}")
+    return group.to_numpy()

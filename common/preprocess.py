@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from common import images
-from common.artifacts import Stage, check_ids, digest, write_csv
+from common.artifacts import Stage, check_ids, digest, read_table, write_csv
 from common.errors import UserError, listing
 from common.files import clear_leftovers, csv_files, naming
 from common.labels import absent_classes, parse_targets, read_csv, read_labels
@@ -218,7 +218,7 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
             made, peaks[sample] = result
             done[sample].update(made)
             record = {"Id": sample.Id, "source": states[sample], "side": known[sample], "white": white,
-                      "peak": peaks[sample], "stores": done[sample]}
+                      "peak": peaks[sample], "stores": others(records.get(sample.Id), states[sample], stores) | done[sample]}
             file.write(json.dumps(record) + "\n")
             file.flush()
     if bad and not keep_going:
@@ -228,6 +228,25 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
         refuse_bad(bad, samples, work / "bad_files.csv")
     return Stored(used, [known[s] for s in used], {store: [done[s][store] for s in used] for store in stores},
                   [peaks[s] for s in used if peaks[s] is not None], bad)
+
+
+def others(record: dict | None, state: str, stores: list[str]) -> dict[str, dict]:
+    """Return what the journal has of a sample in stores that are not made now, where it belongs to the same source files."""
+    if record is None or record["source"] != state:
+        return {}
+    return {store: values for store, values in record["stores"].items() if store not in stores}
+
+
+def drop_outdated(folder: Path, stores, samples: list[Sample], states: dict[Sample, str], white: int) -> None:
+    """Delete the tables of stores that were not made now and hold images of sources that have changed since: whoever needs
+    one is told to make it."""
+    tables = [table for table in csv_files(folder) if table.stem not in stores]
+    records = {Id: record for Id, record in read_journal(folder / "journal.jsonl").items() if record.get("white") == white} if tables else {}
+    for table in tables:
+        listed = set(read_table(table, "python 01_preprocess.py")["Id"])
+        if any(sample.Id in listed and table.stem not in others(records.get(sample.Id), states[sample], stores) for sample in samples):
+            print(f"{table} is deleted: source images or --white-level have changed since; its recipes need 01_preprocess.py again")
+            table.unlink()
 
 
 def all_stored(Ids, folder: Path) -> bool:

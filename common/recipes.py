@@ -5,6 +5,7 @@ silent, the field's comment says what was chosen.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, replace
 
 from common.errors import UserError, nearest
@@ -117,9 +118,17 @@ class Recipe:
             "min_cycle_gain": 0 <= self.min_cycle_gain < 1,
             "evaluate_epochs": self.evaluate_epochs >= 1,
         }
+        checks |= {name: False for name, value in vars(self).items() for number in (value if isinstance(value, tuple) else (value,))
+                   if isinstance(number, float) and not math.isfinite(number)}
         wrong = [name for name, fine in checks.items() if not fine]
         if wrong:
             raise UserError(f"recipe field {wrong[0]} has an impossible value: {getattr(self, wrong[0])!r}")
+        if (self.pooling == "own") != self.encoder.startswith("gapnet"):
+            raise UserError(f"recipe fields do not fit: pooling {self.pooling!r} with encoder {self.encoder!r}; gapnet_pl and "
+                            "gapnet_pl_plus need pooling=own, the other encoders one of the others")
+        if self.size_rule == BY_SOURCE and self.crop > stored_size(self.store, 0):
+            raise UserError(f"recipe fields do not fit: crops of {self.crop} px from images that are stored at "
+                            f"{stored_size(self.store, 0)} px with size_rule={BY_SOURCE}; give a smaller crop_size")
 
     @property
     def size(self) -> int:

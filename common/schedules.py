@@ -66,4 +66,6 @@ def cycle_gain(losses: list[float], cycle_epochs: int) -> float:
     losses : validation loss per epoch, whole cycles; infinite gain for the first cycle
     """
     before, last = losses[:-cycle_epochs], losses[-cycle_epochs:]
-    return (min(before) - min(last)) / abs(min(before)) if before else math.inf
+    if not before:
+        return math.inf
+    return (min(before) - min(last)) / abs(min(before)) if min(before) else 0.0

@@ -40,6 +40,29 @@ def listen() -> None:
     signal.signal(signal.SIGTERM, _on_sigterm)
 
 
+def spare_imports() -> None:
+    """Let Ctrl+C wait for the end of an import: modules in C may take an exception for the end of the world."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _on_ctrl_c)
+
+
+def _on_ctrl_c(number, frame) -> None:
+    if not _waits_for_import(number, frame):
+        raise KeyboardInterrupt
+
+
+def _waits_for_import(number, frame) -> bool:
+    """Tell whether a module is being imported; the signal comes again until none is."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    if frame is not None:
+        again = threading.Timer(0.05, os.kill, [os.getpid(), number])
+        again.daemon = True
+        again.start()
+    return frame is not None
+
+
 @contextmanager
 def held(passed_on: bool = False):
     """Inside, SIGTERM waits for the next `check`, which stands where everything can be saved.
@@ -82,9 +105,11 @@ def when_parent_ends(parent: int, act) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _on_sigterm(*_) -> None:
+def _on_sigterm(number, frame) -> None:
     if os.getpid() != STATE.pid:  # a forked process, which somebody ends
         os._exit(SIGTERM_CODE)
+    if _waits_for_import(number, frame):
+        return
     again, STATE.asked = STATE.asked, True
     if STATE.held and is_follower():  # it may wait for the main process for ever
         end_later()

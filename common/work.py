@@ -106,8 +106,9 @@ class Work:
         logs = {}
         for path in (self.folder / "runs").glob("*/fold*/log.jsonl"):
             recipe, fold = path.parent.parent.name, path.parent.name.removeprefix("fold")
-            if fold.isdecimal():
-                logs.setdefault(recipe, {})[int(fold)] = pd.DataFrame(read_lines(path))
+            rows = read_lines(path) if fold.isdecimal() else []
+            if rows:
+                logs.setdefault(recipe, {})[int(fold)] = pd.DataFrame(rows)
         if not logs:
             raise UserError(f"no training has begun; run: {self.hint('04_train.py')}")
         return {name: dict(sorted(folds.items())) for name, folds in sorted(logs.items())}

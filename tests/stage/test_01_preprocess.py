@@ -92,6 +92,25 @@ def test_a_deleted_image_is_made_again(make, small_data, tmp_path):
     assert image.is_file()
 
 
+def test_going_to_and_fro_between_sizes_makes_nothing_twice_and_keeps_nothing_stale(make, small_data, tmp_path):
+    images = tmp_path / "work" / "images"
+    make(small_data)
+    before = {path: path.stat().st_mtime_ns for path in (images / "96").iterdir()}
+    make(small_data, "--set", "image_size=800")
+    make(small_data)
+    assert {path: path.stat().st_mtime_ns for path in (images / "96").iterdir()} == before
+    write_sample(small_data / "train_full_size", "train-3", seed=9)
+    assert f"{images}/96.csv is deleted: source images or --white-level have changed since" in make(small_data, "--set", "image_size=800")
+    make(small_data)
+    changed = [path.name for path in (images / "96").iterdir() if before[path] != path.stat().st_mtime_ns]
+    assert changed == ["train-3.tif"]
+
+
+def test_the_work_folder_may_not_be_in_the_data(fails, small_data):
+    for work in (small_data, small_data / "work"):
+        assert f"--work {work} is in --data {small_data}, which is never written to" in fails(SCRIPT, "--data", small_data, "--work", work)
+
+
 def test_what_a_killed_run_left_half_written_is_not_taken_for_a_table(make, run_script, small_data, tmp_path):
     make(small_data)
     images = tmp_path / "work" / "images"

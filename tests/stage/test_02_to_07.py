@@ -101,7 +101,7 @@ def test_sizes_by_source_go_through_all_stages(run_script, small_data, tmp_path)
     assert list(ids) == ["test-2", "test-0", "test-1"] and len(np.unique(probs, axis=0)) == 3
 
 
-def test_a_held_out_part_is_predicted_by_all_folds_and_scored(stages, run_script, small_data, tmp_path):
+def test_a_held_out_part_is_predicted_by_all_folds_and_scored(stages, run_script, fails, small_data, tmp_path):
     work = tmp_path / "work"
     stages(small_data, [1, 2])
     out = run_script("03_make_folds.py", "--work", work, "--n-folds", "2", "--hold-out", "0.25").stdout
@@ -115,6 +115,15 @@ def test_a_held_out_part_is_predicted_by_all_folds_and_scored(stages, run_script
     assert sorted(ids) == sorted(folds["Id"][folds["fold"] >= 0])
     assert "on the 3 samples held out, decided by the mean of all folds" in stages(small_data, [6, 7])
     assert json.loads((work / "thresholds.json").read_text())["n_held_out"] == 3
+
+    # Without a held-out part and with new networks, what the old ones predicted counts no more.
+    stages(small_data, [3])
+    stages(small_data, [4], "--force")
+    stages(small_data, [5], "--no-test")
+    assert "samples held out" not in stages(small_data, [6])
+    assert "n_held_out" not in json.loads((work / "thresholds.json").read_text())
+    assert f"{RECIPE}/test.npz was predicted by other networks than" in fails("07_ensemble.py", "--work", work, "--recipes", RECIPE)
+    stages(small_data, [5, 7])
 
 
 def test_planted_duplicates_are_grouped_and_stay_together(stages, small_data, tmp_path):

@@ -107,3 +107,14 @@ def test_test_samples_take_known_labels_only_when_asked_and_loudly(own, run_scri
     assert "WARNING: --override-duplicates: 1 rows are NOT predictions" in out and "t7  <-  s3  11 13" in out
     after = read_table(own / "w" / "submission.csv", "")
     assert after["Predicted"][7] == "11 13" and after["Predicted"].drop(7).equals(before["Predicted"].drop(7))
+
+
+def test_a_submission_does_not_take_the_place_of_its_inputs(own, run_script, fails):
+    run_script("06_thresholds.py", "--oof", own / "a.npz", "--labels", own / "train.csv", "--work", own / "w")
+    found = own / "w" / "thresholds.json"
+    decide = ("07_ensemble.py", "--test", own / "a_test.npz", "--thresholds", found, "--sample", own / "sample_submission.csv", "--out")
+    for path in (own / "a_test.npz", found, own / "w" / ".." / "sample_submission.csv"):
+        before = path.read_bytes()
+        assert f"--out {path} is one of the inputs; give another file" in fails(*decide, path)
+        assert path.read_bytes() == before
+    assert f"--out {own} is a folder" in fails(*decide, own)

@@ -130,6 +130,13 @@ def test_the_page_says_what_is_older_and_what_is_damaged(work, tmp_path):
     assert "log.jsonl is damaged" in notes["training"] and "train its fold again" in notes["training"]
 
 
+def test_a_training_without_an_epoch_is_none(work, tmp_path):
+    shutil.copytree(work, tmp_path / "work")
+    for log in (tmp_path / "work" / "runs").rglob("log.jsonl"):
+        log.write_text("")
+    assert report_page(Work(tmp_path / "work"))
+
+
 def test_the_same_artifacts_make_the_same_page(work):
     assert report_page(Work(work)) == (work / "report.html").read_text(encoding="utf-8")
 

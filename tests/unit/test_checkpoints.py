@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from common.artifacts import Stage
-from common.checkpoints import (FORMAT, check_unfinished, load_checkpoint, load_network, made_from, prepare,
+from common.artifacts import Stage, sidecar
+from common.checkpoints import (FORMAT, check_alike, check_unfinished, load_checkpoint, load_network, made_from, prepare,
                                 save_checkpoint)
 from common.classes import CLASS_NAMES
 from common.errors import UserError
+from common.files import write_json
 from common.inference import Hardware, Normalisation
 from common.jobs import begin_fold
 from common.models import build_model
-from common.recipes import Recipe, recipe_of_run, run_parameters
+from common.recipes import Recipe, get_recipe, recipe_of_run, run_parameters
 from common.start import Start
 from common.training import new_run
 
@@ -175,3 +176,12 @@ def test_a_network_that_changes_has_checkpoints_of_a_new_format():
         f"networks changed: {changed}. Checkpoints of before must not be read as theirs: add one to FORMAT in "
         f"common/checkpoints.py, then set PINNED_FORMAT to it and PINNED to {found}. "
         "Only where torch merely prints its layers in another way FORMAT stays")
+
+
+def test_folds_of_different_recipes_are_not_put_together(tmp_path):
+    for fold, settings, seed in ((0, [], 0), (1, [], 5), (2, ["batch_size=8"], 0)):
+        path = tmp_path / "runs" / "demo" / f"fold{fold}" / "best.pt"
+        write_json(sidecar(path), {"parameters": run_parameters(get_recipe("demo", settings), fold, seed, 1), "inputs": {}, "outputs": {}})
+    check_alike(tmp_path, "demo", [0, 1, 7])
+    with pytest.raises(UserError, match=r"folds 0 and 2 of demo were trained with different recipes: batch_size 16 and 8; .* --folds 2 --force"):
+        check_alike(tmp_path, "demo", [0, 1, 2])

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from common.errors import UserError
-from common.folds import (audit, audit_table, describe_audit, fold_numbers, make_folds, oversampling_copies,
+from common.folds import (HOLD_OUT, audit, audit_table, describe_audit, fold_numbers, make_folds, oversampling_copies,
                           stratified_group_folds)
 from common.labels import format_targets, parse_targets, read_labels
 
@@ -110,3 +110,11 @@ def test_the_real_labels_are_spread_evenly(real_data):
     for k in range(5):
         positives = targets[folds["fold"] == k].sum(axis=0)
         assert (positives > 0).all() and np.abs(positives - targets.sum(axis=0) / 5).max() < 1.01
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.4, 0.45, 0.5])
+def test_the_share_that_is_held_out_is_the_one_asked_for(share):
+    ids = [f"s{i}" for i in range(200)]
+    table = pd.DataFrame({"Id": ids, "part": "train", "Target": [str(i % 5) for i in range(200)], "group": ids, "kept": 1})
+    folds = make_folds(table, 2, 1, 0, hold_out=share)
+    assert (folds["fold"] == HOLD_OUT).mean() == pytest.approx(share, abs=0.02)

@@ -1,7 +1,9 @@
 """The whole text of messages: what was expected, what was found, and the cure."""
 
 import argparse
+import os
 import runpy
+import signal
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -18,10 +20,19 @@ from common.files import write_json, write_text
 from common.images import BadImage, read_channel
 from common.labels import parse_targets, read_csv, read_labels
 from common.parallel import run_parallel, workers
-from common.predictions import check_there
+from common.folds import make_folds
+from common.inference import choose_hardware
+from common.predictions import check_there, read_groups
 from common.preprocess import Sample, refuse_bad
+from common.recipes import get_recipe
 from common.thresholds import repeated_folds
 from tests.conftest import ROOT
+
+
+def kept(n):
+    """A table of stage 02's with n samples."""
+    ids = [f"s{i}" for i in range(n)]
+    return pd.DataFrame({"Id": ids, "part": "train", "Target": "0", "group": ids, "kept": 1})
 
 
 def written(path, text):
@@ -57,6 +68,17 @@ def other_classes(path):
      "{f}/x.csv has a first line of over 10000 characters; expected the names of a few columns"),
     (lambda f: read_labels(written(f / "x.csv", 'Id,"Target\n' + 10 ** 4 * "," + '"\na,0\n')),
      "{f}/x.csv has a first line of over 10000 characters; expected the names of a few columns"),
+    (lambda f: read_labels(written(f / "x.csv", "Id,Target,Target\na,0,1\n")), "{f}/x.csv has the column 'Target' 2 times; expected once"),
+    (lambda f: read_groups(written(f / "g.csv", "Id,group\na,\nb,x\n"), np.array(["a", "b"])), "{f}/g.csv has no group for 1 Ids:\n  a"),
+    (lambda f: get_recipe("demo", ["pooling=own"]), "recipe fields do not fit: pooling 'own' with encoder 'resnet10_narrow'; gapnet_pl and "
+     "gapnet_pl_plus need pooling=own, the other encoders one of the others"),
+    (lambda f: get_recipe("demo_large", ["size_rule=by-source", "crop_size=1024"]), "recipe fields do not fit: crops of 256 px from images that "
+     "are stored at 192 px with size_rule=by-source; give a smaller crop_size"),
+    (lambda f: get_recipe("demo", ["focal_gamma=inf"]), "recipe field focal_gamma has an impossible value: inf"),
+    (lambda f: get_recipe("demo", ["learning_rates=0.1,inf"]), "recipe field learning_rates has an impossible value: (0.1, inf)"),
+    (lambda f: choose_hardware("meta", "fp32", 0), "device 'meta' cannot be used (neither a CPU nor a CUDA GPU); try --device cpu"),
+    (lambda f: make_folds(kept(9), 2, 1, 0, hold_out=0.05), "--hold-out 0.05 of 9 distinct samples is none; give a larger share"),
+    (lambda f: make_folds(kept(200), 2, 1, 0, hold_out=1e-320), "--hold-out 9.99989e-321: the smallest share is 0.01"),
     (lambda f: check_there([f / "oof.npz"], "CURE"), "{f}/oof.npz is missing; run: CURE"),
     (lambda f: check_there([f / "a.csv"], None), "{f}/a.csv is missing; expected predictions as .npz, .csv or .npy"),
     (lambda f: read_table(written(f / "x.csv", "Id\n../a\n"), "CURE"), "{f}/x.csv has Ids that are not plain file names:\n  '../a'"),
@@ -97,13 +119,16 @@ def test_texts(tmp_path, do, message):
     ("03_make_folds.py", ["--max-copies", "0"], "--max-copies must be at least 1"),
     ("03_make_folds.py", ["--hold-out", "0.6"], "--hold-out must be a share from 0 to 0.5"),
     ("03_make_folds.py", ["--seed", "-1"], "argument --seed: expected a whole number from 0 to 4294967295, found '-1'"),
+    ("01_preprocess.py", ["--white-level", "70000"], "argument --white-level: expected a whole number from 1 to 65535, found '70000'"),
+    ("01_preprocess.py", ["--check", "--n-folds", "1"], "argument --n-folds: expected a whole number above 1, found '1'"),
+    ("03_make_folds.py", ["--work", ""], "argument --work: expected a folder, found nothing"),
     ("01_preprocess.py", ["--jobs", "0"], "argument --jobs: expected a whole number above 0, found '0'"),
     ("02_dedup.py", ["--jobs", "-2"], "argument --jobs: expected a whole number above 0, found '-2'"),
     ("04_train.py", ["--jobs", "x"], "argument --jobs: expected a whole number above 0, found 'x'"),
     ("05_predict_oof.py", ["--workers", "-1"], "argument --workers: expected a whole number from 0 to 4294967295, found '-1'"),
 ])
 def test_texts_of_flags(monkeypatch, capsys, script, arguments, message):
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(sys, "argv", [script, *arguments])  # stage 01 looks there itself
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / script))["parse_args"]()
     assert (stop.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
@@ -121,6 +146,12 @@ def test_texts_of_flags(monkeypatch, capsys, script, arguments, message):
     (BrokenPipeError(32, "Broken pipe"), 2,
      "error: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, if need be "
      "with a lower --jobs\n"),
+    (MemoryError("Unable to allocate 3 GiB"), 2,
+     "error: memory does not do (Unable to allocate 3 GiB); finished work is kept: take a smaller batch (04_train.py --micro-batch), a "
+     "smaller crop, or a smaller network\n"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory\nmore"), 2,
+     "error: memory does not do ([enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory); finished work is kept: take "
+     "a smaller batch (04_train.py --micro-batch), a smaller crop, or a smaller network\n"),
     (KeyboardInterrupt(), 130, "\nstopped; finished work is kept. To go on: python 04_train.py --jobs 2\n"),
 ])
 def test_texts_at_the_end_of_a_script(monkeypatch, capsys, error, code, message):
@@ -151,6 +182,28 @@ def test_after_sigterm_any_error_is_the_end_that_was_asked_for(capsys, monkeypat
     with pytest.raises(SystemExit) as end:
         cli.run(main)
     assert end.value.code == 143 and "stopped; finished work is kept. To go on: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signals_wait_for_the_end_of_an_import(tmp_path, number, code):
+    (tmp_path / "slow.py").write_text(f"import os, signal, time\nos.kill(os.getpid(), signal.{number})\ntime.sleep(0.3)\nprint('whole')\n")
+    script = f"import sys, time; sys.path.insert(0, {str(tmp_path)!r})\nfrom common import cli\ndef main():\n    import slow\n    time.sleep(9)\ncli.run(main)"
+    end = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert (end.returncode, end.stdout, end.stderr) == (code, "whole\n", "\nstopped; finished work is kept. To go on: python -c\n")
+
+
+def test_when_all_is_done_there_is_nothing_to_stop():
+    script = "import atexit, os, signal; from common import cli\natexit.register(os.kill, os.getpid(), signal.{})\ncli.run(lambda: print('done'))"
+    for number in ("SIGINT", "SIGTERM"):
+        end = subprocess.run([sys.executable, "-c", script.format(number)], cwd=ROOT, capture_output=True, text=True)
+        assert (end.returncode, end.stdout, end.stderr) == (0, "done\n", "")
+
+
+def test_paths_that_are_no_text_can_be_told():
+    script = "import os; from common import cli; cli.run(lambda: print(os.fsdecode(b'n\\xff')))"
+    end = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert (end.returncode, end.stdout) == (0, "n\\udcff\n")
 
 
 def test_who_reads_the_output_may_leave():

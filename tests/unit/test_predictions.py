@@ -2,10 +2,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.artifacts import save_predictions
+from common.artifacts import prediction_file, save_predictions, sidecar
 from common.classes import CLASS_NAMES
 from common.errors import UserError
-from common.predictions import member_files, read_groups, read_predictions
+from common.files import write_json
+from common.predictions import check_networks, member_files, read_groups, read_predictions
 
 IDS = np.array(["a", "b", "c"])
 PROBS = np.random.default_rng(0).random((3, 28)).astype(np.float32)
@@ -94,3 +95,19 @@ def test_groups_are_matched_by_id(tmp_path):
     assert read_groups(tmp_path / "g.csv", IDS).tolist() == ["y", "y", "x"]
     with pytest.raises(UserError, match="lacks 1 Ids:\n  d"):
         read_groups(tmp_path / "g.csv", np.array(["a", "d"]))
+
+
+def test_predictions_of_networks_that_are_gone_are_refused(tmp_path):
+    def sealed(part, networks):
+        path = prediction_file(tmp_path, "demo", part)
+        write_json(sidecar(path), {"parameters": {}, "inputs": {}, "outputs": {}, "networks": networks})
+
+    sealed("oof", ["a", "b"])
+    check_networks(tmp_path, ["demo"], "test", "CURE")  # not there: told elsewhere
+    for networks in (["a", "b"], ["b"], []):
+        sealed("test", networks)
+        check_networks(tmp_path, ["demo"], "test", "CURE")
+    for networks in (["c", "d"], ["a", "c"]):
+        sealed("test", networks)
+        with pytest.raises(UserError, match="test.npz was predicted by other networks than .*oof.npz: a fold has been trained anew since; run: CURE"):
+            check_networks(tmp_path, ["demo"], "test", "CURE")

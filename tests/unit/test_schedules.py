@@ -8,6 +8,10 @@ from common.schedules import (cosine_with_restarts, cycle_gain, exponential_rang
                               plateau_halvings, smoothed, suggest_learning_rate)
 
 
+def test_a_loss_of_zero_cannot_be_improved():
+    assert cycle_gain([0.0, 0.0, 0.0], 1) == 0.0
+
+
 def test_start_middle_end_and_restart_of_a_cycle():
     assert cosine_with_restarts(0, 100) == cosine_with_restarts(100, 100) == 1
     assert cosine_with_restarts(50, 100) == pytest.approx(0.5)
