@@ -73,7 +73,7 @@ case $pretrained in
     auto | none) weights=(--pretrained "$pretrained") ;;
     *)
         weights=(--pretrained "$(absolute "$pretrained")")
-        [ -f "${weights[1]}" ] || fail "--pretrained $pretrained: there is no such file"
+        $dry || [ -f "${weights[1]}" ] || fail "--pretrained $pretrained: there is no such file"
         ;;
 esac
 [ -z "$weights_dir" ] || weights+=(--weights-dir "$(absolute "$weights_dir")")

@@ -213,7 +213,10 @@ def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, w
     reason = Stage("04_train", folder / "best.pt", meta["parameters"], inputs).why_stale()
     if reason:
         raise UserError(f"{folder} was trained on something else ({reason}); run: {train} --force")
-    return folder / f"{which}.pt", recipe
+    path = folder / f"{which}.pt"
+    if not path.is_file():
+        raise UserError(f"{path} is not there any more; predict with --checkpoint best, or run: {train} --force")
+    return path, recipe
 
 
 def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.nn.Module, Normalisation]:

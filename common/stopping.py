@@ -1,5 +1,7 @@
-"""SIGTERM, as schedulers send it to jobs that must leave: end as after Ctrl+C, but first save what would be lost."""
+"""SIGTERM, as schedulers send it to jobs that must leave: end as after Ctrl+C, but first save what would be lost. Both wait
+for the end of an import."""
 
+import _thread
 import multiprocessing
 import os
 import signal
@@ -57,9 +59,7 @@ def _waits_for_import(number, frame) -> bool:
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     if frame is not None:
-        again = threading.Timer(0.05, os.kill, [os.getpid(), number])
-        again.daemon = True
-        again.start()
+        _later(0.05, os.kill, os.getpid(), number)
     return frame is not None
 
 
@@ -126,9 +126,17 @@ def _on_sigterm(number, frame) -> None:
 
 def end_later() -> None:
     """End this process when others have had time to save."""
-    leave = threading.Timer(GRACE_SECONDS, os._exit, [SIGTERM_CODE])
-    leave.daemon = True
-    leave.start()
+    _later(GRACE_SECONDS, os._exit, SIGTERM_CODE)
+
+
+def _later(seconds: float, act, *arguments) -> None:
+    """Call `act(*arguments)` from a thread after some seconds. To start one of `threading`'s takes a lock, which the code that a
+    signal has interrupted may hold."""
+    def wait():
+        time.sleep(seconds)
+        act(*arguments)
+
+    _thread.start_new_thread(wait, ())
 
 
 def _stop_children() -> None:

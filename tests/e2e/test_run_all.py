@@ -93,8 +93,10 @@ def test_the_tables_come_from_one_command_and_use_what_is_there(run_script, smal
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--fodls", "0"], "unknown argument --fodls; did you mean --folds?"),
-    (["--folds", "0,5"], "--folds must be numbers from 0 to 4"),
-    (["--folds"], "--folds needs a value"),
+    (["--folds", "0,5"], "--folds must be distinct numbers from 0 to 4"),
+    (["--folds"], "--folds needs a value"), (["--work", ""], "--work needs a value"),
+    (["--folds", "0,0"], "--folds must be distinct numbers from 0 to 4 separated by commas, found 0,0"),
+    (["--folds", "0,,1"], "--folds must be distinct numbers"), (["--pretrained", "/nowhere.pth"], "--pretrained /nowhere.pth: there is no such file"),
     (["--recipes", "resnet5"], "unknown recipe 'resnet5'; did you mean resnet50?"),
     (["--tables", "--recipes", "resnet5"], "unknown recipe 'resnet5'; did you mean resnet50?"),
     (["--pretrained", "nowhere.pth", "--recipes", "demo", "--quick"], "nowhere.pth: there is no such file"),
