@@ -26,7 +26,7 @@ def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str
     unseen : signals that worker processes do not see, unless a job lets them through
     """
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
-    with blocked(unseen) if n_jobs != 1 else nullcontext():
+    with blocked(unseen) if n_jobs != 1 else nullcontext(), stopping.undisturbed():
         results = parallel(joblib.delayed(_indexed)(index, function, job, os.getpid()) for index, job in enumerate(jobs))
     try:
         yield from progress(results, len(jobs), label, unit)

@@ -21,11 +21,12 @@ class Stopped(BaseException):
 @dataclass
 class State:
     """The process that listens, whether SIGTERM has come to it, whether it waits there for the next `check`, and whether it
-    is passed on to worker processes meanwhile."""
+    is passed on to worker processes meanwhile; whether no signal is heard, for a moment."""
     pid: int = 0
     asked: bool = False
     held: bool = False
     passed_on: bool = False
+    deaf: bool = False
 
 
 STATE = State()
@@ -49,18 +50,29 @@ def spare_imports() -> None:
         signal.signal(signal.SIGINT, _on_ctrl_c)
 
 
+@contextmanager
+def undisturbed():
+    """Inside, for a moment, Ctrl+C and SIGTERM wait: what is begun, such as worker processes, must be whole."""
+    STATE.deaf = True
+    try:
+        yield
+    finally:
+        STATE.deaf = False
+
+
 def _on_ctrl_c(number, frame) -> None:
-    if not _waits_for_import(number, frame):
+    if not _must_wait(number, frame):
         raise KeyboardInterrupt
 
 
-def _waits_for_import(number, frame) -> bool:
-    """Tell whether a module is being imported; the signal comes again until none is."""
+def _must_wait(number, frame) -> bool:
+    """Tell whether this is no time for an exception, as while a module is imported; the signal comes again until it is."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
-    if frame is not None:
-        _later(0.05, os.kill, os.getpid(), number)
-    return frame is not None
+    if frame is None and not STATE.deaf:
+        return False
+    _later(0.05, os.kill, os.getpid(), number)
+    return True
 
 
 @contextmanager
@@ -108,7 +120,7 @@ def when_parent_ends(parent: int, act) -> None:
 def _on_sigterm(number, frame) -> None:
     if os.getpid() != STATE.pid:  # a forked process, which somebody ends
         os._exit(SIGTERM_CODE)
-    if _waits_for_import(number, frame):
+    if _must_wait(number, frame):
         return
     again, STATE.asked = STATE.asked, True
     if STATE.held and is_follower():  # it may wait for the main process for ever

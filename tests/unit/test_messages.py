@@ -193,6 +193,15 @@ def test_signals_wait_for_the_end_of_an_import(tmp_path, number, code):
     assert (end.returncode, end.stdout, end.stderr) == (code, "whole\n", "\nstopped; finished work is kept. To go on: python -c\n")
 
 
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signals_wait_until_worker_processes_are_begun(number, code):
+    script = (f"import os, signal, time; from common import cli, stopping\ndef main():\n    with stopping.undisturbed():\n"
+              f"        os.kill(os.getpid(), signal.{number}); time.sleep(0.3); print('whole')\n    time.sleep(9)\ncli.run(main)")
+    end = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert (end.returncode, end.stdout, end.stderr) == (code, "whole\n", "\nstopped; finished work is kept. To go on: python -c\n")
+
+
 def test_when_all_is_done_there_is_nothing_to_stop():
     script = "import atexit, os, signal; from common import cli\natexit.register(os.kill, os.getpid(), signal.{})\ncli.run(lambda: print('done'))"
     for number in ("SIGINT", "SIGTERM"):
