@@ -48,15 +48,15 @@ def main():
     # Imported here, so that --check can tell which packages are missing.
     from common.artifacts import read_table, write_csv
     from common.parallel import workers
-    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, list_samples, preprocess_stage, sample_table,
-                                   source_state, statistics_table, store_all, wanted_stores)
+    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, list_samples, preprocess_stage,
+                                   sample_table, source_state, statistics_table, store_all, wanted_stores)
     from common.recipes import fit_to_source, get_recipe
 
     data, work = args.data.resolve(), args.work.resolve()
     if work == data or data in work.parents:
         raise UserError(f"--work {args.work} is in --data {args.data}, which is never written to; give another --work")
     recipes = {name: get_recipe(name, args.settings) for name in args.recipes}
-    samples, bad = list_samples(args.data.resolve(), args.limit)
+    samples, bad = list_samples(data, args.limit)
     states = {sample: source_state(sample) for sample in samples}
 
     def stores_for(side):
@@ -72,7 +72,7 @@ def main():
         return
     stage.begin()
     with workers(args.jobs, args.cluster) as n_jobs:
-        stored = store_all(samples, states, bad, stores_for, args.work.resolve(), n_jobs, args.white_level, args.keep_going)
+        stored = store_all(samples, states, bad, stores_for, work, n_jobs, args.white_level, args.keep_going)
     tables, left_out = {store: args.work / "images" / f"{store}.csv" for store in stored.statistics}, args.work / "left_out.csv"
     for store, path in tables.items():
         write_csv(path, statistics_table(stored.samples, stored.statistics[store]))

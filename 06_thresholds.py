@@ -19,11 +19,11 @@ from common import cli
 from common.artifacts import Stage, read_table
 from common.ensemble import (COMBINATIONS, align, combine, describe_ensemble, evaluate_ensemble, keep_common,
                              stack_members)
-from common.errors import UserError, listing
+from common.errors import UserError
 from common.files import write_json
-from common.folds import HOLD_OUT
 from common.labels import parse_targets, read_csv, read_labels
-from common.predictions import check_networks, check_there, member_files, read_groups, read_members, read_predictions
+from common.predictions import (check_there, held_out_files, labelled_rows, member_files, read_groups, read_members,
+                                read_predictions)
 from common.submission import check_submission, recover
 from common.thresholds import METHODS, score_held_out
 
@@ -60,11 +60,7 @@ def main():
     check_there(sources, None if args.oof else hint)
     labels = (args.labels or args.data / "train.csv") if args.oof else args.work / "folds.csv"
     labelled = read_labels(labels) if args.oof else read_table(labels, f"python 03_make_folds.py --work {args.work}")
-    aside = {}
-    if not args.oof and (labelled["fold"] == HOLD_OUT).any():
-        check_networks(args.work, args.recipes, "held_out", hint)
-        aside = {f"{path.parent.name} held out": path for path in (source.with_name("held_out.npz") for source in sources)
-                 if path.is_file()}
+    aside = {} if args.oof else held_out_files(args.work, args.recipes, labelled, hint)
     also = {name: path for name, path in {"prior": args.prior, "groups": args.groups, "ids": args.ids}.items() if path}
     stage = Stage("06_thresholds", args.work / "thresholds.json",
                   {"method": args.method, "combine": args.combine, "recipes": names, "common_ids": args.common_ids},
@@ -90,15 +86,6 @@ def main():
     write_json(stage.artifact, result)
     stage.finish(rows=len(wanted))
     print("06_thresholds: " + "\n  ".join(describe_ensemble(result)))
-
-
-def labelled_rows(labelled, ids, hint):
-    """Return the rows of the label table with the given Ids, in their order."""
-    labelled = labelled.set_index("Id")
-    unknown = [Id for Id in ids if Id not in labelled.index]
-    if unknown:
-        raise UserError(f"the predictions have Ids that folds.csv does not have; run: {hint}\n{listing(unknown)}")
-    return labelled.loc[ids]
 
 
 def reproduce(args):

@@ -18,10 +18,10 @@ import numpy as np
 
 from common.artifacts import Stage, read_table, write_csv
 from common.ensemble import combine, stack_members
-from common.errors import UserError, listing
+from common.errors import UserError
 from common.labels import read_csv
 from common.predictions import check_networks, check_there, member_files, read_members
-from common.submission import (check_submission, decide, frequency_table, known_labels, left_out_samples, override,
+from common.submission import (check_out, check_submission, decide, describe_submission, known_labels, left_out_samples, override,
                                read_thresholds, submission_table, with_empty_rows)
 
 
@@ -78,8 +78,7 @@ def main():
         also["left_out.csv"] = left_out
     inputs = {"samples.csv" if own else "order": order, "thresholds.json": found, **dict(zip(names, sources, strict=True)), **also}
     out = args.out or args.work / "submission.csv"
-    if out.is_dir() or out.resolve() in [path.resolve() for path in inputs.values()]:
-        raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'one of the inputs'}; give another file")
+    check_out(out, inputs.values())
     stage = Stage("07_ensemble", out, {"fallback": fallback, "recipes": names, "override_duplicates": args.override_duplicates}, inputs)
     if stage.is_current():
         return
@@ -95,7 +94,7 @@ def main():
     stage.begin()
     write_csv(stage.artifact, submission)
     stage.finish(rows=len(submission))
-    report(stage.artifact, submission, predicted, thresholds, names, known, lost)
+    print("07_ensemble: " + "\n".join(describe_submission(stage.artifact, predicted, thresholds, names, known, lost)))
 
 
 def wanted_ids(args, order, own):
@@ -104,22 +103,6 @@ def wanted_ids(args, order, own):
         return read_csv(order)["Id"].to_numpy()
     samples = read_table(order, f"python 01_preprocess.py --data {args.data} --work {args.work}")
     return samples.loc[samples["part"] == "test", "Id"].to_numpy()
-
-
-def report(path, submission, predicted, thresholds, names, known, lost):
-    score = ""
-    if "interval" in thresholds:
-        low, high = thresholds["interval"]
-        score = f"; cross-fitted out-of-fold macro F1 {thresholds['score_cross_fitted']:.3f} [{low:.3f}, {high:.3f}]"
-    print(f"07_ensemble: {path}: {len(submission)} rows, {predicted.sum(axis=1).mean():.2f} labels a row, "
-          f"{predicted.any(axis=0).sum()} classes; {thresholds['combine']} of {', '.join(names)}{score}")
-    if "per_class" in thresholds:
-        print(frequency_table(predicted, thresholds["per_class"], thresholds["n_samples"]))
-    if known is not None:
-        print(f"WARNING: --override-duplicates: {len(known)} rows are NOT predictions but the labels of near-identical labelled "
-              f"samples:\n{listing(known['Id'] + '  <-  ' + known['other_Id'] + '  ' + known['Target'])}")
-    if len(lost):
-        print(f"warning: {len(lost)} test samples were left out by stage 01 and have empty rows:\n{listing(lost['Id'])}")
 
 
 if __name__ == "__main__":

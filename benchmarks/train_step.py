@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import cli
 from common.recipes import get_recipe
 
-# name -> recipe, samples in an epoch: networks that cost one, five and a hundred milliseconds a sample; tiny is `demo` as it is,
-# small is it with ResNet-18 in place of its network
+# name -> recipe, samples in an epoch: networks that cost two, twenty and fifty milliseconds a sample; tiny is `demo` as it is,
+# tiny+ our own training of its network, small is `demo` with ResNet-18 in place of it
 NETWORKS = {"tiny": (get_recipe("demo", ["finder=off"]), 512),
             "tiny+": (get_recipe("small_plus", ["finder=off"]), 512),
             "small": (get_recipe("demo", ["encoder=resnet18", "finder=off"]), 256),

@@ -105,32 +105,19 @@ def recipe_names(text: str) -> list[str]:
     return names(",".join(run_name(name) for name in names(text)))
 
 
-def positive(text: str) -> int:
-    """Parse a whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
-    return int(text)
+def whole_number(low: int, high: int | None = None):
+    """Return a parser of whole numbers from `low` on, or from `low` to `high`."""
+    expected = f"above {low - 1}" if high is None else f"from {low} to {high}"
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+            raise argparse.ArgumentTypeError(f"expected a whole number {expected}, found {text!r}")
+        return int(text)
+    return parse
 
 
-def white_level(text: str) -> int:
-    """Parse a value of 16 bits above 0."""
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 65535, found {text!r}")
-    return int(text)
-
-
-def fold_count(text: str) -> int:
-    """Parse a number of folds, 2 or more."""
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 1, found {text!r}")
-    return int(text)
-
-
-def not_negative(text: str) -> int:
-    """Parse a whole number from 0 to 2^32 - 1, the largest seed that all libraries take."""
-    if not text.isdecimal() or int(text) >= 2 ** 32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2 ** 32 - 1}, found {text!r}")
-    return int(text)
+positive, fold_count, white_level = whole_number(1), whole_number(2), whole_number(1, 65535)
+not_negative = whole_number(0, 2 ** 32 - 1)  # the largest seed that all libraries take
 
 
 def jobs(text: str) -> int:

@@ -18,7 +18,6 @@ from common import stopping
 from common.distributed import Team
 from common.errors import UserError
 from common.images import read_planes
-from common.parallel import blocked
 
 CACHE_BYTES = 2 ** 29  # of decoded images that a set keeps
 
@@ -148,7 +147,7 @@ class Loader(DataLoader):
     """A DataLoader whose processes get no SIGTERM before `leave_signals`: torch would let it end them, and training with them."""
 
     def __iter__(self):
-        with blocked({signal.SIGTERM}) if self.num_workers else nullcontext():
+        with stopping.blocked({signal.SIGTERM}) if self.num_workers else nullcontext():
             return super().__iter__()
 
 

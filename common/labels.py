@@ -26,7 +26,7 @@ def read_csv(path: Path, *columns: str) -> pd.DataFrame:
     expected = f"a CSV file with the column{'s' * (len(columns) > 1)} {','.join(columns)}"
     if not path.is_file():
         raise UserError(f"{path} is missing; expected {expected}")
-    check_bytes(path, MAX_BYTES)
+    check_csv(path, MAX_BYTES)
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="error", compression=None)
     except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
@@ -38,7 +38,7 @@ def read_csv(path: Path, *columns: str) -> pd.DataFrame:
     return frame[columns]
 
 
-def check_bytes(path: Path, most: int) -> None:
+def check_csv(path: Path, most: int) -> None:
     """Refuse a CSV file that is larger than any of its kind, or so wide that its columns alone would fill the memory, or that
     has two columns of one name: pandas would rename one."""
     if path.stat().st_size > most:

@@ -6,7 +6,6 @@ import threading
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 import joblib
@@ -26,7 +25,7 @@ def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str
     unseen : signals that worker processes do not see, unless a job lets them through
     """
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
-    with blocked(unseen) if n_jobs != 1 else nullcontext(), stopping.undisturbed():
+    with stopping.blocked(unseen) if n_jobs != 1 else nullcontext(), stopping.undisturbed():
         results = parallel(joblib.delayed(_indexed)(index, function, job, os.getpid()) for index, job in enumerate(jobs))
     try:
         yield from progress(results, len(jobs), label, unit)
@@ -51,17 +50,6 @@ def _works_for(parent: int) -> bool:
 def _end_with(parent: int) -> None:
     """End this worker process soon after the one that it works for: what nobody waits for must not be written."""
     stopping.when_parent_ends(parent, lambda: os._exit(1))
-
-
-@contextmanager
-def blocked(signals):
-    """Hold signals back; processes that are started inside never see them: their parent tells or ends them."""
-    resource_tracker.ensure_running()  # before: Python lets signals through again once it has started this helper
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, label: str) -> None:

@@ -10,7 +10,8 @@ from common.arrays import MAX_BYTES, read_arrays
 from common.artifacts import check_probabilities, load_predictions, prediction_file, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, first_line, listing
-from common.labels import check_bytes, check_samples, read_csv
+from common.folds import HOLD_OUT
+from common.labels import check_csv, check_samples, read_csv
 
 
 def member_files(given: list[Path] | None, work: Path, recipes: list[str], part: str) -> tuple[list[str], list[Path]]:
@@ -36,6 +37,24 @@ def check_networks(work: Path, recipes: list[str], part: str, made_by: str) -> N
         these, those = (set(read_sidecar(file).get("networks", ())) if sidecar(file).is_file() else set() for file in (path, oof))
         if these and those and not (these <= those or those <= these):
             raise UserError(f"{path} was predicted by other networks than {oof}: a fold has been trained anew since; run: {made_by}")
+
+
+def held_out_files(work: Path, recipes: list[str], folds: pd.DataFrame, made_by: str) -> dict[str, Path]:
+    """Return the recipes' predictions of the part that folds.csv holds out, by name; those that are there."""
+    if not (folds["fold"] == HOLD_OUT).any():
+        return {}
+    check_networks(work, recipes, "held_out", made_by)
+    files = {f"{name} held out": prediction_file(work, name, "held_out") for name in recipes}
+    return {name: path for name, path in files.items() if path.is_file()}
+
+
+def labelled_rows(labelled: pd.DataFrame, ids, made_by: str) -> pd.DataFrame:
+    """Return the rows of the label table with the given Ids, in their order."""
+    labelled = labelled.set_index("Id")
+    unknown = [Id for Id in ids if Id not in labelled.index]
+    if unknown:
+        raise UserError(f"the predictions have Ids that folds.csv does not have; run: {made_by}\n{listing(unknown)}")
+    return labelled.loc[ids]
 
 
 def read_members(paths: list[Path], ids: Path | None, made_by: str | None) -> list[tuple]:
@@ -66,7 +85,7 @@ def read_predictions(path: Path, ids: Path | None = None) -> tuple[np.ndarray, n
 
 def read_prediction_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a CSV file with Id and 28 columns of probabilities."""
-    check_bytes(path, MAX_BYTES)
+    check_csv(path, MAX_BYTES)
     try:
         header = list(pd.read_csv(path, nrows=0, compression=None).columns)
         columns = [name for name in header if name != "Id"]

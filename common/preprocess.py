@@ -107,6 +107,11 @@ def preprocess_stage(work: Path, samples: list[Sample], states: dict[Sample, str
 
 # --- the journal: what earlier runs finished ---------------------------------------------------------------
 
+def records_at(journal: Path, white: int) -> dict[str, dict]:
+    """Return the last record of each Id whose images are of this white level."""
+    return {Id: record for Id, record in read_journal(journal).items() if record.get("white") == white}
+
+
 def read_journal(path: Path) -> dict[str, dict]:
     """Read one record per Id; a line cut short by a kill is left out, so that its sample is made again."""
     records = {}
@@ -121,11 +126,9 @@ def read_journal(path: Path) -> dict[str, dict]:
     return records
 
 
-def done_stores(record: dict | None, state: str, stored: dict[str, set]) -> dict[str, dict]:
-    """Return store -> statistics for what is stored already and still belongs to the same source files."""
-    if record is None or record["source"] != state:
-        return {}
-    return {store: values for store, values in record["stores"].items() if record["Id"] in stored.get(store, ())}
+def valid_stores(record: dict | None, state: str) -> dict[str, dict]:
+    """Return store -> statistics for what a sample's record has of the source files that there are now."""
+    return record["stores"] if record and record["source"] == state else {}
 
 
 # --- checking and making -----------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     """
     folder = work / "images"
     journal = folder / "journal.jsonl"
-    records = {Id: record for Id, record in read_journal(journal).items() if record.get("white") == white}
+    records = records_at(journal, white)
     bad = dict(bad)
     known = {s: records[s.Id]["side"] for s in samples if s.Id in records and records[s.Id]["source"] == states[s]}
     new = [s for s in samples if s not in known and s not in bad]
@@ -200,7 +203,8 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
 
     stores = stores_for(min(known[s] for s in samples if s in known))
     stored = {store: stored_ids(folder / store) for store in stores}
-    done = {s: done_stores(records.get(s.Id), states[s], stored) for s in samples if s in known}
+    valid = {s: valid_stores(records.get(s.Id), states[s]) for s in samples if s in known}
+    done = {s: {store: values for store, values in made.items() if s.Id in stored.get(store, ())} for s, made in valid.items()}
     peaks = {s: records[s.Id].get("peak") for s in done if done[s]}
     lacking = {s: [store for store in stores if store not in done[s]] for s in done}
     todo = [s for s in done if lacking[s]]
@@ -218,7 +222,7 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
             made, peaks[sample] = result
             done[sample].update(made)
             record = {"Id": sample.Id, "source": states[sample], "side": known[sample], "white": white,
-                      "peak": peaks[sample], "stores": others(records.get(sample.Id), states[sample], stores) | done[sample]}
+                      "peak": peaks[sample], "stores": valid[sample] | done[sample]}
             file.write(json.dumps(record) + "\n")
             file.flush()
     if bad and not keep_going:
@@ -230,21 +234,14 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
                   [peaks[s] for s in used if peaks[s] is not None], bad)
 
 
-def others(record: dict | None, state: str, stores: list[str]) -> dict[str, dict]:
-    """Return what the journal has of a sample in stores that are not made now, where it belongs to the same source files."""
-    if record is None or record["source"] != state:
-        return {}
-    return {store: values for store, values in record["stores"].items() if store not in stores}
-
-
 def drop_outdated(folder: Path, stores, samples: list[Sample], states: dict[Sample, str], white: int) -> None:
     """Delete the tables of stores that were not made now and hold images of sources that have changed since: whoever needs
     one is told to make it."""
     tables = [table for table in csv_files(folder) if table.stem not in stores]
-    records = {Id: record for Id, record in read_journal(folder / "journal.jsonl").items() if record.get("white") == white} if tables else {}
+    records = records_at(folder / "journal.jsonl", white) if tables else {}
     for table in tables:
         listed = set(read_table(table, "python 01_preprocess.py")["Id"])
-        if any(sample.Id in listed and table.stem not in others(records.get(sample.Id), states[sample], stores) for sample in samples):
+        if any(sample.Id in listed and table.stem not in valid_stores(records.get(sample.Id), states[sample]) for sample in samples):
             print(f"{table} is deleted: source images or --white-level have changed since; its recipes need 01_preprocess.py again")
             table.unlink()
 

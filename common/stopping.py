@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 GRACE_SECONDS = 25  # that other processes get to save; schedulers kill what is left after 30
 SIGTERM_CODE = 128 + signal.SIGTERM
@@ -48,6 +49,17 @@ def spare_imports() -> None:
     is_main_thread = threading.current_thread() is threading.main_thread()
     if is_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _on_ctrl_c)
+
+
+@contextmanager
+def blocked(signals):
+    """Hold signals back; processes that are started inside never see them: their parent tells or ends them."""
+    resource_tracker.ensure_running()  # before: Python lets signals through again once it has started this helper
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

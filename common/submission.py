@@ -110,6 +110,33 @@ def frequency_table(predicted: np.ndarray, per_class: list[dict], n_samples: int
                               f"{ratio[c]:6.2f}" for c in order])
 
 
+def describe_submission(path: Path, predicted: np.ndarray, thresholds: dict, names: list[str], known, lost) -> list[str]:
+    """Return the lines that say what was written, from what, and what in it is no prediction.
+
+    predicted : (n, 28) without the `lost` rows (Id, place; or an empty list); known : what `override` took, or None
+    """
+    score = ""
+    if "interval" in thresholds:
+        low, high = thresholds["interval"]
+        score = f"; cross-fitted out-of-fold macro F1 {thresholds['score_cross_fitted']:.3f} [{low:.3f}, {high:.3f}]"
+    lines = [f"{path}: {len(predicted) + len(lost)} rows, {predicted.sum(axis=1).mean():.2f} labels a row, "
+             f"{predicted.any(axis=0).sum()} classes; {thresholds['combine']} of {', '.join(names)}{score}"]
+    if "per_class" in thresholds:
+        lines.append(frequency_table(predicted, thresholds["per_class"], thresholds["n_samples"]))
+    if known is not None:
+        lines.append(f"WARNING: --override-duplicates: {len(known)} rows are NOT predictions but the labels of near-identical labelled "
+                     f"samples:\n{listing(known['Id'] + '  <-  ' + known['other_Id'] + '  ' + known['Target'])}")
+    if len(lost):
+        lines.append(f"warning: {len(lost)} test samples were left out by stage 01 and have empty rows:\n{listing(lost['Id'])}")
+    return lines
+
+
+def check_out(out: Path, inputs) -> None:
+    """Refuse to write a submission over a folder, or over one of the files that it is made from."""
+    if out.is_dir() or out.resolve() in [path.resolve() for path in inputs]:
+        raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'one of the inputs'}; give another file")
+
+
 def submission_table(ids, predicted: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"Id": ids, "Predicted": format_targets(predicted)})
 

@@ -22,7 +22,7 @@ from common.labels import parse_targets, read_csv, read_labels
 from common.parallel import run_parallel, workers
 from common.folds import make_folds
 from common.inference import choose_hardware
-from common.predictions import check_there, read_groups
+from common.predictions import check_there, labelled_rows, read_groups
 from common.preprocess import Sample, refuse_bad
 from common.recipes import get_recipe
 from common.thresholds import repeated_folds
@@ -89,7 +89,7 @@ def other_classes(path):
     (lambda f: refuse_bad({Sample("a", "train", "0", ()): "a_red is bad"}, [Sample("a", "train", "0", ())], f / "bad.csv"),
      "1 samples cannot be used (all of them in {f}/bad.csv):\n  a_red is bad\nmend or remove them and run this again, or leave them out with "
      "--keep-going"),
-    (lambda f: runpy.run_path(str(ROOT / "06_thresholds.py"))["labelled_rows"](pd.DataFrame({"Id": ["a"]}), ["a", "b"], "CURE"),
+    (lambda f: labelled_rows(pd.DataFrame({"Id": ["a"]}), ["a", "b"], "CURE"),
      "the predictions have Ids that folds.csv does not have; run: CURE\n  b"),
     (lambda f: repeated_folds(np.ones((2, 28), bool), np.array(["g", "g"])),
      "2 samples in 1 groups leave none to try thresholds on; give at least 2 groups"),
