@@ -7,8 +7,17 @@ os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2 ** 26))  # OpenCV refu
 
 
 def _on_exception(kind, value, trace):
-    """Ctrl+C while a script is still importing is no bug: say what is said later on, and end as Python does."""
+    """Ctrl+C while a script is still importing is no bug: say what is said later on, and end as Python does.
+
+    Nor is the end of a process at the other end of a connection, which threads of multiprocessing report here.
+    """
     import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        if not isinstance(value, (ConnectionError, EOFError)):
+            sys.__excepthook__(kind, value, trace)
+        return
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from common.cli import say_stopped, stop_behind  # anew, where it came in the middle of that

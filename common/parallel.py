@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import joblib
+from joblib.externals.loky import get_reusable_executor
 
 from common import stopping
 from common.errors import WORKER_LOST, UserError
@@ -63,6 +64,8 @@ def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, labe
         done = run_parallel(_stoppable, calls, n_workers, label, "folds", (signal.SIGINT, signal.SIGTERM))
         if any([was_stopped for _, was_stopped in done]) and not stopping.STATE.asked:
             raise UserError(f"{label}: {WORKER_LOST}")
+        if cluster is None:  # idle ones would only note a SIGTERM, and be waited for
+            get_reusable_executor().shutdown(kill_workers=True)
 
 
 def _stoppable(parent, function, job) -> bool:

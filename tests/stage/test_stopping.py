@@ -116,6 +116,24 @@ def test_a_worker_that_is_told_to_end_alone_does_not_pass_for_done():
     assert "error: jobs: a worker process was killed (perhaps memory ran out); finished work is kept" in result.stderr
 
 
+def test_sigterm_after_the_last_job_does_not_wait_for_idle_workers():
+    code = ("import os, signal, time; from common import cli; from common.parallel import run_jobs\n"
+            "def main():\n    run_jobs(abs, [(1,), (2,)], 2, None, 'jobs')\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+            "cli.run(main)")
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=90)
+    assert result.returncode == 143 and time.monotonic() - started < 15, result.stdout + result.stderr
+
+
+def test_a_thread_that_loses_the_other_end_says_nothing_and_other_errors_are_told():
+    code = ("import sys, threading, common\n"
+            "def fail(error):\n    try:\n        raise error\n    except Exception:\n        sys.excepthook(*sys.exc_info())\n"
+            "for error in (ConnectionResetError('gone'), EOFError('ended'), ValueError('a bug')):\n"
+            "    thread = threading.Thread(target=fail, args=(error,)); thread.start(); thread.join()")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stderr.count("Traceback") == 1 and "ValueError: a bug" in result.stderr, result.stderr
+
+
 def test_worker_processes_never_see_ctrl_c():
     code = ("import signal; from common.parallel import run_parallel\n"
             "for _, blocked in run_parallel(signal.pthread_sigmask, [(signal.SIG_BLOCK, [])] * 2, 2, 'jobs'): print(signal.SIGINT in blocked)\n"
