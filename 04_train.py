@@ -51,6 +51,8 @@ def parse_args():
                              "half the learning rates, at most three times")
     parser.add_argument("--compile", action="store_true",
                         help="compile the network with torch.compile before it is trained (default: off)")
+    parser.add_argument("--memory-format", default="channels-last", choices=("channels-last", "contiguous"),
+                        help="how tensors lie in memory while training (default: channels-last, which is faster)")
     parser.add_argument("--tensorboard", action="store_true",
                         help="write the log as scalars for TensorBoard too, an epoch at a time: tensorboard --logdir WORK/runs")
     cli.add_hardware_flags(parser)
@@ -87,7 +89,7 @@ def main():
         from common.overview import class_weight_listing
 
         return print(class_weight_listing(recipes, folds, numbers))
-    flags = (args.device, args.precision, args.workers, args.micro_batch, args.compile)
+    flags = (args.device, args.precision, args.workers, args.micro_batch, args.compile, args.memory_format)
     team = choose_hardware(*flags).team
     jobs = plan(args.work, recipes, folds, numbers, args.seed, args.force or args.find_lr, args.pretrained,
                 args.weights_dir, team)

@@ -6,6 +6,9 @@ stage04  an epoch of stage 04 from stored images: reading, cropping, turning, no
 Both in one process, epoch by epoch in turn; the median of the ratios counts, after one epoch that is not counted. Waiting is the
 share of stage 04's time until the next batch is there. Memory is that of a process that does only one of them.
 
+With --settings it measures what precision, memory format and torch.compile are worth on this machine: epochs of stage 04
+in turn, the median of the ratios to 32 bit, channels last, not compiled; and what the first epoch costs more than later ones.
+
 example python benchmarks/train_step.py
 The last line is a JSON object.
 """
@@ -34,12 +37,15 @@ NETWORKS = {"tiny": (get_recipe("demo", ["finder=off"]), 512),
             "small": (get_recipe("demo", ["encoder=resnet18", "finder=off"]), 256),
             "large": (get_recipe("resnet50", ["size_divisor=4", "batch_size=16", "finder=off"]), 64)}
 WANTED = 1.03
+SETTINGS = {"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}, "contiguous": {"precision": "fp32", "memory_format": "contiguous"},
+            "compile": {"precision": "fp32", "compiled": True}}
 
 
 def parse_args():
     parser = cli.Parser(__doc__)
     parser.add_argument("--repeats", type=cli.positive, default=7, metavar="N", help="epochs of each (default: 7)")
-    parser.add_argument("--one", nargs=2, metavar=("NETWORK", "WHAT"), help="run in this process: both, bare or stage04")
+    parser.add_argument("--settings", action="store_true", help="compare settings of stage 04 in place of stage 04 and a bare loop")
+    parser.add_argument("--one", nargs=2, metavar=("NETWORK", "WHAT"), help="run in this process: both, bare, stage04 or settings")
     return parser.parse_args()
 
 
@@ -47,6 +53,8 @@ def main():
     args = parse_args()
     if args.one:
         return print(json.dumps(measure(*args.one, args.repeats)))
+    if args.settings:
+        return compare_settings(args.repeats)
     figures = {}
     print(f"{'':8s} {'bare ms':>9s} {'stage 04 ms':>12s} {'ratio':>7s} {'waiting':>8s} {'bare MiB':>9s} {'stage 04 MiB':>13s}")
     for name in NETWORKS:
@@ -58,6 +66,16 @@ def main():
     print(json.dumps(figures))
 
 
+def compare_settings(repeats: int) -> None:
+    figures = {}
+    for name in NETWORKS:
+        figures[name] = in_a_process(name, "settings", repeats)
+        for setting, row in figures[name].items():
+            print(f"{name:8s} {setting:12s} {row['ms']:9.3f} ms a sample, ratio {row['ratio']:.3f}, first epoch "
+                  f"{row['first_s']:+.1f} s", flush=True)
+    print(json.dumps(figures))
+
+
 def in_a_process(name, what, repeats) -> dict:
     command = [sys.executable, __file__, "--one", name, what, "--repeats", str(repeats)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -65,47 +83,23 @@ def in_a_process(name, what, repeats) -> dict:
 
 def measure(name: str, what: str, repeats: int) -> dict:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    import torch
-
     from common import training
-    from common.data import EpochBatches, ImageSet, loader
-    from common.fold_data import FoldData
-    from common.images import write_planes
-    from common.inference import Normalisation, choose_hardware
+    from common.data import EpochBatches, loader
+    from common.inference import choose_hardware
 
     sys.stderr = open(os.devnull, "w")
     recipe, n = NETWORKS[name]
-    rng = np.random.default_rng(0)
-    targets = rng.random((n, 28)) < 0.06
-    hardware = choose_hardware("cpu", "auto", None)
     with tempfile.TemporaryDirectory() as folder:
-        ids = np.array([f"s{i}" for i in range(n)])
-        for Id in ids:
-            write_planes(Path(folder) / f"{Id}.tif", rng.integers(0, 256, (4, recipe.size // 8, recipe.size // 8), dtype=np.uint8)
-                         .repeat(8, axis=1).repeat(8, axis=2))
-        images = ImageSet(Path(folder), ids, targets, recipe.crop)
-        data = FoldData(images, replace(images, crop=None), targets.sum(axis=0), Normalisation((0.1,) * 4, (0.1,) * 4))
-        run = training.new_run(recipe, data, hardware, 0, 0)
-        for group in run.optimizer.param_groups:
-            group["lr"] = 1e-4
+        data = drawn_data(Path(folder), recipe, n)
+        hardware = choose_hardware("cpu", "auto", None)
+        if what == "settings":
+            return measure_settings(recipe, n, data, repeats)
+        run = new_run(recipe, data, hardware)
         batches = []
         if what != "stage04":
             batches = [(run.normalise(x, hardware.device), y) for x, y in
-                       loader(images, 0, False, EpochBatches(n, recipe.batch_size, 0, 0))]
-            images.cache.clear()
-
-        def bare():
-            for x, y in batches:
-                run.optimizer.zero_grad(set_to_none=True)
-                with hardware.casting():
-                    logits = run.model(x)
-                torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y).backward()
-                run.optimizer.step()
-
-        def stage04():
-            run.epoch, run.step = run.epoch + 1, 0
-            training.train_epoch(run, data, name, lambda: None)
-
+                       loader(data.train, 0, False, EpochBatches(n, recipe.batch_size, 0, 0))]
+            data.train.cache.clear()
         seconds = {"bare": [], "stage04": [], "waiting": []}
 
         def timed_loader(*args):
@@ -120,19 +114,79 @@ def measure(name: str, what: str, repeats: int) -> dict:
                 yield batch
 
         training.loader = timed_loader
-        run.model.train()
         for _ in range(repeats + 1):
-            for key, work in (("bare", bare), ("stage04", stage04)):
+            for key, work in (("bare", lambda: bare_epoch(run, batches)), ("stage04", lambda: epoch(run, data))):
                 if key == what or what == "both":
-                    started = time.perf_counter()
-                    work()
-                    seconds[key].append(time.perf_counter() - started)
+                    seconds[key].append(timed(work))
     result = {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
     if what == "both":
         own, other, wait = (np.array(seconds[key][1:]) for key in ("stage04", "bare", "waiting"))
         result |= {"bare_ms": round(1000 * float(np.median(other)) / n, 3), "stage04_ms": round(1000 * float(np.median(own)) / n, 3),
                    "ratio": round(float(np.median(own / other)), 3), "waiting": round(float(np.median(wait / own)), 4)}
     return result
+
+
+def measure_settings(recipe, n: int, data, repeats: int) -> dict:
+    from common.inference import choose_hardware
+
+    runs = {setting: new_run(recipe, data, choose_hardware("cpu", workers=None, **flags)) for setting, flags in SETTINGS.items()}
+    seconds = [[timed(lambda run=run: epoch(run, data)) for run in runs.values()] for _ in range(repeats + 1)]
+    first, later = np.array(seconds[0]), np.array(seconds[1:])
+    ratios = np.median(later / later[:, :1], axis=0)
+    return {setting: {"ms": round(1000 * float(np.median(later[:, k])) / n, 3), "ratio": round(float(ratios[k]), 3),
+                      "first_s": round(float(first[k] - np.median(later[:, k])), 1)} for k, setting in enumerate(runs)}
+
+
+def drawn_data(folder: Path, recipe, n: int):
+    """Write n images of blocks of noise, and return them as the data of a fold."""
+    from common.data import ImageSet
+    from common.fold_data import FoldData
+    from common.images import write_planes
+    from common.inference import Normalisation
+
+    rng = np.random.default_rng(0)
+    targets = rng.random((n, 28)) < 0.06
+    ids = np.array([f"s{i}" for i in range(n)])
+    for Id in ids:
+        write_planes(folder / f"{Id}.tif", rng.integers(0, 256, (4, recipe.size // 8, recipe.size // 8), dtype=np.uint8)
+                     .repeat(8, axis=1).repeat(8, axis=2))
+    images = ImageSet(folder, ids, targets, recipe.crop)
+    return FoldData(images, replace(images, crop=None), targets.sum(axis=0), Normalisation((0.1,) * 4, (0.1,) * 4))
+
+
+def new_run(recipe, data, hardware):
+    from common import training
+
+    run = training.new_run(recipe, data, hardware, 0, 0)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 1e-4
+    run.model.train()
+    return run
+
+
+def epoch(run, data) -> None:
+    """An epoch of stage 04."""
+    from common import training
+
+    run.epoch, run.step = run.epoch + 1, 0
+    training.train_epoch(run, data, "benchmark", lambda: None)
+
+
+def bare_epoch(run, batches: list) -> None:
+    import torch
+
+    for x, y in batches:
+        run.optimizer.zero_grad(set_to_none=True)
+        with run.hardware.casting():
+            logits = run.model(x)
+        torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y).backward()
+        run.optimizer.step()
+
+
+def timed(work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

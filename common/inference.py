@@ -15,19 +15,21 @@ from common.errors import UserError
 from common.progress import progress
 
 BATCH = 32  # whole images at once
+MEMORY_FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 @dataclass(frozen=True)
 class Hardware:
     """Where and how a network runs: device, autocast type (None = 32-bit floats), loader processes, the team of
-    processes that train together, how many images of a batch are in memory at once (None = all), and whether the
-    network is compiled for training."""
+    processes that train together, how many images of a batch are in memory at once (None = all), and for training
+    whether the network is compiled and how its tensors lie in memory."""
     device: torch.device
     autocast: torch.dtype | None = None
     workers: int = 0
     team: Team = Team()
     micro_batch: int | None = None
     compiled: bool = False
+    memory_format: torch.memory_format = torch.channels_last
 
     @property
     def is_gpu(self) -> bool:
@@ -38,7 +40,7 @@ class Hardware:
 
 
 def choose_hardware(device: str, precision: str, workers: int | None, micro_batch: int | None = None,
-                    compiled: bool = False, training: bool = True) -> Hardware:
+                    compiled: bool = False, memory_format: str = "channels-last", training: bool = True) -> Hardware:
     """Resolve 'auto': a GPU where there is one, else the CPU; bfloat16 where the hardware gains from it, float16 on
     older GPUs, else 32 bit. A CPU predicts in 32 bit always, so that no image's result depends on its batch.
 
@@ -63,7 +65,7 @@ def choose_hardware(device: str, precision: str, workers: int | None, micro_batc
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return Hardware(device, autocast, workers, join_team(device), micro_batch, compiled)
+    return Hardware(device, autocast, workers, join_team(device), micro_batch, compiled, MEMORY_FORMATS[memory_format])
 
 
 def bf16_is_faster(cpu: dict) -> bool:

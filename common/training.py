@@ -120,7 +120,7 @@ def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed:
     torch.backends.cudnn.benchmark = False
     device, team = hardware.device, hardware.team
     seed_torch(seed, fold)
-    model = build_model(recipe, N_CLASSES, weights).to(device, memory_format=torch.channels_last)
+    model = build_model(recipe, N_CLASSES, weights).to(device, memory_format=hardware.memory_format)
     network = model
     if team.size > 1:
         network = DistributedDataParallel(model, device_ids=[device] if hardware.is_gpu else None)
@@ -207,7 +207,8 @@ def accumulate(run: Run, images, targets, n: int, share: float, step: int) -> tu
     def losses_of(k, network):
         seed_torch(run.seed, 1, step, team.rank, k)
         with run.hardware.casting():
-            logits = network(run.normalise(images[parts[k]], run.hardware.device))
+            inputs = run.normalise(images[parts[k]], run.hardware.device)
+            logits = network(inputs.contiguous(memory_format=run.hardware.memory_format))
         return sample_losses(logits, targets[parts[k]], run.class_weights, run.recipe)
 
     whole = losses_of(0, run.network) if len(parts) == 1 else None

@@ -615,6 +615,15 @@ def test_a_cpu_trains_in_bf16_where_that_is_faster_and_predicts_in_32_bit(monkey
     assert choose_hardware("cpu", "auto", None, training=False).autocast is None
 
 
+def test_the_memory_format_changes_rounding_only(tmp_path):
+    data = fold_data(tmp_path / "images", 16)
+    usual = train(tmp_path / "usual", data)
+    other = train(tmp_path / "other", data, hardware=choose_hardware("cpu", "fp32", 0, memory_format="contiguous"))
+    assert all(value.is_contiguous() for value in other.model.state_dict().values())
+    for before, after in zip(usual.history[:2], other.history[:2], strict=True):
+        assert after["valid_loss"] == pytest.approx(before["valid_loss"], rel=1e-3)
+
+
 def test_a_compiled_network_learns_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     data = fold_data(tmp_path / "images", 16)
