@@ -144,10 +144,11 @@ def collate(items):
 
 
 class Loader(DataLoader):
-    """A DataLoader whose processes get no SIGTERM before `leave_signals`: torch would let it end them, and training with them."""
+    """A DataLoader whose processes get no signals before `leave_signals`: torch would let SIGTERM end them, and training with
+    them, and Ctrl+C would be a traceback of theirs."""
 
     def __iter__(self):
-        with stopping.blocked({signal.SIGTERM}) if self.num_workers else nullcontext():
+        with stopping.blocked({signal.SIGINT, signal.SIGTERM}) if self.num_workers else nullcontext():
             return super().__iter__()
 
 
@@ -161,4 +162,4 @@ def leave_signals(_) -> None:
     """Let a loader process outlast what is sent to the whole process group: the process that it works for ends it when it can."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stopping.end_later())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})

@@ -187,6 +187,13 @@ def test_loaders_that_have_just_begun_are_there_until_all_is_saved():
     assert code == 143 and "saved" in output and "To go on: " in output and "Traceback" not in output, output
 
 
+def test_loaders_that_have_just_begun_say_nothing_of_ctrl_c():
+    slow_fork = "import multiprocessing.util as u, time\nu.register_after_fork(u.register_after_fork, lambda _: time.sleep(2))\n"
+    command = [sys.executable, "-c", slow_fork + LOADING.replace("SECONDS", "0").replace("stopping.HELD", "nullcontext()")]
+    code, output, _ = stopped(command, signal.SIGINT, ("begun",), whole_group=True)
+    assert code in (130, -2) and output.count("To go on: ") == 1 and "Traceback" not in output, output
+
+
 def test_a_forked_process_ends_without_a_word():
     code = ("import os, multiprocessing as m, time; from common import stopping; stopping.listen(); "
             "child = m.get_context('fork').Process(target=time.sleep, args=(60,)); child.start(); time.sleep(0.5); "
