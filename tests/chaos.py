@@ -40,6 +40,7 @@ TINY = ("--quick", "--recipes", "demo", "--set", "cycle_epochs=4", "--set", "max
         "finder=off", "--pretrained", "none")
 SAME = ("submission.csv", "thresholds.json", "folds.csv", f"predictions/{RUN}/oof.npz", f"predictions/{RUN}/test.npz")
 CODES = {"group": {-9}, "main": {-9}, "both": {-9, 2}, "worker": {2}, "ctrl-c": {130, -2}, "term": {143, -15}, "torn": {143, -15}}
+PYTHON_STARTS = ("init_import_site", "line 0, in <module>\nKeyboardInterrupt")  # before a script's first line; or without a word
 SECONDS_TO_END = 15  # on a machine that does other things too
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
                "PYTHONPATH": str(ROOT / "tests" / "hooks"), "HOOK_CHECKPOINT_SECONDS": "0"}
@@ -138,7 +139,7 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
         text = output.read()
     if was_killed and seconds > SECONDS_TO_END and process.returncode != 0:
         return True, f"still there {seconds:.0f} s after {kind}: {shlex.join(command)}\n{text}"
-    if kind == "ctrl-c" and "init_import_site" in text:  # Python itself was still starting
+    if kind == "ctrl-c" and (any(part in text for part in PYTHON_STARTS) or process.returncode == -2 and not text):
         return True, None
     if process.returncode == 0:  # it was done, or did without what was killed
         return False, None
