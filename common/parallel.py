@@ -65,7 +65,7 @@ def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, labe
         if any([was_stopped for _, was_stopped in done]) and not stopping.STATE.asked:
             raise UserError(f"{label}: {WORKER_LOST}")
         if cluster is None:  # idle ones would only note a SIGTERM, and be waited for
-            get_reusable_executor().shutdown(kill_workers=True)
+            get_reusable_executor(reuse=True).shutdown(kill_workers=True)
 
 
 def _stoppable(parent, function, job) -> bool:
