@@ -99,6 +99,7 @@ def main():
         if team.is_main:
             prepare([stage for stage, *_ in jobs], args.force)
         team.agree("prepared")
+        cli.leave_out("--force")
     do = find_lr if args.find_lr else partial(train_job, on_nan=args.on_nan, tensorboard=args.tensorboard)
     run_jobs(do, [(*job, args.work, args.seed, flags) for job in jobs], args.jobs, args.cluster, "training")
     if args.tensorboard and team.is_main:

@@ -240,6 +240,11 @@ def say_stopped(stop: BaseException) -> None:
         print(f"\nstopped; finished work is kept. To go on: {command()}", file=sys.stderr)
 
 
+def leave_out(flag: str) -> None:
+    """From here on the command that goes on is without a flag: what it asks for is done, and would undo what comes now."""
+    sys.argv = [argument for argument in sys.argv if argument != flag]
+
+
 def command() -> str:
     """Return the command line that was given: this script's, torchrun's, or run_all.sh's, which hands on its own."""
     launcher = ["python"]
