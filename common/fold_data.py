@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from common.artifacts import digest, stored_images
-from common.data import ImageSet
+from common.data import STANDARD_DEVIATION, STANDARD_MEAN, ImageSet
 from common.errors import UserError
 from common.folds import class_counts, fold_numbers, training_rows
 from common.images import CHANNELS
@@ -35,7 +35,10 @@ def known_folds(work: Path, folds: pd.DataFrame, numbers: list[int]) -> None:
 
 def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe,
               normalisation: Normalisation | None = None) -> FoldData:
-    """Return the data of one fold of stage 03's table; normalised by its own statistics unless given others."""
+    """Return the data of one fold of stage 03's table; normalised by its own statistics unless given others.
+
+    Standardised images are brought to mean 0 and deviation 1.
+    """
     targets = parse_targets(folds["Target"])
     train, valid = training_rows(folds, fold), (folds["fold"] == fold).to_numpy()
     rows = np.repeat(np.flatnonzero(train), folds["copies"].to_numpy()[train])
@@ -43,10 +46,14 @@ def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe,
         raise UserError(f"fold {fold} leaves {len(rows)} samples to train on; give more data or fewer folds")
     ids, folder = folds["Id"].to_numpy(), work / "images" / recipe.store
     stored = stored_images(work, recipe.store, ids[train])
-    if normalisation is None:
+    valid_set = image_set(work, recipe, folds[valid])
+    if valid_set.standardised:
+        normalisation = Normalisation((STANDARD_MEAN / 255,) * 4, (STANDARD_DEVIATION / 255,) * 4)
+    elif normalisation is None:
         normalisation = measured_normalisation(stored)
-    return FoldData(ImageSet(folder, ids[rows], targets[rows], recipe.crop, crcs=dict(stored[["Id", "crc"]].to_numpy())),
-                    image_set(work, recipe, folds[valid]), class_counts(folds, fold), normalisation)
+    return FoldData(ImageSet(folder, ids[rows], targets[rows], recipe.crop, crcs=dict(stored[["Id", "crc"]].to_numpy()),
+                             standardised=valid_set.standardised),
+                    valid_set, class_counts(folds, fold), normalisation)
 
 
 def measured_normalisation(statistics: pd.DataFrame) -> Normalisation:
@@ -67,4 +74,5 @@ def image_set(work: Path, recipe: Recipe, rows: pd.DataFrame) -> ImageSet:
     """Return the whole stored images of a table with Id and Target."""
     stored = stored_images(work, recipe.store, rows["Id"])
     return ImageSet(work / "images" / recipe.store, rows["Id"].to_numpy(), parse_targets(rows["Target"]),
-                    sides=stored["side"].to_numpy(), crcs=dict(stored[["Id", "crc"]].to_numpy()))
+                    sides=stored["side"].to_numpy(), crcs=dict(stored[["Id", "crc"]].to_numpy()),
+                    standardised=recipe.standardise == "sample")

@@ -13,7 +13,6 @@ from common.recipes import Recipe
 
 # Names of the encoders' children at which three layer groups split: the second half of the encoder begins there.
 SPLITS = ("layer3", "denseblock3", "11", "c")
-DEVIATION_FLOOR = 0.02  # of the normalised images: noise in an empty channel stays small
 INCEPTION_MINIMUM = 75  # pixels: smaller images vanish between its unpadded convolutions
 
 
@@ -37,37 +36,18 @@ class PadTo(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Encoder, global pooling and head: (n, 4, h, w) images -> (n, n_classes) logits.
+    """Encoder, global pooling and head: (n, 4, h, w) images -> (n, n_classes) logits."""
 
-    standardised : bring each channel of each image to mean 0 and deviation 1 first
-    """
-
-    def __init__(self, encoder: nn.Sequential, pool: nn.Module, head: nn.Sequential, standardised: bool = False):
+    def __init__(self, encoder: nn.Sequential, pool: nn.Module, head: nn.Sequential):
         super().__init__()
-        self.standardised = standardised
         self.encoder = encoder
         self.pool = pool
         self.head = head
 
     def forward(self, x):
-        if self.standardised:
-            x = standardise(x)
         x = self.encoder(x)  # (n, c, h / 32, w / 32)
         x = self.pool(x)  # (n, 2c) by adaptive concat pooling
         return self.head(x)
-
-
-def standardise(x: torch.Tensor) -> torch.Tensor:
-    """Subtract the mean of each channel of each image, (n, c, h, w), and divide by its deviation (plus a small floor)."""
-    n, c, _, w = x.shape
-    rows = x.permute(0, 2, 3, 1).flatten(2)  # (n, h, w c), as they lie in memory
-    pixels = rows.view(n, -1, c)
-    mean = pixels.mean(dim=1, keepdim=True)
-    variance = (pixels.square().mean(dim=1, keepdim=True) - mean.square()).clamp_min(0)
-    scale = 1 / (variance.sqrt() + DEVIATION_FLOOR)
-    # With whole rows in place of c numbers at a time this takes a third of the time.
-    scaled = torch.addcmul((-mean * scale).repeat(1, 1, w), rows, scale.repeat(1, 1, w))
-    return scaled.unflatten(2, (w, c)).permute(0, 3, 1, 2)
 
 
 class GapNetEncoder(nn.Sequential):
@@ -244,7 +224,7 @@ def build_model(recipe: Recipe, n_classes: int, weights: dict | None = None) -> 
     """Return the recipe's network; what `weights` does not give is drawn from torch's global generator."""
     encoder, features = build_encoder(recipe, weights)
     pooled = 2 * features if recipe.pooling == "acp" else features
-    return Classifier(encoder, build_pool(recipe.pooling), build_head(pooled, n_classes, recipe), recipe.standardise == "sample")
+    return Classifier(encoder, build_pool(recipe.pooling), build_head(pooled, n_classes, recipe))
 
 
 def count_parameters(recipe: Recipe, n_classes: int) -> int:

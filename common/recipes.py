@@ -51,7 +51,7 @@ class Recipe:
     head_order: str = "linear-relu-dropout"  # after a BatchNorm, as is fastai's other order; the one with SELU has none
     fourth_channel: str = "red"  # where the stem's weights for yellow come from
     normalisation: str = "weights"  # that of the pretrained weights; of the data, as always where there are none
-    standardise: str = "none"  # "sample": then each image's channels, each by its own mean and deviation
+    standardise: str = "none"  # "sample": before, each channel of each image by its own mean and deviation
 
     # E-loss (eq. 5-6) on the base loss; weights normalised to sum to 28 (Cui et al. 2019) unless raw.
     base_loss: str = "focal"

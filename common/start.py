@@ -42,7 +42,8 @@ def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
     """
     if file:
         build_encoder(recipe, read_weights(file))
-        return Start(file, weights_normalisation(recipe, file) if recipe.normalisation == "weights" else None)
+        of_weights = recipe.normalisation == "weights" and recipe.standardise == "none"
+        return Start(file, weights_normalisation(recipe, file) if of_weights else None)
     if pretrained == "none":
         return Start()
     return Start(reason="the published ones could not be had" if recipe.encoder in PUBLISHED else

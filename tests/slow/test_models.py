@@ -7,8 +7,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 from common.errors import UserError
-from common.models import (DEVIATION_FLOOR, AdaptiveConcatPool2d, GapNetEncoder, PadTo, backbone, build_encoder, build_head,
-                           build_model, count_parameters, densenet50, param_groups, pretrainedmodel, standardise, stem, widen_stem)
+from common.models import (AdaptiveConcatPool2d, GapNetEncoder, PadTo, backbone, build_encoder, build_head, build_model,
+                           count_parameters, densenet50, param_groups, pretrainedmodel, stem, widen_stem)
 from common.recipes import CHOICES, RECIPES, Recipe, get_recipe
 from tests.conftest import ROOT
 
@@ -53,26 +53,6 @@ def test_small_images_stand_in_the_middle_of_zeros_and_large_ones_are_left_alone
     assert small.shape == (1, 1, 7, 9) and small[0, 0, :, 0].tolist() == [0, 1, 1, 1, 1, 0, 0]
     large = torch.randn(1, 1, 8, 8)
     assert PadTo(7)(large).equal(large)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_standardised_images_have_mean_0_and_deviation_1(layout):
-    x = torch.randn(3, 4, 40, 24) + torch.arange(4).view(1, 4, 1, 1)
-    variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
-    found = standardise(x.contiguous(memory_format=layout))
-    torch.testing.assert_close(found, (x - mean) / (variance.sqrt() + DEVIATION_FLOOR), atol=1e-5, rtol=1e-5)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert standardise(torch.full((1, 4, 8, 8), -0.4)).abs().max() < 1e-2  # an empty channel
-
-
-def test_a_network_that_standardises_does_not_see_brightness():
-    x, brighter = torch.randn(3, 4, 64, 64), torch.tensor([0.5, 1, 2, 3]).view(1, 4, 1, 1)
-    changes = {}
-    for standardised in CHOICES["standardise"]:
-        torch.manual_seed(0)
-        model = build_model(Recipe(encoder="resnet10_narrow", standardise=standardised), 28).eval()
-        changes[standardised] = (model(brighter * x + 1) - model(x)).abs().max().item()
-    assert changes["sample"] < changes["none"] / 5
 
 
 def test_weights_depend_on_the_seed_alone_also_the_first_time():

@@ -6,13 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from common.artifacts import read_json, sidecar
+from common.artifacts import load_predictions, read_json, read_table, sidecar
+from common.checkpoints import load_network
+from common.data import dihedral
+from common.fold_data import load_fold
+from common.inference import Normalisation, choose_hardware
 from common.models import build_encoder
-from common.recipes import Recipe
+from common.recipes import Recipe, get_recipe
 from tests.conftest import ROOT
 
 RECIPE = "demo-quick"
@@ -65,6 +70,22 @@ def test_variants_have_runs_of_their_own_and_ta_is_the_recipe(train, run_script,
     run_script("05_predict_oof.py", "--work", work, "--recipes", "demo-original-quick", "--folds", "0", "--no-test", "--tta", "none")
     message = fails("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0", "--partial")
     assert "run stage 05 for all runs with the same --tta, --view and --checkpoint" in message
+
+
+def test_our_own_small_recipe_sees_each_image_at_one_exposure(train, run_script, work):
+    train(*TINY, "--folds", "0", recipe="small_plus-quick")
+    run_script("05_predict_oof.py", "--work", work, "--recipes", "small_plus-quick", "--folds", "0", "--no-test")
+    path, recipe = work / "runs" / "small_plus-quick" / "fold0" / "best.pt", get_recipe("small_plus-quick", TINY[1:])
+    model, normalise = load_network(path, recipe, choose_hardware("cpu", "fp32", 0, training=False))
+    folds = read_table(work / "folds.csv", "")
+    data = load_fold(work, folds, 0, recipe, Normalisation((0.5,) * 4, (0.5,) * 4))
+    assert data.normalisation == normalise == Normalisation((64 / 255,) * 4, (24 / 255,) * 4)
+    images = normalise(torch.from_numpy(np.stack([data.valid[row][0] for row in range(4)])), torch.device("cpu"))
+    assert images.mean().abs() < 0.1 and images.std() == pytest.approx(0.9, abs=0.15)
+    ids, probs = load_predictions(work / "predictions" / "small_plus-quick" / "fold0_oof.npz", "")
+    turned = torch.stack([model.eval()(dihedral(images, turn)).sigmoid() for turn in range(8)]).mean(dim=0)
+    rows = [list(ids).index(Id) for Id in data.valid.ids[:4]]
+    np.testing.assert_allclose(probs[rows], turned.detach().numpy(), atol=2e-4)
 
 
 def test_a_file_of_weights_its_normalisation_and_its_record(train, work, fails, tmp_path):

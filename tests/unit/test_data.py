@@ -1,9 +1,12 @@
+from dataclasses import replace
+
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from common import cli, data
-from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop, whole_batches
+from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop, standardise, whole_batches
 from common.errors import UserError
 from common.fold_data import stored_images
 from common.images import read_planes, write_planes
@@ -30,6 +33,30 @@ def test_crops_keep_the_channels_ratio_and_reach_every_corner():
         seen |= set(crop[0].ravel())
         symmetries.add((int(crop[0, 0, 1]) - int(crop[0, 0, 0]), int(crop[0, 1, 0]) - int(crop[0, 0, 0])))
     assert {0, 7, 56, 63} <= seen and len(symmetries) == 8
+
+
+def test_standardised_images_have_one_mean_and_deviation_whatever_their_exposure():
+    image = cv2.GaussianBlur(RNG.normal(100, 60, (64, 64, 4)), (0, 0), 1).transpose(2, 0, 1).clip(0, 255)
+    found = standardise(image.astype(np.uint8)).astype(float)
+    pixels = image.astype(np.uint8).reshape(4, -1).astype(float)
+    expected = 64 + 24 * (pixels - pixels.mean(axis=1)[:, None]) / (pixels.std(axis=1)[:, None] + 1)
+    np.testing.assert_allclose(found.reshape(4, -1), expected.clip(0, 255), atol=0.5)
+    darker = standardise((image / 2 + 20).astype(np.uint8)).astype(float)
+    assert abs(darker - found).mean() < 1.5 and abs(found.mean() - 64) < 1
+
+
+def test_the_noise_of_an_empty_channel_stays_small_and_bright_spots_are_cut_off():
+    empty = (RNG.random((4, 64, 64)) < 0.01).astype(np.uint8)
+    assert standardise(empty).std() < 3 and np.ptp(standardise(np.full_like(empty, 7))) == 0
+    empty[:, 5, 5] = 255
+    assert (standardise(empty)[:, 5, 5] == 255).all()
+
+
+def test_a_set_of_standardised_images_standardises_whole_images_before_crops_are_cut(stored):
+    whole = standardise(read_planes(stored.folder / "a.tif"))
+    stored = replace(stored, standardised=True, cache=data.Cache())
+    np.testing.assert_array_equal(stored[0, DRAWS[0]][0], random_crop(whole, 32, DRAWS[0]))
+    np.testing.assert_array_equal(replace(stored, crop=None)[0][0], whole)
 
 
 def test_a_sample_that_is_not_stored_is_named_with_the_cure(tmp_path):

@@ -38,6 +38,7 @@ def test_inceptions_weights_want_halves(file):
 
 def test_the_datas_own_can_be_asked_for_and_is_used_where_nothing_is_known(file):
     assert start_from(Recipe(encoder="resnet18", normalisation="data"), "auto", file).normalisation is None
+    assert start_from(Recipe(encoder="resnet18", standardise="sample"), "auto", file).normalisation is None
     assert weights_normalisation(Recipe(encoder="densenet50"), file) is None
 
 
