@@ -566,8 +566,8 @@ def test_a_checkpoint_that_claims_more_than_its_size_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"format": 1}, "is a checkpoint of format 1, this version of the project reads format 3; train the fold again with --force"),
-    ({"format": 4}, "is a checkpoint of format 4, this version of the project reads format 3"),
+    ({"format": 1}, "is a checkpoint of format 1, this version of the project reads format 4; train the fold again with --force"),
+    ({"format": 5}, "is a checkpoint of format 5, this version of the project reads format 4"),
     ({"classes": ["a", "b"]}, "was trained for 2 classes, expected the 28 of this project"),
     ({"recipe": to_dict(replace(SMALL, buffers=(32,), alpha=0.5))},
      r"was trained with another recipe: buffers \[32\], expected \[64\]; alpha 0.5, expected 0.9"),

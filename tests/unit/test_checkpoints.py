@@ -155,7 +155,7 @@ def test_a_finished_training_of_another_format_asks_for_force(tmp_path):
 
 # --- networks ----------------------------------------------------------------------------------------------
 
-PINNED_FORMAT, PINNED = 3, {
+PINNED_FORMAT, PINNED = 4, {
     "resnet10_narrow": "6c6e29359ffa128a", "densenet50": "5aeadbe4b3da09df", "gapnet_pl": "3436de7aa1d089c9",
     "gapnet_pl_plus": "cd08d357dbfbe7b2"}
 
