@@ -1,6 +1,8 @@
 """Probabilities from a network: devices, normalisation, and test-time views."""
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +17,7 @@ from common.errors import UserError
 from common.progress import progress
 
 BATCH = 32  # whole images at once
+MALLOPT = {-3: 2 ** 26, -1: 2 ** 28}  # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in bytes, see `keep_freed_memory`
 MEMORY_FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -58,6 +61,7 @@ def choose_hardware(device: str, precision: str, workers: int | None, micro_batc
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
     device = torch.device(device)
+    keep_freed_memory()
     if precision == "auto" and device.type == "cpu":
         precision = "bf16" if training and bf16_is_faster(torch.cpu.get_capabilities()) else "fp32"
     elif precision == "auto":
@@ -66,6 +70,16 @@ def choose_hardware(device: str, precision: str, workers: int | None, micro_batc
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return Hardware(device, autocast, workers, join_team(device), micro_batch, compiled, MEMORY_FORMATS[memory_format])
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 256 MB of what is freed for the next batch: given back to the system after every step, it would be asked
+    for and zeroed again page by page, which takes up to a tenth of a small network's step."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
+        for parameter, value in MALLOPT.items():
+            mallopt(parameter, value)
 
 
 def bf16_is_faster(cpu: dict) -> bool:
