@@ -150,7 +150,7 @@ def drawn_data(folder: Path, recipe, n: int):
     for Id in ids:
         write_planes(folder / f"{Id}.tif", rng.integers(0, 256, (4, recipe.size // 8, recipe.size // 8), dtype=np.uint8)
                      .repeat(8, axis=1).repeat(8, axis=2))
-    images = ImageSet(folder, ids, targets, recipe.crop, standardised=recipe.standardise == "sample")
+    images = ImageSet(folder, ids, targets, recipe.crop, standardised=recipe.standardised)
     return FoldData(images, replace(images, crop=None), targets.sum(axis=0), Normalisation((0.1,) * 4, (0.1,) * 4))
 
 

@@ -46,14 +46,13 @@ def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe,
         raise UserError(f"fold {fold} leaves {len(rows)} samples to train on; give more data or fewer folds")
     ids, folder = folds["Id"].to_numpy(), work / "images" / recipe.store
     stored = stored_images(work, recipe.store, ids[train])
-    valid_set = image_set(work, recipe, folds[valid])
-    if valid_set.standardised:
+    if recipe.standardised:
         normalisation = Normalisation((STANDARD_MEAN / 255,) * 4, (STANDARD_DEVIATION / 255,) * 4)
     elif normalisation is None:
         normalisation = measured_normalisation(stored)
     return FoldData(ImageSet(folder, ids[rows], targets[rows], recipe.crop, crcs=dict(stored[["Id", "crc"]].to_numpy()),
-                             standardised=valid_set.standardised),
-                    valid_set, class_counts(folds, fold), normalisation)
+                             standardised=recipe.standardised),
+                    image_set(work, recipe, folds[valid]), class_counts(folds, fold), normalisation)
 
 
 def measured_normalisation(statistics: pd.DataFrame) -> Normalisation:
@@ -75,4 +74,4 @@ def image_set(work: Path, recipe: Recipe, rows: pd.DataFrame) -> ImageSet:
     stored = stored_images(work, recipe.store, rows["Id"])
     return ImageSet(work / "images" / recipe.store, rows["Id"].to_numpy(), parse_targets(rows["Target"]),
                     sides=stored["side"].to_numpy(), crcs=dict(stored[["Id", "crc"]].to_numpy()),
-                    standardised=recipe.standardise == "sample")
+                    standardised=recipe.standardised)

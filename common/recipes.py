@@ -51,7 +51,7 @@ class Recipe:
     head_order: str = "linear-relu-dropout"  # after a BatchNorm, as is fastai's other order; the one with SELU has none
     fourth_channel: str = "red"  # where the stem's weights for yellow come from
     normalisation: str = "weights"  # that of the pretrained weights; of the data, as always where there are none
-    standardise: str = "none"  # "sample": before, each channel of each image by its own mean and deviation
+    standardise: str = "none"  # "sample": each channel of each image by its own mean and deviation, in place of both
 
     # E-loss (eq. 5-6) on the base loss; weights normalised to sum to 28 (Cui et al. 2019) unless raw.
     base_loss: str = "focal"
@@ -134,6 +134,11 @@ class Recipe:
     def size(self) -> int:
         """Side of the stored images in pixels."""
         return self.image_size // self.size_divisor
+
+    @property
+    def standardised(self) -> bool:
+        """Whether images are standardised when they are read; see `data.standardise`."""
+        return self.standardise == "sample"
 
     @property
     def store(self) -> str:

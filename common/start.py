@@ -42,7 +42,7 @@ def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
     """
     if file:
         build_encoder(recipe, read_weights(file))
-        of_weights = recipe.normalisation == "weights" and recipe.standardise == "none"
+        of_weights = recipe.normalisation == "weights" and not recipe.standardised
         return Start(file, weights_normalisation(recipe, file) if of_weights else None)
     if pretrained == "none":
         return Start()
