@@ -94,9 +94,10 @@ def fastai(args, recipe, data):
 def plain(args, recipe, data):
     """Random crops and symmetries, AdamW, one cosine, binary cross-entropy, batches of 32; ResNet-18 or the recipe's network."""
     import torch
+    from torch.utils.data import DataLoader
     from torchvision.models import resnet18
 
-    from common.data import EpochBatches, loader
+    from common.data import EpochBatches, collate
     from common.models import build_model
 
     if args.contestant == "plain-ours":
@@ -111,7 +112,8 @@ def plain(args, recipe, data):
     model.train()
     started = time.monotonic()
     for epoch in range(args.epochs):
-        for images, targets in loader(data.train, 0, False, EpochBatches(len(data.train), 32, args.seed, epoch)):
+        for images, targets in DataLoader(data.train, batch_sampler=EpochBatches(len(data.train), 32, args.seed, epoch),
+                                          collate_fn=collate):
             optimizer.zero_grad()
             loss(model(data.normalisation(images, torch.device("cpu"))), targets).backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""Weights of the classes in the E-loss, by the effective number of their samples (eq. 5-6)."""
+"""Weights of the classes in the E-loss, by the effective number of their samples (eq. 5-6), and of samples that are drawn by class."""
 
 import numpy as np
 
@@ -21,3 +21,15 @@ def effective_number_weights(counts: np.ndarray, alpha: float, kind: str = "norm
         return np.ones(len(counts))
     weights = 1 / effective_numbers(np.where(counts > 0, counts, counts.max()), alpha)
     return weights if kind == "raw" else weights * len(weights) / weights.sum()
+
+
+def draw_weights(targets: np.ndarray, power: float) -> np.ndarray | None:
+    """Return how often each sample is drawn, relative to the others, (n,): (count of its rarest class) ** -power, where a sample
+    without any class is as a commonest one; None for power 0, where all are alike.
+
+    targets : (n, n_classes) bool
+    """
+    if not power:
+        return None
+    weights = np.maximum(targets.sum(axis=0), 1.0) ** -power
+    return np.where(targets, weights, weights.min()).max(axis=1)

@@ -128,13 +128,18 @@ class EpochBatches:
     of up to one batch falls away, another one each epoch. With fewer rows than a batch, one batch holds all.
     start : number of batches to leave out because an interrupted run had them
     team : of several processes each one gets its part of every batch
+    weights : (n_rows,) how often rows are drawn, relative to each other; each comes up as often as that says, rounded up or down
     """
 
-    def __init__(self, n_rows: int, batch_size: int, seed: int, epoch: int, start: int = 0, team: Team = Team()):
+    def __init__(self, n_rows: int, batch_size: int, seed: int, epoch: int, start: int = 0, team: Team = Team(),
+                 weights: np.ndarray | None = None):
         self.batch = min(batch_size, n_rows)
         self.steps = n_rows // self.batch
         rng = np.random.default_rng([seed, epoch])
         self.order, self.draws = rng.permutation(n_rows), rng.random((n_rows, 3))
+        if weights is not None:
+            ends = np.cumsum(weights)
+            self.order = np.searchsorted(ends, (self.order + rng.random()) / n_rows * ends[-1]).clip(0, n_rows - 1)
         self.start, self.team = start, team
         if self.batch < team.size:
             raise UserError(f"a batch of {self.batch} samples cannot be shared by {team.size} processes; start fewer")
@@ -171,8 +176,11 @@ class Loader(DataLoader):
             return super().__iter__()
 
 
-def loader(dataset: ImageSet, workers: int, pin: bool, batches) -> DataLoader:
-    """Return a loader of the given batches: lists of the dataset's keys."""
+def loader(dataset: ImageSet, workers: int, pin: bool, batches):
+    """Return an iterable of the given batches, lists of the dataset's keys; without processes and pinned memory a DataLoader's own
+    work is as long as that of making a small batch."""
+    if not workers and not pin:
+        return (collate([dataset[key] for key in keys]) for keys in batches)
     return Loader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches,
                   worker_init_fn=leave_signals)
 

@@ -53,6 +53,9 @@ class Recipe:
     normalisation: str = "weights"  # that of the pretrained weights; of the data, as always where there are none
     standardise: str = "none"  # "sample": each channel of each image by its own mean and deviation, in place of both
 
+    # An epoch has every sample once; with a power p above 0, as often as (count of its rarest class) ** -p says.
+    class_balance: float = 0.0
+
     # E-loss (eq. 5-6) on the base loss; weights normalised to sum to 28 (Cui et al. 2019) unless raw.
     base_loss: str = "focal"
     focal_gamma: float = 2.0
@@ -99,6 +102,7 @@ class Recipe:
             "crop_size": 32 <= self.crop <= self.size,
             "dropouts": len(self.dropouts) == len(self.buffers) and all(0 <= p < 1 for p in self.dropouts),
             "buffers": all(width > 0 for width in self.buffers),
+            "class_balance": 0 <= self.class_balance <= 1,
             "focal_gamma": self.focal_gamma >= 0,
             "alpha": 0 <= self.alpha < 1,
             "hard_share": 0 < self.hard_share <= 1,
@@ -210,7 +214,7 @@ RECIPES = {
     "resnet50_plus": plus(replace(RESNET50, batch_size=64), (2e-4, 1e-3), 24),
     "senet_plus": plus(replace(SENET, batch_size=64), (2e-4, 5e-4, 1e-3), 24),
     "small_plus": replace(plus(replace(DEMO, batch_size=32), (1e-2, 1e-2), 80), weight_decay=0.3, dropouts=(0.5,),
-                          standardise="sample"),
+                          standardise="sample", class_balance=0.5),
     "demo": DEMO,
     "demo_large": replace(DEMO, image_size=1024, crop_size=768, cycle_epochs=8),
     "demo_gapnet": replace(GAPNET_PL, size_divisor=8, batch_size=16, cycle_epochs=16, max_cycles=2),

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import stopping
 from common.artifacts import write_csv
 from common.checkpoints import FORMAT, Writer, save_checkpoint, snapshot
-from common.class_weights import effective_number_weights
+from common.class_weights import draw_weights, effective_number_weights
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data import EpochBatches, loader
 from common.errors import UserError
@@ -262,10 +262,16 @@ def learning_rate_factor(run: Run, step: int, steps: int) -> float:
     return 1.0
 
 
+def epoch_batches(run: Run, data: FoldData, epoch: int, start: int = 0) -> EpochBatches:
+    """Return an epoch's batches from number `start` on."""
+    return EpochBatches(len(data.train), run.recipe.batch_size, run.seed, epoch, start, run.hardware.team,
+                        draw_weights(data.train.targets, run.recipe.class_balance))
+
+
 def train_epoch(run: Run, data: FoldData, label: str, save) -> None:
     """Go through the rest of the run's current epoch; calls `save` now and then. Raises NotFinite."""
     recipe, hardware, team = run.recipe, run.hardware, run.hardware.team
-    batches = EpochBatches(len(data.train), recipe.batch_size, run.seed, run.epoch, run.step, team)
+    batches = epoch_batches(run, data, run.epoch, run.step)
     share = 1.0 if run.epoch < recipe.hard_warmup_epochs else recipe.hard_share
     loss_sum = torch.tensor(run.loss_sum, dtype=torch.float64, device=hardware.device)
     started = saved = time.monotonic()
@@ -316,7 +322,7 @@ def finite_weights(run: Run) -> torch.Tensor:
 def note_ranking(run: Run, rows, losses, kept) -> None:
     """Count for the batch's rows that they were ranked, whether they were kept, and their losses."""
     counts = torch.stack([torch.ones_like(losses), torch.zeros_like(losses).index_fill(0, kept, 1.0), losses], dim=1)
-    run.ranking[:, rows] += counts
+    run.ranking.index_add_(1, rows, counts.expand(2, -1, -1))  # a row may be in a batch twice
 
 
 def close_ranking(run: Run, data: FoldData, epoch: int) -> None:
@@ -504,7 +510,7 @@ def endless(data: FoldData, run: Run, n_steps: int):
     """Yield `n_steps` training batches and their size, epoch after epoch."""
     done = epoch = 0
     while done < n_steps:
-        batches = EpochBatches(len(data.train), run.recipe.batch_size, run.seed, epoch, 0, run.hardware.team)
+        batches = epoch_batches(run, data, epoch)
         for images, targets in loader(data.train, run.hardware.workers, run.hardware.is_gpu, batches):
             yield images, targets, batches.batch
             done += 1

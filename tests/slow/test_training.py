@@ -33,7 +33,8 @@ SMALL = replace(DEMO, image_size=512, crop_size=512, size_divisor=8, buffers=(64
                 min_cycle_gain=0.0, finder="off", evaluate_epochs=1)
 
 
-OURS = replace(SMALL, optimizer="adamw", schedule="one-cycle", learning_rates=(1e-3, 1e-3), evaluate_epochs=3, base_loss="bce")
+OURS = replace(SMALL, optimizer="adamw", schedule="one-cycle", learning_rates=(1e-3, 1e-3), evaluate_epochs=3, base_loss="bce",
+               class_balance=0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -280,6 +281,15 @@ def test_the_hard_samplers_choices_are_told(tmp_path):
     samples = pd.read_csv(tmp_path / "run" / "hard_samples.csv")
     assert len(samples) == 16 and (samples["ranked"] == 3).all() and samples["kept"].sum() == 3 * 8
     assert samples["share_kept"].is_monotonic_decreasing
+
+
+def test_samples_that_are_drawn_twice_are_counted_twice(tmp_path):
+    data = fold_data(tmp_path / "images", 16)
+    data.train.targets[:] = np.arange(28) == 0
+    data.train.targets[3] = np.arange(28) == 1  # one sample against fifteen: 16 * 15 / 30 draws of it an epoch
+    train(tmp_path / "run", data, replace(SMALL, batch_size=16, hard_warmup_epochs=0, class_balance=1.0))
+    samples = pd.read_csv(tmp_path / "run" / "hard_samples.csv").set_index("Id")
+    assert samples["ranked"].sum() == 4 * 16 and samples.loc["s3", "ranked"] == 4 * 8
 
 
 def test_a_wrong_label_is_kept_most_often(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common import cli, data
+from common.class_weights import draw_weights
 from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop, standardise, whole_batches
 from common.errors import UserError
 from common.fold_data import stored_images
@@ -79,6 +80,25 @@ def test_each_row_comes_once_an_epoch_in_another_order():
     epochs = [[p[0] for batch in EpochBatches(40, 8, 0, epoch) for p in batch] for epoch in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
     assert epochs[0] != epochs[1]
+
+
+def test_rows_are_drawn_as_often_as_their_weights_say_rounded_up_or_down():
+    weights = np.array([1, 1, 1, 5, 0.5, 3.5])
+    counts = np.array([np.bincount(EpochBatches(6, 3, 0, epoch, weights=weights).order, minlength=6) for epoch in range(4000)])
+    expected = 6 * weights / weights.sum()
+    assert (counts >= np.floor(expected)).all() and (counts <= np.ceil(expected)).all()
+    np.testing.assert_allclose(counts.mean(axis=0), expected, atol=0.04)
+    assert sorted(EpochBatches(40, 8, 0, 0, weights=np.full(40, 0.1)).order) == list(range(40))
+    places = np.array([np.flatnonzero(EpochBatches(6, 3, 0, epoch, weights=weights).order == 3)[0] for epoch in range(300)])
+    assert set(places) >= {0, 1, 2, 3}  # in any order
+
+
+def test_a_sample_is_drawn_by_the_count_of_its_rarest_class():
+    targets = np.zeros((27, 28), dtype=bool)
+    targets[:25, 0] = targets[:4, 1] = targets[0, 2] = True  # 25, 4 and 1 samples; the last two samples have no class
+    np.testing.assert_allclose(draw_weights(targets, 0.5), [1, *[1 / 2] * 3, *[1 / 5] * 23])
+    np.testing.assert_allclose(draw_weights(targets, 1.0), [1, *[1 / 4] * 3, *[1 / 25] * 23])
+    assert draw_weights(targets, 0.0) is None
 
 
 def test_batches_are_full_and_small_sets_make_one():
