@@ -72,7 +72,6 @@ def choose_hardware(device: str, precision: str, workers: int | None, micro_batc
     return Hardware(device, autocast, workers, join_team(device), micro_batch, compiled, MEMORY_FORMATS[memory_format])
 
 
-@cache
 def keep_freed_memory() -> None:
     """Let glibc keep up to 256 MB of what is freed for the next batch: given back to the system after every step, it would be asked
     for and zeroed again page by page, which takes up to a tenth of a small network's step."""
