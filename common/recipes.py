@@ -19,7 +19,7 @@ CHOICES = {
     "fourth_channel": ("red", "zeros", "mean"),
     "normalisation": ("weights", "data"),
     "standardise": ("none", "sample"),
-    "optimizer": ("sgd", "adamw"),
+    "optimizer": ("sgd", "adamw", "muon"),
     "base_loss": ("focal", "bce"),
     "class_weights": ("normalised", "raw", "none"),
     "weighted_part": ("column", "positives"),
@@ -75,9 +75,9 @@ class Recipe:
     layer_groups: int = 2
     learning_rates: tuple[float, ...] = ()
     finder: str = "record"
-    optimizer: str = "sgd"
-    momentum: float = 0.9  # of SGD; beta1 of AdamW
-    weight_decay: float = 1e-6  # L2 on all parameters with SGD; decoupled and on weights only with AdamW
+    optimizer: str = "sgd"  # "muon" is for the weights of convolutions, with AdamW for the rest
+    momentum: float = 0.9  # of SGD and Muon; beta1 of AdamW
+    weight_decay: float = 1e-6  # L2 on all parameters with SGD; decoupled and on weights only with AdamW and Muon
     l1: float = 0.0
     clip_norm: float = 0.0  # largest norm of the gradient; 0 = any
 
@@ -213,8 +213,8 @@ RECIPES = {
     "gapnet_pl_plus": replace(GAPNET_PL, encoder="gapnet_pl_plus"),
     "resnet50_plus": plus(replace(RESNET50, batch_size=64), (2e-4, 1e-3), 24),
     "senet_plus": plus(replace(SENET, batch_size=64), (2e-4, 5e-4, 1e-3), 24),
-    "small_plus": replace(plus(replace(DEMO, batch_size=32), (1e-2, 1e-2), 80), weight_decay=0.3, dropouts=(0.5,),
-                          standardise="sample", class_balance=0.5),
+    "small_plus": replace(plus(replace(DEMO, batch_size=32), (2e-2, 1e-2), 80), optimizer="muon", weight_decay=0.3,
+                          dropouts=(0.5,), standardise="sample", class_balance=0.5),
     "demo": DEMO,
     "demo_large": replace(DEMO, image_size=1024, crop_size=768, cycle_epochs=8),
     "demo_gapnet": replace(GAPNET_PL, size_divisor=8, batch_size=16, cycle_epochs=16, max_cycles=2),

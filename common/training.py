@@ -26,6 +26,7 @@ from common.inference import Hardware, Normalisation, predict_logits, views
 from common.losses import hard_samples, sample_losses
 from common.metrics import macro_f1
 from common.models import build_model, param_groups
+from common.muon import Muon
 from common.progress import progress
 from common.recipes import Recipe, to_dict
 from common.schedules import cosine_with_restarts, cycle_gain, exponential_range, has_diverged, one_cycle, plateau_halvings
@@ -135,12 +136,15 @@ def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed:
 
 
 def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
-    """Return SGD with momentum, or AdamW that leaves biases and normalisation layers without decay."""
+    """Return SGD with momentum, or AdamW or Muon, which leave biases and normalisation layers without decay."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
-    parts = [{**group, "params": [p for p in group["params"] if (p.ndim > 1) == decayed], "weight_decay": decay}
-             for group in groups for decayed, decay in ((True, recipe.weight_decay), (False, 0.0))]
-    return torch.optim.AdamW(parts, lr=0.0, betas=(recipe.momentum, 0.99), fused=True)
+    kinds = {"convolutions": lambda p: p.ndim > 2, "dense layers": lambda p: p.ndim == 2, "others": lambda p: p.ndim < 2}
+    parts = [{**group, "params": [p for p in group["params"] if is_kind(p)], "muon": kind == "convolutions",
+              "weight_decay": 0.0 if kind == "others" else recipe.weight_decay}
+             for group in groups for kind, is_kind in kinds.items()]
+    optimizer = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
+    return optimizer([part for part in parts if part["params"]], lr=0.0, betas=(recipe.momentum, 0.99), fused=True)
 
 
 # --- one step ----------------------------------------------------------------------------------------------

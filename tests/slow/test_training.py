@@ -33,7 +33,7 @@ SMALL = replace(DEMO, image_size=512, crop_size=512, size_divisor=8, buffers=(64
                 min_cycle_gain=0.0, finder="off", evaluate_epochs=1)
 
 
-OURS = replace(SMALL, optimizer="adamw", schedule="one-cycle", learning_rates=(1e-3, 1e-3), evaluate_epochs=3, base_loss="bce",
+OURS = replace(SMALL, optimizer="muon", schedule="one-cycle", learning_rates=(1e-3, 1e-3), evaluate_epochs=3, base_loss="bce",
                class_balance=0.5)
 
 
@@ -591,8 +591,9 @@ def test_a_checkpoint_of_something_else_is_refused_with_both_named(tmp_path, cha
         begin_fold(tmp_path, fold_data(tmp_path, 4), SMALL, CPU, 0, 0, Start(), "test")
 
 
-def test_adamw_decays_weights_only_and_holds_every_parameter_once():
-    recipe = replace(OURS, weight_decay=0.1)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weights_only_are_decayed_and_every_parameter_is_held_once(optimizer):
+    recipe = replace(OURS, optimizer=optimizer, weight_decay=0.1)
     model = build_model(recipe, 28)
     groups = training.build_optimizer(recipe, training.param_groups(model, (1e-3, 2e-3))).param_groups
     held = [parameter for group in groups for parameter in group["params"]]

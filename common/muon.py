@@ -1,0 +1,68 @@
+"""Muon: steps of momentum whose directions are all equally long (Jordan et al. 2024), for the weights of convolutions."""
+
+import math
+
+import torch
+
+# Of the quintic iteration: steepest at 0, so that five of them bring singular values between 0.001 and 1 to 0.7 to 1.2.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+EPSILON = 1e-7
+RMS = 0.2  # of a step of AdamW, which steps here are as large as (Liu et al. 2025)
+
+
+def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a matrix (m, n) with its singular values brought to about 1, its singular vectors as they are.
+
+    Each iteration multiplies by a polynomial of the matrix and its transpose. Those commute, so all are multiplied in the
+    smaller of the two spaces first and meet the matrix once: a third of the work where n is 9 m, as in a convolution.
+    """
+    a, b, c = COEFFICIENTS
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    wide = wide / wide.norm().clamp(min=EPSILON)
+    gram = wide @ wide.T
+    product = None
+    for i in range(ITERATIONS):
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor if product is None else factor @ product
+        if i < ITERATIONS - 1:
+            gram = factor @ gram @ factor
+    wide = product @ wide
+    return wide if len(matrix) <= matrix.shape[1] else wide.T
+
+
+class Muon(torch.optim.AdamW):
+    """Muon with Nesterov's momentum for the groups of parameters that say `muon`, AdamW for the others.
+
+    Weights (m, ...) count as matrices (m, n); a Muon group's momentum is its first beta. Steps are as large as AdamW's, so
+    rates and decay mean the same for both.
+    """
+
+    def __init__(self, groups: list[dict], **settings):
+        super().__init__(groups, **settings)
+        self._step_supports_amp_scaling = False  # the scaler undoes its scale before the step
+
+    __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's looks for its own state in every parameter
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        groups = self.param_groups
+        for group in groups:
+            if group["muon"]:
+                for parameter in group["params"]:
+                    self._step_of(parameter, group)
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+    def _step_of(self, parameter: torch.Tensor, group: dict) -> None:
+        state, momentum = self.state[parameter], group["betas"][0]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        average = state["momentum"].lerp_(parameter.grad, 1 - momentum)
+        update = orthogonalised(parameter.grad.lerp(average, momentum).flatten(1))
+        size = group["lr"] * RMS * math.sqrt(max(update.shape))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(parameter), alpha=-size)
