@@ -4,7 +4,7 @@ import math
 
 import torch
 
-# Of the quintic iteration: steepest at 0, so that five of them bring singular values between 0.001 and 1 to 0.7 to 1.2.
+# Of the quintic iteration: steep at 0, so that five of them bring singular values between 0.0015 and 1 to 0.68 to 1.21.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPSILON = 1e-7
@@ -18,7 +18,8 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
     smaller of the two spaces first and meet the matrix once: a third of the work where n is 9 m, as in a convolution.
     """
     a, b, c = COEFFICIENTS
-    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    tall = len(matrix) > matrix.shape[1]
+    wide = matrix.T if tall else matrix
     wide = wide / wide.norm().clamp(min=EPSILON)
     gram = wide @ wide.T
     product = None
@@ -29,7 +30,7 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
         if i < ITERATIONS - 1:
             gram = factor @ gram @ factor
     wide = product @ wide
-    return wide if len(matrix) <= matrix.shape[1] else wide.T
+    return wide.T if tall else wide
 
 
 class Muon(torch.optim.AdamW):

@@ -139,10 +139,9 @@ def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer
     """Return SGD with momentum, or AdamW or Muon, which leave biases and normalisation layers without decay."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
-    kinds = {"convolutions": lambda p: p.ndim > 2, "dense layers": lambda p: p.ndim == 2, "others": lambda p: p.ndim < 2}
-    parts = [{**group, "params": [p for p in group["params"] if is_kind(p)], "muon": kind == "convolutions",
-              "weight_decay": 0.0 if kind == "others" else recipe.weight_decay}
-             for group in groups for kind, is_kind in kinds.items()]
+    parts = [{**group, "params": [p for p in group["params"] if p.ndim == dimensions], "muon": dimensions == 4,
+              "weight_decay": recipe.weight_decay if dimensions > 1 else 0.0}
+             for group in groups for dimensions in (4, 2, 1)]  # convolutions, dense layers, biases and normalisation layers
     optimizer = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
     return optimizer([part for part in parts if part["params"]], lr=0.0, betas=(recipe.momentum, 0.99), fused=True)
 

@@ -48,10 +48,10 @@ def steps(optimizer, held, n=5, scaler=None):
             optimizer.step()
 
 
-def muon(convolutions, others=(), **settings):
+def muon(convolutions, others=()):
     groups = [{"params": list(convolutions), "muon": True, "weight_decay": 0.3},
               {"params": list(others), "muon": False, "weight_decay": 0.1}]
-    return Muon(groups[:1 + bool(others)], lr=0.02, betas=(0.9, 0.99), fused=True, **settings)
+    return Muon(groups[:1 + bool(others)], lr=0.02, betas=(0.9, 0.99), fused=True)
 
 
 def test_its_steps_are_those_of_torchs_own_muon():
