@@ -2,7 +2,7 @@
 
 bare     the same network, precision, batches and views on normalised tensors that are in memory already
 stage05  predict_logits of stage 05 from stored images: reading, normalising, turning
-In one process, in turn; the median of the ratios counts, after a round that is not counted.
+In one process, batch by batch in turn; the median of the rounds' ratios counts, after a round that is not counted.
 
 example python benchmarks/predict.py
 The last line is a JSON object.
@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli
 from common.recipes import get_recipe
+from in_turn import InTurn
 
 # name -> recipe, images
 NETWORKS = {"tiny": (get_recipe("demo"), 256), "tiny+": (get_recipe("small_plus"), 256),
@@ -32,11 +32,12 @@ def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--repeats", type=cli.positive, default=7, metavar="N", help="rounds (default: 7)")
     args = parser.parse_args()
-    print(f"{'':8s} {'bare ms':>9s} {'stage 05 ms':>12s} {'ratio':>7s} {'largest difference, batches of 1 and 32':>42s}")
+    print(f"{'':8s} {'bare ms':>9s} {'stage 05 ms':>12s} {'ratio':>7s} {'95 %':>15s} {'largest difference, batches of 1 and 32':>42s}")
     figures = {}
     for name in NETWORKS:
         figures[name] = row = measure(name, args.repeats)
-        print(f"{name:8s} {row['bare_ms']:9.3f} {row['stage05_ms']:12.3f} {row['ratio']:7.3f} {row['difference']:42.1e}", flush=True)
+        print(f"{name:8s} {row['bare_ms']:9.3f} {row['stage_ms']:12.3f} {row['ratio']:7.3f} "
+              f"{'[{low:.3f}, {high:.3f}]'.format(**row):>15s} {row['difference']:42.1e}", flush=True)
     print(f"milliseconds an image and eight views; wanted: ratio at most {WANTED}")
     print(json.dumps(figures))
 
@@ -44,6 +45,7 @@ def main():
 def measure(name: str, repeats: int) -> dict:
     import torch
 
+    from common import inference
     from common.data import ImageSet, loader, whole_batches
     from common.images import write_planes
     from common.inference import BATCH, Normalisation, choose_hardware, predict_logits, views
@@ -68,24 +70,15 @@ def measure(name: str, repeats: int) -> dict:
         batches = [normalise(x, hardware.device) for x, _ in loader(stored, 0, False, whole_batches(stored, BATCH))]
 
         @torch.inference_mode()
-        def bare():
-            for x in batches:
-                for look in looks:
-                    model(look(x))
+        def bare(k):
+            for look in looks:
+                model(look(batches[k]))
 
-        def stage05():
-            predict_logits(model, normalise, images(), hardware, looks)
-
-        seconds = {bare: [], stage05: []}
-        for _ in range(repeats + 1):
-            for work in seconds:
-                started = time.perf_counter()
-                work()
-                seconds[work].append(time.perf_counter() - started)
+        inference.loader = in_turn = InTurn(loader, bare)
+        figures = in_turn.measure(lambda: predict_logits(model, normalise, images(), hardware, looks), repeats, n)
+        inference.loader = loader
         single, many = (predict_logits(model, normalise, images(), hardware, looks, size).sigmoid() for size in (1, BATCH))
-    own, other = np.array(seconds[stage05][1:]), np.array(seconds[bare][1:])
-    return {"bare_ms": round(1000 * float(np.median(other)) / n, 3), "stage05_ms": round(1000 * float(np.median(own)) / n, 3),
-            "ratio": round(float(np.median(own / other)), 3), "difference": float((single - many).abs().max())}
+    return {**figures, "difference": float((single - many).abs().max())}
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ example python benchmarks/train_step.py
 The last line is a JSON object.
 """
 
-import itertools
 import json
 import os
 import resource
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import cli
 from common.recipes import get_recipe
+from in_turn import InTurn, timed
 
 # name -> recipe, samples in an epoch: networks that cost two, twenty and fifty milliseconds a sample; tiny is `demo` as it is,
 # tiny+ our own training of its network, small is `demo` with ResNet-18 in place of it
@@ -63,7 +62,7 @@ def main():
     for name in NETWORKS:
         both, bare, ours = (in_a_process(name, what, args.repeats) for what in ("both", "bare", "stage04"))
         figures[name] = {**both, "bare_mib": bare["mib"], "stage04_mib": ours["mib"]}
-        print(f"{name:8s} {both['bare_ms']:9.3f} {both['stage04_ms']:12.3f} {both['ratio']:7.3f} "
+        print(f"{name:8s} {both['bare_ms']:9.3f} {both['stage_ms']:12.3f} {both['ratio']:7.3f} "
               f"{'[{low:.3f}, {high:.3f}]'.format(**both):>15s} {both['waiting']:8.1%} "
               f"{bare['mib']:9d} {ours['mib']:13d}", flush=True)
     print(f"milliseconds a sample; wanted: ratio at most {WANTED}, waiting at most 2 %")
@@ -103,39 +102,15 @@ def measure(name: str, what: str, repeats: int) -> dict:
             batches = [(run.normalise(x, hardware.device), y) for x, y in
                        loader(data.train, 0, False, EpochBatches(n, recipe.batch_size, 0, 0))]
             data.train.cache.clear()
-        seconds = {"bare": [], "stage04": [], "waiting": []}
-
-        def timed_loader(*args):
-            """Do a bare step before each batch of stage 04, and note how long it takes and how long the batch is waited for."""
-            for key in ("bare", "waiting"):
-                seconds[key].append(0.0)
-            waited_for = iter(loader(*args))
-            for k in itertools.count():
-                if k < len(batches):
-                    seconds["bare"][-1] += timed(lambda k=k: bare_steps(run, batches[k:k + 1]))
-                started = time.perf_counter()
-                batch = next(waited_for, None)
-                seconds["waiting"][-1] += time.perf_counter() - started
-                if batch is None:
-                    return
-                yield batch
-
-        training.loader = timed_loader
+        if what == "both":
+            training.loader = in_turn = InTurn(loader, lambda k: bare_step(run, *batches[k]))
+            return in_turn.measure(lambda: epoch(run, data), repeats, n)
         for _ in range(repeats + 1):
-            if what == "bare":
-                bare_steps(run, batches)
-            else:
-                seconds["stage04"].append(timed(lambda: epoch(run, data)) - seconds["bare"][-1])
-    result = {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
-    if what == "both":
-        own, other, wait = (np.array(seconds[key][1:]) for key in ("stage04", "bare", "waiting"))
-        ratios = own / other
-        medians = np.median(np.random.default_rng(0).choice(ratios, (2000, repeats)), axis=1)
-        low, high = np.quantile(medians, (0.025, 0.975))
-        result |= {"bare_ms": round(1000 * float(np.median(other)) / n, 3), "stage04_ms": round(1000 * float(np.median(own)) / n, 3),
-                   "ratio": round(float(np.median(ratios)), 3), "low": round(float(low), 3), "high": round(float(high), 3),
-                   "waiting": round(float(np.median(wait / own)), 4)}
-    return result
+            if what == "stage04":
+                epoch(run, data)
+            for x, y in batches:
+                bare_step(run, x, y)
+    return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
 
 
 def measure_settings(recipe, n: int, data, repeats: int) -> dict:
@@ -184,21 +159,14 @@ def epoch(run, data) -> None:
     training.train_epoch(run, data, "benchmark", lambda: None)
 
 
-def bare_steps(run, batches: list) -> None:
+def bare_step(run, x, y) -> None:
     import torch
 
-    for x, y in batches:
-        run.optimizer.zero_grad(set_to_none=True)
-        with run.hardware.casting():
-            logits = run.model(x)
-        torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y).backward()
-        run.optimizer.step()
-
-
-def timed(work) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+    run.optimizer.zero_grad(set_to_none=True)
+    with run.hardware.casting():
+        logits = run.model(x)
+    torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), y).backward()
+    run.optimizer.step()
 
 
 if __name__ == "__main__":
