@@ -1,10 +1,12 @@
 import copy
 import json
+import math
 import os
 import signal
 import zipfile
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -399,6 +401,17 @@ def test_it_goes_back_with_half_the_learning_rates_and_ends_the_same_when_killed
     train(tmp_path / "killed", data, STEADY, on_nan="back")
     for name in ("best.pt", "last.pt"):
         assert same(load_checkpoint(tmp_path / "whole" / name), load_checkpoint(tmp_path / "killed" / name))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1500, -1])
+def test_one_weight_that_is_not_finite_is_found_wherever_it_is(bad, place):
+    weights = [torch.nn.Parameter(torch.randn(3001)), torch.nn.Parameter(torch.full((40, 8, 3, 3), 3e38)), torch.nn.Parameter(torch.zeros(1))]
+    run = SimpleNamespace(model=torch.nn.ParameterList(weights))
+    assert training.finite_weights(run).tolist() == [True, True, True]
+    with torch.no_grad():
+        weights[1].view(-1)[place] = bad
+    assert training.finite_weights(run).tolist() == [True, False, True]
 
 
 def test_it_goes_back_three_times_at_most(tmp_path, monkeypatch, capsys):
