@@ -3,9 +3,9 @@
 bare     the same network, optimizer, precision and batches with tensors that are in memory already: forward, binary
          cross-entropy, backward, step
 stage04  an epoch of stage 04 from stored images: reading, cropping, turning, normalising, E-loss, hard sampler, telemetry
-Both in one process, batch by batch in turn, so that a machine that changes its speed changes both; the ratio of an epoch's sums
-counts, the median of them and the interval of that median, after one epoch that is not counted. Waiting is the share of stage 04's
-time until the next batch is there. Memory is that of a process that does only one of them.
+Both in one process, batch by batch in turn, so that a machine that changes its speed changes both. The median of the epochs' ratios
+counts, with its interval, after one epoch that is not counted. Waiting is the share of stage 04's time until the next batch is
+there. Memory is that of a process that does only one of them.
 
 With --settings it measures what precision, memory format and torch.compile are worth on this machine: epochs of stage 04
 in turn, the median of the ratios to 32 bit, channels last, not compiled; and what the first epoch costs more than later ones.
@@ -45,7 +45,7 @@ SETTINGS = {"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}, "conti
 
 def parse_args():
     parser = cli.Parser(__doc__)
-    parser.add_argument("--repeats", type=cli.positive, default=7, metavar="N", help="epochs of each (default: 7)")
+    parser.add_argument("--repeats", type=cli.positive, default=15, metavar="N", help="epochs of each (default: 15)")
     parser.add_argument("--settings", action="store_true", help="compare settings of stage 04 in place of stage 04 and a bare loop")
     parser.add_argument("--one", nargs=2, metavar=("NETWORK", "WHAT"), help="run in this process: both, bare, stage04 or settings")
     return parser.parse_args()
