@@ -32,7 +32,8 @@ def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--repeats", type=cli.positive, default=7, metavar="N", help="rounds (default: 7)")
     args = parser.parse_args()
-    print(f"{'':8s} {'bare ms':>9s} {'stage 05 ms':>12s} {'ratio':>7s} {'95 %':>15s} {'largest difference, batches of 1 and 32':>42s}")
+    print(f"{'':8s} {'bare ms':>9s} {'stage 05 ms':>12s} {'ratio':>7s} {'95 %':>15s} "
+          f"{'largest difference, batches of 1 and 32':>42s}")
     figures = {}
     for name in NETWORKS:
         figures[name] = row = measure(name, args.repeats)

@@ -58,7 +58,8 @@ def main():
     if args.settings:
         return compare_settings(args.repeats)
     figures = {}
-    print(f"{'':8s} {'bare ms':>9s} {'stage 04 ms':>12s} {'ratio':>7s} {'95 %':>15s} {'waiting':>8s} {'bare MiB':>9s} {'stage 04 MiB':>13s}")
+    print(f"{'':8s} {'bare ms':>9s} {'stage 04 ms':>12s} {'ratio':>7s} {'95 %':>15s} {'waiting':>8s} {'bare MiB':>9s} "
+          f"{'stage 04 MiB':>13s}")
     for name in NETWORKS:
         both, bare, ours = (in_a_process(name, what, args.repeats) for what in ("both", "bare", "stage04"))
         figures[name] = {**both, "bare_mib": bare["mib"], "stage04_mib": ours["mib"]}

@@ -319,8 +319,9 @@ def check_finite(run: Run, data: FoldData, batches: EpochBatches, losses: list[t
 
 def finite_weights(run: Run) -> torch.Tensor:
     """Tell of each parameter whether all its weights are finite numbers, (n_parameters,) on the device."""
-    ends = [torch.stack(parameter.detach().aminmax()) for parameter in run.model.parameters()]  # NaN is both, infinity is one
-    return torch.stack(ends).isfinite().all(dim=1)  # a tenth of the time that looking at every weight by `isfinite` takes
+    # A NaN is both of a tensor's ends, an infinity one of them; `isfinite` on every weight takes ten times as long.
+    ends = [torch.stack(parameter.detach().aminmax()) for parameter in run.model.parameters()]
+    return torch.stack(ends).isfinite().all(dim=1)
 
 
 def note_ranking(run: Run, rows, losses, kept) -> None:

@@ -406,7 +406,7 @@ def test_it_goes_back_with_half_the_learning_rates_and_ends_the_same_when_killed
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 1500, -1])
 def test_one_weight_that_is_not_finite_is_found_wherever_it_is(bad, place):
-    weights = [torch.nn.Parameter(torch.randn(3001)), torch.nn.Parameter(torch.full((40, 8, 3, 3), 3e38)), torch.nn.Parameter(torch.zeros(1))]
+    weights = [torch.nn.Parameter(values) for values in (torch.randn(3001), torch.full((40, 8, 3, 3), 3e38), torch.zeros(1))]
     run = SimpleNamespace(model=torch.nn.ParameterList(weights))
     assert training.finite_weights(run).tolist() == [True, True, True]
     with torch.no_grad():
