@@ -40,16 +40,13 @@ def parse_args():
     parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
     parser.add_argument("--find-lr", action="store_true", help="only run the learning rate finder and save its curve")
     parser.add_argument("--seed", type=cli.not_negative, default=0, help="seed of weights, order, crops and dropout (default: 0)")
-    parser.add_argument("--jobs", type=cli.jobs, default=1, metavar="N",
-                        help="folds to train at once, each with its share of the cores; pays for small networks on a "
-                             "CPU (default: 1)")
     parser.add_argument("--micro-batch", type=cli.positive, metavar="N",
                         help="images in memory at once; a batch is accumulated from several (default: the whole batch, "
                              "halved when a GPU runs out of memory)")
     parser.add_argument("--on-nan", default="stop", choices=("stop", "back"),
                         help="when the loss is no longer finite: stop (default), or go back to the beginning of the epoch with "
                              "half the learning rates, at most three times")
-    parser.add_argument("--compile", action="store_true",
+    parser.add_argument("--compile", action="store_true", dest="compiled",
                         help="compile the network with torch.compile before it is trained (default: off, since on CPUs it takes a "
                              "minute and gains nothing)")
     parser.add_argument("--memory-format", default="channels-last", choices=("channels-last", "contiguous"),
@@ -77,7 +74,7 @@ def main():
     from common.checkpoints import prepare
     from common.fold_data import known_folds
     from common.folds import fold_numbers
-    from common.inference import choose_hardware
+    from common.hardware import plan_hardware
     from common.jobs import find_lr, plan, train_job
     from common.scalars import summary_writer, write_finished
 
@@ -90,8 +87,8 @@ def main():
         from common.overview import class_weight_listing
 
         return print(class_weight_listing(recipes, folds, numbers))
-    flags = (args.device, args.precision, args.workers, args.micro_batch, args.compile, args.memory_format)
-    team = choose_hardware(*flags).team
+    options, hardware = plan_hardware(args, "04_train", len(recipes) * len(numbers))
+    team = hardware.team
     jobs = plan(args.work, recipes, folds, numbers, args.seed, args.force or args.find_lr, args.pretrained,
                 args.weights_dir, team)
     if not args.find_lr:
@@ -101,7 +98,7 @@ def main():
         team.agree("prepared")
         cli.leave_out("--force")
     do = find_lr if args.find_lr else partial(train_job, on_nan=args.on_nan, tensorboard=args.tensorboard)
-    run_jobs(do, [(*job, args.work, args.seed, flags) for job in jobs], args.jobs, args.cluster, "training")
+    run_jobs(do, [(*job, args.work, args.seed, options) for job in jobs], options.jobs, args.cluster, "training")
     if args.tensorboard and team.is_main:
         for name, fold in product(recipes, numbers):
             write_finished(args.work / "runs" / name / f"fold{fold}")

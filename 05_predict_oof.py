@@ -31,7 +31,6 @@ def parse_args():
                         help="network of the best validation epoch (default) or of the last epoch")
     parser.add_argument("--no-test", action="store_true", help="predict the validation samples only")
     parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at once (default: 32)")
-    parser.add_argument("--jobs", type=cli.positive, default=1, metavar="N", help="folds to predict at once (default: 1)")
     cli.add_hardware_flags(parser)
     cli.add_cluster_flag(parser)
     return parser.parse_args()
@@ -51,16 +50,17 @@ def main():
     means = {part: rows for part, rows in means.items() if len(rows)}
     numbers = args.folds if args.folds is not None else fold_numbers(folds)
     settings = {"tta": args.tta, "view": args.view, "checkpoint": args.checkpoint}
-    flags = (args.device, args.precision, args.workers)
-    jobs = [(args.work, recipe, fold, folds, {"oof": folds[folds["fold"] == fold], **means}, settings, args.batch_size, flags)
-            for recipe in args.recipes for fold in numbers]
 
     from common.checkpoints import check_alike
+    from common.hardware import plan_hardware
     from common.jobs import predict_job
 
+    options, _ = plan_hardware(args, "05_predict_oof", len(args.recipes) * len(numbers), training=False)
+    jobs = [(args.work, recipe, fold, folds, {"oof": folds[folds["fold"] == fold], **means}, settings, args.batch_size, options)
+            for recipe in args.recipes for fold in numbers]
     for recipe in args.recipes:
         check_alike(args.work, recipe, numbers)
-    run_jobs(predict_job, jobs, args.jobs, args.cluster, "predicting")
+    run_jobs(predict_job, jobs, options.jobs, args.cluster, "predicting")
     for recipe in args.recipes:
         combine(args, recipe, numbers, "oof", join_folds)
         for part in means:

@@ -6,7 +6,8 @@ set -eo pipefail
 usage() {
     cat <<'TEXT'
 usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,3,4] [--set FIELD=VALUE]
-                       [--pretrained auto|none|FILE] [--weights-dir DIR] [--quick] [--tables] [--dry-run] [--check]
+                       [--pretrained auto|none|FILE] [--weights-dir DIR] [--device D] [--precision P] [--jobs N]
+                       [--workers N] [--fast] [--quick] [--tables] [--dry-run] [--check]
 
   --data DIR     input in the competition's layout (default: data; where that is missing, demo data is made)
   --work DIR     folder for everything that is made (default: work)
@@ -20,6 +21,11 @@ usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,
                  in place of a submission; the same as bash run_tables.sh
   --pretrained X weights to start from: auto (default), none, or a file
   --weights-dir DIR  where published weights lie or are downloaded to (default: torch's cache)
+  --device D     where networks run: auto (default: all GPUs, or the CPU), cuda, cuda:1, cpu
+  --precision P  auto (default), fp32, bf16 or fp16
+  --jobs N       folds to train and predict at once (default: the number of GPUs, 1 on a CPU; on demo data 2)
+  --workers N    loader processes of each of them (default: its share of the cores on a GPU, 0 on a CPU)
+  --fast         the fastest kernels of a GPU, whose last digits differ from run to run
   --dry-run      print the commands, each one pasteable, and run nothing
   --check        make nothing: say what will fail and how to mend it, and what time and room the run will take
 
@@ -29,8 +35,9 @@ TEXT
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 caller=$PWD
-data='' work=work recipes='' folds='' quick=false tables=false dry=false check=false settings=() pretrained='' weights_dir='' weights=()
-flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir --tables --dry-run --check --help)
+data='' work=work recipes='' folds='' quick=false tables=false dry=false check=false settings=() pretrained='' weights_dir='' weights=() hardware=() jobs=()
+flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir --device --precision --jobs --workers --fast --tables
+    --dry-run --check --help)
 
 fail() { echo "error: $1" >&2; exit 2; }
 
@@ -42,7 +49,7 @@ trap '[ $? -ne 130 ] || printf "\nstopped; finished work is kept. To go on: %s\n
 
 while [ $# -gt 0 ]; do
     case $1 in
-        --data | --work | --recipes | --folds | --set | --pretrained | --weights-dir) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
+        --data | --work | --recipes | --folds | --set | --pretrained | --weights-dir | --device | --precision | --jobs | --workers) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
     esac
     case $1 in
         --data) data=$2; shift 2 ;;
@@ -52,6 +59,9 @@ while [ $# -gt 0 ]; do
         --set) settings+=("$2"); shift 2 ;;
         --pretrained) pretrained=$2; shift 2 ;;
         --weights-dir) weights_dir=$2; shift 2 ;;
+        --device | --precision | --workers) hardware+=("$1" "$2"); shift 2 ;;
+        --jobs) jobs=("$1" "$2"); shift 2 ;;
+        --fast) hardware+=("$1"); shift ;;
         --quick) quick=true; shift ;;
         --tables) tables=true; shift ;;
         --dry-run) dry=true; shift ;;
@@ -83,11 +93,12 @@ run() {
     if $dry; then printf '%q ' "$@" | sed 's/\\,/,/g; s/ $//'; echo; else "$@"; fi
 }
 
-n_folds=5 demo=false limit=() views=() jobs=()
+n_folds=5 demo=false limit=() views=()
 if [ -z "$data" ]; then
     data=data
     if [ ! -e data ]; then
-        demo=true data=$work/demo_data n_folds=3 jobs=(--jobs 2)
+        demo=true data=$work/demo_data n_folds=3
+        [ ${#jobs[@]} -gt 0 ] || jobs=(--jobs 2)
     fi
 fi
 if [ -z "$recipes" ]; then
@@ -141,8 +152,8 @@ fi
 run "$PYTHON" 01_preprocess.py "${places[@]}" --recipes "$runs" "${limit[@]}" "${changes[@]}"
 run "$PYTHON" 02_dedup.py "${places[@]}"
 run "$PYTHON" 03_make_folds.py "${places[@]}" --n-folds "$n_folds"
-run "$PYTHON" 04_train.py "${places[@]}" --recipe "$runs" --folds "$folds" "${jobs[@]}" "${weights[@]}" "${changes[@]}"
-run "$PYTHON" 05_predict_oof.py "${places[@]}" --recipes "$runs" --folds "$folds" "${views[@]}" "${parts[@]}"
+run "$PYTHON" 04_train.py "${places[@]}" --recipe "$runs" --folds "$folds" "${hardware[@]}" "${jobs[@]}" "${weights[@]}" "${changes[@]}"
+run "$PYTHON" 05_predict_oof.py "${places[@]}" --recipes "$runs" --folds "$folds" "${hardware[@]}" "${jobs[@]}" "${views[@]}" "${parts[@]}"
 if $tables; then
     run "$PYTHON" 09_tables.py "${places[@]}" --recipes "$recipes" --folds "$folds"
 else

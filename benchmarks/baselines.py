@@ -31,10 +31,11 @@ def main():
     everything = macro_f1(targets, np.ones(targets.shape, dtype=bool))
 
     from common.fold_data import image_set, load_fold
-    from common.inference import choose_hardware, mean_probabilities, predict_logits, views
+    from common.hardware import choose_hardware
+    from common.inference import mean_probabilities, predict_logits, views
     from common.training import new_run
 
-    recipe, hardware = get_recipe(args.recipe), choose_hardware("auto", "auto", None)
+    recipe, hardware = get_recipe(args.recipe), choose_hardware()
     probs = np.zeros((len(folds), N_CLASSES), dtype=np.float32)
     for fold in sorted(folds["fold"].unique()):
         rows = (folds["fold"] == fold).to_numpy()

@@ -1,27 +1,29 @@
 """Time a stage against the bare network, batch by batch in turn: a machine that changes its speed changes both."""
 
 import time
+from itertools import count
 
 import numpy as np
 
 
 class InTurn:
-    """Takes the place of a stage's `loader`: does the bare work of each batch before the stage gets that batch.
+    """Does the bare work of each batch before a stage gets that batch.
 
-    loader : of the stage
     bare : function of a batch's number
     """
 
-    def __init__(self, loader, bare):
-        self.loader, self.bare = loader, bare
+    def __init__(self, bare):
+        self.bare = bare
         self.bare_s = self.waiting_s = 0.0
 
-    def __call__(self, dataset, workers, pin, batches):
-        waited_for = iter(self.loader(dataset, workers, pin, batches))
-        for k in range(len(batches)):
+    def __call__(self, feed):
+        """Yield the stage's batches."""
+        for k in count():
             self.bare_s += timed(lambda k=k: self.bare(k))
             started = time.perf_counter()
-            batch = next(waited_for)
+            batch = next(feed, None)
+            if batch is None:
+                return
             self.waiting_s += time.perf_counter() - started
             yield batch
 

@@ -46,15 +46,15 @@ def main():
 def measure(name: str, repeats: int) -> dict:
     import torch
 
-    from common import inference
-    from common.data import ImageSet, loader, whole_batches
+    from common.data import BATCH, ImageSet, loader, whole_batches
     from common.images import write_planes
-    from common.inference import BATCH, Normalisation, choose_hardware, predict_logits, views
+    from common.hardware import HardwareOptions, choose_hardware
+    from common.inference import Normalisation, predict_logits, views
     from common.models import build_model
 
     recipe, n = NETWORKS[name]
     rng = np.random.default_rng(0)
-    hardware, looks = choose_hardware("cpu", "auto", None, training=False), views("dihedral")
+    hardware, looks = choose_hardware(HardwareOptions("cpu"), training=False), views("dihedral")
     normalise = Normalisation((0.1,) * 4, (0.1,) * 4)
     torch.manual_seed(0)
     model = build_model(recipe, 28).to(memory_format=torch.channels_last).eval()
@@ -75,9 +75,12 @@ def measure(name: str, repeats: int) -> dict:
             for look in looks:
                 model(look(batches[k]))
 
-        inference.loader = in_turn = InTurn(loader, bare)
-        figures = in_turn.measure(lambda: predict_logits(model, normalise, images(), hardware, looks), repeats, n)
-        inference.loader = loader
+        def stage(images):
+            feed = in_turn(iter(loader(images, 0, False, whole_batches(images, BATCH))))
+            predict_logits(model, normalise, images, hardware, looks, feed=feed)
+
+        in_turn = InTurn(bare)
+        figures = in_turn.measure(lambda: stage(images()), repeats, n)
         single, many = (predict_logits(model, normalise, images(), hardware, looks, size).sigmoid() for size in (1, BATCH))
     return {**figures, "difference": float((single - many).abs().max())}
 

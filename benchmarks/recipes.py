@@ -50,14 +50,15 @@ def measure(name: str) -> dict:
     from common.classes import N_CLASSES
     from common.data import ImageSet
     from common.fold_data import FoldData
-    from common.inference import Normalisation, choose_hardware
+    from common.hardware import HardwareOptions, choose_hardware
+    from common.inference import Normalisation
     from common.training import new_run, train_step
 
     recipe = get_recipe(name)
     before = peak_gib()
     rows = ImageSet(Path(), np.array(["a", "b"]), np.eye(BATCH, N_CLASSES, dtype=bool))
     data = FoldData(rows, rows, np.arange(N_CLASSES) + 1, Normalisation((0.1,) * 4, (0.1,) * 4))
-    run = new_run(recipe, data, choose_hardware("cpu", "fp32", 0), 0, 0)
+    run = new_run(recipe, data, choose_hardware(HardwareOptions("cpu", "fp32", 0)), 0, 0)
     run.model.train()
     images = torch.randint(0, 256, (BATCH, 4, recipe.crop, recipe.crop), dtype=torch.uint8)
     seconds = []

@@ -87,14 +87,13 @@ def in_a_process(name, what, repeats) -> dict:
 
 def measure(name: str, what: str, repeats: int) -> dict:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from common import training
     from common.data import EpochBatches, loader
-    from common.inference import choose_hardware
+    from common.hardware import HardwareOptions, choose_hardware
 
     recipe, n = NETWORKS[name]
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # no progress bars
         data = drawn_data(Path(folder), recipe, n)
-        hardware = choose_hardware("cpu", "auto", None)
+        hardware = choose_hardware(HardwareOptions("cpu"))
         if what == "settings":
             return measure_settings(recipe, n, data, repeats)
         run = new_run(recipe, data, hardware)
@@ -104,8 +103,8 @@ def measure(name: str, what: str, repeats: int) -> dict:
                        loader(data.train, 0, False, EpochBatches(n, recipe.batch_size, 0, 0))]
             data.train.cache.clear()
         if what == "both":
-            training.loader = in_turn = InTurn(loader, lambda k: bare_step(run, *batches[k]))
-            return in_turn.measure(lambda: epoch(run, data), repeats, n)
+            in_turn = InTurn(lambda k: bare_step(run, *batches[k]))
+            return in_turn.measure(lambda: epoch(run, data, in_turn), repeats, n)
         for _ in range(repeats + 1):
             if what == "stage04":
                 epoch(run, data)
@@ -115,9 +114,9 @@ def measure(name: str, what: str, repeats: int) -> dict:
 
 
 def measure_settings(recipe, n: int, data, repeats: int) -> dict:
-    from common.inference import choose_hardware
+    from common.hardware import HardwareOptions, choose_hardware
 
-    runs = {setting: new_run(recipe, data, choose_hardware("cpu", workers=None, **flags)) for setting, flags in SETTINGS.items()}
+    runs = {setting: new_run(recipe, data, choose_hardware(HardwareOptions("cpu", **flags))) for setting, flags in SETTINGS.items()}
     seconds = [[timed(lambda run=run: epoch(run, data)) for run in runs.values()] for _ in range(repeats + 1)]
     first, later = np.array(seconds[0]), np.array(seconds[1:])
     ratios = np.median(later / later[:, :1], axis=0)
@@ -152,12 +151,12 @@ def new_run(recipe, data, hardware):
     return run
 
 
-def epoch(run, data) -> None:
-    """An epoch of stage 04."""
+def epoch(run, data, in_turn=lambda feed: feed) -> None:
+    """An epoch of stage 04, after the hard sampler's warm-up."""
     from common import training
 
-    run.epoch, run.step = run.epoch + 1, 0
-    training.train_epoch(run, data, "benchmark", lambda: None)
+    run.epoch, run.step = 1, 0
+    training.train_epoch(run, data, in_turn(training.all_batches(run, data)), "benchmark", lambda: None)
 
 
 def bare_step(run, x, y) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from common import stopping
-from common.errors import WORKER_LOST, UserError, nearest
+from common.errors import WORKER_LOST, UserError, is_out_of_memory, nearest
 from common.recipes import run_name
 
 
@@ -50,13 +50,19 @@ def parser(description: str) -> Parser:
 
 
 def add_hardware_flags(parser) -> None:
-    """Add --device, --precision and --workers to a stage's command line."""
+    """Add what says where networks run to a stage's command line; see `hardware.HardwareOptions`."""
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
                         help="autocast type (default: bf16 where that is faster, fp16 on older GPUs, else fp32; "
                              "a CPU predicts in fp32)")
     parser.add_argument("--workers", type=not_negative, metavar="N",
-                        help="loader processes (default: 0 on the CPU, up to 8 on a GPU)")
+                        help="loader processes of each job (default: 0 on the CPU; on a GPU a job's share of the cores)")
+    parser.add_argument("--jobs", type=jobs, metavar="N",
+                        help="folds to work on at once, each with its share of the cores and, where there are several, a GPU of its "
+                             "own (default: the number of GPUs, 1 on a CPU; more pay for small networks)")
+    parser.add_argument("--fast", action="store_true",
+                        help="let a GPU choose its fastest kernels: results then differ in their last digits from run to run, and a "
+                             "resumed training from an undisturbed one (default: the same bits each time)")
 
 
 def add_weight_flags(parser) -> None:
@@ -206,11 +212,6 @@ def output_is_closed() -> bool:
     for stream in (1, 2):
         poll.register(stream, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is torch's for a full GPU, without loading torch."""
-    return type(error).__name__ == "OutOfMemoryError"
 
 
 def fail(message: str):

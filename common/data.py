@@ -4,9 +4,12 @@ Every random number is a function of (seed, epoch, position in the epoch), so wo
 and a resumed run draws what an undisturbed one would have drawn.
 """
 
+import math
+import os
 import signal
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
 
 import cv2
@@ -19,7 +22,10 @@ from common.distributed import Team
 from common.errors import UserError
 from common.images import read_planes
 
+BATCH = 32  # whole images at once
 CACHE_BYTES = 2 ** 29  # of decoded images that a set keeps
+PRELOADED = ["torch", "pandas", "cv2", "tifffile"]  # by the server of loader processes, which share their memory
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 STANDARD_MEAN, STANDARD_DEVIATION = 64, 24  # of each channel of a standardised image, in grey levels
 
 
@@ -60,14 +66,20 @@ def standardise(planes: np.ndarray) -> np.ndarray:
 
 
 class Cache(dict):
-    """Decoded images by Id, as many as fit into `room` bytes: small images are decoded once, large ones each time."""
+    """Decoded images by Id, as many as fit into `room` bytes: small images are decoded once, large ones each time.
+
+    A copy in another process has no room: loader processes would each keep all images.
+    """
 
     def __init__(self, room: int = CACHE_BYTES):
         super().__init__()
         self.room = room
 
+    def __reduce__(self):
+        return Cache, (0,)
+
     def keep(self, Id: str, image: np.ndarray) -> None:
-        if image.nbytes <= self.room and get_worker_info() is None:  # a loader process ends with its epoch
+        if image.nbytes <= self.room:
             self[Id] = image
             self.room -= image.nbytes
 
@@ -114,6 +126,16 @@ class ImageSet(Dataset):
         return cv2.merge(list(planes)).transpose(2, 0, 1)  # channels last in memory, as batches are
 
 
+@dataclass
+class Sets(Dataset):
+    """Several sets that one loader serves; a key is the number of the set and a key of that set."""
+    sets: tuple[ImageSet, ...]
+
+    def __getitem__(self, key):
+        number, own = key
+        return self.sets[number][own]
+
+
 def whole_batches(dataset: ImageSet, batch_size: int) -> list[np.ndarray]:
     """Return the rows of each batch of whole images: all rows, in order, those of one size together."""
     sides = np.zeros(len(dataset)) if dataset.sides is None else dataset.sides
@@ -157,36 +179,78 @@ class EpochBatches:
             yield [(int(self.order[p]), self.draws[p]) for p in positions]
 
 
-def collate(items):
-    """Stack items to (n, 4, h, w) uint8 images, channels last in memory, and (n, n_classes) float targets."""
+def collate(items, pinned: bool = False):
+    """Stack items to (n, 4, h, w) uint8 images, channels last in memory, and (n, n_classes) float targets.
+
+    A loader process stacks them in memory that it shares with the process it works for, others in pinned memory if asked to:
+    a batch is written once.
+    """
     images, targets = zip(*items, strict=True)
+    height, width = images[0].shape[1:]
+    shape = len(images), height, width, len(images[0])
+    if get_worker_info():
+        pixels = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
+    else:
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
     # The four bytes of a pixel are copied as one number, which is five times as fast.
-    pixels = np.empty((len(images), *images[0].shape[1:], 1), np.uint32)
-    np.stack([image.transpose(1, 2, 0).view(np.uint32) for image in images], out=pixels)
-    images = torch.from_numpy(pixels.view(np.uint8)).permute(0, 3, 1, 2)
-    return images, torch.from_numpy(np.stack(targets).astype(np.float32))
+    np.stack([image.transpose(1, 2, 0).view(np.uint32) for image in images], out=pixels.numpy().view(np.uint32))
+    return pixels.permute(0, 3, 1, 2), torch.from_numpy(np.stack(targets).astype(np.float32))
 
 
 class Loader(DataLoader):
-    """A DataLoader whose processes get no signals before `leave_signals`: torch would let SIGTERM end them, and training with
-    them, and Ctrl+C would be a traceback of theirs."""
+    """A DataLoader whose processes come from a server of single-threaded processes, for to fork a process with threads may
+    deadlock, and get no signals before `leave_signals`: torch would let SIGTERM end them, and training with them, and Ctrl+C
+    would be a traceback of theirs."""
 
     def __iter__(self):
-        with stopping.blocked({signal.SIGINT, signal.SIGTERM}) if self.num_workers else nullcontext():
+        set_forkserver_preload(PRELOADED)
+        with stopping.blocked({signal.SIGINT, signal.SIGTERM}), one_thread():
             return super().__iter__()
 
 
-def loader(dataset: ImageSet, workers: int, pin: bool, batches):
-    """Return an iterable of the given batches, lists of the dataset's keys; without processes and pinned memory a DataLoader's own
-    work is as long as that of making a small batch."""
-    if not workers and not pin:
-        return (collate([dataset[key] for key in keys]) for keys in batches)
-    return Loader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pin, batch_sampler=batches,
-                  worker_init_fn=leave_signals)
+@contextmanager
+def one_thread():
+    """Inside, processes that are started use one thread each: all the cores are busy with loading already."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def leave_signals(_) -> None:
+def loader(dataset: Dataset, workers: int, pinned: bool, batches):
+    """Return an iterable of the given batches, lists of the dataset's keys, in their order.
+
+    workers : processes that make them; none are needed where a batch is small: a DataLoader's own work takes as long then
+    pinned : whether they come in memory that a GPU copies from by itself
+    """
+    if not workers:
+        return (collate([dataset[key] for key in keys], pinned) for keys in batches)
+    return Loader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pinned, batch_sampler=batches,
+                  multiprocessing_context=get_context("forkserver"), worker_init_fn=begin_loading)
+
+
+def begin_loading(_) -> None:
     """Let a loader process outlast what is sent to the whole process group: the process that it works for ends it when it can."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stopping.end_later())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    cv2.setNumThreads(1)
+
+
+def on_device(batches, device: torch.device):
+    """Yield batches (images, targets) on the device. On a GPU a batch is copied while the step before it computes."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copying = torch.cuda.Stream(device)
+    for batch in batches:  # asked for when the step before is under way
+        with torch.cuda.stream(copying):
+            batch = [part.to(device, non_blocking=True) for part in batch]
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copying)
+        for part in batch:
+            part.record_stream(computing)  # its memory is not used again before the step is over
+        yield batch

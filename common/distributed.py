@@ -74,12 +74,15 @@ def local_rank() -> int | None:
     return int(os.environ["LOCAL_RANK"]) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
 
 
+def local_size() -> int:
+    """Return how many processes torchrun started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def join_team(device: torch.device) -> Team:
     """Join the processes that torchrun started: over NCCL on GPUs, over gloo on CPUs; alone without torchrun."""
     if local_rank() is None:
         return Team()
     if not distributed.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # NCCL's collectives of plain objects work on the current device
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Team(distributed.get_rank(), distributed.get_world_size())

@@ -6,9 +6,7 @@ Each check yields lines; writes nothing but temporary files, which it takes away
 
 import contextlib
 import io
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,7 +16,7 @@ from pathlib import Path
 
 from common import cli
 from common.environment import unmet
-from common.errors import UserError, listing
+from common.errors import UserError, first_line, listing
 from common.progress import progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,46 +113,37 @@ def hardware():
     import torch
 
     from common.estimate import cores, free_memory
-    from common.inference import Hardware, choose_hardware
+    from common.hardware import Hardware, choose_hardware, idle_gpu
 
     free = free_memory(Hardware(torch.device("cpu")))
     yield Check("processor", FINE, f"{cores()} core{'s' * (cores() > 1)}, {gigabytes(free)} of memory free")
-    driver = nvidia_driver()
     if torch.cuda.is_available():
         for k in range(torch.cuda.device_count()):
-            yield try_gpu(k, driver)
-    elif driver:
-        yield Check("GPU", WARNING, f"there is one (driver {driver}), but torch {torch.__version__} cannot use it",
+            yield try_gpu(k)
+    elif reason := idle_gpu():
+        yield Check("GPU", WARNING, f"there is one, but torch cannot use it ({reason})",
                     f"update the driver to one for CUDA {torch.version.cuda or 'and install torch with CUDA'}")
     else:
         yield Check("GPU", FINE, "none: all runs on the CPU")
-    workers = choose_hardware("auto", "auto", None).workers
-    if not workers:
+    if not choose_hardware(trial=False).workers:
         yield Check("shared memory", FINE, "not needed: on a CPU no loader processes are started")
 
 
-def try_gpu(number: int, driver: str | None) -> Check:
-    """Tell whether a GPU adds numbers, and what it is."""
+def try_gpu(number: int) -> Check:
+    """Tell whether a GPU runs kernels of this torch, and what it is."""
     import torch
 
+    from common.hardware import nvidia_driver, try_device
+
+    driver = nvidia_driver() or "unknown"
     try:
-        torch.ones(2, device=f"cuda:{number}").sum().item()
+        try_device(torch.device("cuda", number))
         left, whole = torch.cuda.mem_get_info(number)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        return Check("GPU", FAILS, f"number {number} cannot be used ({str(error).splitlines()[0]})",
-                     f"install torch for this GPU and its driver ({driver or 'unknown'}); or give stages 04 and 05 --device cpu")
+    except (UserError, RuntimeError, AssertionError) as error:  # the last from a torch without CUDA
+        return Check("GPU", FAILS, first_line(error),
+                     f"install torch for this GPU and its driver ({driver}); or give stages 04 and 05 --device cpu")
     return Check("GPU", FINE, f"{torch.cuda.get_device_name(number)}, {gigabytes(left)} of {gigabytes(whole)} free, driver "
-                              f"{driver or 'unknown'}, CUDA {torch.version.cuda}")
-
-
-def nvidia_driver() -> str | None:
-    """Return the version of the NVIDIA driver, None where there is none."""
-    try:
-        found = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
-                               text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.split("\n")[0].strip()
+                              f"{driver}, CUDA {torch.version.cuda}")
 
 
 def work_folder(work: Path):
@@ -440,9 +429,9 @@ def work_so_far(args, seen: Seen):
 def memory(name: str, recipe):
     """Yield whether a batch will fit into memory; returns the recipe's measured `Cost`."""
     from common.estimate import batch_that_fits, free_memory, measure
-    from common.inference import choose_hardware
+    from common.hardware import choose_hardware
 
-    hardware = choose_hardware("auto", "auto", None)
+    hardware = choose_hardware()
     cost = measure(recipe)
     free = free_memory(hardware)
     fits, what = batch_that_fits(cost, free), f"{gigabytes(free)} free on the {'GPU' if hardware.is_gpu else 'machine'}"
@@ -463,18 +452,16 @@ def memory(name: str, recipe):
 
 
 def shared_memory(recipe, workers: int, free: int, name: str) -> Check:
-    """Tell whether the batches that loader processes hold ready fit into shared memory: two each, of crops or whole images."""
-    from common.images import MAX_SIDE
-    from common.inference import BATCH
-    from common.recipes import stored_size
+    """Tell whether the batches that loader processes hold ready fit into shared memory."""
+    from common.hardware import PREFETCHED, batch_bytes, loaders_that_fit
 
-    largest = stored_size(recipe.store, MAX_SIDE)
-    needed = 2 * workers * 4 * max(recipe.batch_size * recipe.crop ** 2, BATCH * largest ** 2)
-    found = f"{workers} loader processes need {gigabytes(needed)} of /dev/shm, {gigabytes(free)} are free"
-    if needed <= free:
+    batch = batch_bytes(recipe, recipe.batch_size)
+    fits = loaders_that_fit(free, batch)
+    found = (f"{workers} loader processes need {gigabytes((PREFETCHED + 1) * workers * batch)} of /dev/shm, {gigabytes(free)} are free")
+    if fits >= workers:
         return Check(f"shared memory, {name}", FINE, found)
-    return Check(f"shared memory, {name}", FAILS, found, "give more (docker run --shm-size=16g), or start fewer: 04_train.py "
-                                                         "--workers 1")
+    return Check(f"shared memory, {name}", WARNING, found, f"stages 04 and 05 will start {fits}; give more (docker run --shm-size=16g), or "
+                                                           "images may be read too slowly")
 
 
 def disk(args, seen: Seen, folds, costs: dict):
@@ -502,9 +489,9 @@ def times(args, seen: Seen, folds, costs: dict):
     """Yield an estimate of the time of each stage, as if nothing was made yet."""
     from common.estimate import batch_that_fits, cores, free_memory, training_seconds
     from common.folds import fold_numbers
-    from common.inference import choose_hardware
+    from common.hardware import choose_hardware
 
-    hardware = choose_hardware("auto", "auto", None)
+    hardware = choose_hardware()
     numbers = args.folds or fold_numbers(folds)
     everything = seen.store_seconds * len(seen.usable) / cores()
     yield Check("time, 01 and 02", ESTIMATE, f"{duration(everything)}: {len(seen.usable)} samples at {seen.store_seconds:.3f} s, "

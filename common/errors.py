@@ -9,6 +9,16 @@ class UserError(Exception):
     """Say what was expected, what was found and the cure; ends a script with exit code 2."""
 
 
+# What CUDA, cuDNN, cuBLAS and NCCL say of a full GPU, beside torch's own error.
+FULL = ("out of memory", "status_alloc_failed", "host_allocation_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the GPU's memory is full, without loading torch."""
+    text = str(error).lower()
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, RuntimeError) and any(words in text for words in FULL)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its kind where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,8 @@ from common.classes import N_CLASSES
 from common.data import CACHE_BYTES, EpochBatches, ImageSet, collate
 from common.errors import UserError
 from common.fold_data import FoldData, training_rows
-from common.inference import Hardware, Normalisation, choose_hardware, logits_in_parts
+from common.hardware import Hardware, HardwareOptions, choose_hardware
+from common.inference import Fitting, Normalisation, in_parts_that_fit
 from common.recipes import Recipe
 from common.training import FINDER_STEPS, Run, evaluations_per_cycle, new_run, train_step
 
@@ -50,7 +51,7 @@ def measure(recipe: Recipe) -> Cost:
 
 def measure_here(recipe: Recipe) -> Cost:
     """Time steps of stage 04 on ever more random images until one takes long enough, and prediction on as many."""
-    hardware = choose_hardware("auto", "auto", None)
+    hardware = choose_hardware()
     data = random_images(recipe)
     fold = FoldData(data, data, np.ones(N_CLASSES, dtype=int), Normalisation((0.1,) * 4, (0.1,) * 4))
     run = new_run(recipe, fold, hardware, 0, 0)
@@ -90,9 +91,14 @@ def step_seconds(run: Run, data: ImageSet, n: int) -> float:
 @torch.inference_mode()
 def predict_seconds(run: Run, n: int) -> float:
     images = torch.randint(0, 256, (n, 4, run.recipe.size, run.recipe.size), dtype=torch.uint8)
-    hardware = choose_hardware("auto", "auto", 0, training=False)
+    hardware = choose_hardware(HardwareOptions(workers=0), training=False)
+
+    def logits_of(part):
+        with hardware.casting():
+            return run.model(run.normalise(part, hardware.device)).float()[None]
+
     started = time.perf_counter()
-    logits_in_parts(run.model, run.normalise(images, hardware.device), hardware).sum().item()
+    in_parts_that_fit(logits_of, images, Fitting()).sum().item()
     return time.perf_counter() - started
 
 

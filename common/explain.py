@@ -11,7 +11,7 @@ from captum.attr import LayerGradCam
 from common.checkpoints import finished_checkpoint, load_network
 from common.data import dihedral
 from common.fold_data import image_set
-from common.inference import choose_hardware
+from common.hardware import HardwareOptions, choose_hardware
 
 VIEWS = range(8)
 
@@ -24,7 +24,7 @@ def explain(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, sample
     The maps are means over the 8 symmetries of the image, as predictions are, each turned back.
     """
     path, recipe = finished_checkpoint(work, recipe_name, fold, folds, "best")
-    hardware = choose_hardware("cpu", "fp32", None, training=False)
+    hardware = choose_hardware(HardwareOptions("cpu", "fp32"), training=False)
     model, normalise = load_network(path, recipe, hardware)
     model.eval()
     planes, _ = image_set(work, recipe, sample)[0]

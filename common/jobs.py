@@ -13,11 +13,12 @@ from common.checkpoints import (FORMAT, check_recipe, check_unfinished, finished
 from common.distributed import Team
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, image_set, load_fold, training_inputs
-from common.inference import (Hardware, Normalisation, choose_hardware, mean_probabilities, predict_logits, views)
+from common.hardware import Hardware, HardwareOptions, batch_bytes, choose_hardware, fit_shared_memory
+from common.inference import Fitting, Normalisation, mean_probabilities, predict_logits, views
 from common.recipes import Recipe, run_parameters
 from common.scalars import scalars
 from common.start import Start, start_from
-from common.training import Run, lr_range_test, new_run, train_fold
+from common.training import Run, check_team, lr_range_test, new_run, train_fold
 from common.weights import find_weights
 
 
@@ -75,13 +76,21 @@ def begin_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware,
     return run
 
 
+def hardware_for(options: HardwareOptions, recipe: Recipe, batch_size: int = 0) -> Hardware:
+    """Return the hardware of a job, with as many loader processes as have room for its batches.
+
+    batch_size : of training crops; 0 where whole images alone are read
+    """
+    return fit_shared_memory(choose_hardware(options, training=batch_size > 0), options, batch_bytes(recipe, batch_size))
+
+
 def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int,
-              hardware_flags: tuple, on_nan: str = "stop", tensorboard: bool = False) -> None:
+              options: HardwareOptions, on_nan: str = "stop", tensorboard: bool = False) -> None:
     """Train one fold from what is on disk and seal it: one job of stage 04, in this process or a worker's.
 
     A fold that another process came to train meanwhile is waited for, except by several processes, who would lose touch.
     """
-    folder, hardware = stage.artifact.parent, choose_hardware(*hardware_flags)
+    folder, hardware = stage.artifact.parent, hardware_for(options, recipe, recipe.batch_size)
     team = hardware.team
     with stage.lock(wait=team.size == 1) if team.is_main else nullcontext():
         if team.agree(team.is_main and stage.is_current(rebuilds=False)):
@@ -91,6 +100,7 @@ def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str,
         folds = read_table(work / "folds.csv", "python 03_make_folds.py")
         data = load_fold(work, folds, fold, recipe, start.normalisation)
         stage.check_unchanged(training_inputs(work, folds, recipe))  # it may have waited for days
+        check_team(recipe, len(data.train), hardware)
         run = begin_fold(folder, data, recipe, hardware, fold, seed, start, label)
         with scalars(folder, run.history) if tensorboard and team.is_main else nullcontext() as note:
             train_fold(run, folder, data, stage.made_from(), label, on_nan, note)
@@ -98,7 +108,7 @@ def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str,
             return
         # The rest is not sealed: whoever needs the space of last.pt may delete it.
         stage.finish(rows=len(data.train), also=[folder / "log.jsonl"], epochs=run.epoch, score_best=run.best_score,
-                     start=run.start, returns=run.returns, mean=list(run.normalise.mean), std=list(run.normalise.std),
+                     start=run.start, hardware=hardware.record(), returns=run.returns, mean=list(run.normalise.mean), std=list(run.normalise.std),
                      learning_rates=[group["top_lr"] for group in run.optimizer.param_groups])
 
 
@@ -120,20 +130,20 @@ def found_rates(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware
 
 
 def find_lr(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int,
-            hardware_flags: tuple) -> None:
+            options: HardwareOptions) -> None:
     """Run the learning rate finder of a fold and save its curve: a job of stage 04 with --find-lr."""
     data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe,
                      start.normalisation)
-    hardware = choose_hardware(*hardware_flags)
+    hardware = hardware_for(options, recipe, recipe.batch_size)
     with stage.lock() if hardware.team.is_main else nullcontext():
         found_rates(stage.artifact.parent, data, recipe, hardware, fold, seed, start.read(), label)
 
 
 def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame], settings: dict,
-                batch_size: int, hardware_flags: tuple) -> None:
+                batch_size: int, options: HardwareOptions) -> None:
     """Write a fold's probabilities for each part of the samples, where they are not up to date: one job of stage 05."""
     path, recipe = finished_checkpoint(work, recipe_name, fold, folds, settings["checkpoint"])
-    network = None
+    network, fitting = None, Fitting()
     for part, rows in parts.items():
         images = digest(stored_images(work, recipe.store, rows["Id"]))
         stage = Stage("05_predict_oof", prediction_file(work, recipe_name, part, fold), settings,
@@ -143,11 +153,11 @@ def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, pa
         with stage.lock(wait=True):
             if stage.why_stale() is None:  # another process made it meanwhile
                 continue
-            hardware = choose_hardware(*hardware_flags, training=False)
+            hardware = hardware_for(options, recipe)
             network = network or load_network(path, recipe, hardware)
             logits = predict_logits(*network, image_set(work, recipe, rows), hardware,
                                     views(settings["tta"], recipe.crop if settings["view"] == "crops" else None),
-                                    batch_size, f"{recipe_name} fold {fold} {part}")
+                                    batch_size, f"{recipe_name} fold {fold} {part}", fitting=fitting)
             save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
-            stage.finish(rows=len(rows))
+            stage.finish(rows=len(rows), hardware=hardware.record())
         print(f"05_predict_oof: {recipe_name} fold {fold}: {len(rows)} {part} samples x {len(logits)} views", flush=True)

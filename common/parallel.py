@@ -1,11 +1,14 @@
 """Many independent jobs through joblib: on this machine's cores, or on a dask cluster that shares its files."""
 
+import multiprocessing
 import os
 import signal
+import socket
 import threading
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import joblib
@@ -38,7 +41,7 @@ def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str
 
 def _indexed(index, function, job, parent):
     if _works_for(parent):
-        _end_with(parent)
+        _join(parent)
     return index, function(*job)
 
 
@@ -47,10 +50,29 @@ def _works_for(parent: int) -> bool:
     return os.getpid() != parent and threading.current_thread() is threading.main_thread()
 
 
+PLACE = []  # of this worker process: its number, and the socket that holds it
+
+
 @cache
-def _end_with(parent: int) -> None:
-    """End this worker process soon after the one that it works for: what nobody waits for must not be written."""
+def _join(parent: int) -> None:
+    """Set this worker process up: it takes a number, and ends soon after its parent, for nobody waits for its results then."""
     stopping.when_parent_ends(parent, lambda: os._exit(1))
+    # Loader processes, which it may start, know nothing of loky's way to start processes, its default.
+    multiprocessing.set_start_method(None, force=True)
+    for number in count():
+        place = socket.socket(socket.AF_UNIX)
+        try:
+            place.bind(f"\0hpa-pipeline-{parent}-{number}")  # no file: it is free again when this process ends, however it ends
+        except OSError:
+            place.close()
+            continue
+        PLACE[:] = number, place
+        return
+
+
+def worker_number() -> int | None:
+    """Return the number of this worker process, from 0 on and different from those of its siblings; None in other processes."""
+    return PLACE[0] if PLACE else None
 
 
 def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, label: str) -> None:

@@ -80,6 +80,7 @@ class Recipe:
     weight_decay: float = 1e-6  # L2 on all parameters with SGD; decoupled and on weights only with AdamW and Muon
     l1: float = 0.0
     clip_norm: float = 0.0  # largest norm of the gradient; 0 = any
+    sync_batchnorm: bool = False  # several GPUs: normalise over the images of all of them, not of each alone
 
     # Cosine cycles with restarts; a constant rate; one that halves after `patience` epochs without a better validation
     # loss; or one cycle over all epochs: up for a `warmup_share` of it, down to 0. All in cycles of epochs, until one

@@ -2,10 +2,12 @@
 
 import json
 import math
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,13 @@ from common.artifacts import write_csv
 from common.checkpoints import FORMAT, Writer, save_checkpoint, snapshot
 from common.class_weights import draw_weights, effective_number_weights
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.data import EpochBatches, loader
-from common.errors import UserError
+from common.data import BATCH, EpochBatches, ImageSet, Sets, loader, on_device, whole_batches
+from common.distributed import Team
+from common.errors import UserError, is_out_of_memory
 from common.files import write_text
 from common.fold_data import FoldData
-from common.inference import Hardware, Normalisation, predict_logits, views
+from common.hardware import Hardware, set_kernels
+from common.inference import Fitting, Normalisation, predict_logits, views
 from common.losses import hard_samples, sample_losses
 from common.metrics import macro_f1
 from common.models import build_model, param_groups
@@ -36,6 +40,7 @@ CHECKPOINT_SECONDS = 300  # between checkpoints within an epoch
 EPOCH_SECONDS = 10  # between checkpoints after epochs
 FINDER_STEPS = 100  # of the learning rate finder, at most
 CHECK_STEPS = 50  # between looks at the losses: each makes a GPU wait
+ENOUGH_IMAGES = 8  # for BatchNorm, in each of several processes
 MOST_RETURNS = 3  # to the last good state, each time with half the learning rates
 
 
@@ -67,6 +72,7 @@ class Run:
     epoch: int = 0
     step: int = 0  # batches done in this epoch
     loss_sum: float = 0.0  # over those batches
+    skipped: int = 0  # of those batches, for they overflowed in float16
     seconds: float = 0.0  # spent on this epoch
     best_score: float = -math.inf
     good: dict | None = None  # the state that this epoch began with, where the run may go back to it
@@ -75,9 +81,10 @@ class Run:
     returns: list[str] = field(default_factory=list)  # where it went back to the last good state
     history: list[dict] = field(default_factory=list)
     class_mix: list[dict] = field(default_factory=list)
+    fitting: Fitting = field(default_factory=Fitting)  # of the validation; not saved
 
     TENSORS = ("model", "optimizer", "scaler")
-    PLACE = ("ranking", "epoch", "step", "loss_sum", "seconds", "best_score", "micro_batch", "start", "returns",
+    PLACE = ("ranking", "epoch", "step", "loss_sum", "skipped", "seconds", "best_score", "micro_batch", "start", "returns",
              "history", "class_mix")
 
     def state(self) -> dict:
@@ -86,9 +93,11 @@ class Run:
 
     def restore(self, state: dict) -> None:
         for name in self.TENSORS:
-            getattr(self, name).load_state_dict(state[name])
+            if state[name] or name != "scaler":  # empty where another precision needed none
+                getattr(self, name).load_state_dict(state[name])
         for name in self.PLACE:
             setattr(self, name, state[name])
+        self.micro_batch = self.hardware.micro_batch or self.micro_batch
         self.ranking = self.ranking.to(self.hardware.device)
 
     @property
@@ -116,13 +125,13 @@ def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed:
 
     weights : pretrained parameters of the encoder; rates : top learning rates in place of the recipe's
     """
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
-    torch.backends.cudnn.benchmark = False
+    set_kernels(hardware)
     device, team = hardware.device, hardware.team
     seed_torch(seed, fold)
-    model = build_model(recipe, N_CLASSES, weights).to(device, memory_format=hardware.memory_format)
-    network = model
+    model = build_model(recipe, N_CLASSES, weights)
+    if recipe.sync_batchnorm and team.size > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    network = model = model.to(device, memory_format=hardware.memory_format)
     if team.size > 1:
         network = DistributedDataParallel(model, device_ids=[device] if hardware.is_gpu else None)
     if hardware.compiled:
@@ -144,6 +153,22 @@ def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer
              for group in groups for dimensions in (4, 2, 1)]  # convolutions, dense layers, biases and normalisation layers
     optimizer = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
     return optimizer([part for part in parts if part["params"]], lr=0.0, betas=(recipe.momentum, 0.99), fused=True)
+
+
+def check_team(recipe: Recipe, n_rows: int, hardware: Hardware) -> None:
+    """Refuse several processes whose images are too few for BatchNorm, and warn where they are few: each normalises over its own."""
+    size = hardware.team.size
+    each = min(recipe.batch_size, n_rows) // size
+    if size == 1 or recipe.pooling == "own":  # GapNet-PL has no BatchNorm
+        return
+    if recipe.sync_batchnorm and not hardware.is_gpu:
+        raise UserError("sync_batchnorm works on GPUs only; leave it out, or train in one process")
+    if each < 2 and not recipe.sync_batchnorm:
+        raise UserError(f"a batch of {recipe.batch_size} leaves {size} processes {each} image each, and BatchNorm needs two; start fewer "
+                        "processes, or give a larger batch: --set batch_size=...")
+    if each < ENOUGH_IMAGES and not recipe.sync_batchnorm and hardware.team.is_main:
+        print(f"warning: each of {size} processes normalises over {each} images only, which can cost much of the score; use --set "
+              f"sync_batchnorm=true, a larger batch, or fewer processes", file=sys.stderr, flush=True)
 
 
 # --- one step ----------------------------------------------------------------------------------------------
@@ -173,19 +198,26 @@ def micro_batches(n: int, most: int | None, batch: int | None = None, processes:
 
 
 def train_step(run: Run, images, targets, n: int, share: float, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Learn from the hardest samples of one batch, in as many parts as memory asks for.
+    """Train on the hardest samples of one batch, in as many parts as memory asks for.
 
     images : (part, 4, h, w) uint8 and targets : (part, n_classes), this process's part of a batch of n
-    Returns the losses of the whole batch (n,) and the indices of those that were learnt from (K,), on the device.
+    Returns the losses of the whole batch (n,) and the indices of those that were trained on (K,), on the device.
     """
     targets = targets.to(run.hardware.device, non_blocking=True)
     while True:
         try:
-            return accumulate(run, images, targets, n, share, step)
-        except torch.cuda.OutOfMemoryError:
-            pass  # handled outside, where the failed step's tensors are free
+            losses, kept = gradients(run, images, targets, n, share, step)
+            break
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # Handled outside, where the failed attempt's tensors are free. The optimizer has not touched a weight yet.
         run.micro_batch = smaller_micro_batch(run.micro_batch or len(images), run.hardware)
         torch.cuda.empty_cache()
+    regularise(run)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return losses, kept
 
 
 def smaller_micro_batch(micro_batch: int, hardware: Hardware) -> int:
@@ -195,12 +227,12 @@ def smaller_micro_batch(micro_batch: int, hardware: Hardware) -> int:
         raise UserError("two images do not fit into the GPU's memory; use a smaller crop: --set crop_size=...")
     if hardware.team.size > 1:  # the others wait in the middle of their step
         raise UserError(f"{micro_batch} images do not fit into the GPU's memory; start again with --micro-batch {half}")
-    print(f"out of memory with {micro_batch} images at once: going on with {half}; the batch stays the recipe's", flush=True)
+    print(f"out of memory with {micro_batch} images at once: continuing with {half}; the batch keeps its size", flush=True)
     return half
 
 
-def accumulate(run: Run, images, targets, n: int, share: float, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Do one step of the optimizer on the gradients of all parts of a batch; see `train_step`.
+def gradients(run: Run, images, targets, n: int, share: float, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the gradients of all parts of a batch; see `train_step`.
 
     The sampler ranks the whole batch of all processes. In several parts that takes a pass of its own, without
     gradients, with the same dropout and without a trace in the running statistics.
@@ -214,6 +246,7 @@ def accumulate(run: Run, images, targets, n: int, share: float, step: int) -> tu
             logits = network(inputs.contiguous(memory_format=run.hardware.memory_format))
         return sample_losses(logits, targets[parts[k]], run.class_weights, run.recipe)
 
+    before = [buffer.clone() for buffer in run.model.buffers()] if run.hardware.autocast == torch.float16 else []
     whole = losses_of(0, run.network) if len(parts) == 1 else None
     kept = torch.arange(n, device=targets.device)
     if share < 1:
@@ -233,10 +266,20 @@ def accumulate(run: Run, images, targets, n: int, share: float, step: int) -> tu
             part_losses = losses_of(k, run.network) if whole is None else whole
             run.scaler.scale((part_losses * factors[part]).sum()).backward()
         losses.append(part_losses.detach())
-    regularise(run)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    return team.gather(torch.cat(losses), n), kept
+    losses = team.gather(torch.cat(losses), n)
+    if before:
+        keep_finite_statistics(run, before, losses)
+    return losses, kept
+
+
+def keep_finite_statistics(run: Run, before: list[torch.Tensor], losses: torch.Tensor) -> None:
+    """Undo what a batch that overflowed in float16 did to running statistics; the scaler skips its step for the weights.
+
+    before : the model's buffers before the batch
+    """
+    fine = losses.isfinite().all()
+    for buffer, old in zip(run.model.buffers(), before, strict=True):
+        buffer.copy_(torch.where(fine, buffer, old))
 
 
 def regularise(run: Run) -> None:
@@ -271,34 +314,69 @@ def epoch_batches(run: Run, data: FoldData, epoch: int, start: int = 0) -> Epoch
                         draw_weights(data.train.targets, run.recipe.class_balance))
 
 
-def train_epoch(run: Run, data: FoldData, label: str, save) -> None:
-    """Go through the rest of the run's current epoch; calls `save` now and then. Raises NotFinite."""
+def all_batches(run: Run, data: FoldData):
+    """Return an iterator over every batch from the run's place on: the training batches of each epoch, and after them, where it is
+    evaluated, those of its validation part.
+
+    One loader makes them all, so that its processes and the batches that they have ready last from epoch to epoch.
+    """
+    epoch, step, recipe = run.epoch, run.step, run.recipe
+    valid = part_of(data.valid, run.hardware.team)
+    parts = whole_batches(valid, BATCH)
+
+    def keys():
+        for number in range(epoch, recipe.epochs):
+            for batch in epoch_batches(run, data, number, step if number == epoch else 0):
+                yield [(0, key) for key in batch]
+            if is_evaluated(recipe, number):
+                yield from ([(1, row) for row in rows] for rows in parts)
+
+    return on_device(loader(Sets((data.train, valid)), run.hardware.workers, run.hardware.is_gpu, keys()), run.hardware.device)
+
+
+def part_of(dataset: ImageSet, team: Team) -> ImageSet:
+    """Return this process's part of a set."""
+    part = team.part(len(dataset))
+    return replace(dataset, ids=dataset.ids[part], targets=dataset.targets[part],
+                   sides=None if dataset.sides is None else dataset.sides[part])
+
+
+def train_epoch(run: Run, data: FoldData, feed, label: str, save) -> None:
+    """Work through the rest of the run's current epoch; calls `save` now and then. Raises NotFinite.
+
+    feed : iterator over its batches; see `all_batches`
+    """
     recipe, hardware, team = run.recipe, run.hardware, run.hardware.team
-    batches = epoch_batches(run, data, run.epoch, run.step)
+    batches = epoch_batches(run, data, run.epoch)
+    order = torch.from_numpy(batches.order).to(hardware.device)
     share = 1.0 if run.epoch < recipe.hard_warmup_epochs else recipe.hard_share
     loss_sum = torch.tensor(run.loss_sum, dtype=torch.float64, device=hardware.device)
+    skipped = torch.tensor(run.skipped, device=hardware.device)
     started = saved = time.monotonic()
     before, unread = run.seconds, []
     slower = 0.5 ** len(run.returns)
     run.model.train()
-    for images, targets in progress(loader(data.train, hardware.workers, hardware.is_gpu, batches), batches.steps,
-                                    label, unit="batches", initial=run.step, quiet=not team.is_main):
+    for images, targets in progress(islice(feed, batches.steps - run.step), batches.steps, label, unit="batches",
+                                    initial=run.step, quiet=not team.is_main):
         step = run.epoch * batches.steps + run.step
         for group in run.optimizer.param_groups:
             group["lr"] = slower * group["top_lr"] * learning_rate_factor(run, step, batches.steps)
         losses, kept = train_step(run, images, targets, batches.batch, share, step)
+        unread.append(losses)
+        if hardware.autocast == torch.float16:  # the scaler skips a step that overflowed
+            skipped += ~losses.isfinite().all()
+            losses = losses.nan_to_num(0.0, 0.0, 0.0)
         loss_sum += losses[kept].mean()
         if share < 1:
-            note_ranking(run, torch.as_tensor(batches.rows(run.step), device=hardware.device), losses, kept)
+            note_ranking(run, order[run.step * batches.batch:(run.step + 1) * batches.batch], losses, kept)
         run.step += 1
         run.seconds = before + time.monotonic() - started
-        unread.append(losses)
         ends = run.step == batches.steps
         if ends or run.step % CHECK_STEPS == 0:
             check_finite(run, data, batches, unread)
             unread = []
         if ends or stopping.STATE.asked or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            run.loss_sum = loss_sum.item()
+            run.loss_sum, run.skipped = loss_sum.item(), skipped.item()
             stopping.check()
             if not ends:
                 save()
@@ -309,12 +387,25 @@ def check_finite(run: Run, data: FoldData, batches: EpochBatches, losses: list[t
     """Raise NotFinite if a loss of the last steps, (batch,) each, or any weight now, is not finite."""
     losses = torch.stack(losses)
     fine = torch.cat([losses.isfinite().all(dim=1), finite_weights(run)]).tolist()
+    if run.hardware.autocast == torch.float16:
+        fine = without_overflows(fine, len(losses), run.step)
     if all(fine):
         return
     step = run.step - len(losses) + min(fine.index(False), len(losses) - 1)
     rows = batches.rows(step)
     batch = pd.DataFrame({"Id": data.train.ids[rows], "loss": losses[step - run.step].tolist()})
     raise NotFinite(f"epoch {run.epoch + 1}, batch {step + 1} of {batches.steps}", batch)
+
+
+def without_overflows(fine: list[bool], steps: int, epoch_steps: int) -> list[bool]:
+    """Pass over single steps whose losses overflowed in float16, which the scaler skipped.
+
+    fine : whether the losses of each of the last `steps` are finite, then whether each weight is
+    epoch_steps : steps of this epoch so far. Where all of an epoch's, or CHECK_STEPS in a row, overflowed, that is no odd batch.
+    """
+    if not any(fine[:steps]) and steps in (CHECK_STEPS, epoch_steps):
+        return fine
+    return [True] * steps + fine[steps:]
 
 
 def finite_weights(run: Run) -> torch.Tensor:
@@ -338,14 +429,13 @@ def close_ranking(run: Run, data: FoldData, epoch: int) -> None:
     run.ranking[0] = 0
 
 
-def evaluate(run: Run, data: FoldData) -> tuple[float, float]:
+def evaluate(run: Run, data: FoldData, feed) -> tuple[float, float]:
     """Return the mean E-loss and the macro F1 at 0.5 on the whole validation images; raises NotFinite."""
     team, valid = run.hardware.team, data.valid
     team.share_buffers(run.model)
-    part = team.part(len(valid))
-    mine = replace(valid, ids=valid.ids[part], targets=valid.targets[part],
-                   sides=None if valid.sides is None else valid.sides[part])
-    logits = team.gather_rows(predict_logits(run.model, run.normalise, mine, run.hardware, views("none"))[0])
+    logits = predict_logits(run.model, run.normalise, part_of(valid, team), run.hardware, views("none"), feed=feed,
+                            fitting=run.fitting)
+    logits = team.gather_rows(logits[0])
     losses = sample_losses(logits, torch.from_numpy(valid.targets), run.class_weights.cpu(), run.recipe)
     wrong = ~losses.isfinite()
     if wrong.any():
@@ -389,7 +479,7 @@ def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: s
     Raises UserError when the loss stops being finite, Stopped after a last checkpoint when SIGTERM has come.
     """
     recipe, is_main = run.recipe, run.hardware.team.is_main
-    best = None
+    best, feed = None, all_batches(run, data)
     saved = time.monotonic()
 
     with Writer() as writer, stopping.held():
@@ -411,10 +501,11 @@ def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: s
             elif not (run.good and run.step):
                 run.good = snapshot(run.state())
             try:
-                train_epoch(run, data, f"{label} epoch {run.epoch + 1}/{recipe.epochs}", save)
-                row = close_epoch(run, data)
+                train_epoch(run, data, feed, f"{label} epoch {run.epoch + 1}/{recipe.epochs}", save)
+                row = close_epoch(run, data, feed)
             except NotFinite as error:
                 go_back(run, error, folder, label)
+                feed = all_batches(run, data)
                 continue
             except stopping.Stopped:
                 if save():
@@ -467,24 +558,26 @@ def write_state(folder: Path, state: dict, best: dict | None, samples) -> None:
     save_checkpoint(folder / "last.pt", state)
 
 
-def close_epoch(run: Run, data: FoldData) -> dict:
+def close_epoch(run: Run, data: FoldData, feed) -> dict:
     """Evaluate where the recipe says so, and go to the next epoch; returns the finished one's row of the log.
 
     Raises NotFinite for the loss of the validation samples.
     """
     recipe = run.recipe
     row = {"epoch": run.epoch + 1, "cycle": run.epoch // recipe.cycle_epochs + 1,
-           "learning_rate": run.optimizer.param_groups[-1]["lr"], "train_loss": run.loss_sum / run.step,
-           "seconds": round(run.seconds, 2), **({} if run.epoch else {"start": run.start})}
+           "learning_rate": run.optimizer.param_groups[-1]["lr"], "train_loss": run.loss_sum / max(1, run.step - run.skipped),
+           "seconds": round(run.seconds, 2), "hardware": str(run.hardware), **({} if run.epoch else {"start": run.start})}
     if is_evaluated(recipe, run.epoch):
         started = time.monotonic()
-        row["valid_loss"], row["macro_f1"] = evaluate(run, data)
+        row["valid_loss"], row["macro_f1"] = evaluate(run, data, feed)
         row["valid_seconds"] = round(time.monotonic() - started, 2)
+    if run.skipped:
+        row["skipped"] = run.skipped
     if run.returns:
         row["returns"] = list(run.returns)
     close_ranking(run, data, row["epoch"])
     run.history.append(row)
-    run.epoch, run.step, run.loss_sum, run.seconds = run.epoch + 1, 0, 0.0, 0.0
+    run.epoch, run.step, run.loss_sum, run.skipped, run.seconds = run.epoch + 1, 0, 0.0, 0, 0.0
     return row
 
 
@@ -499,9 +592,11 @@ def lr_range_test(data: FoldData, recipe: Recipe, hardware: Hardware, fold: int,
     """
     run = new_run(recipe, data, hardware, fold, seed, weights)
     rates, losses = [], []
+    keys = (batch for epoch in count() for batch in epoch_batches(run, data, epoch))
+    feed = on_device(loader(data.train, hardware.workers, hardware.is_gpu, islice(keys, n_steps)), hardware.device)
+    n = epoch_batches(run, data, 0).batch
     run.model.train()
-    for images, targets, n in progress(endless(data, run, n_steps), n_steps, label, unit="batches",
-                                       quiet=not hardware.team.is_main):
+    for images, targets in progress(feed, n_steps, label, unit="batches", quiet=not hardware.team.is_main):
         rates.append(exponential_range(len(rates), n_steps, low, high))
         for group in run.optimizer.param_groups:
             group["lr"] = rates[-1] * group["top_lr"] / run.optimizer.param_groups[-1]["top_lr"]
@@ -509,16 +604,3 @@ def lr_range_test(data: FoldData, recipe: Recipe, hardware: Hardware, fold: int,
         if has_diverged(losses):
             break
     return rates, losses
-
-
-def endless(data: FoldData, run: Run, n_steps: int):
-    """Yield `n_steps` training batches and their size, epoch after epoch."""
-    done = epoch = 0
-    while done < n_steps:
-        batches = epoch_batches(run, data, epoch)
-        for images, targets in loader(data.train, run.hardware.workers, run.hardware.is_gpu, batches):
-            yield images, targets, batches.batch
-            done += 1
-            if done == n_steps:
-                return
-        epoch += 1

@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 from common.data import ImageSet
 from common.fold_data import FoldData
-from common.inference import Normalisation, choose_hardware
+from common.hardware import HardwareOptions, choose_hardware
+from common.inference import Normalisation
 from common.recipes import GAPNET_PL
 from common.training import new_run, train_step
 
@@ -23,7 +24,7 @@ BATCH = 11  # odd, so that two processes have parts of different size
 
 
 def main(path: str, micro_batch: str) -> None:
-    hardware = choose_hardware("cpu", "fp32", 0, int(micro_batch) or None)
+    hardware = choose_hardware(HardwareOptions("cpu", "fp32", 0, int(micro_batch) or None))
     team = hardware.team
     recipe = replace(GAPNET_PL, size_divisor=8, dropouts=(0.0, 0.0), hard_share=0.6, batch_size=BATCH)
     empty = ImageSet(Path(), np.array([str(i) for i in range(BATCH)]), np.zeros((BATCH, 28), dtype=bool))

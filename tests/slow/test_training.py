@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from common import stopping, training
+from common import hardware, stopping, training
 from common.checkpoints import load_checkpoint, load_network, save_checkpoint
 from common.data import ImageSet
 from common.distributed import Team
@@ -22,7 +22,8 @@ from common.files import write_text
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, load_fold
 from common.images import write_planes
-from common.inference import (Hardware, Normalisation, choose_hardware, mean_probabilities, predict_logits, views)
+from common.hardware import Hardware, HardwareOptions, choose_hardware
+from common.inference import Normalisation, mean_probabilities, predict_logits, views
 from common.jobs import begin_fold
 from common.losses import sample_losses
 from common.models import build_model
@@ -236,8 +237,8 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(tmp_path, capsys, monk
         train_step(run, *batch(12), 12, 0.5, step)
         train_step(calm, *batch(12), 12, 0.5, step)
     assert capsys.readouterr().out.splitlines() == [
-        "out of memory with 12 images at once: going on with 6; the batch stays the recipe's",
-        "out of memory with 6 images at once: going on with 3; the batch stays the recipe's"]
+        "out of memory with 12 images at once: continuing with 6; the batch keeps its size",
+        "out of memory with 6 images at once: continuing with 3; the batch keeps its size"]
     assert run.micro_batch == run.state()["micro_batch"] == 3
     for mine, expected in zip(run.model.parameters(), calm.model.parameters(), strict=True):
         torch.testing.assert_close(mine, expected)
@@ -268,7 +269,7 @@ def test_l1_and_the_limit_on_the_gradient_are_applied(tmp_path):
 
 @pytest.mark.parametrize(("schedule", "expected"), [("constant", [1, 1, 1, 1]), ("plateau", [1, 1, 0.5, 0.25])])
 def test_other_schedules(tmp_path, monkeypatch, schedule, expected):
-    monkeypatch.setattr(training, "evaluate", lambda run, data: ([1.0, 2.0, 2.0, 0.5][run.epoch], 0.1))
+    monkeypatch.setattr(training, "evaluate", lambda run, data, feed: ([1.0, 2.0, 2.0, 0.5][run.epoch], 0.1))
     run = train(tmp_path / "run", fold_data(tmp_path / "images", 8), replace(SMALL, schedule=schedule, patience=0))
     assert [row["learning_rate"] / 2e-2 for row in run.history] == pytest.approx(expected)
 
@@ -426,8 +427,8 @@ def test_it_goes_back_three_times_at_most(tmp_path, monkeypatch, capsys):
 def test_a_validation_loss_that_is_not_finite_counts_too(tmp_path, monkeypatch):
     real, calls = training.predict_logits, []
 
-    def predict(*arguments):
-        logits = real(*arguments).clone()
+    def predict(*arguments, **more):
+        logits = real(*arguments, **more).clone()
         calls.append(1)
         if len(calls) == 2:
             logits[0, 5] = float("nan")
@@ -483,7 +484,7 @@ def test_sigterm_saves_a_checkpoint_at_the_next_step_and_the_end_is_the_same(tmp
 
 
 def test_bf16_autocast_trains_on_the_cpu(tmp_path):
-    hardware = choose_hardware("cpu", "bf16", None)
+    hardware = choose_hardware(HardwareOptions("cpu", "bf16"))
     assert hardware.autocast == torch.bfloat16
     run = train(tmp_path / "run", fold_data(tmp_path / "images", 16), hardware=hardware)
     assert np.isfinite(run.history[-1]["train_loss"])
@@ -492,7 +493,7 @@ def test_bf16_autocast_trains_on_the_cpu(tmp_path):
 
 def test_a_device_that_is_not_there_is_an_error_with_the_cure():
     with pytest.raises(UserError, match="cannot be used .*; try --device cpu"):
-        choose_hardware("cuda:99", "auto", None)
+        choose_hardware(HardwareOptions("cuda:99"))
 
 
 def test_one_sample_is_not_enough_to_train_on(tmp_path):
@@ -631,18 +632,18 @@ def test_a_write_that_fails_ends_the_training(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("cpu", "expected"), [
-    ({"avx512_bf16": True, "cpu_name": "AMD EPYC 9B14"}, torch.bfloat16), ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, None),
-    ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16), ({}, None)])
+    (({"avx512_bf16"}, "AMD EPYC 9B14"), torch.bfloat16), (({"avx512_bf16"}, "Intel Xeon"), None),
+    (({"avx512_bf16", "amx_bf16"}, "Intel Xeon"), torch.bfloat16), ((set(), ""), None)])
 def test_a_cpu_trains_in_bf16_where_that_is_faster_and_predicts_in_32_bit(monkeypatch, cpu, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
-    assert choose_hardware("cpu", "auto", None).autocast == expected
-    assert choose_hardware("cpu", "auto", None, training=False).autocast is None
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: cpu)
+    assert choose_hardware(HardwareOptions("cpu")).autocast == expected
+    assert choose_hardware(HardwareOptions("cpu"), training=False).autocast is None
 
 
 def test_the_memory_format_changes_rounding_only(tmp_path):
     data = fold_data(tmp_path / "images", 16)
     usual = train(tmp_path / "usual", data)
-    other = train(tmp_path / "other", data, hardware=choose_hardware("cpu", "fp32", 0, memory_format="contiguous"))
+    other = train(tmp_path / "other", data, hardware=choose_hardware(HardwareOptions("cpu", "fp32", 0, memory_format="contiguous")))
     assert all(value.is_contiguous() for value in other.model.state_dict().values())
     for before, after in zip(usual.history[:2], other.history[:2], strict=True):
         assert after["valid_loss"] == pytest.approx(before["valid_loss"], rel=1e-3)
@@ -652,6 +653,6 @@ def test_a_compiled_network_learns_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     data = fold_data(tmp_path / "images", 16)
     usual = train(tmp_path / "usual", data)
-    compiled = train(tmp_path / "compiled", data, hardware=choose_hardware("cpu", "fp32", 0, compiled=True))
+    compiled = train(tmp_path / "compiled", data, hardware=choose_hardware(HardwareOptions("cpu", "fp32", 0, compiled=True)))
     assert same(usual.model.state_dict(), compiled.model.state_dict())
     assert load_checkpoint(tmp_path / "compiled" / "best.pt").keys() == load_checkpoint(tmp_path / "usual" / "best.pt").keys()

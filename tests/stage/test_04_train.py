@@ -15,7 +15,8 @@ from common.artifacts import load_predictions, read_json, read_table, sidecar
 from common.checkpoints import load_network
 from common.data import dihedral
 from common.fold_data import load_fold
-from common.inference import Normalisation, choose_hardware
+from common.hardware import HardwareOptions, choose_hardware
+from common.inference import Normalisation
 from common.models import build_encoder
 from common.recipes import Recipe, get_recipe
 from tests.conftest import ROOT
@@ -76,7 +77,7 @@ def test_our_own_small_recipe_sees_each_image_at_one_exposure(train, run_script,
     train(*TINY, "--folds", "0", recipe="small_plus-quick")
     run_script("05_predict_oof.py", "--work", work, "--recipes", "small_plus-quick", "--folds", "0", "--no-test")
     path, recipe = work / "runs" / "small_plus-quick" / "fold0" / "best.pt", get_recipe("small_plus-quick", TINY[1:])
-    model, normalise = load_network(path, recipe, choose_hardware("cpu", "fp32", 0, training=False))
+    model, normalise = load_network(path, recipe, choose_hardware(HardwareOptions("cpu", "fp32", 0), training=False))
     folds = read_table(work / "folds.csv", "")
     data = load_fold(work, folds, 0, recipe, Normalisation((0.5,) * 4, (0.5,) * 4))
     assert data.normalisation == normalise == Normalisation((64 / 255,) * 4, (24 / 255,) * 4)

@@ -4,12 +4,12 @@ import sys
 import numpy as np
 import pytest
 
-from common.inference import choose_hardware
+from common.hardware import HardwareOptions, choose_hardware
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is set on Linux only")
 def test_memory_that_is_freed_is_kept_for_the_next_batch():
-    choose_hardware("cpu", "fp32", 0)
+    choose_hardware(HardwareOptions("cpu", "fp32", 0))
 
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

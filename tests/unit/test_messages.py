@@ -21,7 +21,7 @@ from common.images import BadImage, read_channel
 from common.labels import parse_targets, read_csv, read_labels
 from common.parallel import run_parallel, workers
 from common.folds import make_folds
-from common.inference import choose_hardware
+from common.hardware import HardwareOptions, choose_hardware
 from common.predictions import check_there, labelled_rows, read_groups
 from common.preprocess import Sample, refuse_bad
 from common.recipes import get_recipe
@@ -76,7 +76,7 @@ def other_classes(path):
      "are stored at 192 px with size_rule=by-source; give a smaller crop_size"),
     (lambda f: get_recipe("demo", ["focal_gamma=inf"]), "recipe field focal_gamma has an impossible value: inf"),
     (lambda f: get_recipe("demo", ["learning_rates=0.1,inf"]), "recipe field learning_rates has an impossible value: (0.1, inf)"),
-    (lambda f: choose_hardware("meta", "fp32", 0), "device 'meta' cannot be used (neither a CPU nor a CUDA GPU); try --device cpu"),
+    (lambda f: choose_hardware(HardwareOptions("meta", "fp32", 0)), "device 'meta' cannot be used (neither a CPU nor a CUDA GPU); try --device cpu"),
     (lambda f: make_folds(kept(9), 2, 1, 0, hold_out=0.05), "--hold-out 0.05 of 9 distinct samples is none; give a larger share"),
     (lambda f: make_folds(kept(200), 2, 1, 0, hold_out=1e-320), "--hold-out 9.99989e-321: the smallest share is 0.01"),
     (lambda f: check_there([f / "oof.npz"], "CURE"), "{f}/oof.npz is missing; run: CURE"),
