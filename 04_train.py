@@ -17,6 +17,7 @@ example python 04_train.py --recipe resnet50 --folds 0,2 --set alpha=0.999 batch
         torchrun --nproc-per-node 4 04_train.py --recipe senet --folds 0
 """
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -97,6 +98,7 @@ def main():
             prepare([stage for stage, *_ in jobs], args.force)
         team.agree("prepared")
         cli.leave_out("--force")
+    options = replace(options, jobs=max(1, min(options.jobs, len(jobs))))
     do = find_lr if args.find_lr else partial(train_job, on_nan=args.on_nan, tensorboard=args.tensorboard)
     run_jobs(do, [(*job, args.work, args.seed, options) for job in jobs], options.jobs, args.cluster, "training")
     if args.tensorboard and team.is_main:

@@ -134,8 +134,7 @@ def try_device(device: torch.device) -> None:
         if device.index >= torch.cuda.device_count() > 0:
             raise unusable(str(device), f"this machine has {', '.join(f'cuda:{k}' for k in range(torch.cuda.device_count()))}")
         torch.cuda.set_device(device)  # from here on this process seeds and allocates there only
-        ones = torch.ones(8, 8, device=device)
-        (ones @ ones).sum().item()  # an unknown card has memory, but no kernels
+        run_kernel(device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         text = first_line(error)
         if "no kernel image" not in text:
@@ -144,6 +143,12 @@ def try_device(device: torch.device) -> None:
         known = ", ".join(torch.cuda.get_arch_list())
         raise UserError(f"torch {torch.__version__} has no kernels for {device} ({torch.cuda.get_device_name(device)}, sm_{major}{minor}; "
                         f"it has them for {known}); install a release of torch for this GPU, or use --device cpu") from None
+
+
+def run_kernel(device: torch.device) -> None:
+    """Multiply and add on a device: a card that torch does not know has memory, but no kernels."""
+    ones = torch.ones(8, 8, device=device)
+    (ones @ ones).sum().item()
 
 
 def unusable(name: str, reason: str) -> UserError:
@@ -214,9 +219,9 @@ def set_kernels(hardware: Hardware) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = hardware.fast
 
 
-def batch_bytes(recipe: Recipe, batch_size: int) -> int:
-    """Return the bytes of the largest batch that is loaded: of `batch_size` training crops, or of whole images."""
-    pixels = max(batch_size * recipe.crop ** 2, BATCH * stored_size(recipe.store, MAX_SIDE) ** 2)
+def batch_bytes(recipe: Recipe, crops: int, whole: int = BATCH) -> int:
+    """Return the bytes of the largest batch that is loaded: of `crops` training crops, or of `whole` images."""
+    pixels = max(crops * recipe.crop ** 2, whole * stored_size(recipe.store, MAX_SIDE) ** 2)
     return pixels * len(CHANNELS)
 
 

@@ -57,7 +57,6 @@ class Fitting:
     size: int | None = None
 
 
-@torch.inference_mode()
 def predict_logits(model, normalise: Normalisation, dataset: ImageSet, hardware: Hardware, looks: list,
                    batch_size: int = BATCH, label: str | None = None, feed=None, fitting: Fitting | None = None) -> torch.Tensor:
     """Return the logits of every image under every view, (n_views, n, n_classes) float32 on the CPU.
@@ -72,10 +71,14 @@ def predict_logits(model, normalise: Normalisation, dataset: ImageSet, hardware:
     parts = whole_batches(dataset, batch_size)
     batches = islice(feed, len(parts)) if feed else on_device(loader(dataset, hardware.workers, hardware.is_gpu, parts), hardware.device)
 
+    @torch.inference_mode()  # not around the loader, which may receive a later training batch meanwhile
     def logits_of(images):
         images = normalise(images, hardware.device)
         with hardware.casting():
-            return torch.stack([model(look(images)).float() for look in looks])
+            logits = torch.stack([model(look(images)).float() for look in looks])
+        if hardware.autocast == torch.float16 and not logits.isfinite().all():  # an overflow, which 32 bits do not have
+            logits = torch.stack([model(look(images)) for look in looks])
+        return logits
 
     logits = [torch.empty(len(looks), 0, N_CLASSES, device=hardware.device)]
     for images, _ in progress(batches, len(parts), label or "", unit="batches", quiet=not label):

@@ -76,12 +76,9 @@ def begin_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware,
     return run
 
 
-def hardware_for(options: HardwareOptions, recipe: Recipe, batch_size: int = 0) -> Hardware:
-    """Return the hardware of a job, with as many loader processes as have room for its batches.
-
-    batch_size : of training crops; 0 where whole images alone are read
-    """
-    return fit_shared_memory(choose_hardware(options, training=batch_size > 0), options, batch_bytes(recipe, batch_size))
+def training_hardware(options: HardwareOptions, recipe: Recipe) -> Hardware:
+    """Return the hardware of a training, with as many loader processes as have room for its batches."""
+    return fit_shared_memory(choose_hardware(options), options, batch_bytes(recipe, recipe.batch_size))
 
 
 def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int,
@@ -90,7 +87,7 @@ def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str,
 
     A fold that another process came to train meanwhile is waited for, except by several processes, who would lose touch.
     """
-    folder, hardware = stage.artifact.parent, hardware_for(options, recipe, recipe.batch_size)
+    folder, hardware = stage.artifact.parent, training_hardware(options, recipe)
     team = hardware.team
     with stage.lock(wait=team.size == 1) if team.is_main else nullcontext():
         if team.agree(team.is_main and stage.is_current(rebuilds=False)):
@@ -134,7 +131,7 @@ def find_lr(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, w
     """Run the learning rate finder of a fold and save its curve: a job of stage 04 with --find-lr."""
     data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe,
                      start.normalisation)
-    hardware = hardware_for(options, recipe, recipe.batch_size)
+    hardware = training_hardware(options, recipe)
     with stage.lock() if hardware.team.is_main else nullcontext():
         found_rates(stage.artifact.parent, data, recipe, hardware, fold, seed, start.read(), label)
 
@@ -153,7 +150,8 @@ def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, pa
         with stage.lock(wait=True):
             if stage.why_stale() is None:  # another process made it meanwhile
                 continue
-            hardware = hardware_for(options, recipe)
+            hardware = choose_hardware(options, training=False)
+            hardware = fit_shared_memory(hardware, options, batch_bytes(recipe, 0, batch_size))
             network = network or load_network(path, recipe, hardware)
             logits = predict_logits(*network, image_set(work, recipe, rows), hardware,
                                     views(settings["tta"], recipe.crop if settings["view"] == "crops" else None),

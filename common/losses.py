@@ -15,7 +15,8 @@ def sample_losses(logits, targets, weights, recipe: Recipe):
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     if recipe.base_loss == "focal":
         miss = torch.sigmoid(logits * (1 - 2 * targets))  # 1 - p of the true answer
-        losses = losses * miss ** recipe.focal_gamma
+        # Below the smallest normal number its power would have an infinite slope, for a gamma below 1.
+        losses = losses * miss.clamp(min=torch.finfo(miss.dtype).tiny) ** recipe.focal_gamma
     if recipe.weighted_part == "positives":
         weights = torch.where(targets > 0, weights, 1.0)
     losses = losses * weights

@@ -147,7 +147,11 @@ def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed:
 def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
     """Return SGD with momentum, or AdamW or Muon, which leave biases and normalisation layers without decay."""
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
+        for group in groups:  # torch leaves them unset where a first step overflows in float16, and uses them in the next
+            for parameter in group["params"] if recipe.momentum else ():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     parts = [{**group, "params": [p for p in group["params"] if p.ndim == dimensions], "muon": dimensions == 4,
               "weight_decay": recipe.weight_decay if dimensions > 1 else 0.0}
              for group in groups for dimensions in (4, 2, 1)]  # convolutions, dense layers, biases and normalisation layers

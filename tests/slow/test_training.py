@@ -22,8 +22,8 @@ from common.files import write_text
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, load_fold
 from common.images import write_planes
-from common.hardware import Hardware, HardwareOptions, choose_hardware
-from common.inference import Normalisation, mean_probabilities, predict_logits, views
+from common.hardware import PRECISIONS, Hardware, HardwareOptions, choose_hardware
+from common.inference import Fitting, Normalisation, mean_probabilities, predict_logits, views
 from common.jobs import begin_fold
 from common.losses import sample_losses
 from common.models import build_model
@@ -242,6 +242,132 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(tmp_path, capsys, monk
     assert run.micro_batch == run.state()["micro_batch"] == 3
     for mine, expected in zip(run.model.parameters(), calm.model.parameters(), strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("text", ["cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
+def test_other_words_for_a_full_gpu_halve_the_micro_batch_too(tmp_path, monkeypatch, text):
+    run = plain(fold_data(tmp_path, 4))
+    forward = run.network.forward
+
+    def small_gpu(images):
+        if len(images) > 3:
+            raise RuntimeError(text)
+        return forward(images)
+
+    monkeypatch.setattr(run.network, "forward", small_gpu)
+    train_step(run, *batch(6), 6, 0.5, 0)
+    assert run.micro_batch == 3
+
+
+def test_an_optimizer_that_runs_out_of_memory_has_done_its_step_once_at_most(tmp_path, monkeypatch):
+    run, calls = plain(fold_data(tmp_path, 4)), []
+
+    def step():
+        calls.append(1)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run.optimizer, "step", step)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        train_step(run, *batch(8), 8, 1.0, 0)
+    assert calls == [1] and run.micro_batch is None
+
+
+def test_a_micro_batch_that_is_asked_for_wins_over_the_one_that_was_saved(tmp_path):
+    data = fold_data(tmp_path / "images", 16)
+    saved = new_run(SMALL, data, replace(CPU, micro_batch=4), 0, 0)
+    for asked, expected in ((None, 4), (2, 2)):
+        run = new_run(SMALL, data, replace(CPU, micro_batch=asked), 0, 0)
+        run.restore(copy.deepcopy(saved.state()))
+        assert run.micro_batch == expected
+
+
+def test_prediction_remembers_how_many_images_fitted(tmp_path, monkeypatch):
+    data, sizes = fold_data(tmp_path, 12), []
+    model, fitting = build_model(SMALL, 28), Fitting()
+    forward = model.forward
+
+    def small_gpu(images):
+        sizes.append(len(images))
+        if len(images) > 3:
+            raise RuntimeError("CUDA error: out of memory")
+        return forward(images)
+
+    expected = predict_logits(model, data.normalisation, data.valid, CPU, views("none"), 6)
+    monkeypatch.setattr(model, "forward", small_gpu)
+    for _ in range(2):
+        found = predict_logits(model, data.normalisation, data.valid, CPU, views("none"), 6, fitting=fitting)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert sizes == [6, *[3] * 8] and fitting.size == 3
+
+
+@pytest.mark.parametrize(("first", "then"), [("bf16", "fp16"), ("fp16", "fp32"), ("fp32", "fp16"), ("fp16", "fp16")])
+def test_a_run_resumes_in_another_precision(tmp_path, monkeypatch, first, then):
+    data, epoch = fold_data(tmp_path / "images", 16), training.train_epoch
+
+    def dies(run, *arguments):
+        if run.epoch == 1:
+            raise Killed
+        epoch(run, *arguments)
+
+    monkeypatch.setattr(training, "train_epoch", dies)
+    with pytest.raises(Killed):
+        train(tmp_path / "run", data, hardware=choose_hardware(HardwareOptions("cpu", first)))
+    monkeypatch.setattr(training, "train_epoch", epoch)
+    run = train(tmp_path / "run", data, hardware=choose_hardware(HardwareOptions("cpu", then)))
+    assert len(run.history) == 4 and run.scaler.is_enabled() == (then == "fp16") and np.isfinite(run.history[-1]["valid_loss"])
+    assert [row["hardware"].split(", ")[2] for row in run.history] == [str(PRECISIONS[p] or torch.float32)[6:] for p in (first, *[then] * 3)]
+
+
+def overflow(monkeypatch, steps):
+    """Let the activations of the given training steps overflow, as they may in float16."""
+    real, calls = training.sample_losses, []
+
+    def losses(logits, targets, weights, recipe):
+        calls.append(1)
+        factor = math.inf if logits.requires_grad and len(calls) - 1 in steps else 1.0
+        return real(logits * factor, targets, weights, recipe)
+
+    monkeypatch.setattr(training, "sample_losses", losses)
+
+
+def test_a_batch_that_overflows_in_float16_is_skipped_and_leaves_no_trace(tmp_path, monkeypatch):
+    run = new_run(SMALL, fold_data(tmp_path, 8), choose_hardware(HardwareOptions("cpu", "fp16")), 0, 0)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 1e-3
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    train_step(run, *batch(8), 8, 0.5, 0)
+    before = copy.deepcopy(run.model.state_dict())
+    forward = run.network.forward
+    monkeypatch.setattr(run.network, "forward", lambda images: forward(images * math.inf))
+    losses, _ = train_step(run, *batch(8), 8, 0.5, 1)
+    assert not losses.isfinite().any() and same(before, run.model.state_dict())
+    monkeypatch.setattr(run.network, "forward", forward)
+    train_step(run, *batch(8), 8, 0.5, 2)
+    assert not same(before, run.model.state_dict()) and training.finite_weights(run).all()
+
+
+def test_single_overflows_are_counted_and_whole_epochs_of_them_end_training(tmp_path, monkeypatch):
+    data, half = fold_data(tmp_path / "images", 24), choose_hardware(HardwareOptions("cpu", "fp16"))
+    overflow(monkeypatch, {1, 5})  # of 3 steps and a validation an epoch: the second step of two epochs
+    run = train(tmp_path / "run", data, hardware=half)
+    assert [row.get("skipped") for row in run.history] == [1, 1, None, None]
+    assert all(np.isfinite(row["train_loss"]) for row in run.history)
+    assert pd.read_csv(tmp_path / "run" / "hard_samples.csv")["mean_loss"].notna().all()
+    overflow(monkeypatch, set(range(3)))
+    with pytest.raises(UserError, match="the loss is not finite in epoch 1, batch 1 of 3"):
+        train(tmp_path / "bad", data, hardware=half)
+    overflow(monkeypatch, {1})
+    with pytest.raises(UserError, match="the loss is not finite in epoch 1, batch 2 of 3"):
+        train(tmp_path / "full", data)  # in 32 bit there is no excuse
+
+
+def test_one_loader_serves_a_whole_training_and_makes_the_same_batches(tmp_path, monkeypatch):
+    data, calls, real = fold_data(tmp_path / "images", 24), [], training.loader
+    monkeypatch.setattr(training, "loader", lambda *arguments: calls.append(1) or real(*arguments))
+    train(tmp_path / "alone", data)
+    train(tmp_path / "fed", data, hardware=replace(CPU, workers=2))
+    assert len(calls) == 2
+    assert (tmp_path / "alone" / "best.pt").read_bytes() == (tmp_path / "fed" / "best.pt").read_bytes()
 
 
 def test_two_images_that_do_not_fit_end_with_a_cure(tmp_path, monkeypatch):

@@ -52,6 +52,17 @@ def test_the_loss_is_the_weighted_sum_of_focal_losses():
     torch.testing.assert_close(sample_losses(logits, targets, weights, Recipe(class_reduction="mean")), expected / 2)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.01, 0.5, 1.0, 2.0])
+def test_gradients_are_finite_at_any_logit(gamma):
+    values = torch.tensor([0.0, 1e-30, 1.0, 20.0, 80.0, 87.5, 100.0, 200.0, 1e4, 3e38])
+    logits = torch.cat([values, -values]).repeat(2, 1).T.contiguous().requires_grad_()
+    targets = torch.tensor([0.0, 1.0]).expand(20, 2)
+    losses = sample_losses(logits, targets, torch.ones(2), Recipe(focal_gamma=gamma))
+    assert losses.isfinite().all()
+    losses.clamp(max=1e30).sum().backward()
+    assert logits.grad.isfinite().all()
+
+
 def test_bce_and_weights_on_positives_only():
     logits, targets, weights = torch.randn(4, 3), (torch.rand(4, 3) > 0.5).float(), torch.tensor([1.0, 2.0, 3.0])
     bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
