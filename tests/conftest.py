@@ -29,9 +29,9 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def run_script():
     """Run a script of the project in its own process; returns the finished process with its output as text."""
-    def run(script, *arguments, check=True, **kwargs):
+    def run(script, *arguments, check=True, env=None, **kwargs):
         command = ["bash" if script.endswith(".sh") else sys.executable, str(ROOT / script), *map(str, arguments)]
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        environment = {**(env or os.environ), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)
         if check:
             assert result.returncode == 0, result.stdout + result.stderr

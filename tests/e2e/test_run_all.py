@@ -50,6 +50,9 @@ def test_dry_run_prints_commands_that_can_be_pasted(run_script, small_data, tmp_
     assert [line.split()[1] for line in lines] == [
         "01_preprocess.py", "02_dedup.py", "03_make_folds.py", "04_train.py", "05_predict_oof.py", "06_thresholds.py",
         "07_ensemble.py", "08_report.py"]
+    hardware = ("--device", "cuda:1", "--precision", "fp16", "--workers", "3", "--fast", "--jobs", "4")
+    out = run_script("run_all.sh", "--data", strange, "--work", tmp_path / "work", "--dry-run", *hardware).stdout
+    assert [" ".join(hardware) in line for line in out.splitlines()] == [False] * 3 + [True] * 2 + [False] * 3
     subprocess.run(["bash", "-c", lines[0]], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "work" / "samples.csv").is_file()
 
