@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from common import stopping
 from common.distributed import Team
 from common.errors import UserError
-from common.images import read_planes
+from common.images import corner, read_planes
 
 BATCH = 32  # whole images at once
 CACHE_BYTES = 2 ** 29  # of decoded images that a set keeps
@@ -47,7 +47,7 @@ def random_crop(image: np.ndarray, crop: int, draw: np.ndarray) -> np.ndarray:
 
     draw : three random numbers in [0, 1), for the window's place and the symmetry
     """
-    top, left = (int(u * (side - crop + 1)) for u, side in zip(draw, image.shape[1:], strict=False))
+    top, left = (corner(share, crop, side) for share, side in zip(draw, image.shape[1:], strict=False))
     return dihedral(image[:, top:top + crop, left:left + crop], int(8 * draw[2]))
 
 
@@ -79,9 +79,11 @@ class Cache(dict):
         return Cache, (0,)
 
     def keep(self, Id: str, image: np.ndarray) -> None:
-        if image.nbytes <= self.room:
-            self[Id] = image
-            self.room -= image.nbytes
+        if image.nbytes > self.room:
+            self.room = 0  # full: from here on large images are read in part
+            return
+        self[Id] = image
+        self.room -= image.nbytes
 
 
 @dataclass
@@ -112,17 +114,20 @@ class ImageSet(Dataset):
         Id = self.ids[row]
         image = self.cache.get(Id)
         if image is None:
-            image = self.read(Id)
+            in_part = self.crop is not None and not self.cache.room
+            image = self.read(Id, (self.crop, *draw[:2]) if in_part else None)
             self.cache.keep(Id, image)
         if self.crop is not None:
             image = random_crop(image, self.crop, draw)
         return image, self.targets[row]
 
-    def read(self, Id: str) -> np.ndarray:
-        """Decode one stored image; raises UserError where it is missing or damaged."""
-        planes = read_planes(self.folder / f"{Id}.tif", self.crcs.get(Id))
-        if self.standardised:
-            planes = standardise(planes)
+    def read(self, Id: str, window: tuple | None = None) -> np.ndarray:
+        """Decode one stored image, or a `window` of it (see `read_planes`); raises UserError where it is missing or damaged."""
+        path, crc = self.folder / f"{Id}.tif", self.crcs.get(Id)
+        if self.standardised:  # by the statistics of the whole image
+            planes = standardise(read_planes(path, crc, lent=True))
+        else:
+            planes = read_planes(path, crc, window, lent=True)
         return cv2.merge(list(planes)).transpose(2, 0, 1)  # channels last in memory, as batches are
 
 

@@ -284,7 +284,7 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
         for sample in while_time_lasts(list(dict.fromkeys([*doubtful, *sides]))[:DECODED], SECONDS / 2, "decoding"):
             started = time.perf_counter()
             made = images.attempt(images.store_sample, sample.Id, sample.files, sample.rgb_coded, stores, Path(folder),
-                                  args.white_level)
+                                  args.white_level, args.store == "raw")
             if isinstance(made, images.BadImage):
                 bad[sample] = f"{sample.part}: {made}"
                 continue
@@ -401,7 +401,7 @@ def work_so_far(args, seen: Seen):
         return
     stores = wanted_stores(get_recipe(name, args.settings) for name in args.recipes)
     reason = preprocess_stage(args.work, seen.samples, {sample: source_state(sample) for sample in seen.samples}, stores,
-                              args.white_level, args.keep_going).why_stale() or ""
+                              args.white_level, args.keep_going, args.store == "raw").why_stale() or ""
     trained = []
     folds = read_table(args.work / "folds.csv", "") if (args.work / "folds.csv").is_file() else None
     for name, recipe in seen.recipes.items() if folds is not None else ():
@@ -468,12 +468,14 @@ def disk(args, seen: Seen, folds, costs: dict):
     """Yield what the work folder will need of the disk, part by part, against what is free."""
     from common.estimate import checkpoint_bytes
     from common.folds import fold_numbers
-    from common.preprocess import HASH_SIZE, space_needed, stored_ids
+    from common.preprocess import HASH_SIZE, is_of_kind, records_at, space_needed, stored_ids
     from common.recipes import stored_size
 
     stores = {str(min(HASH_SIZE, *seen.sides.values())), *(recipe.store for recipe in seen.recipes.values())}
     there = {store: stored_ids(args.work / "images" / store) for store in stores}
-    images = space_needed([stored_size(store, seen.side(s)) for store in stores for s in seen.usable if s.Id not in there[store]])
+    raw, records = args.store == "raw", records_at(args.work / "images" / "journal.jsonl", args.white_level)
+    images = space_needed([stored_size(store, seen.side(s)) for store in stores for s in seen.usable if s.Id not in there[store]
+                           or s.Id in records and not is_of_kind(records[s.Id], store, raw)], raw)
     numbers = args.folds or fold_numbers(folds)
     runs = sum(checkpoint_bytes(seen.recipes[name], cost) for name, cost in costs.items() for fold in numbers
                if not (args.work / "runs" / name / f"fold{fold}" / "last.pt").is_file())

@@ -98,10 +98,13 @@ def wanted_stores(recipes) -> list[str]:
 
 
 def preprocess_stage(work: Path, samples: list[Sample], states: dict[Sample, str], stores: list[str], white: int,
-                     keep_going: bool) -> Stage:
+                     keep_going: bool, raw: bool = False) -> Stage:
     """Return stage 01 as it would be made from these samples, whose files are in these states."""
     listed = pd.DataFrame([(s.Id, s.part, s.Target) for s in samples])
-    return Stage("01_preprocess", work / "samples.csv", {"sizes": stores, "white_level": white, "keep_going": keep_going},
+    parameters = {"sizes": stores, "white_level": white, "keep_going": keep_going}
+    if raw:  # only then: what was made before there was a choice is up to date
+        parameters["store"] = "raw"
+    return Stage("01_preprocess", work / "samples.csv", parameters,
                  {"samples and labels": digest(listed), "image files": digest(list(states.values()))})
 
 
@@ -120,7 +123,7 @@ def read_journal(path: Path) -> dict[str, dict]:
             try:
                 record = json.loads(line)
                 if isinstance(record["side"], int) and all(isinstance(values, dict) for values in record["stores"].values()):
-                    records[record["Id"]] = {"peak": None, **record, "source": record["source"]}
+                    records[record["Id"]] = {"peak": None, **record, "source": record["source"], "raw": list(record.get("raw", []))}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
     return records
@@ -129,6 +132,11 @@ def read_journal(path: Path) -> dict[str, dict]:
 def valid_stores(record: dict | None, state: str) -> dict[str, dict]:
     """Return store -> statistics for what a sample's record has of the source files that there are now."""
     return record["stores"] if record and record["source"] == state else {}
+
+
+def is_of_kind(record: dict, store: str, raw: bool) -> bool:
+    """Tell whether a sample's image in a store is compressed, or `raw`, as is asked for; small ones are the same in both."""
+    return stored_size(store, record["side"]) <= images.PLAIN_SIDE or (store in record["raw"]) == raw
 
 
 # --- checking and making -----------------------------------------------------------------------------------
@@ -151,14 +159,15 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path) -> N
                     "mend or remove them and run this again, or leave them out with --keep-going")
 
 
-def space_needed(sides: list[int]) -> float:
+def space_needed(sides: list[int], raw: bool = False) -> float:
     """Return the bytes that images of these sides in pixels take when stored, about."""
-    return sum(HEADERS + len(images.CHANNELS) * side ** 2 * (COMPRESSED if side > images.PLAIN_SIDE else 1) for side in sides)
+    return sum(HEADERS + len(images.CHANNELS) * side ** 2 * (1 if raw or side <= images.PLAIN_SIDE else COMPRESSED)
+               for side in sides)
 
 
-def check_space(sides: list[int], work: Path) -> None:
+def check_space(sides: list[int], work: Path, raw: bool = False) -> None:
     """Refuse to begin what the disk cannot hold; sides : of all images to store, in pixels."""
-    needed = space_needed(sides)
+    needed = space_needed(sides, raw)
     free = shutil.disk_usage(work).free
     if needed > free:
         raise UserError(f"about {needed / 1e9:.1f} GB are needed in {work} for {len(sides)} images, {free / 1e9:.1f} GB "
@@ -177,12 +186,13 @@ class Stored:
 
 
 def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample, str], stores_for, work: Path,
-              n_jobs: int, white: int = images.WHITE, keep_going: bool = False) -> Stored:
+              n_jobs: int, white: int = images.WHITE, keep_going: bool = False, raw: bool = False) -> Stored:
     """Check and store all samples, going on where an earlier run stopped.
 
     states : what the files of each sample were, as `source_state` says
     bad : samples known to be of no use; keep_going : leave these and what else is found out, rather than refuse
     stores_for : function of the smallest source side in pixels -> list of stores to fill
+    raw : store large images uncompressed; those of the other kind are made again
     """
     folder = work / "images"
     journal = folder / "journal.jsonl"
@@ -204,15 +214,16 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     stores = stores_for(min(known[s] for s in samples if s in known))
     stored = {store: stored_ids(folder / store) for store in stores}
     valid = {s: valid_stores(records.get(s.Id), states[s]) for s in samples if s in known}
-    done = {s: {store: values for store, values in made.items() if s.Id in stored.get(store, ())} for s, made in valid.items()}
+    done = {s: {store: values for store, values in made.items()
+                if s.Id in stored.get(store, ()) and is_of_kind(records[s.Id], store, raw)} for s, made in valid.items()}
     peaks = {s: records[s.Id].get("peak") for s in done if done[s]}
     lacking = {s: [store for store in stores if store not in done[s]] for s in done}
     todo = [s for s in done if lacking[s]]
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, *(folder / store for store in stores if (folder / store).is_dir())):
         clear_leftovers(place)
-    check_space([stored_size(store, known[s]) for s in todo for store in lacking[s]], work)
-    jobs = [(images.store_sample, s.Id, s.files, s.rgb_coded, lacking[s], folder, white) for s in todo]
+    check_space([stored_size(store, known[s]) for s in todo for store in lacking[s]], work, raw)
+    jobs = [(images.store_sample, s.Id, s.files, s.rgb_coded, lacking[s], folder, white, raw) for s in todo]
     with naming(journal), open(journal, "a", encoding="utf-8") as file:
         for k, result in run_parallel(images.attempt, jobs, n_jobs, "resizing"):
             sample = todo[k]
@@ -221,8 +232,9 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
                 continue
             made, peaks[sample] = result
             done[sample].update(made)
+            others = [store for store in valid[sample] if store in records[sample.Id]["raw"] and store not in made]
             record = {"Id": sample.Id, "source": states[sample], "side": known[sample], "white": white,
-                      "peak": peaks[sample], "stores": valid[sample] | done[sample]}
+                      "peak": peaks[sample], "stores": valid[sample] | done[sample], "raw": others + (list(made) if raw else [])}
             file.write(json.dumps(record) + "\n")
             file.flush()
     if bad and not keep_going:

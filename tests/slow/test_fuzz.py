@@ -289,13 +289,16 @@ def test_images_are_decoded_or_refused(tmp_path, pictures, data):
 @given(st.data())
 @fuzz
 def test_stored_images_are_what_they_were_or_refused(tmp_path, data):
-    size = data.draw(st.sampled_from([32, 256]))  # read by different libraries
+    size = data.draw(st.sampled_from([32, 300]))  # uncompressed, compressed
     planes = np.random.default_rng(size).integers(0, 256, (4, size, size), dtype=np.uint8)
     path = tmp_path / "x.tif"
     write_planes(path, planes)
     path.write_bytes(data.draw(damage(path.read_bytes())))
     read = outcome(read_planes, path, checksum(planes))
     assert read is None or (read == planes).all()
+    part = outcome(read_planes, path, checksum(planes), (16, 0.5, 0))
+    top = (size - 15) // 2
+    assert part is None or (part == planes[:, top:top + 16, :16]).all()
 
 
 @pytest.mark.parametrize(("name", "make", "message"), [

@@ -10,7 +10,7 @@ from common.class_weights import draw_weights
 from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop, standardise, whole_batches
 from common.errors import UserError
 from common.fold_data import stored_images
-from common.images import read_planes, write_planes
+from common.images import checksum, read_planes, write_planes
 
 RNG = np.random.default_rng(0)
 DRAWS = np.random.default_rng(1).random((6, 3))
@@ -127,11 +127,32 @@ def test_items_do_not_depend_on_the_number_of_workers(stored):
 
 def test_small_images_are_decoded_once_and_no_more_are_kept_than_there_is_room_for(stored, monkeypatch):
     decoded = []
-    monkeypatch.setattr(data, "read_planes", lambda path, crc: decoded.append(path.stem) or read_planes(path, crc))
+    monkeypatch.setattr(data, "read_planes", lambda path, *how, **more: decoded.append(path.stem) or read_planes(path, *how, **more))
     stored.cache.room = 2 * 4 * 48 * 48 + 1
     first = [stored[row, DRAWS[row]][0].copy() for row in range(3)]
     again = [stored[row, DRAWS[row]][0] for row in range(3)]
     assert all(map(np.array_equal, first, again)) and decoded == ["a", "b", "c", "c"]
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+@pytest.mark.parametrize("raw", [False, True])
+def test_crops_are_the_same_whether_the_image_is_kept_or_read_in_part(tmp_path, raw, standardised):
+    planes = RNG.integers(0, 40, (4, 300, 300), dtype=np.uint8)
+    write_planes(tmp_path / "a.tif", planes, raw)
+    stored = ImageSet(tmp_path, np.array(["a"]), np.eye(1, 28, dtype=bool), crop=200, crcs={"a": checksum(planes)},
+                      standardised=standardised)
+    in_part = replace(stored, cache=data.Cache(room=0))
+    for draw in DRAWS:
+        crop, part = stored[0, draw][0], in_part[0, draw][0]
+        np.testing.assert_array_equal(part, random_crop(standardise(planes) if standardised else planes, 200, draw))
+        np.testing.assert_array_equal(part, crop)
+    assert stored.cache and not in_part.cache
+
+
+def test_a_full_cache_reads_crops_in_part(stored):
+    stored.cache.room = 4 * 48 * 48 - 1
+    stored[0, DRAWS[0]]
+    assert not stored.cache.room and not stored.cache
 
 
 def test_a_loader_process_keeps_no_images(stored):

@@ -139,7 +139,7 @@ def test_channels_of_different_sizes_are_refused(tmp_path):
         read_sample(files)
 
 
-@pytest.mark.parametrize("size", [96, 512])  # small files and large ones are read by different libraries
+@pytest.mark.parametrize("size", [96, 512])  # uncompressed, compressed
 def test_stored_planes_come_back_and_damaged_ones_are_refused(tmp_path, size):
     planes = np.random.default_rng(0).integers(0, 256, (4, size, size), dtype=np.uint8)
     path = tmp_path / "a.tif"

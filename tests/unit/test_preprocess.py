@@ -1,0 +1,78 @@
+"""Which stored images stage 01 makes again: none because of an upgrade, all large ones of another kind of store."""
+
+import json
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from common import doctor
+from common.images import read_planes
+from common.preprocess import list_samples, preprocess_stage, source_state, space_needed, statistics_table, store_all
+from tests.conftest import write_sample
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Return a function that stores two samples of 304 px as stage 01 does, and returns store -> table, and name -> time of change."""
+    for Id in "ab":
+        write_sample(tmp_path / "data" / "train_full_size", Id, size=304)
+    pd.DataFrame({"Id": list("ab"), "Target": "0"}).to_csv(tmp_path / "data" / "train.csv", index=False)
+
+    def run(raw=False, stores=("128", "300")):
+        samples, bad = list_samples(tmp_path / "data")
+        states = {sample: source_state(sample) for sample in samples}
+        stored = store_all(samples, states, bad, lambda side: stores, tmp_path / "work", 1, raw=raw)
+        files = {f"{path.parent.name}/{path.stem}": path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.tif")}
+        return {store: statistics_table(stored.samples, rows) for store, rows in stored.statistics.items()}, files
+    return run
+
+
+def is_raw(path):
+    return path.stat().st_size > 4 * 300 * 300
+
+
+def test_another_kind_of_store_makes_the_large_images_again_and_changes_no_table(make, tmp_path):
+    image = tmp_path / "work" / "images" / "300" / "a.tif"
+    tables, first = make()
+    assert not is_raw(image)
+    for raw in (True, False):
+        again, changed = make(raw)
+        assert is_raw(image) == raw
+        assert {name for name in first if first[name] != changed[name]} == {"300/a", "300/b"}
+        assert all(table.equals(again[store]) for store, table in tables.items())
+        assert read_planes(image, tables["300"]["crc"][0]).shape == (4, 300, 300)
+        assert make(raw)[1] == changed
+        first = changed
+
+
+def test_what_a_run_does_not_make_stays_of_its_kind(make, tmp_path):
+    make(True)
+    make(False, ["128", "280"])
+    files = make(False, ["128", "280"])[1]
+    assert make(True)[1] == files and is_raw(tmp_path / "work" / "images" / "300" / "a.tif")
+
+
+def test_stores_of_earlier_versions_are_taken_as_they_are(make, tmp_path):
+    files = make()[1]
+    journal = tmp_path / "work" / "images" / "journal.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert all(line.pop("raw") == [] for line in lines)  # which they did not write
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert make()[1] == files
+    stage = preprocess_stage(tmp_path, [], {}, ["128"], 65535, False)
+    assert stage.parameters == {"sizes": ["128"], "white_level": 65535, "keep_going": False}
+    assert preprocess_stage(tmp_path, [], {}, ["128"], 65535, False, raw=True).changes(stage.made_from()) == "store was absent, now raw"
+
+
+def test_the_disk_is_asked_for_the_room_of_the_kind(make, tmp_path):
+    assert space_needed([300], raw=True) == pytest.approx(4 * 300 ** 2, rel=0.01)
+    assert space_needed([300]) < space_needed([300], raw=True) / 2
+    assert space_needed([128], raw=True) == space_needed([128])
+    make()
+    samples = list_samples(tmp_path / "data")[0]
+    seen = SimpleNamespace(sides=dict.fromkeys(samples, 304), side=lambda sample: 304, usable=samples,
+                           recipes={"a": SimpleNamespace(store="300")})
+    for store, found in (("deflate", "stored images 0 MB"), ("raw", "stored images 1 MB")):
+        line, = doctor.disk(SimpleNamespace(work=tmp_path / "work", folds=[0], store=store, white_level=65535), seen, [], {})
+        assert found in line.found
