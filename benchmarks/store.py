@@ -151,7 +151,8 @@ def formats_compared(stored: list, crop: int, repeats: int, _) -> dict:
                     timed["flushed"] = write, path, planes
                     with patch("os.fsync"):
                         times.setdefault((name, "write"), {}).setdefault(i, []).append(milliseconds(time.process_time, write, path, planes))
-                for what, call in timed.items():
+                for what in map(str, rng.permutation(list(timed))):
+                    call = timed[what]
                     clock = time.perf_counter if what == "flushed" else time.process_time
                     times.setdefault((name, what), {}).setdefault(i, []).append(milliseconds(clock, *call))
     rows = {name: {"same": bool(same[name]), "bytes": mean(sizes[name]),
