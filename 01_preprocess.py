@@ -31,8 +31,8 @@ def parse_args():
     parser.add_argument("--white-level", type=cli.white_level, default=65535, metavar="V",
                         help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)")
     parser.add_argument("--store", choices=("deflate", "raw"), default="deflate",
-                        help="how images above 256 px are stored: compressed, or raw in four to five times the room, which stages "
-                             "04 and 05 read several times as fast (default: deflate)")
+                        help="how images above 256 px are stored: compressed, or raw in about four times the room, which "
+                             "stages 04 and 05 read three times as fast (default: deflate)")
     parser.add_argument("--jobs", type=cli.jobs, default=-1, metavar="N", help="worker processes (default: all cores)")
     cli.add_cluster_flag(parser)
     parser.add_argument("--check", action="store_true",

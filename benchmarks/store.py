@@ -1,10 +1,11 @@
 """What the store costs: bytes a sample, milliseconds to write it and to read it, against other formats and the earlier one.
 
 On HPA_REAL_DATA's full-size samples at 768 px (crops of 512) and its PNG samples at 512 px (crops of 384), one core,
-files in the page cache, in processor time, which other work on the machine changes least. `crop` is what a training image takes before batches are made: read, compare with the checksum
-where the format has one, channels last, cut; `whole` the same for an image to evaluate. `write` is without, `flushed` (by the
-clock) with the fsync that stage 01 does for each file before it renames it into place. The formats take turns; medians over the
-repeats, means over the samples, ratios to the format that this project wrote and read before.
+files in the page cache, in processor time, which other work on the machine changes least. `crop` is what a training image
+takes before batches are made: read, compare with the checksum where the format has one, channels last, cut; `whole` the
+same for an image to evaluate. `write` is without, `flushed` (by the clock) with the fsync that stage 01 does for each file
+before it renames it into place. The formats take turns; medians over the repeats, means over the samples, ratios to the
+format that this project wrote and read before.
 
 With --loader: images a second of stage 04's loader, with 0, 1 and 2 processes, for each store.
 
@@ -142,23 +143,26 @@ def formats_compared(stored: list, crop: int, repeats: int, _) -> dict:
             for name in rng.permutation(list(FORMATS)):
                 write, read = FORMATS[name]
                 path = Path(folder, str(list(FORMATS).index(name if write else EARLIER)), f"{i}.tif")
-                timed = {"crop": (read, path, images.checksum(planes), window), "whole": (read, path, images.checksum(planes), None)}
+                crc = images.checksum(planes)
+                timed = {"crop": (read, path, crc, window), "whole": (read, path, crc, None)}
                 if k == 0:
                     (write or FORMATS[EARLIER][0])(path, planes)
                     sizes.setdefault(name, []).append(sum(file.stat().st_size for file in path.parent.glob(f"{i}.tif*")))
-                    same[name] = same.get(name, True) and np.array_equal(read(path, images.checksum(planes), window), cut)
+                    same[name] = same.get(name, True) and np.array_equal(read(path, crc, window), cut)
                 if write:
                     timed["flushed"] = write, path, planes
                     with patch("os.fsync"):
-                        times.setdefault((name, "write"), {}).setdefault(i, []).append(milliseconds(time.process_time, write, path, planes))
+                        took = milliseconds(time.process_time, write, path, planes)
+                    times.setdefault((name, "write"), {}).setdefault(i, []).append(took)
                 for what in map(str, rng.permutation(list(timed))):
                     call = timed[what]
                     clock = time.perf_counter if what == "flushed" else time.process_time
                     times.setdefault((name, what), {}).setdefault(i, []).append(milliseconds(clock, *call))
     rows = {name: {"same": bool(same[name]), "bytes": mean(sizes[name]),
-                   **{f"{what}_ms": mean(map(median, times[name, what].values())) for what in ("crop", "whole", "write", "flushed")
-                      if (name, what) in times}} for name in FORMATS}
-    print(f"{'format':36s}" + "".join(f"{what:>20s}" for what in ("bytes", "crop ms", "whole ms", "write ms", "flushed ms", "same")))
+                   **{f"{what}_ms": mean(map(median, times[name, what].values()))
+                      for what in ("crop", "whole", "write", "flushed") if (name, what) in times}} for name in FORMATS}
+    columns = ("bytes", "crop ms", "whole ms", "write ms", "flushed ms", "same")
+    print(f"{'format':36s}" + "".join(f"{what:>20s}" for what in columns))
     for name, row in rows.items():
         row.update({f"{what}_ratio": round(row[what] / rows[EARLIER][what], 3) for what in [*row] if what != "same"})
         cells = [f"{row[what]:12.{digits}f} ({row[f'{what}_ratio']:5.3f})" if what in row else "" for what, digits in

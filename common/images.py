@@ -243,7 +243,8 @@ def corner(share: float, size: int, side: int) -> int:
     return int(share * (side - size + 1))
 
 
-def read_planes(path: Path, crc: str | None = None, window: tuple[int, float, float] | None = None, lent: bool = False) -> np.ndarray:
+def read_planes(path: Path, crc: str | None = None, window: tuple[int, float, float] | None = None,
+                lent: bool = False) -> np.ndarray:
     """Read the (4, size, size) uint8 planes that `write_planes` stored, now or in an earlier version; raises UserError where
     it cannot.
 

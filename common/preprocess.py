@@ -123,7 +123,8 @@ def read_journal(path: Path) -> dict[str, dict]:
             try:
                 record = json.loads(line)
                 if isinstance(record["side"], int) and all(isinstance(values, dict) for values in record["stores"].values()):
-                    records[record["Id"]] = {"peak": None, **record, "source": record["source"], "raw": list(record.get("raw", []))}
+                    records[record["Id"]] = {"peak": None, **record, "source": record["source"],
+                                             "raw": list(record.get("raw", []))}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
     return records

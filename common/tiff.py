@@ -1,6 +1,6 @@
-"""The stored TIFFs from within: strips decoded without tifffile, each with a CRC-32 of its own, so that a crop decodes only its rows.
+"""The stored TIFFs from within: each strip has a CRC-32 of its own, so that a crop decodes only the strips it touches.
 
-tifffile writes these files, and reads them too, but takes as long for its own work as decoding does.
+tifffile writes these files. It reads them too, but its own work and memory add much to the time of decoding.
 """
 
 import math

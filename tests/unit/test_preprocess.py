@@ -14,7 +14,7 @@ from tests.conftest import write_sample
 
 @pytest.fixture
 def make(tmp_path):
-    """Return a function that stores two samples of 304 px as stage 01 does, and returns store -> table, and name -> time of change."""
+    """Return a function that stores two samples as stage 01 does, and returns store -> table, file -> time of change."""
     for Id in "ab":
         write_sample(tmp_path / "data" / "train_full_size", Id, size=304)
     pd.DataFrame({"Id": list("ab"), "Target": "0"}).to_csv(tmp_path / "data" / "train.csv", index=False)
@@ -62,7 +62,8 @@ def test_stores_of_earlier_versions_are_taken_as_they_are(make, tmp_path):
     assert make()[1] == files
     stage = preprocess_stage(tmp_path, [], {}, ["128"], 65535, False)
     assert stage.parameters == {"sizes": ["128"], "white_level": 65535, "keep_going": False}
-    assert preprocess_stage(tmp_path, [], {}, ["128"], 65535, False, raw=True).changes(stage.made_from()) == "store was absent, now raw"
+    raw = preprocess_stage(tmp_path, [], {}, ["128"], 65535, False, raw=True)
+    assert raw.changes(stage.made_from()) == "store was absent, now raw"
 
 
 def test_the_disk_is_asked_for_the_room_of_the_kind(make, tmp_path):

@@ -37,7 +37,8 @@ def swap_bytes(path, old: int, new: bytes):
 
 # What earlier versions called, word for word.
 EARLIER = {
-    "deflate with predictor": {"metadata": {"axes": "CYX", "channels": images.CHANNELS}, "compression": "zlib", "predictor": True},
+    "deflate with predictor": {"metadata": {"axes": "CYX", "channels": images.CHANNELS},
+                               "compression": "zlib", "predictor": True},
     "without names": {"compression": "zlib", "predictor": True},
     "uncompressed": {"metadata": {"axes": "CYX", "channels": images.CHANNELS}},
     "on a big-endian machine": {"compression": "zlib", "predictor": True, "byteorder": ">"},
@@ -122,7 +123,8 @@ def test_a_header_that_lies_is_refused(tmp_path, tag, value):
     write_planes(path, planes)
     content = path.read_bytes()
     at = content.index(tag.to_bytes(2, "little"), int.from_bytes(content[4:8], "little"))
-    swap_bytes(path, at + (4 if tag in (273, 279, tiff.CRCS) else 8), value.to_bytes(4, "little"))  # how many values, or the value
+    counted = tag in (273, 279, tiff.CRCS)  # whose count is changed, not the value
+    swap_bytes(path, at + (4 if counted else 8), value.to_bytes(4, "little"))
     for window in ((96, 0.5, 0.5), *((None,) if tag != tiff.CRCS else ())):  # whole images are compared with their own checksum
         with pytest.raises(UserError, match="a.tif cannot be read"):
             read_planes(path, checksum(planes), window)
