@@ -12,7 +12,7 @@ LAYERS = ["errors", "classes", "progress", "environment", "files", "arrays", "lo
           "class_weights", "labels", "parallel", "tiff", "images", "hashing", "contact_sheet", "folds", "metrics",
           "schedules", "calibration", "thresholds", "ensemble", "predictions", "submission", "tables", "preprocess", "demo_drawing",
           "demo_data", "telemetry", "finder", "page", "plots", "work", "report_data", "report_results", "report", "distributed",
-          "data", "losses", "weights", "models", "muon", "overview", "inference", "start", "fold_data", "scalars",
+          "data", "hardware", "losses", "weights", "models", "muon", "overview", "inference", "start", "fold_data", "scalars",
           "checkpoints", "training", "jobs", "estimate", "doctor", "explain", "sample_page"]
 SCRIPTS = sorted(ROOT.glob("0*_*.py"))
 
