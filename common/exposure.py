@@ -23,6 +23,9 @@ class Levels(NamedTuple):
     white: int = 65535
 
 
+WHOLE = Levels()
+
+
 def used_range(plane: np.ndarray) -> list[int]:
     """Return the values between which a 16-bit plane's pixels lie, but for a thousandth at either end."""
     step = max(1, len(plane) // SAMPLED)
@@ -97,7 +100,8 @@ def describe(found: dict) -> list[str]:
 def cure(low: int, high: int) -> str:
     """Return the flags that map these values to the whole range; without an offset the largest value of so many bits is white."""
     if low > PART_OF_RANGE * (high - low):
-        return f"--black-level {low} --white-level {max(high, low + 1)}"
+        black = min(low, WHOLE.white - 1)
+        return f"--black-level {black} --white-level {max(high, black + 1)}"
     return f"--white-level {max(1, 2 ** high.bit_length() - 1)}"
 
 

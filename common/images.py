@@ -11,7 +11,7 @@ import numpy as np
 import tifffile
 
 from common.errors import UserError, first_line
-from common.exposure import Levels
+from common.exposure import WHOLE, Levels
 from common.files import writing
 from common.recipes import stored_size
 from common.sources import CHANNELS, MAX_SIDE, BadImage, examine_sample
@@ -19,7 +19,7 @@ from common.sources import CHANNELS, MAX_SIDE, BadImage, examine_sample
 PLAIN_SIDE = 256  # pixels: images up to this side are stored uncompressed, which reads four to six times as fast
 
 
-def resize(plane: np.ndarray, size: int, levels: Levels = Levels()) -> np.ndarray:
+def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
     """Shrink one channel to (size, size) by area averaging; 16 bit becomes 8 bit as round(255 * (value - black) / (white - black)).
 
     Averaging happens in the source's depth, so 16-bit data is rounded once; what is below black becomes 0, above white 255.
@@ -78,7 +78,7 @@ def statistics(planes: np.ndarray) -> dict:
 
 
 def store_sample(Id: str, files: list[Path], rgb_coded: bool, stores: list[str], folder: Path,
-                 levels: Levels = Levels()) -> tuple[dict[str, dict], dict]:
+                 levels: Levels = WHOLE) -> tuple[dict[str, dict], dict]:
     """Read a sample once and write it to each store (see `recipes.stored_size`) in `folder`. Raises BadImage.
 
     Returns store -> statistics, and how its files are exposed (see `exposure.judge`).

@@ -12,7 +12,7 @@ import pandas as pd
 from common import exposure, images, sources
 from common.artifacts import Stage, check_ids, digest, read_table, write_csv
 from common.errors import UserError, listing
-from common.exposure import Levels
+from common.exposure import WHOLE, Levels
 from common.files import clear_leftovers, csv_files, naming
 from common.labels import absent_classes, parse_targets, read_csv, read_labels
 from common.parallel import run_parallel
@@ -186,7 +186,7 @@ class Stored:
 
 
 def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample, str], stores_for, work: Path,
-              n_jobs: int, levels: Levels = Levels(), keep_going: bool = False) -> Stored:
+              n_jobs: int, levels: Levels = WHOLE, keep_going: bool = False) -> Stored:
     """Check and store all samples, going on where an earlier run stopped.
 
     states : what the files of each sample were, as `source_state` says
