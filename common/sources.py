@@ -277,16 +277,30 @@ def only_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
     page, pages = tiff.pages.first, len(tiff.pages)
     if pages > 1 and not (pages <= MAX_LEVELS and all(further.is_reduced for further in tiff.pages[1:])):
         raise BadImage(f"has {pages} pages; expected one channel a file")
-    images = 1
-    if page.is_shaped:  # tifffile may put a whole stack behind one page, and so may ImageJ and MetaMorph
-        images = np.prod((tiff.shaped_metadata or [{}])[0].get("shape", ())) / max(1, np.prod(page.shape))
-    elif page.is_imagej:
-        images = (tiff.imagej_metadata or {}).get("images", 1)
-    elif page.is_stk:
-        images = page.tags[33629].count
+    images = min(claimed_images(tiff), room(tiff))
     if images > 1:
-        raise BadImage(f"has {images:g} images in one page; expected one channel a file")
+        raise BadImage(f"has {images} images in one page; expected one channel a file")
     return page
+
+
+def claimed_images(tiff: tifffile.TiffFile) -> int:
+    """Return how many images the first page says that it stands for: tifffile, ImageJ and MetaMorph write such stacks."""
+    page = tiff.pages.first
+    try:
+        if page.is_shaped:
+            return int(np.prod(tiff.shaped_metadata[0]["shape"])) // page.size
+        if page.is_imagej:
+            return int(tiff.imagej_metadata["images"])
+        return page.tags[33629].count if page.is_stk else 1
+    except Exception:  # a damaged description is no harm
+        return 1
+
+
+def room(tiff: tifffile.TiffFile) -> int:
+    """Return for how many images like the first page's a TIFF has data behind each other; programs that split stacks leave
+    the old description."""
+    page = tiff.pages.first
+    return (tiff.filehandle.size - page.dataoffsets[0]) // page.nbytes if page.is_contiguous and page.nbytes else 1
 
 
 def check_page(page: tifffile.TiffPage) -> None:

@@ -21,9 +21,9 @@ def packed(values: np.ndarray, bits: int, order: str) -> bytes:
 
 
 def write_tiff(path: Path, values: np.ndarray, bits=8, photometric=1, fill_order=1, orientation=1, planar=1, table=None, order="<",
-               compression=1, rows=None, description=None, subfiles=(0,), more=()) -> None:
+               compression=1, rows=None, description=None, subfiles=(0,), more=(), images=1) -> None:
     """Write values, (height, width) or (height, width, n), with these tags; table : (n, 3) of 16 bits; subfiles : NewSubfileType
-    of each page; more : further entries (tag, type, numbers)."""
+    of each page; more : further entries (tag, type, numbers); images : how many times the data is there."""
     height, width, n = values.shape if values.ndim == 3 else (*values.shape, 1)
     rows = rows or height
     planes = [values.reshape(height, -1)] if planar == 1 or n == 1 else [values[..., k] for k in range(n)]
@@ -35,6 +35,7 @@ def write_tiff(path: Path, values: np.ndarray, bits=8, photometric=1, fill_order
     for strip in strips:
         places.append(len(content))
         content += strip + b"\0" * (len(strip) % 2)
+    content += b"".join(strips) * (images - 1)
     entries = {256: ("I", [width]), 257: ("I", [height]), 258: ("H", [bits] * n), 259: ("H", [compression]), 266: ("H", [fill_order]),
                262: ("H", [photometric]), 273: ("I", places), 274: ("H", [orientation]), 277: ("H", [n]), 278: ("I", [rows]),
                279: ("I", list(map(len, strips))), 284: ("H", [planar])}
@@ -90,8 +91,8 @@ def agreed(path: Path) -> np.ndarray | None:
             bits, inverted, orientation = page.bitspersample, page.photometric == 0, page.tags.valueof(274, 1)
             image = page.asarray(squeeze=False)[:, 0]
             palette = page.photometric == 3
-        image = np.concatenate(list(image), axis=-1).squeeze(-1) if image[0].shape[-1] == 1 and len(image) == 1 else \
-            np.concatenate(list(image), axis=-1)
+        image = np.concatenate(list(image), axis=-1)
+        image = image[..., 0] if image.shape[-1] == 1 else image
         image = image if palette else stretched(image.astype(int), bits)
         image = turned(np.iinfo(image.dtype).max - image if inverted else image, orientation)
         with Image.open(path, formats=("TIFF",)) as picture:

@@ -162,10 +162,11 @@ def test_axes_of_size_one_are_no_further_images(tmp_path, shape, kind):
     np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), values)
 
 
-def test_smaller_copies_and_other_files_of_the_series_are_no_further_images(tmp_path):
+def test_smaller_copies_old_descriptions_and_other_files_of_the_series_are_no_further_images(tmp_path):
     values = RNG.integers(0, 256, (16, 16))
-    write_tiff(tmp_path / "a.tif", values, subfiles=(0, 1, 1))
-    np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), values)
+    for tags in ({"subfiles": (0, 1, 1)}, {"description": "ImageJ=1.53t\nimages=4\n", "compression": 8}, {"description": '{"shape": "x"}'}):
+        write_tiff(tmp_path / "a.tif", values, **tags)
+        np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), values)
     ome = ('<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" Type="uint8" '
            'DimensionOrder="XYCZT" SizeX="16" SizeY="16" SizeC="2" SizeZ="1" SizeT="1">'
            '<TiffData FirstC="0" PlaneCount="1"><UUID FileName="a.tif">urn:uuid:1</UUID></TiffData>'
@@ -181,8 +182,8 @@ VALUES = np.arange(256).reshape(16, 16)
 @pytest.mark.parametrize(("tags", "message"), [
     ({"subfiles": (0, 0)}, "has 2 pages"),
     ({"subfiles": (1, 0)}, "has 2 pages"),
-    ({"description": '{"shape": [3, 16, 16], "truncated": true}'}, "has 3 images in one page"),
-    ({"description": "ImageJ=1.53t\nimages=4\nslices=4\n"}, "has 4 images in one page"),
+    ({"description": '{"shape": [3, 16, 16], "truncated": true}', "images": 3}, "has 3 images in one page"),
+    ({"description": "ImageJ=1.53t\nimages=4\nslices=4\n", "images": 4}, "has 4 images in one page"),
     ({"photometric": 6}, "is stored as YCBCR with 1 values a pixel"),
     ({"photometric": 2}, "is stored as RGB with 1 values a pixel"),
     ({"photometric": 4}, "is stored as MASK"),
