@@ -8,9 +8,10 @@ import numpy as np
 from common.artifacts import read_sidecar, sidecar
 
 SAMPLED = 512  # pixels a side that are looked at, of larger images
-OUTLIERS = 0.1  # percent of the pixels at either end that do not count: hot and dead ones
+OUTLIERS = 0.001  # share of the pixels at either end that does not count: hot and dead ones
 FILES_THAT_COUNT = 0.5  # share of a part's files from which on the part is warned of
 PART_OF_RANGE = 0.25  # of the range, which a file should use at least, and begin within
+MAY_BE_CUT_OFF = 0.1  # share of the files that advised levels may cut off
 FAINT = 0.25  # of the brightest plane's mean, which each plane of the channel should reach
 BLACK_MEAN = 0.5 / 255  # of the range: a colour image below this has no signal anywhere
 COLOURS = ("red", "green", "blue")  # the planes of a colour image
@@ -29,8 +30,9 @@ WHOLE = Levels()
 def used_range(plane: np.ndarray) -> list[int]:
     """Return the values between which a 16-bit plane's pixels lie, but for a thousandth at either end."""
     step = max(1, len(plane) // SAMPLED)
-    seen = plane[::step, ::step]
-    return [int(np.percentile(seen, OUTLIERS, method="lower")), int(np.percentile(seen, 100 - OUTLIERS, method="higher"))]
+    values = np.sort(plane[::step, ::step], axis=None)
+    left_out = int(OUTLIERS * len(values))
+    return [int(values[left_out]), int(values[-1 - left_out])]
 
 
 def signal_elsewhere(image: np.ndarray, own: tuple[int, ...]) -> str | None:
@@ -49,45 +51,43 @@ def judge(parts: list[str], seen: list[dict], levels: Levels) -> dict:
     parts : train, test or external, of each sample
     seen : of each sample its 16-bit files' `ranges` (see `used_range`) and its `misplaced` files: name -> other planes
     """
-    problems = []
-    for part in dict.fromkeys(parts):
-        ranges = [values for p, sample in zip(parts, seen, strict=True) if p == part for values in sample["ranges"]]
-        problem = judge_ranges(np.array(ranges), levels) if ranges else None
-        problems.append({"part": part, "of": len(ranges), **problem}) if problem else None
+    ranges = {}
+    for part, sample in zip(parts, seen, strict=True):
+        ranges.setdefault(part, []).extend(sample["ranges"])
+    ranges = {part: np.array(values) for part, values in ranges.items() if values}
+    problems = [{"part": part, **problem} for part, values in ranges.items() if (problem := judge_ranges(values, levels))]
     misplaced = {name: place for sample in seen for name, place in sample["misplaced"].items()}
-    whole = not any(sample["ranges"] and part not in [problem["part"] for problem in problems]
-                    for part, sample in zip(parts, seen, strict=True))
-    return {"levels": list(levels), "problems": problems, "all_parts": whole,
+    return {"levels": list(levels), "problems": problems, "all_parts": len(problems) == len(ranges),
             "misplaced": len(misplaced), "such_as": dict(list(misplaced.items())[:NAMED])}
 
 
 def judge_ranges(ranges: np.ndarray, levels: Levels) -> dict | None:
-    """Return how many of these files, (n, 2) lowest and highest values, are cut off at white or use a small part of what is
-    between black and white, and which values these files use; None where they are less than half."""
+    """Return how many files, of their lowest and highest values (n, 2), are cut off at white or use a small part of what is
+    between black and white, which values these use, and how many use more; None where less than half are of a kind."""
     black, white = levels
     low, high = np.minimum(ranges, white).T
     part = PART_OF_RANGE * (white - black)
     for kind, which in (("cut off", ranges[:, 1] > white), ("narrow", (high - low.clip(black) < part) | (low - black > part))):
         if which.mean() >= FILES_THAT_COUNT:
-            return {"kind": kind, "files": int(which.sum()), "low": int(np.percentile(ranges[which, 0], 5, method="lower")),
-                    "high": int(np.percentile(ranges[which, 1], 95, method="higher"))}
+            used = Levels(int(np.percentile(ranges[which, 0], 5, method="lower")),
+                          int(np.percentile(ranges[which, 1], 95, method="higher")))
+            return {"kind": kind, "files": int(which.sum()), "of": len(ranges), "low": used.black, "high": used.white,
+                    "above": int((ranges[:, 1] > fitting(*used).white).sum())}
     return None
+
+
+def fitting(low: int, high: int) -> Levels:
+    """Return the levels for files that use these values: without an offset, white is the largest value of so many bits."""
+    if low <= PART_OF_RANGE * (high - low):
+        return Levels(0, max(1, 2 ** high.bit_length() - 1))
+    black = min(low, WHOLE.white - 1)
+    return Levels(black, max(high, black + 1))
 
 
 def describe(found: dict) -> list[str]:
     """Return a warning for each thing that `judge` found, with the cure."""
-    lines, (black, white) = [], found["levels"]
-    for kind in ("cut off", "narrow"):
-        problems = [problem for problem in found["problems"] if problem["kind"] == kind]
-        if not problems:
-            continue
-        low, high = min(problem["low"] for problem in problems), max(problem["high"] for problem in problems)
-        parts = "" if found["all_parts"] else f" {' and '.join(problem['part'] for problem in problems)}"
-        what = (f"use {low}..{high} of {black}..{white} only" if kind == "narrow"
-                else f"reach {high} and are cut off at --white-level {white}")
-        counts = f"{sum(problem['files'] for problem in problems)} of {sum(problem['of'] for problem in problems)} files"
-        lines.append(f"the 16-bit{parts} files {what} ({counts}), so images have few grey levels; give stage 01 or "
-                     f"run_all.sh {cure(low, high)}")
+    kinds = [[problem for problem in found["problems"] if problem["kind"] == kind] for kind in ("cut off", "narrow")]
+    lines = [describe_ranges(problems, found["levels"], found["all_parts"]) for problems in kinds if problems]
     if found["misplaced"]:
         names = "; ".join(f"in {name} nearly everything is in the {place}" for name, place in found["such_as"].items())
         more = found["misplaced"] - len(found["such_as"])
@@ -97,12 +97,17 @@ def describe(found: dict) -> list[str]:
     return lines
 
 
-def cure(low: int, high: int) -> str:
-    """Return the flags that map these values to the whole range; without an offset the largest value of so many bits is white."""
-    if low > PART_OF_RANGE * (high - low):
-        black = min(low, WHOLE.white - 1)
-        return f"--black-level {black} --white-level {max(high, black + 1)}"
-    return f"--white-level {max(1, 2 ** high.bit_length() - 1)}"
+def describe_ranges(problems: list[dict], levels: list[int], all_parts: bool) -> str:
+    """Return the warning about problems of one kind (see `judge_ranges`), one for each part."""
+    low, high = min(problem["low"] for problem in problems), max(problem["high"] for problem in problems)
+    files, of, above = (sum(problem[key] for problem in problems) for key in ("files", "of", "above"))
+    parts = "" if all_parts else f" {' and '.join(problem['part'] for problem in problems)}"
+    what = (f"use {low}..{high} of {levels[0]}..{levels[1]} only" if problems[0]["kind"] == "narrow"
+            else f"reach {high} and are cut off at --white-level {levels[1]}")
+    black, white = fitting(low, high)
+    cure = (f"{above} files use more, so no level suits all; save them all in one range" if above > MAY_BE_CUT_OFF * of
+            else f"give stage 01 or run_all.sh {f'--black-level {black} ' if black else ''}--white-level {white}")
+    return f"the 16-bit{parts} files {what} ({files} of {of} files), so images have few grey levels; {cure}"
 
 
 def exposure_warning(work: Path) -> str | None:

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from common.artifacts import Stage, write_csv
-from common.exposure import WHOLE, Levels, cure, describe, exposure_warning, judge, signal_elsewhere, used_range
+from common.exposure import WHOLE, Levels, describe, exposure_warning, judge, signal_elsewhere, used_range
 
 RNG = np.random.default_rng(0)
 
@@ -54,7 +54,15 @@ def test_one_part_from_another_camera_is_named():
     (0, 4080, "--white-level 4095"), (100, 4095, "--white-level 4095"), (0, 9000, "--white-level 16383"), (0, 0, "--white-level 1"),
     (32768, 36848, "--black-level 32768 --white-level 36848"), (65535, 65535, "--black-level 65534 --white-level 65535")])
 def test_the_flags_that_cure(low, high, flags):
-    assert cure(low, high) == flags
+    (line,) = said([files([low, high])] * 3)
+    assert line.endswith(f"; give stage 01 or run_all.sh {flags}")
+
+
+def test_levels_that_would_cut_off_other_files_are_not_advised():
+    (line,) = said([files([0, 4000])] * 8 + [files([0, 65535])])
+    assert "8 of 9 files" in line and line.endswith("1 files use more, so no level suits all; save them all in one range")
+    (line,) = said([files([0, 4000])] * 12 + [files([0, 65535])])
+    assert line.endswith("--white-level 4095")
 
 
 @pytest.mark.parametrize(("means", "own", "place"), [
