@@ -31,7 +31,7 @@ def parse_args():
     parser.add_argument("--white-level", type=cli.white_level, default=65535, metavar="V",
                         help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)")
     parser.add_argument("--black-level", type=cli.black_level, default=0, metavar="V",
-                        help="value of 16-bit files that becomes 0, such as 32768 for signed cameras (default: 0)")
+                        help="value of 16-bit files that becomes 0, such as 32768 where a microscope adds that to all (default: 0)")
     parser.add_argument("--jobs", type=cli.jobs, default=-1, metavar="N", help="worker processes (default: all cores)")
     cli.add_cluster_flag(parser)
     parser.add_argument("--check", action="store_true",

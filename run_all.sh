@@ -39,7 +39,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 caller=$PWD
 data='' work=work recipes='' folds='' quick=false tables=false dry=false check=false settings=() pretrained='' weights_dir='' weights=() hardware=() jobs=() levels=()
 flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir --device --precision --jobs --workers --fast --tables
-    --white-level --black-level    --dry-run --check --help)
+    --white-level --black-level --dry-run --check --help)
 
 fail() { echo "error: $1" >&2; exit 2; }
 

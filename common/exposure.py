@@ -46,7 +46,7 @@ def signal_elsewhere(image: np.ndarray, own: tuple[int, ...]) -> str | None:
 
 
 def judge(parts: list[str], seen: list[dict], levels: Levels) -> dict:
-    """Return what is to be said of the exposure of samples, JSON-able, for `describe`.
+    """Return what is wrong with the exposure of samples, JSON-able, for `describe`.
 
     parts : train, test or external, of each sample
     seen : of each sample its 16-bit files' `ranges` (see `used_range`) and its `misplaced` files: name -> other planes

@@ -32,7 +32,7 @@ TIFF_COMPRESSIONS = ("NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZST
 PREDICTED = ("LZW", "DEFLATE", "ADOBE_DEFLATE", "ZSTD")  # decoders disagree on predictors of other compressions
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 RGB_PLANES = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1)}
-ORIENTATIONS = {  # value of the tag -> how the stored rows become the picture, the last two axes aside
+ORIENTATIONS = {  # value of the tag -> how stored rows become the picture
     2: lambda image: image[:, ::-1], 3: lambda image: image[::-1, ::-1], 4: lambda image: image[::-1],
     5: lambda image: image.swapaxes(0, 1), 6: lambda image: np.rot90(image, -1),
     7: lambda image: image[::-1, ::-1].swapaxes(0, 1), 8: np.rot90}
@@ -56,8 +56,10 @@ class Files(dict):
         return {stem.casefold(): path.name for stem, path in self.items()}
 
     def instead_of(self, stem: str) -> str | None:
-        """Return what the folder has under the name of a file that it lacks, with the cure."""
-        key = unicodedata.normalize("NFC", stem).casefold()
+        """Return what the folder has under the name of a file that is missing, with the cure."""
+        if stem in self:  # but not all channels of the sample
+            return f"{self[stem]} (put all four files into one folder)"
+        key = stem.casefold()
         if key in self.spelt_otherwise:
             return f"{self.spelt_otherwise[key]} (rename it to {stem}{Path(self.spelt_otherwise[key]).suffix})"
         return self.others.get(key)

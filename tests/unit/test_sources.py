@@ -331,12 +331,22 @@ def test_of_two_files_for_one_channel_the_same_is_always_taken(tmp_path):
     (lambda f: (f / "._a_red.tif").touch(), ""),
     (lambda f: (f / "ab_red.tif.gz").touch(), ""),
 ])
-def test_what_is_there_in_place_of_a_missing_file_is_named(tmp_path, make, hint):
+def test_a_file_of_nearly_the_same_name_is_named_with_the_cure(tmp_path, make, hint):
     make(tmp_path)
     files = list_files(tmp_path)
     lacking = channel_files("a", [files])[1]
     assert lacking[0] == "a_red"
     assert not_found(["a_red"], [list_files(tmp_path / "none"), files]) == f"a_red not found as .tif, .png or .jpg{hint}"
+
+
+def test_a_channel_in_another_folder_is_named(tmp_path):
+    for folder, channels in (("full", ("green", "blue", "yellow")), ("small", ("red",))):
+        (tmp_path / folder).mkdir()
+        for channel in channels:
+            (tmp_path / folder / f"a_{channel}.png").touch()
+    folders = [list_files(tmp_path / "full"), list_files(tmp_path / "small")]
+    assert not_found(channel_files("a", folders)[1], folders) == (
+        f"a_red not found as .tif, .png or .jpg; there is {tmp_path}/small/a_red.png (put all four files into one folder)")
 
 
 # --- exposure of a sample ----------------------------------------------------------------------------------
