@@ -33,6 +33,8 @@ def parse_args():
     parser.add_argument("--store", choices=("deflate", "raw"), default="deflate",
                         help="how images above 256 px are stored: compressed, or raw in about four times the room, which "
                              "stages 04 and 05 read three times as fast (default: deflate)")
+    parser.add_argument("--black-level", type=cli.black_level, default=0, metavar="V",
+                        help="value of 16-bit files that becomes 0, such as 32768 where a microscope adds that to all (default: 0)")
     parser.add_argument("--jobs", type=cli.jobs, default=-1, metavar="N", help="worker processes (default: all cores)")
     cli.add_cluster_flag(parser)
     parser.add_argument("--check", action="store_true",
@@ -40,7 +42,10 @@ def parse_args():
                              "will fail and how to mend it (its own flags: --check --help)")
     if "--check" in sys.argv:
         cli.add_check_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.black_level >= args.white_level:
+        parser.error(f"--black-level {args.black_level} must be below --white-level {args.white_level}")
+    return args
 
 
 def main():
@@ -50,11 +55,13 @@ def main():
 
     # Imported here, so that --check can tell which packages are missing.
     from common.artifacts import read_table, write_csv
+    from common.exposure import Levels
     from common.parallel import workers
     from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, list_samples, preprocess_stage,
                                    sample_table, source_state, statistics_table, store_all, wanted_stores)
     from common.recipes import fit_to_source, get_recipe
 
+    levels = Levels(args.black_level, args.white_level)
     data, work, raw = args.data.resolve(), args.work.resolve(), args.store == "raw"
     if work == data or data in work.parents:
         raise UserError(f"--work {args.work} is in --data {args.data}, which is never written to; give another --work")
@@ -70,20 +77,20 @@ def main():
                       f"{fitted[name].crop} in place of {recipe.size} and {recipe.crop}; nothing is enlarged")
         return sorted({str(min(HASH_SIZE, side)), *(recipe.store for recipe in fitted.values())}, key=lambda s: (len(s), s))
 
-    stage = preprocess_stage(args.work, samples, states, wanted_stores(recipes.values()), args.white_level, args.keep_going, raw)
+    stage = preprocess_stage(args.work, samples, states, wanted_stores(recipes.values()), levels, args.keep_going, raw)
     if stage.is_current() and all_stored(read_table(stage.artifact, "")["Id"], args.work / "images"):
         return
     stage.begin()
     with workers(args.jobs, args.cluster) as n_jobs:
-        stored = store_all(samples, states, bad, stores_for, work, n_jobs, args.white_level, args.keep_going, raw)
+        stored = store_all(samples, states, bad, stores_for, work, n_jobs, levels, args.keep_going, raw)
     tables, left_out = {store: args.work / "images" / f"{store}.csv" for store in stored.statistics}, args.work / "left_out.csv"
     for store, path in tables.items():
         write_csv(path, statistics_table(stored.samples, stored.statistics[store]))
-    drop_outdated(args.work / "images", stored.statistics, stored.samples, states, args.white_level)
+    drop_outdated(args.work / "images", stored.statistics, stored.samples, states, levels)
     write_csv(left_out, bad_table(stored.bad, samples))
     write_csv(stage.artifact, sample_table(stored.samples, stored.sides))
-    stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()])
-    print("01_preprocess: " + "\n".join(describe(stored, args.white_level, args.work)))
+    stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()], exposure=stored.exposure)
+    print("01_preprocess: " + "\n".join(describe(stored, args.work)))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,11 @@ def main():
     folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
     samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
 
+    from common.exposure import exposure_warning
     from common.folds import HOLD_OUT, fold_numbers
+
+    if warning := exposure_warning(args.work):
+        print(warning)
 
     means = {"held_out": folds[folds["fold"] == HOLD_OUT],
              "test": samples[(samples["part"] == "test") & (not args.no_test)]}

@@ -19,6 +19,7 @@ import numpy as np
 from common.artifacts import Stage, read_table, write_csv
 from common.ensemble import combine, stack_members
 from common.errors import UserError
+from common.exposure import exposure_warning
 from common.labels import read_csv
 from common.predictions import check_networks, check_there, member_files, read_members
 from common.submission import (check_out, check_submission, decide, describe_submission, known_labels, left_out_samples, override,
@@ -67,6 +68,8 @@ def main():
     makes_members = None if args.test else f"python 05_predict_oof.py --work {args.work} --recipes {recipes}"
     check_there(sources, makes_members)
     if own:
+        if warning := exposure_warning(args.work):
+            print(warning)
         check_networks(args.work, args.recipes, "test", makes_members)
     fallback = args.fallback or thresholds.get("fallback", "argmax")
     also, known = {"ids": args.ids} if args.ids else {}, None

@@ -7,7 +7,8 @@ usage() {
     cat <<'TEXT'
 usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,3,4] [--set FIELD=VALUE]
                        [--pretrained auto|none|FILE] [--weights-dir DIR] [--device D] [--precision P] [--jobs N]
-                       [--workers N] [--fast] [--quick] [--tables] [--dry-run] [--check]
+                       [--workers N] [--fast] [--white-level V] [--black-level V] [--quick] [--tables]
+                       [--dry-run] [--check]
 
   --data DIR     input in the competition's layout (default: data; where that is missing, demo data is made)
   --work DIR     folder for everything that is made (default: work)
@@ -26,6 +27,7 @@ usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,
   --jobs N       folds to train and predict at once (default: the number of GPUs, 1 on a CPU; on demo data 2)
   --workers N    loader processes of each of them (default: its share of the cores on a GPU, 0 on a CPU)
   --fast         the fastest kernels of a GPU, whose last digits differ from run to run
+  --white-level V, --black-level V  values of 16-bit files that become 255 and 0 (stage 01 warns where they are needed)
   --dry-run      print the commands, each one pasteable, and run nothing
   --check        make nothing: say what will fail and how to mend it, and what time and room the run will take
 
@@ -35,9 +37,9 @@ TEXT
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 caller=$PWD
-data='' work=work recipes='' folds='' quick=false tables=false dry=false check=false settings=() pretrained='' weights_dir='' weights=() hardware=() jobs=()
+data='' work=work recipes='' folds='' quick=false tables=false dry=false check=false settings=() pretrained='' weights_dir='' weights=() hardware=() jobs=() levels=()
 flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir --device --precision --jobs --workers --fast --tables
-    --dry-run --check --help)
+    --white-level --black-level --dry-run --check --help)
 
 fail() { echo "error: $1" >&2; exit 2; }
 
@@ -49,7 +51,7 @@ trap '[ $? -ne 130 ] || printf "\nstopped; finished work is kept. To go on: %s\n
 
 while [ $# -gt 0 ]; do
     case $1 in
-        --data | --work | --recipes | --folds | --set | --pretrained | --weights-dir | --device | --precision | --jobs | --workers) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
+        --data | --work | --recipes | --folds | --set | --pretrained | --weights-dir | --device | --precision | --jobs | --workers | --white-level | --black-level) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
     esac
     case $1 in
         --data) data=$2; shift 2 ;;
@@ -62,6 +64,7 @@ while [ $# -gt 0 ]; do
         --device | --precision | --workers) hardware+=("$1" "$2"); shift 2 ;;
         --jobs) jobs=("$1" "$2"); shift 2 ;;
         --fast) hardware+=("$1"); shift ;;
+        --white-level | --black-level) levels+=("$1" "$2"); shift 2 ;;
         --quick) quick=true; shift ;;
         --tables) tables=true; shift ;;
         --dry-run) dry=true; shift ;;
@@ -146,10 +149,10 @@ cli.run(lambda: print(",".join(run for name in sys.argv[1].split(",") for run in
 fi
 if $check; then
     "$PYTHON" 01_preprocess.py --check "${places[@]}" --recipes "$runs" --folds "$folds" --n-folds "$n_folds" "${limit[@]}" \
-        "${views[@]}" "${parts[@]}" "${weights[@]}" "${changes[@]}"
+        "${views[@]}" "${parts[@]}" "${weights[@]}" "${levels[@]}" "${changes[@]}"
     exit
 fi
-run "$PYTHON" 01_preprocess.py "${places[@]}" --recipes "$runs" "${limit[@]}" "${changes[@]}"
+run "$PYTHON" 01_preprocess.py "${places[@]}" --recipes "$runs" "${limit[@]}" "${levels[@]}" "${changes[@]}"
 run "$PYTHON" 02_dedup.py "${places[@]}"
 run "$PYTHON" 03_make_folds.py "${places[@]}" --n-folds "$n_folds"
 run "$PYTHON" 04_train.py "${places[@]}" --recipe "$runs" --folds "$folds" "${hardware[@]}" "${jobs[@]}" "${weights[@]}" "${changes[@]}"

@@ -32,7 +32,7 @@ import tifffile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import cli, images
+from common import cli, images, sources
 from common.data import Cache, EpochBatches, ImageSet, loader
 from common.files import writing
 from real_data import real
@@ -67,9 +67,9 @@ def main():
 def samples(data: Path, limit: int):
     """Yield the planes of the samples of an input folder."""
     folder = next(folder for folder in (data / "train_full_size", data / "train") if folder.is_dir())
-    files = images.list_files(folder)
+    files = sources.list_files(folder)
     for Id in sorted({stem.rsplit("_", 1)[0] for stem in files})[:limit]:
-        yield images.read_sample(images.channel_files(Id, [files])[0])
+        yield sources.read_sample(sources.channel_files(Id, [files])[0])
 
 
 # --- the formats: write(path, planes), read(path, crc, window) -> (4, side, side) or that window -----------

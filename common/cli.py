@@ -122,7 +122,8 @@ def whole_number(low: int, high: int | None = None):
     return parse
 
 
-positive, fold_count, white_level = whole_number(1), whole_number(2), whole_number(1, 65535)
+positive, fold_count = whole_number(1), whole_number(2)
+black_level, white_level = whole_number(0, 65534), whole_number(1, 65535)
 not_negative = whole_number(0, 2 ** 32 - 1)  # the largest seed that all libraries take
 
 

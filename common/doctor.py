@@ -224,12 +224,12 @@ def look_at_input(args):
 
 def strays(args, samples):
     """Say which folders have images of Ids that no table has."""
-    from common import images
+    from common import sources
 
     known = {sample.Id for sample in samples}
     for name in () if args.limit else ("train_full_size", "train", "test_full_size", "test", "external", "external/images"):
-        stems = [stem.rsplit("_", 1) for stem in images.list_files(args.data / name)]
-        unknown = sorted({stem[0] for stem in stems if len(stem) == 2 and stem[1] in images.CHANNELS} - known)
+        stems = [stem.rsplit("_", 1) for stem in sources.list_files(args.data / name)]
+        unknown = sorted({stem[0] for stem in stems if len(stem) == 2 and stem[1] in sources.CHANNELS} - known)
         if unknown:
             yield f"{args.data / name} has images of {len(unknown)} Ids that no table has, such as {unknown[0]}"
 
@@ -248,17 +248,17 @@ def read_headers(samples: list, bad: dict) -> tuple[dict, list]:
     of them that look cut short; what is wrong goes into `bad`."""
     import numpy as np
 
-    from common import images
+    from common import images, sources
 
     sides, doubtful = {}, []
     drawn = [samples[k] for k in np.random.default_rng(0).permutation(len(samples))]
     for sample in while_time_lasts(drawn, SECONDS, "reading headers"):
-        found = images.attempt(images.check_sample, sample.files, sample.rgb_coded)
-        if isinstance(found, images.BadImage):
+        found = images.attempt(sources.check_sample, sample.files, sample.rgb_coded)
+        if isinstance(found, sources.BadImage):
             bad[sample] = f"{sample.part}: {found}"
             continue
         sides[sample] = found
-        if any(map(images.looks_cut_short, sample.files)):
+        if any(map(sources.looks_cut_short, sample.files)):
             doubtful.append(sample)
     return sides, doubtful
 
@@ -268,7 +268,7 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
 
     Returns a `Seen`, None where no sample is good; what is wrong with a sample goes into `bad`.
     """
-    from common import images
+    from common import exposure, images, sources
     from common.hashing import hash_planes
     from common.preprocess import HASH_SIZE
     from common.recipes import fit_to_source, get_recipe
@@ -279,18 +279,19 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
     recipes = {name: fit_to_source(get_recipe(name, args.settings), smallest) for name in args.recipes}
     small = str(min(HASH_SIZE, smallest))
     stores = sorted({small, *(recipe.store for recipe in recipes.values())})
-    seconds, peaks, reading = [], [], {}
+    levels = exposure.Levels(args.black_level, args.white_level)
+    seconds, exposed, reading = [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for sample in while_time_lasts(list(dict.fromkeys([*doubtful, *sides]))[:DECODED], SECONDS / 2, "decoding"):
             started = time.perf_counter()
-            made = images.attempt(images.store_sample, sample.Id, sample.files, sample.rgb_coded, stores, Path(folder),
-                                  args.white_level, args.store == "raw")
-            if isinstance(made, images.BadImage):
+            made = images.attempt(images.store_sample, sample.Id, sample.files, sample.rgb_coded, stores, Path(folder), levels,
+                                  args.store == "raw")
+            if isinstance(made, sources.BadImage):
                 bad[sample] = f"{sample.part}: {made}"
                 continue
             hash_planes(images.read_planes(Path(folder) / small / f"{sample.Id}.tif"))
             seconds.append(time.perf_counter() - started)
-            peaks.append(made[1])
+            exposed[sample] = made[1]
             reading = {name: [*reading.get(name, []), seconds_to_read(Path(folder) / recipe.store / f"{sample.Id}.tif")]
                        for name, recipe in recipes.items()}
     if not seconds:
@@ -299,10 +300,8 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
     for name, recipe in recipes.items():
         if recipe != get_recipe(name, args.settings):
             yield Check("images", FINE, f"{name} uses {recipe.size} px with crops of {recipe.crop}: sources have no more")
-    deep = [peak for peak in peaks if peak is not None]
-    if deep and max(deep) < args.white_level / 4:
-        yield Check("images", WARNING, f"16-bit files never exceed {max(deep)} of {args.white_level}, so images will be dark",
-                    "give --white-level (4095 for a 12-bit camera)")
+    for line in exposure.describe(exposure.judge([sample.part for sample in exposed], list(exposed.values()), levels)):
+        yield Check("images", WARNING, line)
     return Seen(samples, bad, sides, recipes, median(seconds), {name: median(values) for name, values in reading.items()})
 
 
@@ -392,6 +391,7 @@ def work_so_far(args, seen: Seen):
     """Yield what of an earlier run in the work folder is of use, and which trainings would ask for --force."""
     from common.artifacts import Stage, read_table
     from common.checkpoints import FORMAT, made_from
+    from common.exposure import Levels, exposure_warning
     from common.fold_data import training_inputs
     from common.folds import fold_numbers
     from common.preprocess import preprocess_stage, source_state, wanted_stores
@@ -399,9 +399,11 @@ def work_so_far(args, seen: Seen):
 
     if not (args.work / "samples.csv").is_file():
         return
+    if line := exposure_warning(args.work):
+        yield Check("work so far", WARNING, f"the images that are stored: {line.removeprefix('warning: ')}")
     stores = wanted_stores(get_recipe(name, args.settings) for name in args.recipes)
     reason = preprocess_stage(args.work, seen.samples, {sample: source_state(sample) for sample in seen.samples}, stores,
-                              args.white_level, args.keep_going, args.store == "raw").why_stale() or ""
+                              Levels(args.black_level, args.white_level), args.keep_going, args.store == "raw").why_stale() or ""
     trained = []
     folds = read_table(args.work / "folds.csv", "") if (args.work / "folds.csv").is_file() else None
     for name, recipe in seen.recipes.items() if folds is not None else ():
@@ -467,13 +469,15 @@ def shared_memory(recipe, workers: int, free: int, name: str) -> Check:
 def disk(args, seen: Seen, folds, costs: dict):
     """Yield what the work folder will need of the disk, part by part, against what is free."""
     from common.estimate import checkpoint_bytes
+    from common.exposure import Levels
     from common.folds import fold_numbers
     from common.preprocess import HASH_SIZE, is_of_kind, records_at, space_needed, stored_ids
     from common.recipes import stored_size
 
     stores = {str(min(HASH_SIZE, *seen.sides.values())), *(recipe.store for recipe in seen.recipes.values())}
     there = {store: stored_ids(args.work / "images" / store) for store in stores}
-    raw, records = args.store == "raw", records_at(args.work / "images" / "journal.jsonl", args.white_level)
+    raw, levels = args.store == "raw", Levels(args.black_level, args.white_level)
+    records = records_at(args.work / "images" / "journal.jsonl", levels)
     images = space_needed([stored_size(store, seen.side(s)) for store in stores for s in seen.usable if s.Id not in there[store]
                            or s.Id in records and not is_of_kind(records[s.Id], store, raw)], raw)
     numbers = args.folds or fold_numbers(folds)

@@ -1,210 +1,31 @@
-"""Channel files in, 4-plane TIFFs out: finding, checking, resizing and storing images.
+"""Planes in, 4-plane TIFFs out: resizing, storing and reading back what is stored.
 
 Planes are always in the order red (microtubules), green (protein), blue (nucleus), yellow (reticulum).
 """
 
-import os
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import imagecodecs
 import numpy as np
 import tifffile
-from PIL import Image
 
 from common import tiff
 from common.errors import UserError, first_line
+from common.exposure import WHOLE, Levels
 from common.files import writing
 from common.recipes import stored_size
+from common.sources import CHANNELS, MAX_SIDE, BadImage, examine_sample
 
-CHANNELS = ("red", "green", "blue", "yellow")
-TIFF = (".tif", ".tiff")
-SUFFIXES = (*TIFF, ".png", ".jpg", ".jpeg")
-PICTURES = ("PNG", "JPEG")  # Pillow would open a hundred others by their content, one of them by starting Ghostscript
-WHITE = 65535  # the 16-bit value that becomes 255
 PLAIN_SIDE = 256  # pixels: images up to this side are stored uncompressed, which reads four to six times as fast
 STRIP = 96  # rows that are compressed together: a crop decodes only the strips it touches, and many short ones decode slowly
 LEVEL = 8  # of deflate: 6 would take 6 % more bytes than with a predictor, 8 takes 5 %
-MAX_SIDE = 8192  # pixels, twice the largest real ones; a header that claims more is damaged or hostile
-TIFF_COMPRESSIONS = ("NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")
-RGB_PLANES = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1)}
 
 
-class BadImage(Exception):
-    """Say what is wrong with one image file; stages collect these and report them together."""
+def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
+    """Shrink one channel to (size, size) by area averaging; 16 bit becomes 8 bit as round(255 * (value - black) / (white - black)).
 
-
-@dataclass(frozen=True)
-class Header:
-    """Size in pixels, bit depth and whether the file holds three colour planes."""
-    width: int
-    height: int
-    bits: int
-    colour: bool
-
-
-# --- finding -----------------------------------------------------------------------------------------------
-
-def list_files(folder: Path) -> dict[str, Path]:
-    """Map 'Id_colour' to its file for every image in `folder`; TIFF wins over PNG over JPEG."""
-    found = {}
-    if folder.is_dir():
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                stem, suffix = os.path.splitext(entry.name)
-                if suffix.lower() in SUFFIXES and entry.is_file():  # no folder, nor a pipe that would be waited for
-                    rank = SUFFIXES.index(suffix.lower())
-                    if stem not in found or rank < found[stem][0]:
-                        found[stem] = (rank, Path(entry.path))
-    return {stem: path for stem, (_, path) in found.items()}
-
-
-def channel_files(Id: str, folders: list[dict[str, Path]]) -> tuple[list[Path], list[str]]:
-    """Return a sample's four files from the first folder that has all of them, and what is missing otherwise."""
-    wanted = [f"{Id}_{channel}" for channel in CHANNELS]
-    for files in folders:
-        if all(stem in files for stem in wanted):
-            return [files[stem] for stem in wanted], []
-    nearest = max(folders, key=lambda files: sum(stem in files for stem in wanted), default={})
-    return [], [stem for stem in wanted if stem not in nearest]
-
-
-# --- reading -----------------------------------------------------------------------------------------------
-
-def read_header(path: Path, rgb_coded: bool = False) -> Header:
-    """Read size and type without decoding; raises BadImage for what is not a usable image of one channel.
-
-    rgb_coded : whether a colour image may hold the channel
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            header = tiff_header(path) if path.suffix.lower() in TIFF else picture_header(path)
-    except BadImage:
-        raise
-    except Exception as error:  # decoders raise many kinds; each means an unreadable file
-        raise BadImage(f"cannot be read ({first_line(error)})") from None
-    if max(header.width, header.height) > MAX_SIDE:
-        raise BadImage(f"claims {header.width} x {header.height} px; at most {MAX_SIDE} are accepted")
-    if header.width != header.height:
-        raise BadImage(f"is not square ({header.width} x {header.height} px)")
-    if header.colour and not rgb_coded:
-        raise BadImage("is a colour image; expected one grey channel a file")
-    return header
-
-
-def picture_header(path: Path) -> Header:
-    with Image.open(path, formats=PICTURES) as image:
-        return Header(*image.size, bits=16 if image.mode.startswith("I") else 8,
-                      colour=image.mode not in ("L", "I;16", "I;16B", "I"))
-
-
-def tiff_header(path: Path) -> Header:
-    with tifffile.TiffFile(path) as tiff:
-        if len(tiff.pages) != 1:
-            raise BadImage(f"has {len(tiff.pages)} pages; expected one channel a file")
-        page = tiff.pages.first
-        compression = getattr(page.compression, "name", page.compression)
-        if compression not in TIFF_COMPRESSIONS:
-            raise BadImage(f"is compressed as {compression}; expected one of {', '.join(TIFF_COMPRESSIONS)}")
-        if page.dtype not in (np.uint8, np.uint16):
-            raise BadImage(f"holds {page.dtype}; expected 8 or 16 bit unsigned integers")
-        if page.photometric.name == "MINISWHITE":
-            raise BadImage("is stored inverted (white is zero); expected black is zero")
-        if page.samplesperpixel not in (1, 3):
-            raise BadImage(f"has {page.samplesperpixel} values a pixel; expected one")
-        sides = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
-        if max(sides) > MAX_SIDE or page.imagedepth != 1:
-            raise BadImage(f"claims {' x '.join(map(str, page.shape))} px; at most {MAX_SIDE} x {MAX_SIDE} are accepted")
-        return Header(page.imagewidth, page.imagelength, page.dtype.itemsize * 8,
-                      page.samplesperpixel != 1 or page.photometric.name == "PALETTE")
-
-
-def looks_cut_short(path: Path) -> bool:
-    """Tell whether the end of a file is missing, as after a broken download, from its last bytes or a TIFF's table of data."""
-    if path.suffix.lower() in TIFF:
-        try:
-            with tifffile.TiffFile(path) as tiff:
-                page = tiff.pages.first
-                return max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))) > path.stat().st_size
-        except Exception:  # its decoders raise many kinds
-            return True
-    with open(path, "rb") as file:
-        file.seek(-min(64, path.stat().st_size), os.SEEK_END)
-        return (b"IEND" if path.suffix.lower() == ".png" else b"\xff\xd9") not in file.read()
-
-
-def read_channel(path: Path, channel: str, rgb_coded: bool = False) -> np.ndarray:
-    """Decode one channel fully into a (side, side) uint8 or uint16 array.
-
-    rgb_coded : the Human Protein Atlas publishes each channel as a colour JPEG; its planes for `channel` are
-        taken (yellow: the mean of R and G), never a grey conversion, which would dim the channels unequally.
-    Raises BadImage, also for colour files where grey ones are expected.
-    """
-    header = read_header(path, rgb_coded)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            image = tifffile.imread(path) if path.suffix.lower() in TIFF else decode(path)
-    except Exception as error:
-        raise BadImage(f"cannot be decoded ({first_line(error)})") from None
-    if image.shape[:2] != (header.height, header.width):
-        raise BadImage(f"decodes to {image.shape}, its header says {header.height} x {header.width}")
-    if image.ndim == 3:
-        planes = [image[..., plane].astype(np.uint16) for plane in RGB_PLANES[channel]]
-        image = ((sum(planes) + len(planes) // 2) // len(planes)).astype(image.dtype)
-    return image
-
-
-def decode(path: Path) -> np.ndarray:
-    """Decode a PNG or JPEG; Pillow refuses truncated files, where OpenCV fills up in silence."""
-    with Image.open(path, formats=PICTURES) as image:
-        if image.mode in ("P", "RGBA", "CMYK", "LA", "YCbCr"):
-            image = image.convert("RGB")
-        pixels = np.asarray(image)
-    return pixels.astype(np.uint16) if pixels.dtype == np.int32 else pixels
-
-
-def check_sample(files: list[Path], rgb_coded: bool = False) -> int:
-    """Return the side of a sample in pixels after reading its four headers; raises BadImage with the file."""
-    return one_side(files, [header.width for header in
-                            per_channel(lambda path, _: read_header(path, rgb_coded), files)])
-
-
-def read_sample(files: list[Path], rgb_coded: bool = False) -> list[np.ndarray]:
-    """Decode the four channels of a sample and check that they have one size; raises BadImage with the file."""
-    planes = per_channel(lambda path, channel: read_channel(path, channel, rgb_coded), files)
-    one_side(files, [len(plane) for plane in planes])
-    return planes
-
-
-def per_channel(read, files: list[Path]) -> list:
-    """Call `read(path, channel)` for each of a sample's files; a BadImage then names its file."""
-    results = []
-    for path, channel in zip(files, CHANNELS, strict=True):
-        try:
-            results.append(read(path, channel))
-        except BadImage as error:
-            raise BadImage(f"{path} {error}") from None
-    return results
-
-
-def one_side(files: list[Path], sides: list[int]) -> int:
-    """Return the common side of a sample's channels in pixels; raises BadImage where they differ."""
-    if len(set(sides)) > 1:
-        raise BadImage(f"{files[0].parent}: channels of different sizes {sorted(set(sides))} px: "
-                       f"{', '.join(path.name for path in files)}")
-    return sides[0]
-
-
-# --- resizing and storing ----------------------------------------------------------------------------------
-
-def resize(plane: np.ndarray, size: int, white: int = WHITE) -> np.ndarray:
-    """Shrink one channel to (size, size) by area averaging; 16 bit becomes 8 bit as round(255 * value / white).
-
-    Averaging happens in the source's depth, so 16-bit data is rounded once; what is above `white` becomes 255.
+    Averaging happens in the source's depth, so 16-bit data is rounded once; what is below black becomes 0, above white 255.
     Raises ValueError for enlarging.
     """
     if plane.shape[0] < size:
@@ -213,7 +34,8 @@ def resize(plane: np.ndarray, size: int, white: int = WHITE) -> np.ndarray:
         plane = cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA)
     if plane.dtype == np.uint8:
         return plane
-    return np.minimum((plane.astype(np.uint32) * 510 + white) // (2 * white), 255).astype(np.uint8)
+    values, span = plane.astype(np.uint32).clip(*levels) - levels.black, levels.white - levels.black
+    return ((values * 510 + span) // (2 * span)).astype(np.uint8)
 
 
 def write_planes(path: Path, planes: np.ndarray, raw: bool = False) -> None:
@@ -291,21 +113,20 @@ def statistics(planes: np.ndarray) -> dict:
 
 
 def store_sample(Id: str, files: list[Path], rgb_coded: bool, stores: list[str], folder: Path,
-                 white: int = WHITE, raw: bool = False) -> tuple[dict[str, dict], int | None]:
+                 levels: Levels = WHOLE, raw: bool = False) -> tuple[dict[str, dict], dict]:
     """Read a sample once and write it to each store (see `recipes.stored_size`) in `folder`. Raises BadImage.
 
-    Returns store -> statistics, and the largest value of a 16-bit source (None for 8 bit).
+    Returns store -> statistics, and how its files are exposed (see `exposure.judge`).
     """
     cv2.setNumThreads(1)
-    channels = read_sample(files, rgb_coded)
+    channels, exposed = examine_sample(files, rgb_coded)
     made = {}
     for store in stores:
         size = stored_size(store, len(channels[0]))
-        planes = np.stack([resize(channel, size, white) for channel in channels])
+        planes = np.stack([resize(channel, size, levels) for channel in channels])
         write_planes(folder / store / f"{Id}.tif", planes, raw)
         made[store] = {"side": size, **statistics(planes)}
-    deep = [int(channel.max()) for channel in channels if channel.dtype == np.uint16]
-    return made, max(deep, default=None)
+    return made, exposed
 
 
 def attempt(function, *arguments):

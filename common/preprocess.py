@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import images
+from common import exposure, images, sources
 from common.artifacts import Stage, check_ids, digest, read_table, write_csv
 from common.errors import UserError, listing
+from common.exposure import WHOLE, Levels
 from common.files import clear_leftovers, csv_files, naming
 from common.labels import absent_classes, parse_targets, read_csv, read_labels
 from common.parallel import run_parallel
@@ -24,7 +25,7 @@ HEADERS = 1000  # bytes of a stored image that are not pixels
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of the input: its four channel files in the order of `images.CHANNELS`, and where it belongs."""
+    """One sample of the input: its four channel files in the order of `sources.CHANNELS`, and where it belongs."""
     Id: str
     part: str  # train, test or external
     Target: str
@@ -46,19 +47,19 @@ def list_samples(data: Path, limit: int | None = None) -> tuple[list[Sample], di
     train = read_labels(data / "train.csv")
     if limit is not None and limit < len(train):
         train = train.iloc[np.sort(np.random.default_rng(0).permutation(len(train))[:limit])]
-    test_folders = [images.list_files(data / "test_full_size"), images.list_files(data / "test")]
+    test_folders = [sources.list_files(data / "test_full_size"), sources.list_files(data / "test")]
     parts = [
-        ("train", train, [images.list_files(data / "train_full_size"), images.list_files(data / "train")]),
+        ("train", train, [sources.list_files(data / "train_full_size"), sources.list_files(data / "train")]),
         ("test", list_test(data, test_folders), test_folders),
         ("external", *list_external(data)),
     ]
     samples, bad = [], {}
     for part, frame, folders in parts:
         for row in frame.itertuples():
-            files, lacking = images.channel_files(row.Id, folders)
+            files, lacking = sources.channel_files(row.Id, folders)
             samples.append(Sample(row.Id, part, row.Target, tuple(files)))
             if lacking:
-                bad[samples[-1]] = f"{part}: {', '.join(lacking)} not found as .tif, .png or .jpg"
+                bad[samples[-1]] = f"{part}: {sources.not_found(lacking, folders)}"
     ids = pd.Series([sample.Id for sample in samples])
     if ids.duplicated().any():
         raise UserError(f"{data}: these Ids appear in more than one of train.csv, sample_submission.csv and "
@@ -83,7 +84,7 @@ def list_external(data: Path) -> tuple[pd.DataFrame, list[dict]]:
     tables = [path for path in (data / "external" / "external.csv", data / "external.csv") if path.is_file()]
     if not tables:
         return pd.DataFrame({"Id": [], "Target": []}, dtype=str), []
-    return read_labels(tables[0]), [images.list_files(data / "external"), images.list_files(data / "external" / "images")]
+    return read_labels(tables[0]), [sources.list_files(data / "external"), sources.list_files(data / "external" / "images")]
 
 
 def source_state(sample: Sample) -> str:
@@ -97,22 +98,23 @@ def wanted_stores(recipes) -> list[str]:
     return sorted({str(HASH_SIZE), *(recipe.store for recipe in recipes)})
 
 
-def preprocess_stage(work: Path, samples: list[Sample], states: dict[Sample, str], stores: list[str], white: int,
+def preprocess_stage(work: Path, samples: list[Sample], states: dict[Sample, str], stores: list[str], levels: Levels,
                      keep_going: bool, raw: bool = False) -> Stage:
     """Return stage 01 as it would be made from these samples, whose files are in these states."""
     listed = pd.DataFrame([(s.Id, s.part, s.Target) for s in samples])
-    parameters = {"sizes": stores, "white_level": white, "keep_going": keep_going}
-    if raw:  # only then: what was made before there was a choice is up to date
-        parameters["store"] = "raw"
-    return Stage("01_preprocess", work / "samples.csv", parameters,
+    # Absent where they are as before there was a choice: what was made then is up to date.
+    chosen = {**({"black_level": levels.black} if levels.black else {}), **({"store": "raw"} if raw else {})}
+    return Stage("01_preprocess", work / "samples.csv",
+                 {"sizes": stores, "white_level": levels.white, **chosen, "keep_going": keep_going},
                  {"samples and labels": digest(listed), "image files": digest(list(states.values()))})
 
 
 # --- the journal: what earlier runs finished ---------------------------------------------------------------
 
-def records_at(journal: Path, white: int) -> dict[str, dict]:
-    """Return the last record of each Id whose images are of this white level."""
-    return {Id: record for Id, record in read_journal(journal).items() if record.get("white") == white}
+def records_at(journal: Path, levels: Levels) -> dict[str, dict]:
+    """Return the last record of each Id whose images were made with these levels."""
+    return {Id: record for Id, record in read_journal(journal).items()
+            if (record.get("black", 0), record.get("white")) == levels}
 
 
 def read_journal(path: Path) -> dict[str, dict]:
@@ -123,11 +125,16 @@ def read_journal(path: Path) -> dict[str, dict]:
             try:
                 record = json.loads(line)
                 if isinstance(record["side"], int) and all(isinstance(values, dict) for values in record["stores"].values()):
-                    records[record["Id"]] = {"peak": None, **record, "source": record["source"],
-                                             "raw": list(record.get("raw", []))}
+                    records[record["Id"]] = {**record, "source": record["source"], "raw": list(record.get("raw", []))}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
     return records
+
+
+def exposure_in(record: dict) -> dict:
+    """Return how a record's files are exposed; those of earlier versions have the largest 16-bit value, or None."""
+    peak = record.get("peak")
+    return record.get("exposure") or {"ranges": [] if peak is None else [[0, peak]], "misplaced": {}}
 
 
 def valid_stores(record: dict | None, state: str) -> dict[str, dict]:
@@ -162,7 +169,7 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path) -> N
 
 def space_needed(sides: list[int], raw: bool = False) -> float:
     """Return the bytes that images of these sides in pixels take when stored, about."""
-    return sum(HEADERS + len(images.CHANNELS) * side ** 2 * (1 if raw or side <= images.PLAIN_SIDE else COMPRESSED)
+    return sum(HEADERS + len(sources.CHANNELS) * side ** 2 * (1 if raw or side <= images.PLAIN_SIDE else COMPRESSED)
                for side in sides)
 
 
@@ -178,16 +185,16 @@ def check_space(sides: list[int], work: Path, raw: bool = False) -> None:
 @dataclass(frozen=True)
 class Stored:
     """What stage 01 made, all in the order of `samples`: sides of the sources in pixels, store -> statistics of each
-    image, the largest values of 16-bit sources; and the samples that cannot be used, with the reason."""
+    image; how the sources are exposed (see `exposure.judge`); and the samples that cannot be used, with the reason."""
     samples: list[Sample]
     sides: list[int]
     statistics: dict[str, list[dict]]
-    peaks: list[int]
+    exposure: dict
     bad: dict[Sample, str]
 
 
 def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample, str], stores_for, work: Path,
-              n_jobs: int, white: int = images.WHITE, keep_going: bool = False, raw: bool = False) -> Stored:
+              n_jobs: int, levels: Levels = WHOLE, keep_going: bool = False, raw: bool = False) -> Stored:
     """Check and store all samples, going on where an earlier run stopped.
 
     states : what the files of each sample were, as `source_state` says
@@ -197,12 +204,12 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     """
     folder = work / "images"
     journal = folder / "journal.jsonl"
-    records = records_at(journal, white)
+    records = records_at(journal, levels)
     bad = dict(bad)
     known = {s: records[s.Id]["side"] for s in samples if s.Id in records and records[s.Id]["source"] == states[s]}
     new = [s for s in samples if s not in known and s not in bad]
-    for k, result in run_parallel(images.attempt, [(images.check_sample, s.files, s.rgb_coded) for s in new], n_jobs, "checking"):
-        if isinstance(result, images.BadImage):
+    for k, result in run_parallel(images.attempt, [(sources.check_sample, s.files, s.rgb_coded) for s in new], n_jobs, "checking"):
+        if isinstance(result, sources.BadImage):
             bad[new[k]] = str(result)
         else:
             known[new[k]] = result
@@ -217,25 +224,26 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     valid = {s: valid_stores(records.get(s.Id), states[s]) for s in samples if s in known}
     done = {s: {store: values for store, values in made.items()
                 if s.Id in stored.get(store, ()) and is_of_kind(records[s.Id], store, raw)} for s, made in valid.items()}
-    peaks = {s: records[s.Id].get("peak") for s in done if done[s]}
+    exposed = {s: exposure_in(records[s.Id]) for s in done if done[s]}
     lacking = {s: [store for store in stores if store not in done[s]] for s in done}
     todo = [s for s in done if lacking[s]]
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, *(folder / store for store in stores if (folder / store).is_dir())):
         clear_leftovers(place)
     check_space([stored_size(store, known[s]) for s in todo for store in lacking[s]], work, raw)
-    jobs = [(images.store_sample, s.Id, s.files, s.rgb_coded, lacking[s], folder, white, raw) for s in todo]
+    jobs = [(images.store_sample, s.Id, s.files, s.rgb_coded, lacking[s], folder, levels, raw) for s in todo]
     with naming(journal), open(journal, "a", encoding="utf-8") as file:
         for k, result in run_parallel(images.attempt, jobs, n_jobs, "resizing"):
             sample = todo[k]
-            if isinstance(result, images.BadImage):
+            if isinstance(result, sources.BadImage):
                 bad[sample] = str(result)
                 continue
-            made, peaks[sample] = result
+            made, exposed[sample] = result
             done[sample].update(made)
             others = [store for store in valid[sample] if store in records[sample.Id]["raw"] and store not in made]
-            record = {"Id": sample.Id, "source": states[sample], "side": known[sample], "white": white,
-                      "peak": peaks[sample], "stores": valid[sample] | done[sample], "raw": others + (list(made) if raw else [])}
+            record = {"Id": sample.Id, "source": states[sample], "side": known[sample], **levels._asdict(),
+                      "exposure": exposed[sample], "stores": valid[sample] | done[sample],
+                      "raw": others + (list(made) if raw else [])}
             file.write(json.dumps(record) + "\n")
             file.flush()
     if bad and not keep_going:
@@ -244,18 +252,18 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     if not used:
         refuse_bad(bad, samples, work / "bad_files.csv")
     return Stored(used, [known[s] for s in used], {store: [done[s][store] for s in used] for store in stores},
-                  [peaks[s] for s in used if peaks[s] is not None], bad)
+                  exposure.judge([s.part for s in used], [exposed[s] for s in used], levels), bad)
 
 
-def drop_outdated(folder: Path, stores, samples: list[Sample], states: dict[Sample, str], white: int) -> None:
+def drop_outdated(folder: Path, stores, samples: list[Sample], states: dict[Sample, str], levels: Levels) -> None:
     """Delete the tables of stores that were not made now and hold images of sources that have changed since: whoever needs
     one is told to make it."""
     tables = [table for table in csv_files(folder) if table.stem not in stores]
-    records = records_at(folder / "journal.jsonl", white) if tables else {}
+    records = records_at(folder / "journal.jsonl", levels) if tables else {}
     for table in tables:
         listed = set(read_table(table, "python 01_preprocess.py")["Id"])
         if any(sample.Id in listed and table.stem not in valid_stores(records.get(sample.Id), states[sample]) for sample in samples):
-            print(f"{table} is deleted: source images or --white-level have changed since; its recipes need 01_preprocess.py again")
+            print(f"{table} is deleted: source images or levels have changed since; its recipes need 01_preprocess.py again")
             table.unlink()
 
 
@@ -279,7 +287,7 @@ def statistics_table(samples: list[Sample], rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame([{"Id": s.Id, **row} for s, row in zip(samples, rows, strict=True)]).round(6)
 
 
-def describe(stored: Stored, white: int, work: Path) -> list[str]:
+def describe(stored: Stored, work: Path) -> list[str]:
     """Say what there is now, and what is to be wondered at."""
     counts = pd.Series([sample.part for sample in stored.samples]).value_counts()
     parts = ", ".join(f"{counts[part]} {part}" for part in ("train", "test", "external") if part in counts)
@@ -287,9 +295,7 @@ def describe(stored: Stored, white: int, work: Path) -> list[str]:
     if stored.bad:
         lines.append(f"warning: {len(stored.bad)} samples are left out here and in all stages (all of them in "
                      f"{work / 'left_out.csv'}):\n{listing(stored.bad.values())}")
-    if stored.peaks and max(stored.peaks) < white / 4:
-        lines.append(f"warning: the 16-bit files never exceed {max(stored.peaks)} of {white}, so most of the range is "
-                     "unused and images are dark; give --white-level (4095 for a 12-bit camera)")
+    lines += [f"warning: {line}" for line in exposure.describe(stored.exposure)]
     absent = absent_classes(parse_targets([sample.Target for sample in stored.samples if sample.part == "train"]))
     if absent:
         lines.append(f"warning: {len(absent)} classes have no training sample: {', '.join(absent)}")

@@ -25,12 +25,14 @@ from PIL import Image
 from common.artifacts import Stage, check_ids, load_predictions, read_table, save_predictions, sidecar
 from common.errors import UserError
 from common.files import write_json, write_text
-from common.images import BadImage, checksum, read_channel, read_planes, write_planes
+from common.images import checksum, read_planes, write_planes
 from common.labels import parse_targets, read_csv, read_labels
 from common.predictions import read_groups, read_predictions
 from common.preprocess import read_journal
+from common.sources import BadImage, read_channel, read_pixels, table_kind
+from tests.tiffs import agreed, stretched, turned, write_tiff
 
-KINDS = 11  # of tests below, each with its share of the cases
+KINDS = 12  # of tests below, each with its share of the cases
 CASES = int(os.environ.get("HPA_FUZZ_CASES", 300)) // KINDS
 MAX_SECONDS = 20  # of one case, on a machine that does other things too
 MAX_GROWTH = 2 ** 20  # kilobytes
@@ -263,6 +265,9 @@ def originals(folder: Path) -> list[Path]:
     Image.fromarray(noise.astype(np.uint16) * 257).save(folder / "e.png")
     Image.fromarray(np.stack([noise] * 3, axis=-1)).save(folder / "f.jpg")
     Image.fromarray(noise).save(folder / "g.jpg", progressive=True)
+    write_tiff(folder / "h.tif", noise >> 4, bits=4, photometric=0, orientation=6, rows=20)
+    write_tiff(folder / "i.tif", np.stack([noise] * 3, axis=-1), photometric=2, planar=2, fill_order=2, compression=8)
+    write_tiff(folder / "j.tif", noise, photometric=3, table=np.arange(256)[:, None] * (257, 0, 0), subfiles=(0, 1))
     real = Path(os.environ.get("HPA_REAL_DATA", folder / "none"))
     kinds = ("kaggle_png/train/*_green.png", "external/images/*_blue.jpg", "kaggle_tiff/train_full_size/*_red.tif")
     return [*sorted(folder.iterdir()), *(path for kind in kinds for path in sorted(real.glob(kind))[:2])]
@@ -281,9 +286,75 @@ def test_images_are_decoded_or_refused(tmp_path, pictures, data):
         suffix = data.draw(st.sampled_from([".tif", ".png", ".jpg"]))  # a lie
     path = tmp_path / f"x{suffix}"
     path.write_bytes(data.draw(damage(content)))
-    image = outcome(read_channel, path, "yellow", data.draw(st.booleans()))
+    rgb_coded = data.draw(st.booleans())
+    image = outcome(read_channel, path, "yellow", rgb_coded)
     if image is not None:
         assert image.dtype in (np.uint8, np.uint16) and image.ndim == 2 and image.shape[0] == image.shape[1] <= 8192
+        check_agreed(path, rgb_coded)
+
+
+def check_agreed(path: Path, rgb_coded: bool) -> None:
+    """Compare an accepted image with what tifffile's page and Pillow agree on, where both read it."""
+    expected = agreed(path) if path.suffix == ".tif" else None
+    if expected is None:
+        return
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages.first
+        bits, table = page.bitspersample, page.colormap.T >> 8 if page.photometric == 3 else None
+    if table is not None:
+        ramp = table_kind(table, 2 ** bits) == "ramp"
+        expected = stretched(expected.astype(int), bits) if ramp else table[np.minimum(expected, len(table) - 1)]
+    image = read_pixels(path, rgb_coded)
+    expected = expected[..., 0] if expected.ndim == 3 and image.ndim == 2 and (expected == expected[..., :1]).all() else expected
+    np.testing.assert_array_equal(image, expected)
+
+
+@st.composite
+def tiff_tags(draw):
+    """Tags of a TIFF for `write_tiff`, and its values, (16, 16) or (16, 16, n)."""
+    bits, photometric = draw(st.sampled_from([1, 2, 4, 5, 8, 8, 12, 16])), draw(st.sampled_from([0, 0, 1, 1, 1, 2, 2, 3, 3, 6]))
+    n = draw(st.sampled_from([3, 3, 3, 4])) if photometric == 2 else draw(st.sampled_from([1] * 9 + [2, 3]))
+    seed = draw(st.integers(0, 99))
+    values = np.random.default_rng(seed).integers(0, 2 ** bits, (16, 16) if n == 1 else (16, 16, n))
+    table = {"table": draw(st.sampled_from(TABLES))(2 ** bits, np.random.default_rng(seed))} if photometric == 3 else {}
+    extra = [(338, "H", draw(st.lists(st.integers(0, 2), min_size=1, max_size=2)))] if n in (2, 4) else []
+    description, images = draw(st.sampled_from([(None, 1)] * 6 + DESCRIPTIONS))
+    tags = {"planar": st.integers(1, 2), "orientation": st.integers(0, 9), "fill_order": st.integers(1, 2), "order": st.sampled_from("<>"),
+            "compression": st.sampled_from([1, 8]), "rows": st.sampled_from([5, 16]),
+            "subfiles": st.sampled_from([(0,)] * 12 + [(1,), (2,), (0, 1), (0, 1), (0, 0), (1, 0)]),
+            "more": st.sampled_from([[]] * 9 + [[entry] for entry in FURTHER]).map(lambda more: more + extra)}
+    return {"bits": bits, "photometric": photometric, "description": description, "images": images, **table,
+            **{name: draw(values) for name, values in tags.items()}}, values
+
+
+def spread(n):
+    return np.arange(n)[:, None] * (65535 // (n - 1))
+
+
+TABLES = [lambda n, _: spread(n) * (0, 1, 0), lambda n, _: spread(n)[::-1] * (1, 1, 1),
+          lambda n, rng: rng.integers(0, 65536, (n, 3)), lambda n, rng: rng.integers(0, 65536, (n, 1)) * (1, 1, 1)]
+OME = ('<OME><Image><Pixels DimensionOrder="XYCZT" SizeX="16" SizeY="16" SizeC="1" SizeZ="1" SizeT="1" Type="uint8"/></Image></OME>')
+DESCRIPTIONS = [('{"shape": [1, 16, 16]}', 1), ('{"shape": [16, 16, 1]}', 1), ('{"shape": [4, 16, 16], "truncated": true}', 4),
+                ("ImageJ=1.54f\nimages=1\n", 1), ("ImageJ=1.54f\nimages=3\nslices=3\n", 3), ('{"shape": "x"}', 1), ("<OME></OME>", 1), (OME, 1)]
+FURTHER = [(317, "H", [1]), (317, "H", [2]), (339, "H", [1]), (339, "H", [2]), (262, "H", None), (279, "I", [0])]
+
+
+@given(tiff_tags(), st.booleans())
+@fuzz
+def test_tags_of_tiffs_are_respected_or_refused(tmp_path, case, rgb_coded):
+    tags, values = case
+    path = tmp_path / "x.tif"
+    write_tiff(path, values, **tags)
+    image = outcome(read_pixels, path, rgb_coded)
+    if image is None:
+        return
+    assert tags["subfiles"] in ((0,), (1,), (2,), (0, 1)) and (values.ndim == 2 or rgb_coded)
+    assert tags["images"] == 1 or tags["compression"] == 8 or tags["bits"] not in (8, 16)
+    check_agreed(path, rgb_coded)
+    if tags["photometric"] != 3 and (317, "H", [2]) not in tags["more"]:
+        expected = stretched(values, tags["bits"])
+        expected = np.iinfo(expected.dtype).max - expected if tags["photometric"] == 0 else expected
+        np.testing.assert_array_equal(image, turned(expected, tags["orientation"]))
 
 
 @given(st.data())

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import cv2
@@ -8,6 +9,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from common.exposure import exposure_warning
 from common.images import CHANNELS, read_planes
 from tests.conftest import write_sample
 
@@ -100,7 +102,7 @@ def test_going_to_and_fro_between_sizes_makes_nothing_twice_and_keeps_nothing_st
     make(small_data)
     assert {path: path.stat().st_mtime_ns for path in (images / "96").iterdir()} == before
     write_sample(small_data / "train_full_size", "train-3", seed=9)
-    assert f"{images}/96.csv is deleted: source images or --white-level have changed since" in make(small_data, "--set", "image_size=800")
+    assert f"{images}/96.csv is deleted: source images or levels have changed since" in make(small_data, "--set", "image_size=800")
     make(small_data)
     changed = [path.name for path in (images / "96").iterdir() if before[path] != path.stat().st_mtime_ns]
     assert changed == ["train-3.tif"]
@@ -184,17 +186,42 @@ def test_shares_of_black_and_saturated_pixels_are_counted(make, small_data, tmp_
     assert row["zeros_green"] == pytest.approx(0.25) and row["saturated_yellow"] == pytest.approx(0.125)
 
 
-def test_16_bit_files_of_a_12_bit_camera_are_noticed_and_mended(make, small_data, tmp_path):
+def test_16_bit_files_of_a_small_range_are_noticed_remembered_and_cured(make, small_data, tmp_path):
     for folder in ("train_full_size", "test_full_size"):
         for path in (small_data / folder).iterdir():
-            tifffile.imwrite(path, tifffile.imread(path).astype(np.uint16) * 16)
+            image = tifffile.imread(path).astype(np.uint16) * 16 + 32768
+            image[0, :2] = 0, 65535  # a dead pixel and a hot one
+            tifffile.imwrite(path, image)
     out = make(small_data)
-    assert "the 16-bit files never exceed 4" in out and "give --white-level (4095 for a 12-bit camera)" in out
-    out = make(small_data, "--white-level", "4080")
-    assert "white_level was 65535, now 4080" in out and "never exceed" not in out
-    source = tifffile.imread(small_data / "train_full_size" / "train-0_green.tif") / 16
+    warning = re.search(r"warning: the 16-bit files use (\d+)..(\d+) of 0..65535 only \(60 of 60 files\), so images have few grey levels; "
+                        r"give stage 01 or run_all.sh --black-level \1 --white-level \2", out)
+    low, high = int(warning[1]), int(warning[2])
+    assert 32768 <= low < 32900 and 36700 < high <= 32768 + 4080
+    assert exposure_warning(tmp_path / "work") == warning[0]
+    out = make(small_data, "--black-level", low, "--white-level", high)
+    assert "black_level was absent, now" in out and "16-bit" not in out and exposure_warning(tmp_path / "work") is None
+    source = tifffile.imread(small_data / "train_full_size" / "train-0_green.tif").astype(float)
     plane = read_planes(tmp_path / "work" / "images" / "96" / "train-0.tif")[1]
-    np.testing.assert_allclose(plane.mean(), source.mean(), atol=0.5)
+    np.testing.assert_allclose(plane.mean(), (255 * (source - low) / (high - low)).clip(0, 255).mean(), atol=1)
+
+
+def test_what_was_made_before_there_was_a_black_level_is_up_to_date(make, small_data, tmp_path):
+    make(small_data)
+    record, journal = tmp_path / "work" / "samples.csv.meta.json", tmp_path / "work" / "images" / "journal.jsonl"
+    assert "black_level" not in json.loads(record.read_text())["parameters"]
+    old = json.loads(record.read_text())
+    del old["exposure"]
+    record.write_text(json.dumps(old))
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for line in lines:
+        del line["black"], line["exposure"]
+        line["peak"] = 4000
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "is up to date" in make(small_data) and exposure_warning(tmp_path / "work") is None
+    record.unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "images" / "96").iterdir()}
+    assert "use 0..4000 of 0..65535 only (15 of 15 files)" in make(small_data)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 # --- bad input ---------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 import tifffile
 
-from common.artifacts import load_predictions, save_predictions, sidecar
+from common.artifacts import load_predictions, read_json, save_predictions, sidecar
 from common.demo_data import make_demo_data
+from common.exposure import WHOLE, judge
+from common.files import write_json
 
 RECIPE = "demo-quick"
 TINY = ("--set", "cycle_epochs=1", "max_cycles=1", "buffers=16")
@@ -65,7 +67,11 @@ def test_the_whole_row(stages, fails, small_data, tmp_path):
     # One fold again, elsewhere: the other fold's network and predictions are left alone, the rest is rebuilt.
     other = sidecar(work / "predictions" / RECIPE / "fold1_oof.npz").stat().st_mtime_ns
     stages(small_data, [4], "--folds", "0", "--force", "--seed", "5")
+    record = read_json(sidecar(work / "samples.csv"))
+    found = judge(["train"], [{"ranges": [[0, 4000]], "misplaced": {}}], WHOLE)
+    write_json(sidecar(work / "samples.csv"), record | {"exposure": found})  # as stage 01 leaves it
     out = stages(small_data, [5, 6, 7])
+    assert out.count("warning: the 16-bit files use 0..4000 of 0..65535 only") == 2  # in 05 and in 07
     assert "fold0_oof.npz again (changed: network)" in out and "fold1_oof.npz is up to date" in out
     assert "thresholds.json again (changed: demo-quick)" in out and "submission.csv again" in out
     assert sidecar(work / "predictions" / RECIPE / "fold1_oof.npz").stat().st_mtime_ns == other

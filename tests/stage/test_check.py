@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from common.images import looks_cut_short
+from common.sources import looks_cut_short
 from common.locks import Lock
 from tests.conftest import write_sample
 
@@ -48,8 +48,8 @@ def test_all_that_is_wrong_is_told_in_one_go_with_its_cure(run_script, small_dat
         told = run_script(SCRIPT, "--check", "--data", small_data, "--work", work, *QUICK, check=False)
     assert told.returncode == 2 and told.stderr.endswith("error: 1 of these will fail; mend them as said after '->'\n")
     for text in ("fold0 is being made by ", "train_full_size has images of 1 Ids that no table has, such as stray", "3 samples cannot be used:",
-                 "train: train-0_green not found", "train-1_red.png is a colour image", "train-2_blue.tif cannot be decoded",
-                 "-> mend or remove them, or leave them out with --keep-going", "16-bit files never exceed 40"):
+                 "train: train-0_green not found", "train-1_red.png is a colour image", "train-2_blue.tif cannot be read",
+                 "-> mend or remove them, or leave them out with --keep-going", "the 16-bit files use ", "run_all.sh --white-level 4095"):
         assert text in told.stdout, (text, told.stdout)
 
     shutil.rmtree(folder)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from common import doctor
+from common.exposure import WHOLE
 from common.images import read_planes
 from common.preprocess import list_samples, preprocess_stage, source_state, space_needed, statistics_table, store_all
 from tests.conftest import write_sample
@@ -60,9 +61,9 @@ def test_stores_of_earlier_versions_are_taken_as_they_are(make, tmp_path):
     assert all(line.pop("raw") == [] for line in lines)  # which they did not write
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert make()[1] == files
-    stage = preprocess_stage(tmp_path, [], {}, ["128"], 65535, False)
+    stage = preprocess_stage(tmp_path, [], {}, ["128"], WHOLE, False)
     assert stage.parameters == {"sizes": ["128"], "white_level": 65535, "keep_going": False}
-    raw = preprocess_stage(tmp_path, [], {}, ["128"], 65535, False, raw=True)
+    raw = preprocess_stage(tmp_path, [], {}, ["128"], WHOLE, False, raw=True)
     assert raw.changes(stage.made_from()) == "store was absent, now raw"
 
 
@@ -75,5 +76,5 @@ def test_the_disk_is_asked_for_the_room_of_the_kind(make, tmp_path):
     seen = SimpleNamespace(sides=dict.fromkeys(samples, 304), side=lambda sample: 304, usable=samples,
                            recipes={"a": SimpleNamespace(store="300")})
     for store, found in (("deflate", "stored images 0 MB"), ("raw", "stored images 1 MB")):
-        line, = doctor.disk(SimpleNamespace(work=tmp_path / "work", folds=[0], store=store, white_level=65535), seen, [], {})
+        line, = doctor.disk(SimpleNamespace(work=tmp_path / "work", folds=[0], store=store, black_level=0, white_level=65535), seen, [], {})
         assert found in line.found
