@@ -85,8 +85,14 @@ def test_one_sample_in_a_browser(work, run_script, browser, tmp_path):
         check_page(browser, page)
         text = browser.execute_script("return document.querySelector('#heat').textContent")
         assert {"train": "which this network was not trained on", "test": "which no network was trained on",
-                "external": "so that this network was trained on it"}[part] in text
+                "external": "so that every network was trained on it"}[part] in text
+        assert (f"Means over the networks of {RECIPE}, folds 0, 1." in text) == (part != "train")
         assert browser.execute_script("return document.querySelectorAll('#heat img').length") > 0
+        show(browser, page)
+        tops = "return [...document.querySelectorAll('#image img')].map(image => image.getBoundingClientRect().top)"
+        assert len(set(browser.execute_script(tops))) == 1 and len(browser.execute_script(tops)) == 5
+        labelled = browser.execute_script("return document.querySelector('#image dd').textContent")
+        assert (labelled == "unknown") == (part == "test")
     run_script("08_report.py", "--work", work, "--sample", Id, "--recipe", RECIPE)
     assert (work / f"sample_{Id}.html").read_bytes() == page.read_bytes()
     message = browser.execute_script("return document.querySelector('#probabilities').textContent")

@@ -16,7 +16,7 @@ def targets_of(*labels):
 
 
 def test_labels_are_read_as_names():
-    assert class_names("25 0") == "Nucleoplasm, Cytosol" and class_names("") == "none"
+    assert class_names("25 0") == "Nucleoplasm, Cytosol" and class_names("") == "unknown"
 
 
 def test_the_most_confident_errors_are_of_many_classes_and_samples():
