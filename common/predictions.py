@@ -27,7 +27,7 @@ def member_files(given: list[Path] | None, work: Path, recipes: list[str], part:
 def short_names(paths: list[Path]) -> list[str]:
     """Return the shortest ends of different paths that tell them apart, all of the same number of parts: a/oof.npz, b/oof.npz."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
-    ends = (["/".join(part[-n:]) for part in parts] for n in range(1, max(map(len, parts)) + 1))
+    ends = ([str(Path(*part[-n:])) for part in parts] for n in range(1, max(map(len, parts)) + 1))
     return next(names for names in ends if len(set(names)) == len(names))
 
 
