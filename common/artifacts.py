@@ -270,4 +270,3 @@ class Stage:
     def way_to(self, path: Path) -> str:
         """Return an input's path from the sidecar's folder, so that a folder that is moved as a whole still finds it."""
         return os.path.relpath(path.parent.resolve() / path.name, self.sidecar.parent.resolve())
-

@@ -79,7 +79,7 @@ class Work:
         """Id, part and reason of the samples that stage 01 left out."""
         path = self.folder / "left_out.csv"
         table = read_table(path, self.hint("01_preprocess.py")) if path.is_file() else pd.DataFrame()
-        return table.reindex(columns=["Id", "part", "reason"]).astype(str)
+        return table.reindex(columns=["Id", "part", "reason"]).fillna("").astype(str)
 
     @cached_property
     def folds(self) -> pd.DataFrame:
@@ -208,9 +208,14 @@ class Work:
         (n_members, n, 28)."""
         if "labels" not in self.given:
             raise UserError("no labels belong to these predictions, since --reproduce took the thresholds from a submission")
+        again = f"run: {self.hint('06_thresholds.py --oof FILES --labels CSV')}"
+        if not set(self.members) <= set(self.given):
+            raise UserError(f"{self.folder / 'thresholds.json'} is for other files than its sidecar says; {again}")
         found = read_members([self.given[name] for name in self.members], self.given.get("ids"), None)
         labelled = read_labels(self.given["labels"]).set_index("Id")
         common = set(labelled.index).intersection(*(ids for ids, _ in found))
+        if not common:
+            raise UserError(f"the files that stage 06 was given have no Ids in common now; {again}")
         found = [(ids[kept], probs[kept]) for ids, probs in found for kept in [[Id in common for Id in ids]]]
         rows = labelled[labelled.index.isin(common)].reset_index()
         return rows, stack_members(found, self.members, rows["Id"].to_numpy())

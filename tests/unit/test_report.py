@@ -216,3 +216,23 @@ def test_scores_that_say_little_are_named():
     notes = few_positives(pd.DataFrame({"class": ["a", "b", "c", "d"], "positives": [0, 9, 10, 0]}))
     assert [note.text for note in notes] == ["Without a sample, so that they count as 0: a, d.",
                                              "With thresholds that rest on fewer than 10 positives: b."]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda f: None, None), (lambda f: write_text(f / "labels.csv", "Id,Target\nz,0\n"), "have no Ids in common now; run: python 06_thresholds.py"),
+    (lambda f: (f / "a.npz").unlink(), "a.npz is missing"),
+    (lambda f: write_json(f / "thresholds.json", json.loads((f / "thresholds.json").read_text()) | {"recipes": ["b.npz"]}),
+     "thresholds.json is for other files than its sidecar says; run: python 06_thresholds.py")])
+def test_predictions_given_to_stage_06_are_read_where_they_lie(tmp_path, change, message):
+    save_predictions(tmp_path / "a.npz", ["b", "a", "more"], np.tile([[0.2], [0.8], [0.5]], 28))
+    write_text(tmp_path / "labels.csv", "Id,Target\na,0\nb,1 2\nelse,3\n")
+    write_json(tmp_path / "thresholds.json", {"recipes": ["a.npz"], "combine": "mean", "weights": [1.0], "thresholds": [0.5] * 28})
+    sealed(tmp_path / "thresholds.json", {name: tmp_path / path for name, path in (("labels", "labels.csv"), ("a.npz", "a.npz"))})
+    change(tmp_path)
+    if message:
+        with pytest.raises(UserError, match=message):
+            _ = Work(tmp_path).oof
+        return
+    rows, targets, probs = Work(tmp_path).oof
+    assert rows["Id"].to_list() == ["a", "b"] and targets.sum(axis=1).tolist() == [1, 2]
+    np.testing.assert_allclose(probs[:, 0], [0.8, 0.2], atol=1e-6)
