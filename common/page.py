@@ -104,7 +104,7 @@ class Section:
 def share(value: float) -> str:
     """Write a probability with two decimals, or with as many as it takes not to call it 0 or 1."""
     if 0 < value < 0.005:
-        return f"{value:.1g}"
+        return f"{value:.1g}" if value >= 1e-9 else "< 1e-09"
     return f"{value:.2f}" if value <= 0.99 or value == 1 else f"{1 - float(f'{1 - value:.1g}'):.12g}"
 
 

@@ -17,7 +17,7 @@ def test_cells_show_rounded_numbers_and_sort_by_whole_ones(value, style, text, k
 
 
 @pytest.mark.parametrize(("value", "text"), [
-    (0, "0.00"), (1.12e-7, "1e-07"), (0.0049, "0.005"), (0.005, "0.01"), (0.123, "0.12"), (0.99, "0.99"), (0.9994296, "0.9994"),
+    (0, "0.00"), (4e-31, "< 1e-09"), (1.12e-7, "1e-07"), (0.0049, "0.005"), (0.005, "0.01"), (0.123, "0.12"), (0.99, "0.99"), (0.9994296, "0.9994"),
     (0.996, "0.996"), (1, "1.00")])
 def test_a_probability_is_called_0_or_1_only_where_it_is(value, text):
     assert share(value) == text
