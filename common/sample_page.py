@@ -40,11 +40,11 @@ def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
 
 def why_unknown(work: Work, Id: str) -> str:
     """Say why there is no such sample: stage 01 left it out, or the Id is misspelt."""
-    lost = work.left_out.set_index("Id")["reason"]
+    lost = dict(work.left_out[["Id", "reason"]].to_numpy())
     if Id in lost:
         return f"stage 01 left out the sample {Id}: {lost[Id]}"
     known = list(work.targets_by_id)
-    near = [one for one in known if Id and one.startswith(Id.lower())] or get_close_matches(Id, [*known, *lost.index], 1)
+    near = [one for one in known if Id and one.startswith(Id.lower())] or get_close_matches(Id, [*known, *lost], 1)
     return (f"there is no sample {Id!r} in {work.folder / 'samples.csv'} ({len(known):,} samples); "
             + (f"did you mean {near[0]}?" if near else f"one of them is {known[0]}"))
 
