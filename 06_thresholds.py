@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.labels import parse_targets, read_csv, read_labels
 from common.predictions import (check_there, held_out_files, labelled_rows, member_files, read_groups, read_members,
-                                read_predictions)
+                                read_predictions, short_names)
 from common.submission import check_submission, recover
 from common.thresholds import METHODS, score_held_out
 
@@ -95,13 +95,14 @@ def reproduce(args):
     submission = read_csv(args.reproduce, "Predicted")
     check_submission(submission, submission["Id"])
     ids, probs = read_predictions(args.oof[0], args.ids)
+    (name,) = short_names(args.oof)
     stage = Stage("06_thresholds", args.work / "thresholds.json", {"reproduce": True},
-                  {"predictions": args.oof[0], "submission": args.reproduce, **({"ids": args.ids} if args.ids else {})})
+                  {name: args.oof[0], "submission": args.reproduce, **({"ids": args.ids} if args.ids else {})})
     if stage.is_current():
         return
     result = recover(align(ids, probs, submission["Id"], str(args.oof[0])), submission)
     stage.begin()
-    write_json(stage.artifact, {"recipes": [str(args.oof[0])], "combine": "mean", "weights": [1.0], **result})
+    write_json(stage.artifact, {"recipes": [name], "combine": "mean", "weights": [1.0], **result})
     stage.finish(rows=len(ids))
     print(f"06_thresholds: {stage.artifact}: with these thresholds and the fallback {result['fallback']} all {len(ids)} rows of "
           f"{args.reproduce} come out the same\n  " + " ".join(f"{value:g}" for value in result["thresholds"]))

@@ -5,6 +5,7 @@ reads   WORK/predictions/<recipe>/test.npz of each recipe, WORK/thresholds.json,
         or, with --test, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids), in the order in which
         stage 06 had the --oof of the same networks, and --sample
 writes  WORK/submission.csv   Id, Predicted in the order of sample_submission.csv, checked (or --out)
+        submissions.json beside the thresholds: where --out submissions lie, for the page
 
 example python 07_ensemble.py --work work --recipes resnet50
         python 07_ensemble.py --test a.npz b.csv --thresholds work/thresholds.json --sample sample_submission.csv
@@ -23,7 +24,7 @@ from common.exposure import exposure_warning
 from common.labels import read_csv
 from common.predictions import check_networks, check_there, member_files, read_members
 from common.submission import (check_out, check_submission, decide, describe_submission, known_labels, left_out_samples, override,
-                               read_thresholds, submission_table, with_empty_rows)
+                               read_thresholds, remember_submission, submission_table, with_empty_rows)
 
 
 def parse_args():
@@ -83,6 +84,7 @@ def main():
     out = args.out or args.work / "submission.csv"
     check_out(out, inputs.values())
     stage = Stage("07_ensemble", out, {"fallback": fallback, "recipes": names, "override_duplicates": args.override_duplicates}, inputs)
+    remember_submission(args.work if own else found.parent, out)
     if stage.is_current():
         return
     members = read_members(sources, args.ids, makes_members)

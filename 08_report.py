@@ -35,7 +35,7 @@ def main():
     if not args.work.is_dir():
         raise UserError(f"{args.work} is missing; run: bash run_all.sh --work {args.work}")
     work = Work(args.work)
-    if args.sample:
+    if args.sample is not None:
         html = sample_page(work, args.sample, args.recipe[0] if args.recipe else None)
         path = args.work / f"sample_{args.sample}.html"
     else:

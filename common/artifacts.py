@@ -1,6 +1,6 @@
 """Files that stages hand on: written whole or not at all, with a sidecar that says what they were made from.
 
-A stage's main output `X` gets `X.meta.json` (stage, parameters, fingerprints of inputs and outputs, rows,
+A stage's main output `X` gets `X.meta.json` (stage, parameters, fingerprints of inputs and outputs, paths of inputs, rows,
 seconds) after every output is in place. No sidecar = unfinished; a different one = stale.
 """
 
@@ -169,14 +169,19 @@ def read_sidecar(path: Path) -> dict:
     """Read an artifact's sidecar; raises UserError for what no stage wrote."""
     path = sidecar(path)
     meta = read_json(path)
-    parts = [meta.get(key) for key in ("parameters", "inputs", "outputs")] if isinstance(meta, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts) or not all(map(is_plain_path, parts[-1])):
+    meta = {"files": {}, **meta} if isinstance(meta, dict) else {}  # sidecars of earlier versions do not say where inputs lie
+    fine = all(isinstance(meta.get(key), dict) for key in ("parameters", "inputs", "outputs", "files"))
+    if not (fine and all(map(is_plain_path, meta["outputs"])) and all(map(is_path, meta["files"].values()))):
         raise UserError(f"{path} is not a record that a stage wrote; delete it and run its stage again")
     return meta
 
 
+def is_path(name) -> bool:
+    return isinstance(name, str) and "\0" not in name
+
+
 def is_plain_path(name: str) -> bool:
-    return "\0" not in name and not os.path.isabs(name)
+    return is_path(name) and not os.path.isabs(name)
 
 
 class Stage:
@@ -195,6 +200,7 @@ class Stage:
         self.held = None
         self.sidecar = sidecar(self.artifact)
         self.parameters = json.loads(json.dumps(parameters))
+        self.files = {key: value for key, value in inputs.items() if isinstance(value, Path)}
         self.inputs = {key: fingerprint(value) if isinstance(value, Path) else value for key, value in inputs.items()}
         self.started = time.time()
 
@@ -256,7 +262,11 @@ class Stage:
         outputs = {os.path.relpath(path, self.sidecar.parent): fingerprint(path) for path in (self.artifact, *also)}
         write_json(self.sidecar, {
             "stage": self.name, **self.made_from(), "outputs": outputs,
+            "files": {key: self.way_to(path) for key, path in self.files.items()},
             "rows": rows, "seconds": round(time.time() - self.started, 1), **more})
         if self.held:
             self.held.release()
 
+    def way_to(self, path: Path) -> str:
+        """Return an input's path from the sidecar's folder, so that a folder that is moved as a whole still finds it."""
+        return os.path.relpath(path.parent.resolve() / path.name, self.sidecar.parent.resolve())

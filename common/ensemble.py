@@ -138,10 +138,11 @@ def describe_ensemble(result: dict) -> list[str]:
     lines += [f"{row['method']:30s} {row['score_cross_fitted']:12.3f} {row['score_in_sample']:9.3f}"
               f"{'  <- used' if row['method'] == result['method'] else ''}" for row in result["methods"]]
     if len(result["members"]) > 1:
-        lines += [f"{'member':30s} {'cross-fitted':>12s} {'weight':>9s}   ensemble's score without it"]
-        lines += [f"{row['name'][-30:]:30s} {row['score_cross_fitted']:12.3f} {row['weight']:9.2f}   {row['leave_one_out']:+.3f}"
+        wide = max(30, *(len(row["name"]) for row in result["members"]))
+        lines += [f"{'member':{wide}s} {'cross-fitted':>12s} {'weight':>9s}   ensemble's score without it"]
+        lines += [f"{row['name']:{wide}s} {row['score_cross_fitted']:12.3f} {row['weight']:9.2f}   {row['leave_one_out']:+.3f}"
                   for row in result["members"]]
-        lines += [f"{row['combine'] + ' of all':30s} {row['score_cross_fitted']:12.3f}"
+        lines += [f"{row['combine'] + ' of all':{wide}s} {row['score_cross_fitted']:12.3f}"
                   f"{'  <- used' if row['combine'] == result['combine'] else ''}" for row in result["combinations"]]
     return lines + describe_classes(result)
 

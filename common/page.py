@@ -48,11 +48,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that sorts on a click; formats : column -> format of its numbers; wide : takes the whole width."""
+    """A table that sorts on a click; formats : column -> format of its numbers, or a function that writes them; wide : takes
+    the whole width."""
     title: str
     frame: pd.DataFrame
     text: str
-    formats: dict[str, str] = field(default_factory=dict)
+    formats: dict = field(default_factory=dict)
     wide: bool = False
     kind: ClassVar[str] = "table"
 
@@ -100,8 +101,20 @@ class Section:
     note: str = ""
 
 
-def cell(value, style: str | None) -> dict:
-    """Return a table cell's text and what it is sorted by: numbers by value, intervals by their lower end."""
+def share(value: float) -> str:
+    """Write a probability with two decimals, or with as many as it takes not to call it 0 or 1."""
+    if 0 < value < 0.005:
+        return f"{value:.1g}" if value >= 1e-9 else "< 1e-09"
+    return f"{value:.2f}" if value <= 0.99 or value == 1 else f"{1 - float(f'{1 - value:.1g}'):.12g}"
+
+
+def cell(value, style) -> dict:
+    """Return a table cell's text and what it is sorted by: numbers by value, intervals by their lower end.
+
+    style : format of a number, or a function that writes it; None for the usual one
+    """
+    if value is None:
+        return {"text": "–", "key": "", "number": True}
     if isinstance(value, (tuple, list)):
         return {"text": f"{value[0]:{style or '.2f'}}–{value[1]:{style or '.2f'}}", "key": value[0], "number": True}
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
@@ -109,7 +122,7 @@ def cell(value, style: str | None) -> dict:
     if np.isnan(value):
         return {"text": "–", "key": "", "number": True}
     style = style or (",d" if isinstance(value, (int, np.integer)) else ".3f")
-    return {"text": f"{value:{style}}", "key": repr(float(value)), "number": True}
+    return {"text": style(value) if callable(style) else f"{value:{style}}", "key": repr(float(value)), "number": True}
 
 
 def data_uri(image: bytes) -> str:

@@ -1,5 +1,6 @@
 """Read predictions and groups that come from anywhere: our .npz, CSV with Id and 28 columns, .npy with a CSV of Ids."""
 
+import os
 import re
 from pathlib import Path
 
@@ -16,11 +17,18 @@ from common.labels import check_csv, check_samples, read_csv
 
 def member_files(given: list[Path] | None, work: Path, recipes: list[str], part: str) -> tuple[list[str], list[Path]]:
     """Return the names and files of the members: those given, else the recipes' predictions of a part."""
-    if given and len(set(given)) < len(given):
+    if given and len(set(map(os.path.abspath, given))) < len(given):
         raise UserError(f"each file may be named once, found {', '.join(map(str, given))}")
     if given:
-        return [str(path) for path in given], given
+        return short_names(given), given
     return recipes, [prediction_file(work, name, part) for name in recipes]
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """Return the shortest ends of different paths that tell them apart, all of the same number of parts: a/oof.npz, b/oof.npz."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    ends = ([str(Path(*part[-n:])) for part in parts] for n in range(1, max(map(len, parts)) + 1))
+    return next(names for names in ends if len(set(names)) == len(names))
 
 
 def check_there(paths: list[Path], made_by: str | None) -> None:

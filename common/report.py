@@ -1,5 +1,8 @@
 """The page on a work folder: a section for each stage, from what the stages wrote; a missing one says what to run."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -7,7 +10,7 @@ from common.errors import UserError
 from common.folds import fold_numbers
 from common.page import Facts, Section, Table, render
 from common.progress import progress
-from common.report_data import data, duplicates, folds, training
+from common.report_data import data, duplicates, epoch_seconds, folds, training
 from common.report_results import errors, predictions, scores, submission
 from common.work import Work, there
 
@@ -26,11 +29,10 @@ def collect(work: Work) -> list[Section]:
          "set of labels stays for training; nothing is removed from test.", duplicates),
         ("folds", "Folds", "How the samples are split for validation: whole groups of duplicates, every class evenly.", folds),
         ("training", "Training", "Each recipe's trainings, one a fold. Validation images are those of the fold.", training),
-        ("predictions", "Predictions", "Out of fold: each sample is predicted by the network that did not see it in "
-         "training.", predictions),
+        ("predictions", "Predictions", "Probabilities of labelled samples, beside their labels.", predictions),
         ("scores", "Scores", "F1 is the harmonic mean of precision and recall; macro F1 is its mean over the 28 classes. "
          "Cross-fitted means that every sample was decided with thresholds found on other samples.", scores),
-        ("errors", "Errors", "Where the ensemble is most certain and wrong, out of fold. Look at the images: is it the network "
+        ("errors", "Errors", "Where the ensemble is most certain and wrong. Look at the images: is it the network "
          "or the label?", errors),
         ("submission", "Submission", "What is handed in: the classes of the test samples.", submission))
     return [section(work, *row) for row in progress(rows, len(rows), "drawing", unit="sections")]
@@ -45,41 +47,44 @@ def section(work: Work, key: str, title: str, lead: str, make) -> Section:
 
 
 def overview(work: Work) -> list:
-    blocks = [Table("Stages", stage_table(work), "Sections below are left out until their stage has run.",
+    blocks = [Table("Stages", stage_table(work), "Sections below are left out until their stage has run. Folds are added up: "
+                    "the rows of 04 are the samples of an epoch, copies included; its seconds are those of the epochs, without "
+                    "waiting.",
                     {"rows": ",.0f", "seconds": ",.1f"}, wide=True)]
     found, facts = there(lambda: work.scores), {}
     if found:
         facts["macro F1, cross-fitted"] = f"{found['score_cross_fitted']:.3f}"
         facts["95 % interval"] = "{:.3f} to {:.3f}".format(*found["interval"])
-        facts["mean of"] = ", ".join(found["recipes"])
+        facts[work.combined] = ", ".join(found["recipes"])
     samples = there(lambda: work.samples)
     if samples is not None:
         facts["samples"] = f"{len(samples):,}"
     return [Facts(facts), *blocks] if facts else blocks
 
 
-def stage_files(work: Work) -> list[tuple[str, str, dict[str, str]]]:
-    """Return each stage's main files with the inputs that its sidecar names: name there -> path, all in the work folder."""
+def stage_files(work: Work) -> list[tuple[str, Path]]:
+    """Return each stage's main files."""
     runs, recipes = there(lambda: work.runs) or {}, there(lambda: work.recipes) or []
     folds = there(lambda: work.folds)
     numbers = [] if folds is None else fold_numbers(folds)
-    oof, test = ({recipe: f"predictions/{recipe}/{part}.npz" for recipe in recipes} for part in ("oof", "test"))
-    own = {"folds.csv": "folds.csv"}
-    return [("01 preprocess", "samples.csv", {}), ("02 dedup", "duplicates.csv", {"samples.csv": "samples.csv"}),
-            ("03 make folds", "folds.csv", {"duplicates.csv": "duplicates.csv"}),
-            *[("04 train", f"runs/{recipe}/fold{fold}/best.pt", own) for recipe, logs in runs.items() for fold in logs],
-            *[("05 predict", f"predictions/{recipe}/fold{fold}_oof.npz", {}) for recipe in recipes for fold in numbers],
-            ("06 thresholds", "thresholds.json", own | oof),
-            ("07 ensemble", "submission.csv", {"thresholds.json": "thresholds.json", **test}),
-            ("09 tables", "tables/tables.md", own)]
+    return [(stage, work.folder / path) for stage, path in (
+        ("01 preprocess", "samples.csv"), ("02 dedup", "duplicates.csv"), ("03 make folds", "folds.csv"),
+        *[("04 train", f"runs/{recipe}/fold{fold}/best.pt") for recipe, logs in runs.items() for fold in logs],
+        *[("05 predict", f"predictions/{recipe}/fold{fold}_oof.npz") for recipe in recipes for fold in numbers],
+        ("06 thresholds", "thresholds.json"), *[("07 ensemble", path) for path in work.submission_files or ["submission.csv"]],
+        ("09 tables", "tables/tables.md"))]
 
 
 def stage_table(work: Work) -> pd.DataFrame:
     """Return a row a stage: what it made, whether from what is there now, rows, seconds; folds in one state together."""
     rows = []
-    for stage, path, inputs in stage_files(work):
-        state, record = work.state(path, inputs)
-        rows.append((stage, path, state, record.get("rows", np.nan), record.get("seconds", np.nan)))
+    for stage, path in stage_files(work):
+        state, record = work.state(path)
+        seconds = record.get("seconds", np.nan)
+        if stage == "04 train":
+            seconds = epoch_seconds(work.runs[path.parts[-3]][int(path.parts[-2].removeprefix("fold"))]).sum()
+        ours = path.is_relative_to(work.folder)
+        name = re.sub(r"fold\d+", "fold*", str(path.relative_to(work.folder))) if ours else str(path)
+        rows.append((stage, name, state, record.get("rows", np.nan), seconds))
     table = pd.DataFrame(rows, columns=["stage", "main file", "state", "rows", "seconds"])
-    table["main file"] = table["main file"].str.replace(r"fold\d+", "fold*", regex=True)
     return table.groupby(["stage", "main file", "state"], sort=False, as_index=False).sum(min_count=1)

@@ -27,8 +27,16 @@ def data(work: Work) -> list:
     facts = {f"{part} samples": f"{(samples['part'] == part).sum():,}" for part in parts}
     facts |= {"classes with samples": f"{targets.any(axis=0).sum()} of {N_CLASSES}",
               "labels a sample": f"{targets.sum(axis=1).mean():.2f}", "stored at": f"{', '.join(work.stores)} px"}
-    return [Facts(facts), *class_blocks(count_stages(work), order), labels_figure(targets), *image_blocks(work, parts),
-            *co_occurrence(targets, order), contact_sheet(work, targets, labelled["Id"].to_numpy())]
+    return [Facts(facts), *left_out(work), *class_blocks(count_stages(work), order), labels_figure(targets),
+            *image_blocks(work, parts), *co_occurrence(targets, order), contact_sheet(work, targets, labelled["Id"].to_numpy())]
+
+
+def left_out(work: Work) -> list[Table]:
+    """Show which samples stage 01 left out, and why."""
+    if work.left_out.empty:
+        return []
+    return [Table(f"Samples left out: {len(work.left_out):,}", work.left_out.head(100), "Stage 01 could not use them, so nothing "
+                  "below counts them; test samples among them have empty rows in the submission.", wide=True)]
 
 
 def count_stages(work: Work) -> dict[str, np.ndarray]:
@@ -77,7 +85,7 @@ def image_blocks(work: Work, parts: list[str]) -> list:
                "Boxes hold the middle half of the images, whiskers 90 %. Look for parts that differ: there a network meets "
                "what it was not trained on."),
         Table("Size of the source images", sizes.rename(columns={"side": "side, px"}),
-              "Samples by the side of their source; all are shrunk to what recipes need.", {"side, px": "d"}),
+              "Samples by the side of their source; larger ones are shrunk to what the recipes need.", {"side, px": "d"}),
         Table("Channels", channels, "Means over the stored images, 0 to 1. Much black or saturation means a lost signal.",
               {"saturated, %": ".2f", "black, %": ".1f"})]
 
@@ -99,7 +107,8 @@ def co_occurrence(targets: np.ndarray, order: np.ndarray) -> list:
                "Bright cells are pairs to expect. A rare class in a bright cell may be learnt by way of its companion.",
                wide=True),
         Table("Most frequent pairs of classes", pairs.assign(ratio=pairs["together"] / pairs["by chance"]),
-              "By chance: as often as if labels were independent. A ratio far above 1 is a real companion.",
+              "By chance: as often as if labels were independent. A ratio far above 1 is a companion, unless "
+              "it rests on a few samples.",
               {"by chance": ".1f", "ratio": ".2f"}, wide=True)]
 
 
@@ -195,8 +204,8 @@ def folds(work: Work) -> list:
 # --- training ----------------------------------------------------------------------------------------------
 
 def training(work: Work) -> list:
-    blocks = [Table("Trainings", run_table(work), "Training ends when a cycle gains less than the recipe asks for. The best "
-                    "epoch is the one with the highest macro F1 at a threshold of 0.5.",
+    blocks = [Table("Trainings", run_table(work), "Training ends by the recipe's own rule. The best epoch is the one with the "
+                    "highest macro F1 at a threshold of 0.5 on the fold's validation images, so it flatters a little.",
                     {"seconds an epoch": ",.1f", "minutes": ",.1f"}, wide=True)]
     for recipe, logs in work.runs.items():
         starts = dict.fromkeys(log["start"].iloc[0] for log in logs.values() if "start" in log)
@@ -211,13 +220,18 @@ def run_table(work: Work) -> pd.DataFrame:
     for recipe, logs in work.runs.items():
         for fold, log in logs.items():
             log = log.reindex(columns=["epoch", "seconds", "valid_seconds", "macro_f1"])
-            seconds = log["seconds"] + log["valid_seconds"].fillna(0)
+            seconds = epoch_seconds(log)
             best = log.nlargest(1, "macro_f1")
             rows.append({"recipe": recipe, "fold": fold, "epochs": len(log),
                          "state": "finished" if work.run_record(recipe, fold) else "under way",
                          "best macro F1": best["macro_f1"].max(), "in epoch": best["epoch"].max(),
                          "seconds an epoch": seconds.mean(), "minutes": seconds.sum() / 60})
     return pd.DataFrame(rows)
+
+
+def epoch_seconds(log: pd.DataFrame) -> pd.Series:
+    """Return the seconds of each epoch of a training, its validation included."""
+    return log.reindex(columns=["seconds", "valid_seconds"]).fillna(0).sum(axis=1)
 
 
 def curves(recipe: str, logs: dict[int, pd.DataFrame]) -> list[Figure]:
@@ -232,7 +246,7 @@ def curves(recipe: str, logs: dict[int, pd.DataFrame]) -> list[Figure]:
     rate = {"at the end of the epoch": (longest["epoch"], longest["learning_rate"])}
     restarts = {"verticals": longest["epoch"][longest["cycle"].diff() > 0] - 0.5}
     return [
-        Figure("Loss", plots.lines(f"loss {recipe}", loss, "epoch", "E-loss of a sample", dashed=dashed, **restarts),
+        Figure("Loss", plots.lines(f"loss {recipe}", loss, "epoch", "loss per sample", dashed=dashed, **restarts),
                "Both should fall. A validation loss (solid) that rises while the training loss (dashed) falls means "
                "overfitting. Dotted lines are restarts. Training counts crops and the hardest samples only, so the two are "
                "not on one scale."),
@@ -255,7 +269,7 @@ def finder(work: Work, recipe: str) -> list[Figure]:
     lowest = (best, table["smoothed"][(table["learning_rate"] - best).abs().idxmin()])
     used = work.run_record(recipe, fold).get("learning_rates", [])[-1:]
     top = 1.15 * max(table["smoothed"].iloc[0] for table in tables.values())
-    svg = plots.lines(f"finder {recipe}", series, "learning rate, growing a batch at a time", "E-loss, smoothed", logx=True,
+    svg = plots.lines(f"finder {recipe}", series, "learning rate, growing a batch at a time", "loss, smoothed", logx=True,
                       verticals=used, marks={f"lowest, fold {fold}: {best:.2g}": lowest}, ylim=(0, top))
     return [Figure("Learning rate finder", svg, "The mark is the highest rate at which the loss still falls: an upper limit. "
                    + (f"The dotted line is the rate used, {used[0]:.2g}; it should be left of the mark." if used else ""))]

@@ -8,8 +8,9 @@ from common.artifacts import read_table
 from common.classes import N_CLASSES
 from common.labels import parse_targets
 from common.metrics import f1_from_counts
-from common.page import Facts, Figure, Gallery, Heading, More, Note, Table
+from common.page import Facts, Figure, Gallery, Heading, More, Note, Table, share
 from common.tables import HEADINGS, TITLES
+from common.thresholds import FEW
 from common.work import NAMES, SHOWN, Work, there
 
 GRID = np.round(np.arange(0.02, 0.99, 0.02), 2)  # thresholds of the curves
@@ -28,16 +29,31 @@ def predictions(work: Work) -> list:
                           "average precision": precision, "threshold": work.cuts}).iloc[weakest_first]
     panels = [class_figure(NAMES[c], targets[:, c], probs[:, c], work.cuts[c], precision[c]) for c in weakest_first]
     return [
-        Facts({"samples": f"{len(rows):,}", "mean of": ", ".join(work.recipes),
-               "mean average precision": f"{np.nanmean(precision):.3f}"}),
-        calibration(targets, probs),
+        Facts({"samples": whole(work, rows), work.combined: ", ".join(work.members),
+               f"mean average precision of {len(weakest_first)} classes": f"{np.nanmean(precision):.3f}"}),
+        *origin(work),
+        *([] if work.how[0] == "rank" else [calibration(targets, probs)]),
         Table("Probabilities of each class", table, "Expected is the sum of the probabilities: far from the number of "
               "positives, the class is over- or underrated. Average precision needs no threshold.",
-              {"expected": ",.1f", "threshold": ".2f"}),
+              {"expected": ",.1f", "threshold": share}),
         Heading("Class by class, the weakest first"),
         Note("Left, precision against recall: the higher the better; the dotted line is chance. Right, what a threshold "
              "(upright line) would give: F1 should be at its top there, and flat, so that other samples would have it too."),
         *panels[:6], *([More(f"The other {len(panels) - 6} classes", panels[6:])] if len(panels) > 6 else [])]
+
+
+def whole(work: Work, rows: pd.DataFrame) -> str:
+    """Say how many samples are predicted, and of how many where some folds are not."""
+    validated = 0 if work.given else (work.folds["fold"] >= 0).sum()
+    return f"{len(rows):,} of {validated:,}" if len(rows) < validated else f"{len(rows):,}"
+
+
+def origin(work: Work) -> list[Note]:
+    """Say whether networks were trained on the samples that they predict, as far as a page can know, and what is a rank."""
+    source = Note("These predictions were given to stage 06. If a network was trained on these samples, all figures flatter."
+                  if work.given else "Out of fold: each sample is predicted by the network that did not see it in training.")
+    ranks = Note("The members are combined by ranks: what is called a probability here is a mean rank from 0 to 1.")
+    return [source] + [ranks] * (work.how[0] == "rank")
 
 
 def class_figure(name: str, target: np.ndarray, prob: np.ndarray, threshold: float, average: float) -> Figure:
@@ -53,7 +69,7 @@ def class_figure(name: str, target: np.ndarray, prob: np.ndarray, threshold: flo
     here = f1_from_counts((target & predicted).sum(), (~target & predicted).sum(), (target & ~predicted).sum())
     return Figure(name, plots.class_panel(f"class {name}", recall[some], precision[some], GRID, curves, threshold, target.mean()),
                   f"Positives: {target.sum():,}; average precision {average:.2f}, by chance {target.mean():.2f}. F1 is "
-                  f"{here:.2f} at the threshold {threshold:.2f}, and {max(here, curves['F1'].max()):.2f} at best.")
+                  f"{here:.2f} at the threshold {share(threshold)}, and {max(here, curves['F1'].max()):.2f} at best.")
 
 
 def calibration(targets: np.ndarray, probs: np.ndarray) -> Figure:
@@ -78,10 +94,21 @@ def scores(work: Work) -> list:
              "95 % interval": "{:.3f} to {:.3f}".format(*found["interval"]),
              "on the rows of the search": f"{found['score_in_sample']:.3f}",
              "at 0.5 for all": f"{found['score_at_half']:.3f}", "samples": f"{found['n_samples']:,}"}
+    if found.get("n_present", N_CLASSES) < N_CLASSES:
+        facts[f"over the {found['n_present']} classes with samples"] = f"{found['score_cross_fitted_present']:.3f}"
     if "score_held_out" in found:
         facts["held out"] = "{:.3f} ({:.3f} to {:.3f})".format(found["score_held_out"], *found["interval_held_out"])
     table = pd.DataFrame(found["per_class"]).sort_values("f1_cross_fitted", ascending=False, kind="stable")
-    return [Facts(facts), *class_scores(table), *member_blocks(found.get("members")), *paper_blocks(work)]
+    return [Facts(facts), *(origin(work) if work.given else []), *few_positives(table), *class_scores(table),
+            *member_blocks(found.get("members")), *paper_blocks(work)]
+
+
+def few_positives(table: pd.DataFrame) -> list[Note]:
+    """Name the classes whose scores say little."""
+    positives = table["positives"]
+    kinds = {"Without a sample, so that they count as 0": positives == 0,
+             f"With thresholds that rest on fewer than {FEW} positives": (positives > 0) & (positives < FEW)}
+    return [Note(f"{text}: {', '.join(table['class'][rows])}.") for text, rows in kinds.items() if rows.any()]
 
 
 def class_scores(table: pd.DataFrame) -> list:
@@ -98,7 +125,7 @@ def class_scores(table: pd.DataFrame) -> list:
                "mark far to the right is a threshold fitted to chance. Work on the classes at the bottom: they pull macro F1 "
                "down most."),
         Table("F1 of each class", table[shown].rename(columns=titles), "Sort by positives: do the rare classes have the low "
-              "scores? F1 on the rows that the thresholds were searched on flatters.", {"threshold": ".2f"})]
+              "scores? F1 on the rows that the thresholds were searched on flatters.", {"threshold": share})]
 
 
 def member_blocks(members: list[dict] | None) -> list[Table]:
@@ -147,18 +174,19 @@ def gain_figures(gains: pd.DataFrame) -> list[Figure]:
 def errors(work: Work) -> list:
     rows, targets, probs = work.oof
     margin = log_odds(probs) - log_odds(work.cuts)
-    predicted = margin >= 0
+    predicted = probs >= work.cuts
     missed, false = targets & ~predicted, ~targets & predicted
 
     def gallery(title: str, mask, confidence, text: str) -> list[Gallery]:
         cards = [work.card([rows["Id"][row]], [
-            f"{NAMES[c]}: {probs[row, c]:.2f} (threshold {work.cuts[c]:.2f})", f"labelled {', '.join(NAMES[targets[row]])}",
-            f"predicted {', '.join(NAMES[predicted[row]]) or 'none'}"]) for row, c in worst(mask, confidence)]
+            f"{NAMES[c]}: {share(probs[row, c])} (threshold {share(work.cuts[c])})", f"labelled {', '.join(NAMES[targets[row]])}",
+            f"predicted {', '.join(NAMES[predicted[row]]) or 'none'}"]) for row, c in (worst(mask, confidence) if work.stores else [])]
         return [Gallery(title, cards, text)] if cards else []
 
     return [
         Facts({"samples all right": f"{100 * (targets == predicted).all(axis=1).mean():.0f} %",
                "missed labels": f"{missed.sum():,} of {targets.sum():,}", "false alarms": f"{false.sum():,}"}),
+        *([] if work.stores else [Note("No images are stored in this work folder.")]),
         *gallery("Most confident misses", missed, -margin, "Labelled with the class in bold, and predicted far below its "
                  "threshold. If the green is not there, the label may be wrong."),
         *gallery("Most confident false alarms", false, margin, "Predicted with the class in bold, and not labelled with it. If "
@@ -168,7 +196,7 @@ def errors(work: Work) -> list:
 
 
 def log_odds(probs: np.ndarray) -> np.ndarray:
-    probs = np.clip(probs, 1e-6, 1 - 1e-6)
+    probs = np.clip(np.asarray(probs, dtype=np.float64), 1e-9, 1 - 1e-9)
     return np.log(probs / (1 - probs))
 
 
@@ -209,7 +237,7 @@ def suspects(work: Work, rows, targets: np.ndarray, probs: np.ndarray, predicted
         "predicted": [", ".join(NAMES[row]) or "none" for row in predicted],
         "loss out of fold": -np.where(targets, np.log(clipped), np.log(1 - clipped)).sum(axis=1)})
     table["suspicion"] = table.groupby(np.minimum(targets.sum(axis=1), 3))["loss out of fold"].rank(pct=True)
-    books = [book.assign(run=f"{recipe} {fold}") for recipe in there(lambda: work.runs) or ()
+    books = [book.assign(run=f"{recipe} {fold}") for recipe in (() if work.given else there(lambda: work.runs) or ())
              for fold, book in work.run_tables(recipe, "hard_samples.csv").items()]
     if books:
         hard = pd.concat(books)
@@ -223,13 +251,13 @@ def suspects(work: Work, rows, targets: np.ndarray, probs: np.ndarray, predicted
 
 def suspect_blocks(work: Work, table: pd.DataFrame) -> list:
     cards = [work.card([row.Id], [f"labelled {row.labels}", f"predicted {row.predicted}"])
-             for row in table.head(SHOWN).itertuples()]
+             for row in table.head(SHOWN).itertuples()] if work.stores else []
     ranks = ("the mean of two ranks from 0 to 1: of the loss out of fold, and of the mean loss in the trainings that had the "
              "sample. Near 1, the networks cannot even learn it by heart" if "rank in training" in table else
              "the rank from 0 to 1 of the loss out of fold")
-    return [Gallery("Suspects for wrong labels", cards, f"Suspicion is {ranks}; ranked among samples with as many labels. Look "
-                    "whether the labels are there to be seen."),
-            Table("The 100 first suspects", table.head(100), "For a person to look at; nothing is changed by itself.", wide=True)]
+    return [*([Gallery("Suspects for wrong labels", cards, "Look whether the labels are there to be seen.")] if cards else []),
+            Table("The 100 first suspects", table.head(100), f"Suspicion is {ranks}; ranked among samples with as many labels. "
+                  "For a person to look at; nothing is changed by itself.", wide=True)]
 
 
 # --- submission --------------------------------------------------------------------------------------------
@@ -237,19 +265,29 @@ def suspect_blocks(work: Work, table: pd.DataFrame) -> list:
 def submission(work: Work) -> list:
     table = work.submission
     predicted = parse_targets(table["Predicted"])
-    known = parse_targets(work.samples.loc[work.samples["part"] == "train", "Target"])
-    ours, theirs = (100 * part.mean(axis=0) for part in (predicted, known))
+    ours, theirs = 100 * predicted.mean(axis=0), 100 * labelled_shares(work)
     order = np.argsort(-theirs, kind="stable")
-    marks = {name: np.where(values > 0, values, np.nan)[order] for name, values in (("training", theirs), ("submission", ours))}
-    counts = pd.DataFrame({"class": NAMES, "test samples": predicted.sum(axis=0), "of test, %": ours, "of training, %": theirs,
+    marks = {name: np.where(values > 0, values, np.nan)[order] for name, values in (("labelled", theirs), ("submission", ours))}
+    counts = pd.DataFrame({"class": NAMES, "test samples": predicted.sum(axis=0), "of test, %": ours, "of labelled, %": theirs,
                            "ratio": np.divide(ours, theirs, out=np.full(N_CLASSES, np.nan), where=theirs > 0)}).iloc[order]
+    lost = table["Id"].isin(work.left_out["Id"]).sum()
     return [
-        Facts({"rows": f"{len(table):,}", "labels a row": f"{predicted.sum(axis=1).mean():.2f}",
-               "labels a sample in training": f"{known.sum(axis=1).mean():.2f}",
-               "empty rows": f"{(~predicted.any(axis=1)).sum():,}",
+        Facts({"file": str(work.submission_file), "rows": f"{len(table):,}",
+               "labels per row": f"{predicted.sum(axis=1).mean():.2f}",
+               "labels per labelled sample": f"{theirs.sum() / 100:.2f}", "empty rows": f"{(~predicted.any(axis=1)).sum():,}",
                "classes predicted": f"{predicted.any(axis=0).sum()} of {N_CLASSES}"}),
+        *([Note(f"{lost} test samples were left out by stage 01 and have empty rows.")] if lost else []),
         Figure("Class frequencies", plots.dots("submission", list(NAMES[order]), marks, "share of the samples, %", log=True),
-               "The two marks of a class should be close, unless test differs from training. Far to the right the class is "
-               "predicted too freely; no filled mark means never."),
+               "The two marks of a class should be close, unless test differs from the labelled samples. Far to the right the "
+               "class is predicted too freely; no filled mark means never."),
         Table("Class frequencies", counts, "Sort by ratio: far from 1, look at the class's threshold.",
-              {"of test, %": ".2f", "of training, %": ".2f", "ratio": ".2f"})]
+              {"of test, %": ".2f", "of labelled, %": ".2f", "ratio": ".2f"})]
+
+
+def labelled_shares(work: Work) -> np.ndarray:
+    """Return the share of labelled samples that have each class, (28,): of the training samples, or without stage 01 of those
+    that stage 06 scored."""
+    samples = there(lambda: work.samples)
+    if samples is not None:
+        return parse_targets(samples.loc[samples["part"] == "train", "Target"]).mean(axis=0)
+    return np.array([row["positives"] for row in work.scores["per_class"]]) / work.scores["n_samples"]

@@ -1,21 +1,25 @@
 """The page of one sample: channels, probabilities against thresholds, duplicates, heat maps."""
 
+from difflib import get_close_matches
+
 import numpy as np
 import pandas as pd
 
 from common import plots
-from common.artifacts import load_predictions, prediction_file
+from common.artifacts import prediction_file
 from common.contact_sheet import composite, jpeg
+from common.ensemble import combine
 from common.errors import UserError
 from common.folds import HOLD_OUT, TRAIN_ONLY
 from common.images import CHANNELS
 from common.labels import parse_targets
-from common.page import Card, Facts, Figure, Gallery, Note, Table, data_uri, render
+from common.page import Card, Facts, Figure, Gallery, Note, Table, data_uri, render, share
 from common.report import section
 from common.report_data import STAINS, pair_card
 from common.work import NAMES, Work, class_names, there
 
 SIDE = 384  # pixels of a large image at most
+EMPTY = "empty: nothing in the image speaks for it"
 
 
 def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
@@ -24,20 +28,30 @@ def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
     recipe : whose network the heat maps are of; None for the first one of the ensemble
     """
     if Id not in work.targets_by_id:  # Ids of artifacts are plain file names
-        raise UserError(f"there is no sample {Id!r} in {work.folder / 'samples.csv'}; it has {len(work.samples):,}, such as "
-                        f"{work.samples['Id'].iloc[0]}")
+        raise UserError(why_unknown(work, Id))
     sections = [section(work, key, title, lead, lambda work, make=make: make(work, Id)) for key, title, lead, make in (
         ("image", "Image", "The four channels, and the composite in the atlas's colours.", channels),
         ("probabilities", "Probabilities", "A class is predicted where its probability reaches its threshold.", probabilities),
         ("duplicates", "Duplicates", "Samples that look nearly the same.", twins),
-        ("heat", "Heat maps", "Where the network finds what speaks for a class (Grad-CAM).",
+        ("heat", "Heat maps", "Where the networks find what speaks for a class (Grad-CAM).",
          lambda work, Id: heat_maps(work, Id, recipe)))]
     return render(f"Sample {Id}", f"From the work folder {work.folder.resolve().name}.", sections)
 
 
+def why_unknown(work: Work, Id: str) -> str:
+    """Say why there is no such sample: stage 01 left it out, or the Id is misspelt."""
+    lost = dict(work.left_out[["Id", "reason"]].to_numpy())
+    if Id in lost:
+        return f"stage 01 left out the sample {Id}: {lost[Id]}"
+    known = list(work.targets_by_id)
+    near = [one for one in known if Id and one.startswith(Id.lower())] or get_close_matches(Id, [*known, *lost], 1)
+    return (f"there is no sample {Id!r} in {work.folder / 'samples.csv'} ({len(known):,} samples); "
+            + (f"did you mean {near[0]}?" if near else f"one of them is {known[0]}"))
+
+
 def channels(work: Work, Id: str) -> list:
     sample = work.samples[work.samples["Id"] == Id].iloc[0]
-    facts = {"labels": class_names(sample["Target"]) if sample["part"] != "test" else "unknown (test)", "part": sample["part"],
+    facts = {"labels": class_names(sample["Target"]), "part": sample["part"],
              "source": f"{sample['side']} px"}
     planes = there(lambda: work.planes(Id, SIDE))
     if planes is None:
@@ -53,63 +67,76 @@ def stretched(plane: np.ndarray) -> np.ndarray:
     return np.clip(plane * (255 / max(1.0, np.percentile(plane, 99.5))), 0, 255).astype(np.uint8)
 
 
-def place(work: Work, Id: str) -> tuple[int, str]:
-    """Return the fold whose network to ask about a sample, and in words what the sample was to that network."""
-    if work.samples.set_index("Id")["part"][Id] == "test":
-        return 0, "a test sample, which no network was trained on"
+def place(work: Work, Id: str) -> tuple[int | None, str]:
+    """Return the fold whose network was not trained on a sample, None where the folds do not differ in that, and in words what
+    the sample was to them."""
+    if part_of(work, Id) == "test":
+        return None, "a test sample, which no network was trained on"
     folds = there(lambda: work.folds)
     if folds is None:
-        return 0, "not split yet"
+        return None, "not split yet"
     same = folds.loc[folds["group"] == work.duplicates.set_index("Id")["group"].get(Id), "fold"]
     if same.empty:
         raise UserError(f"folds.csv does not know this sample; run: {work.hint('02_dedup.py')}, then 03_make_folds.py")
     fold = int(same.iloc[0])
     if fold == HOLD_OUT:
-        return 0, "held out, so that no network was trained on it"
+        return None, "held out, so that no network was trained on it"
     if fold == TRAIN_ONLY:
-        return 0, "for training only, so that this network was trained on it"
+        return None, "for training only, so that every network was trained on it"
     if Id not in set(folds["Id"]):
         return fold, f"left out as a duplicate of samples in fold {fold}, which this network was not trained on"
     return fold, f"in fold {fold}, which this network was not trained on"
 
 
+def part_of(work: Work, Id: str) -> str:
+    return work.samples.set_index("Id")["part"][Id]
+
+
 # --- probabilities -----------------------------------------------------------------------------------------
 
-def member_probabilities(work: Work, Id: str) -> dict[str, np.ndarray]:
-    """Return recipe -> probabilities (28,) of a sample; raises UserError where it is not predicted."""
-    found = {}
-    for recipe in work.recipes:
-        for path in (prediction_file(work.folder, recipe, part) for part in ("oof", "test", "held_out")):
-            ids, probs = load_predictions(path, "") if path.is_file() else ((), ())
-            rows = np.flatnonzero(np.asarray(ids) == Id)
-            if len(rows):
-                found[recipe] = probs[rows[0]]
-    if not found:
-        raise UserError("stage 05 predicts test samples and, out of fold, labelled ones; this one is in neither "
-                        f"({place(work, Id)[1]})")
-    return found
+def member_probabilities(work: Work, Id: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return recipe -> probabilities (28,) of a sample, and those of all together as stage 06 combines them; raises UserError
+    where the sample is not predicted."""
+    if work.given:
+        raise UserError(f"the thresholds are for predictions given to stage 06 ({', '.join(work.members)}), not for stage 05's; "
+                        f"run: {work.hint('06_thresholds.py')}")
+    parts = ["test"] if part_of(work, Id) == "test" else ["oof", "held_out"]
+    for part in parts:
+        if part != "held_out" or prediction_file(work.folder, work.recipes[0], part).is_file():
+            ids, stack = work.predictions(part)
+            for row in np.flatnonzero(np.asarray(ids) == Id):
+                return dict(zip(work.recipes, stack[:, row], strict=True)), combine(stack, *work.how)[row]
+    raise UserError("stage 05 predicts test samples and, out of fold, labelled ones; this one is in neither "
+                    f"({place(work, Id)[1]})")
 
 
 def probabilities(work: Work, Id: str) -> list:
-    members = member_probabilities(work, Id)
-    mean = np.mean(list(members.values()), axis=0)
+    members, together = member_probabilities(work, Id)
+    known = part_of(work, Id) != "test"
     labelled = parse_targets([work.targets_by_id[Id]])[0]
-    predicted = mean >= work.cuts
-    order = np.argsort(-mean, kind="stable")
+    predicted = together >= work.cuts
+    order = np.argsort(-together, kind="stable")
     state = np.array(["", "predicted", "labelled", "both"])[2 * labelled + predicted]
-    table = pd.DataFrame({"class": NAMES, "state": state, "mean": mean, "threshold": work.cuts, **members}).iloc[order]
+    table = pd.DataFrame({"class": NAMES, "state": state, "together": together, "threshold": work.cuts, **members}).iloc[order]
     tuned = there(lambda: work.thresholds)
     return [
         Facts({"labelled": class_names(work.targets_by_id[Id]), "predicted": ", ".join(NAMES[predicted]) or "none",
-               "mean of": ", ".join(members)}),
+               **submitted(work, Id), work.combined: ", ".join(members)}),
         Figure("Probability of each class", plots.dots(
             "probabilities", [f"{NAMES[c]} (labelled)" if labelled[c] else NAMES[c] for c in order],
-            {"threshold": work.cuts[order], "probability": mean[order]}, "probability", xlim=(-0.02, 1.02)),
+            {"threshold": work.cuts[order], "probability": together[order]}, "probability", xlim=(-0.02, 1.02)),
             "Predicted where the filled mark is right of the hollow one. "
             + ("" if tuned else "Stage 06 has not run: 0.5 stands for the thresholds. ")
-            + "A labelled class far left of its threshold is a miss: look for it in the image."),
-        Table("Probabilities", table, "State: labelled, predicted, or both. The mean over recipes decides.",
-              {"threshold": ".2f"})]
+            + ("A labelled class far left of its threshold is a miss: look for it in the image." if known else "")),
+        Table("Probabilities", table, ("State: labelled, predicted, or both. " if known else "") + "What decides is the "
+              f"{work.combined} the members, in the column together.", dict.fromkeys(["together", "threshold", *members], share))]
+
+
+def submitted(work: Work, Id: str) -> dict[str, str]:
+    """Return what the submission says of a test sample: where no class passes, its most probable one by default."""
+    table = there(lambda: work.submission)
+    rows = [] if table is None else table.loc[table["Id"] == Id, "Predicted"]
+    return {"in the submission": class_names(target) if target else "none" for target in rows}
 
 
 def twins(work: Work, Id: str) -> list:
@@ -127,26 +154,30 @@ def heat_maps(work: Work, Id: str, recipe: str | None) -> list:
 
     recipe = recipe or (there(lambda: work.recipes) or list(work.runs))[0]
     fold, known = place(work, Id)
-    members = there(lambda: member_probabilities(work, Id))
+    finished = [number for number in work.runs.get(recipe, {}) if work.run_record(recipe, number)]
+    numbers = [fold] if fold is not None else finished or [0]  # what is not trained is refused below
+    whose = f"fold{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+    predicted = there(lambda: member_probabilities(work, Id)[1])
     labelled = parse_targets([work.targets_by_id[Id]])[0]
 
     def reasons(own: np.ndarray) -> dict[int, str]:
         """Return the classes to explain, most probable first, with why."""
-        mean = own if members is None else np.mean(list(members.values()), axis=0)
-        why = {int(c): " and ".join(word for word, holds in (("labelled", labelled[c]), ("predicted", mean[c] >= work.cuts[c]))
-                                    if holds) for c in np.argsort(-mean, kind="stable")}
+        probs = own if predicted is None else predicted
+        why = {int(c): " and ".join(word for word, holds in (("labelled", labelled[c]), ("predicted", probs[c] >= work.cuts[c]))
+                                    if holds) for c in np.argsort(-probs, kind="stable")}
         return {c: text for c, text in why.items() if text} or {next(iter(why)): "the most probable class, below its threshold"}
 
     row = pd.DataFrame({"Id": [Id], "Target": [work.targets_by_id[Id]]})
-    probs, maps = explain(work.folder, recipe, fold, work.folds, row, reasons)
+    probs, maps = explain(work.folder, recipe, numbers, work.folds, row, reasons)
     background = work.planes(Id, SIDE)
     cards = [Card([(data_uri(jpeg(overlay(background, heat))), f"heat map of {NAMES[c]}")],
-                  [NAMES[c], why, f"this network says {probs[c]:.2f}"])
+                  [NAMES[c], why, f"probability {share(probs[c])}", *([] if heat.any() else [EMPTY])])
              for (c, heat), why in zip(maps.items(), reasons(probs).values(), strict=True)]
-    return [Note(f"The network is that of {recipe}, fold {fold}. This sample is {known}."),
-            Gallery("Where it looks", cards, "Yellow is where most speaks for the class, over the image in grey; each map is "
+    which = f"Means over the networks of {recipe}, {whose}" if len(numbers) > 1 else f"The network is that of {recipe}, {whose}"
+    return [Note(f"{which}. This sample is {known}. Maps and probabilities are means over the 8 symmetries of the image."),
+            Gallery("Where they look", cards, "Yellow is where most speaks for the class, over the image in grey; each map is "
                     "scaled to its own highest value. A cell of the map is several pixels of the image. The yellow should lie "
-                    "on the structure; where it does not, the network has learnt something else.", large=True)]
+                    "on the structure; where it does not, the networks rely on something else.", large=True)]
 
 
 def overlay(planes: np.ndarray, heat: np.ndarray) -> np.ndarray:

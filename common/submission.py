@@ -1,5 +1,6 @@
 """The submission: classes decided from probabilities, checked, and compared with what is known."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from common.artifacts import read_json, read_table
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.ensemble import COMBINATIONS
 from common.errors import UserError, listing
+from common.files import write_json
 from common.labels import format_targets, is_target, parse_targets
 
 
@@ -135,6 +137,26 @@ def check_out(out: Path, inputs) -> None:
     """Refuse to write a submission over a folder, or over one of the files that it is made from."""
     if out.is_dir() or out.resolve() in [path.resolve() for path in inputs]:
         raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'one of the inputs'}; give another file")
+
+
+def remember_submission(work: Path, out: Path) -> None:
+    """Note in a work folder which submissions were made from it outside of it: the page looks for them there.
+
+    Nothing is noted in a folder that cannot be written to (published thresholds, say): no page is made in it either.
+    """
+    path = str(out.resolve())
+    others = [other for other in remembered_submissions(work) if other != path]
+    if out.resolve() != (work / "submission.csv").resolve() and os.access(work, os.W_OK):
+        write_json(work / "submissions.json", [*others, path])
+
+
+def remembered_submissions(work: Path) -> list[str]:
+    """Return the paths of the submissions that stage 07 wrote outside of a work folder, the last one last."""
+    path = work / "submissions.json"
+    found = read_json(path) if path.is_file() else []
+    if not (isinstance(found, list) and all(isinstance(place, str) and "\0" not in place for place in found)):
+        raise UserError(f"{path} is not a list of paths; delete it")
+    return found
 
 
 def submission_table(ids, predicted: np.ndarray) -> pd.DataFrame:

@@ -13,10 +13,11 @@ from common.contact_sheet import composite, jpeg, small_planes
 from common.ensemble import combine, stack_members
 from common.errors import UserError
 from common.files import csv_files
-from common.labels import parse_targets
+from common.labels import parse_targets, read_labels
 from common.page import Card, data_uri
+from common.predictions import read_members
 from common.recipes import Recipe, recipe_of_run
-from common.submission import read_thresholds
+from common.submission import read_thresholds, remembered_submissions
 
 NAMES = np.array(CLASS_NAMES)
 THUMBNAIL = 256  # pixels a side at most
@@ -24,8 +25,8 @@ SHOWN = 12  # cards of a gallery
 
 
 def class_names(target: str) -> str:
-    """Return a label text such as '22 2' as class names."""
-    return ", ".join(CLASS_NAMES[int(label)] for label in sorted(target.split(), key=int)) or "none"
+    """Return a label text such as '22 2' as class names; without a label, as test samples are, 'unknown'."""
+    return ", ".join(CLASS_NAMES[int(label)] for label in sorted(target.split(), key=int)) or "unknown"
 
 
 def there(read):
@@ -36,12 +37,22 @@ def there(read):
         return None
 
 
+def recorded_fingerprint(path: Path) -> str | None:
+    """Return a file's fingerprint, None where it cannot be read; of a network, which is large, the one in its sidecar."""
+    try:
+        if path.suffix == ".pt" and path.is_file() and sidecar(path).is_file():
+            return read_sidecar(path)["outputs"].get(path.name)
+        return fingerprint(path) if path.is_file() else None
+    except OSError:
+        return None
+
+
 class Work:
     """The artifacts of a work folder as tables; each is read once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.fingerprint = cache(lambda path: fingerprint(path) if path.is_file() else None)
+        self.fingerprint = cache(recorded_fingerprint)
 
     def hint(self, command: str) -> str:
         return f"python {command} --work {self.folder}"
@@ -62,6 +73,13 @@ class Work:
         check_ids(pairs["other_Id"], self.folder / "duplicate_pairs.csv")
         return pairs.assign(bits=pairs[["red", "green", "blue"]].max(axis=1),
                             agreement=pd.to_numeric(pairs["agreement"])).sort_values("bits", kind="stable", ignore_index=True)
+
+    @cached_property
+    def left_out(self) -> pd.DataFrame:
+        """Id, part and reason of the samples that stage 01 left out."""
+        path = self.folder / "left_out.csv"
+        table = read_table(path, self.hint("01_preprocess.py")) if path.is_file() else pd.DataFrame()
+        return table.reindex(columns=["Id", "part", "reason"]).fillna("").astype(str)
 
     @cached_property
     def folds(self) -> pd.DataFrame:
@@ -146,33 +164,76 @@ class Work:
         return self.thresholds
 
     @cached_property
+    def given(self) -> dict[str, Path]:
+        """What stage 06 read where predictions were given by --oof: name -> path of the members, of labels and ids; else {}."""
+        path = self.folder / "thresholds.json"
+        record = read_sidecar(path) if path.is_file() and sidecar(path).is_file() else {"inputs": {"folds.csv": ""}}
+        return {} if "folds.csv" in record["inputs"] else {name: self.input_path(path, record, name) for name in record["inputs"]}
+
+    @cached_property
+    def members(self) -> list[str]:
+        """The names of what is combined: of the files given to stage 06, else recipes."""
+        return self.thresholds["recipes"] if self.given else self.recipes
+
+    @cached_property
     def recipes(self) -> list[str]:
         """The recipes of the ensemble that stage 06 scored, or the first one with predictions."""
-        if (self.folder / "thresholds.json").is_file():
+        if (self.folder / "thresholds.json").is_file() and not self.given:
             return self.thresholds["recipes"]
         found = sorted(path.parent.name for path in (self.folder / "predictions").glob("*/oof.npz"))
         if not found:
             raise UserError(f"there are no out-of-fold predictions; run: {self.hint('05_predict_oof.py')}")
         return found[:1]
 
+    @property
+    def combined(self) -> str:
+        """In words how the members become one prediction."""
+        return {"mean": "mean of", "weighted": "weighted mean of", "rank": "mean rank of"}[self.how[0]]
+
+    @cached_property
+    def how(self) -> tuple[str, list[float] | None]:
+        """How stage 06 combines the members, and their weights; plainly before it has run."""
+        found = self.thresholds if (self.folder / "thresholds.json").is_file() else {}
+        return found.get("combine", "mean"), found.get("weights")
+
     def predictions(self, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return Ids (n,) and the probabilities (n, 28) of oof, test or held_out, of the recipes as stage 06 combines them."""
+        """Return Ids (n,) and the probabilities (n_members, n, 28) of stage 05 for oof, test or held_out."""
         paths = [prediction_file(self.folder, recipe, part) for recipe in self.recipes]
         hint = self.hint(f"05_predict_oof.py --recipes {','.join(self.recipes)}")
-        members = [load_predictions(path, hint) for path in paths]
-        found = self.thresholds if (self.folder / "thresholds.json").is_file() else {}
-        stack = stack_members(members, [str(path) for path in paths])
-        return members[0][0], combine(stack, found.get("combine", "mean"), found.get("weights"))
+        found = [load_predictions(path, hint) for path in paths]
+        return found[0][0], stack_members(found, [str(path) for path in paths])
+
+    def given_predictions(self) -> tuple[pd.DataFrame, np.ndarray]:
+        """Return Id and Target of the samples that the files given to stage 06 are scored on, and the files' probabilities
+        (n_members, n, 28)."""
+        if "labels" not in self.given:
+            raise UserError("no labels belong to these predictions, since --reproduce took the thresholds from a submission")
+        again = f"run: {self.hint('06_thresholds.py --oof FILES --labels CSV')}"
+        if not set(self.members) <= set(self.given):
+            raise UserError(f"{self.folder / 'thresholds.json'} is for other files than its sidecar says; {again}")
+        found = read_members([self.given[name] for name in self.members], self.given.get("ids"), None)
+        labelled = read_labels(self.given["labels"]).set_index("Id")
+        common = set(labelled.index).intersection(*(ids for ids, _ in found))
+        if not common:
+            raise UserError(f"the files that stage 06 was given have no Ids in common now; {again}")
+        found = [(ids[kept], probs[kept]) for ids, probs in found for kept in [[Id in common for Id in ids]]]
+        rows = labelled[labelled.index.isin(common)].reset_index()
+        return rows, stack_members(found, self.members, rows["Id"].to_numpy())
 
     @cached_property
     def oof(self) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-        """Return the predicted rows of folds.csv, their targets (n, 28) bool and out-of-fold probabilities (n, 28)."""
-        ids, probs = self.predictions("oof")
-        rows = self.folds.set_index("Id")
-        if not set(ids) <= set(rows.index):
-            raise UserError(f"the predictions are for other samples than folds.csv has; run: {self.hint('05_predict_oof.py')}")
-        rows = rows.loc[ids].reset_index()
-        return rows, parse_targets(rows["Target"]), probs
+        """Return the predicted rows (Id, Target; of folds.csv where stage 05 predicted them), their targets (n, 28) bool and
+        their probabilities (n, 28) as stage 06 combines them."""
+        if self.given:
+            rows, stack = self.given_predictions()
+        else:
+            ids, stack = self.predictions("oof")
+            rows = self.folds.set_index("Id")
+            if not set(ids) <= set(rows.index):
+                raise UserError("the predictions are for other samples than folds.csv has; run: "
+                                f"{self.hint('05_predict_oof.py')}")
+            rows = rows.loc[ids].reset_index()
+        return rows, parse_targets(rows["Target"]), combine(stack, *self.how)
 
     @cached_property
     def cuts(self) -> np.ndarray:
@@ -183,21 +244,40 @@ class Work:
             return np.full(len(CLASS_NAMES), 0.5)
 
     @cached_property
+    def submission_files(self) -> list[Path]:
+        """The submissions of this work folder that exist: those of --out, the last one last, then submission.csv."""
+        paths = [*map(Path, remembered_submissions(self.folder)), self.folder / "submission.csv"]
+        return [path for path in paths if path.is_file()]
+
+    @property
+    def submission_file(self) -> Path:
+        """The one to show: submission.csv, or the last one of --out."""
+        return self.submission_files[-1] if self.submission_files else self.folder / "submission.csv"
+
+    @cached_property
     def submission(self) -> pd.DataFrame:
-        table = read_table(self.folder / "submission.csv", self.hint("07_ensemble.py"))
+        path = self.submission_file
+        table = read_table(path, self.hint("07_ensemble.py"))
+        if "Predicted" not in table:
+            raise UserError(f"{path} is not the submission that stage 07 wrote; run: {self.hint('07_ensemble.py')}")
         return table.astype({"Predicted": str})
 
     # --- what state it is in
 
-    def state(self, artifact: str, inputs: dict[str, str]) -> tuple[str, dict]:
-        """Return in words whether an artifact is there and from the inputs that are there now, and its sidecar.
-
-        inputs : name in the sidecar -> path in the work folder
-        """
-        path = self.folder / artifact
+    def state(self, path: Path) -> tuple[str, dict]:
+        """Return in words whether an artifact is there and from the inputs that are there now, and its sidecar."""
         if not sidecar(path).is_file():
             return "unfinished" if path.is_file() else "not made yet", {}
         record = read_sidecar(path)
-        older = [name for name, place in inputs.items()
-                 if name in record["inputs"] and record["inputs"][name] != self.fingerprint(self.folder / place)]
-        return f"from an older {', '.join(older)}: run its stage again" if older else "complete", record
+        now = {name: self.fingerprint(self.input_path(path, record, name)) for name in record["inputs"]}
+        older = [name for name, content in now.items() if content and content != record["inputs"][name]]
+        gone = [name for name in record.get("files", {}) if not now.get(name)]
+        if older:
+            return f"from an older {', '.join(older)}: run its stage again", record
+        return f"complete; cannot be compared with {', '.join(gone)}, which cannot be read now" if gone else "complete", record
+
+    def input_path(self, artifact: Path, record: dict, name: str) -> Path:
+        """Return where an artifact's input lies: as its sidecar says, or by its name in the work folder."""
+        if name in record.get("files", {}):
+            return artifact.parent.resolve() / record["files"][name]
+        return self.folder / name

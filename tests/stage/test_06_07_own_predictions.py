@@ -7,7 +7,11 @@ import pandas as pd
 import pytest
 
 from common.artifacts import read_table, save_predictions
+from common.errors import UserError
 from common.labels import format_targets
+from common.report import stage_table
+from common.report_results import errors, predictions, scores, submission
+from common.work import Work
 from tests.unit.test_thresholds import simulated
 
 
@@ -49,6 +53,7 @@ def test_from_files_to_a_submission(own, run_script):
     rows = expected.any(axis=1)
     assert rows.any() and submission["Predicted"][rows].tolist() == format_targets(expected[rows])
     assert "is up to date" in run_script(*find).stdout and "is up to date" in run_script(*decide).stdout
+    check_the_page(own)
 
     run_script(*find, "--combine", "weighted", "--method", "ratio", "--prior", own / "train.csv")
     found = read(own / "w" / "thresholds.json")
@@ -58,8 +63,27 @@ def test_from_files_to_a_submission(own, run_script):
 
     run_script("06_thresholds.py", "--oof", own / "a_test.npz", "--reproduce", own / "out.csv", "--work", own / "r")
     assert len(read(own / "r" / "thresholds.json")["limits"]) == 28
-    run_script("08_report.py", "--work", own / "r")
-    assert "the thresholds have no scores, since --reproduce took them from a submission" in (own / "r" / "report.html").read_text()
+    with pytest.raises(UserError, match="the thresholds have no scores, since --reproduce took them from a submission"):
+        scores(Work(own / "r"))
+    with pytest.raises(UserError, match="no labels belong to these predictions, since --reproduce"):
+        predictions(Work(own / "r"))
+
+
+def check_the_page(own):
+    """It knows that all was made from these files, and shows them."""
+    states = stage_table(Work(own / "w")).set_index("stage")[["main file", "state"]]
+    assert states.loc["06 thresholds"].to_list() == ["thresholds.json", "complete"]
+    assert states.loc["07 ensemble"].to_list() == [str(own / "out.csv"), "complete"] and "05 predict" not in states.index
+    blocks = predictions(Work(own / "w"))
+    assert blocks[0].items["mean of"] == "a.npz, b.csv" and "If a network was trained on these samples" in blocks[1].text
+    assert [row["name"] for row in read(own / "w" / "thresholds.json")["members"]] == ["a.npz", "b.csv"]
+    (known,) = [block.items for block in scores(Work(own / "w")) if block.kind == "facts"]
+    assert known["samples"] == "150" and errors(Work(own / "w"))[0].items["missed labels"]
+    assert submission(Work(own / "w"))[0].items["file"] == str(own / "out.csv")
+    before = (own / "a.npz").read_bytes()
+    (own / "a.npz").write_bytes(before + b" ")
+    assert stage_table(Work(own / "w"))["state"].to_list()[3] == "from an older a.npz: run its stage again"
+    (own / "a.npz").write_bytes(before)
 
 
 def test_groups_of_other_predictions_stay_together(own, run_script):

@@ -4,16 +4,18 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from common.artifacts import load_predictions, save_predictions
+from common.classes import CLASS_NAMES
 from common.demo_data import make_demo_data
 from common.files import write_json
 from common.page import render
 from common.report import collect, report_page, section
 from common.report_data import duplicates
-from common.sample_page import sample_page
+from common.sample_page import heat_maps, sample_page
 from common.work import Work
 from tests.browser import check_page, click_heading, column, show
 
@@ -85,12 +87,32 @@ def test_one_sample_in_a_browser(work, run_script, browser, tmp_path):
         check_page(browser, page)
         text = browser.execute_script("return document.querySelector('#heat').textContent")
         assert {"train": "which this network was not trained on", "test": "which no network was trained on",
-                "external": "so that this network was trained on it"}[part] in text
+                "external": "so that every network was trained on it"}[part] in text
+        assert (f"Means over the networks of {RECIPE}, folds 0, 1." in text) == (part != "train")
         assert browser.execute_script("return document.querySelectorAll('#heat img').length") > 0
+        show(browser, page)
+        tops = "return [...document.querySelectorAll('#image img')].map(image => image.getBoundingClientRect().top)"
+        assert len(set(browser.execute_script(tops))) == 1 and len(browser.execute_script(tops)) == 5
+        labelled = browser.execute_script("return document.querySelector('#image dd').textContent")
+        assert (labelled == "unknown") == (part == "test")
     run_script("08_report.py", "--work", work, "--sample", Id, "--recipe", RECIPE)
     assert (work / f"sample_{Id}.html").read_bytes() == page.read_bytes()
     message = browser.execute_script("return document.querySelector('#probabilities').textContent")
     assert "Left out: stage 05 predicts test samples and, out of fold, labelled ones; this one is in neither" in message
+
+
+def test_an_empty_heat_map_says_so(work, monkeypatch):
+    def nothing(work, recipe, numbers, folds, sample, choose):
+        probs = np.full(28, 0.001, np.float32)
+        return probs, {c: np.full((8, 8), c == 3, np.float32) for c in choose(probs)}
+
+    monkeypatch.setattr("common.explain.explain", nothing)
+    monkeypatch.setattr("common.sample_page.member_probabilities", lambda work, Id: ({}, np.eye(28)[3] + np.eye(28)[5]))
+    Id = load_predictions(work / "predictions" / RECIPE / "test.npz", "")[0][0]
+    _, gallery = heat_maps(Work(work), Id, None)
+    lines = {card.lines[0]: card.lines[1:] for card in gallery.cards}
+    assert lines[CLASS_NAMES[3]] == ["predicted", "probability 0.001"]
+    assert lines[CLASS_NAMES[5]] == ["predicted", "probability 0.001", "empty: nothing in the image speaks for it"]
 
 
 def test_after_each_stage_the_rest_is_left_out_with_what_to_run(work, tmp_path):

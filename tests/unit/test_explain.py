@@ -27,7 +27,27 @@ def test_the_heat_lies_on_what_the_class_is_made_of():
     camera = LayerGradCam(Classifier(encoder, pool, head), encoder)
     images = torch.stack([dihedral(image, view) for view in VIEWS])
     for c, (row, column) in enumerate([(5.5, 21.5), (25.5, 9.5)]):
-        heat = heat_map(camera, images, c, 32)
+        heat = heat_map([(camera, images)], c, 32)
         assert heat.shape == (32, 32) and 0 <= heat.min() and heat.max() <= 1
         place = np.argwhere(heat == heat.max()).mean(axis=0)
         np.testing.assert_allclose(place, (row, column), atol=1)
+
+
+def test_a_map_is_the_mean_over_networks_by_how_much_each_finds_and_empty_where_none_finds_anything():
+    def camera(channel, weight):
+        """A network's, to which the light of a channel speaks for its class by that weight."""
+        encoder = nn.Sequential(nn.Conv2d(4, 1, 4, stride=4, bias=False))
+        model = Classifier(encoder, AdaptiveConcatPool2d(), nn.Linear(2, 1, bias=False))
+        with torch.no_grad():
+            encoder[0].weight.zero_()
+            encoder[0].weight[0, channel] = 1.0
+            model.head.weight.fill_(weight)
+        return LayerGradCam(model, encoder)
+
+    image = torch.zeros(4, 32, 32)
+    image[1, :, :8], image[2, :, 24:] = 1.0, 1.0
+    images = torch.stack([dihedral(image, view) for view in VIEWS])
+    seen = [(camera(*one), images) for one in ((1, 3.0), (2, 1.0), (2, -1.0))]
+    heat = heat_map(seen[:2], 0, 8)
+    np.testing.assert_allclose(heat[:, [0, 3, 7]], [[1, 0, 1 / 3]] * 8, atol=1e-6)
+    assert not heat_map(seen[2:], 0, 8).any()  # what speaks against a class is no heat

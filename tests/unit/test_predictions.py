@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,7 +8,7 @@ from common.artifacts import prediction_file, save_predictions, sidecar
 from common.classes import CLASS_NAMES
 from common.errors import UserError
 from common.files import write_json
-from common.predictions import check_networks, member_files, read_groups, read_predictions
+from common.predictions import check_networks, member_files, read_groups, read_predictions, short_names
 
 IDS = np.array(["a", "b", "c"])
 PROBS = np.random.default_rng(0).random((3, 28)).astype(np.float32)
@@ -87,7 +89,15 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="expected predictions as .npz, .csv or .npy"):
         read_predictions(tmp_path / "p.pkl")
     with pytest.raises(UserError, match="each file may be named once"):
-        member_files([tmp_path / "p.npy"] * 2, tmp_path, [], "oof")
+        member_files([tmp_path / "p.npy", tmp_path / "x" / ".." / "p.npy"], tmp_path, [], "oof")
+
+
+@pytest.mark.parametrize(("paths", "names"), [
+    (["runs/a/fold0_oof.npz", "runs/b/fold0_oof.npz"], ["a/fold0_oof.npz", "b/fold0_oof.npz"]),
+    (["/x/a/p/oof.npz", "/x/b/p/oof.npz"], ["a/p/oof.npz", "b/p/oof.npz"]), (["runs/a.npz", "b.npz"], ["a.npz", "b.npz"]),
+    (["/p.csv", "/x/p.csv"], ["/p.csv", "x/p.csv"]), (["/long/way/to/p.npy"], ["p.npy"])])
+def test_members_are_named_by_what_tells_their_paths_apart(paths, names):
+    assert short_names([Path(path) for path in paths]) == names
 
 
 def test_groups_are_matched_by_id(tmp_path):

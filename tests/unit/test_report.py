@@ -1,10 +1,17 @@
+import json
+
 import numpy as np
 import pandas as pd
+import pytest
 
-from common.artifacts import write_csv
+from common.artifacts import Stage, save_predictions, sidecar, write_csv
 from common.classes import CLASS_NAMES
-from common.report_data import co_occurrence, contact_sheet
-from common.report_results import calibration, error_tables, suspects, worst
+from common.errors import UserError
+from common.files import write_json, write_text
+from common.report import stage_table
+from common.report_data import co_occurrence, contact_sheet, left_out
+from common.report_results import calibration, error_tables, errors, few_positives, suspects, worst
+from common.sample_page import place, probabilities, why_unknown
 from common.work import Work, class_names
 
 
@@ -16,7 +23,7 @@ def targets_of(*labels):
 
 
 def test_labels_are_read_as_names():
-    assert class_names("25 0") == "Nucleoplasm, Cytosol" and class_names("") == "none"
+    assert class_names("25 0") == "Nucleoplasm, Cytosol" and class_names("") == "unknown"
 
 
 def test_the_most_confident_errors_are_of_many_classes_and_samples():
@@ -73,3 +80,159 @@ def test_the_calibration_leaves_out_what_is_too_rare():
     probs[0, 0] = 0.95
     text = calibration(np.zeros(probs.shape, dtype=bool), probs).text
     assert "100 % of all predictions are below 0.1" in text
+
+
+# --- what state it is in -----------------------------------------------------------------------------------
+
+def sealed(path, inputs, **more):
+    """Write an artifact as its stage does."""
+    stage = Stage("0x", path, {}, inputs)
+    write_text(path, path.read_text() if path.is_file() else "made")
+    stage.finish(rows=1, **more)
+
+
+@pytest.mark.parametrize("version", ["this", "earlier"])
+def test_a_state_is_compared_with_the_files_that_it_was_made_from(tmp_path, version):
+    work, given = tmp_path / "work", tmp_path / "given" / "a.npz"
+    for path in (given, work / "folds.csv"):
+        write_text(path, "as it was")
+    sealed(work / "thresholds.json", {"folds.csv": work / "folds.csv", "a.npz": given, "images": "a digest"})
+    if version == "earlier":  # whose sidecars do not say where inputs lie
+        record = json.loads(sidecar(work / "thresholds.json").read_text())
+        write_json(sidecar(work / "thresholds.json"), {key: value for key, value in record.items() if key != "files"})
+
+    def state():
+        return Work(work).state(work / "thresholds.json")[0]
+
+    assert state() == "complete"
+    (tmp_path / "moved").mkdir()
+    for name in ("work", "given"):  # both together: paths are from one to the other
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    work, given = tmp_path / "moved" / "work", tmp_path / "moved" / "given" / "a.npz"
+    assert state() == "complete"
+    write_text(given, "another one")
+    assert state() == ("from an older a.npz: run its stage again" if version == "this" else "complete")
+    given.unlink()
+    assert state() == ("complete; cannot be compared with a.npz, which cannot be read now" if version == "this" else "complete")
+    write_text(work / "folds.csv", "another one")
+    assert state() == "from an older folds.csv: run its stage again"
+
+
+def test_a_networks_predictions_are_compared_with_its_sidecar(tmp_path):
+    best, oof = tmp_path / "runs" / "a" / "fold0" / "best.pt", tmp_path / "predictions" / "a" / "fold0_oof.npz"
+    sealed(best, {})
+    sealed(oof, {"network": best})
+    assert Work(tmp_path).state(oof)[0] == "complete"
+    write_text(best, "trained again")
+    sealed(best, {})
+    assert Work(tmp_path).state(oof)[0] == "from an older network: run its stage again"
+
+
+def test_seconds_of_training_are_those_of_the_epochs_and_submissions_elsewhere_are_found(tmp_path):
+    for fold in range(2):
+        folder = tmp_path / "work" / "runs" / "a" / f"fold{fold}"
+        write_text(folder / "log.jsonl", '{"epoch": 1, "seconds": 50, "valid_seconds": 1.5}\n{"epoch": 2, "seconds": 0.5}\n')
+        sealed(folder / "best.pt", {}, seconds=364)
+    write_text(tmp_path / "fold1" / "mine.csv", "Id,Predicted\n")
+    sealed(tmp_path / "fold1" / "mine.csv", {})
+    write_json(tmp_path / "work" / "submissions.json", [str(tmp_path / "gone.csv"), str(tmp_path / "fold1" / "mine.csv")])
+    table = stage_table(Work(tmp_path / "work")).set_index("stage")
+    assert table.loc["04 train", ["main file", "seconds"]].to_list() == ["runs/a/fold*/best.pt", 104]
+    assert table.loc["07 ensemble", ["main file", "state"]].to_list() == [str(tmp_path / "fold1" / "mine.csv"), "complete"]
+    assert Work(tmp_path / "work").submission_file == tmp_path / "fold1" / "mine.csv"
+
+
+# --- what may not be claimed -------------------------------------------------------------------------------
+
+def small_work(folder, recipes=("a",), combine="mean", weights=(1.0,), thresholds=0.5):
+    """A work folder of three labelled samples in two folds, one for training only, one held out and two of test; of the
+    labelled ones `b` is a copy of `a`."""
+    work = folder / "work"
+    rows = [("a", "train", "0 25", 0), ("b", "train", "0", None), ("c", "train", "7", 1), ("x", "external", "3", -1), ("h", "train", "4", -2)]
+    table = pd.DataFrame(rows, columns=["Id", "part", "Target", "fold"])
+    table = table.assign(side=9, near_group=table["Id"].replace("b", "a"), group=table["Id"].replace("b", "a"), kept=1, copies=1)
+    write_csv(work / "duplicates.csv", table.assign(kept=table["fold"].notna().astype(int)).drop(columns="fold"))
+    write_csv(work / "folds.csv", table.dropna().astype({"fold": int}))
+    test = pd.DataFrame({"Id": ["t", "u"], "part": "test", "Target": "", "side": 9})
+    write_csv(work / "samples.csv", pd.concat([table[["Id", "part", "Target", "side"]], test]))
+    for k, recipe in enumerate(recipes):
+        probs = np.full((2, 28), 0.25 + k / 2)
+        save_predictions(work / "predictions" / recipe / "oof.npz", ["a", "c"], probs)
+        save_predictions(work / "predictions" / recipe / "test.npz", ["t", "u"], probs)
+    write_json(work / "thresholds.json", {"recipes": list(recipes), "combine": combine, "weights": list(weights),
+                                          "thresholds": [thresholds] * 28})
+    return work
+
+
+@pytest.mark.parametrize(("Id", "fold", "words"), [
+    ("a", 0, "in fold 0, which this network was not trained on"),
+    ("b", 0, "left out as a duplicate of samples in fold 0, which this network was not trained on"),
+    ("c", 1, "in fold 1, which this network was not trained on"), ("t", None, "a test sample, which no network was trained on"),
+    ("h", None, "held out, so that no network was trained on it"),
+    ("x", None, "for training only, so that every network was trained on it")])
+def test_which_networks_may_explain_a_sample(tmp_path, Id, fold, words):
+    assert place(Work(small_work(tmp_path)), Id) == (fold, words)
+
+
+def test_a_sample_is_decided_as_the_submission_is_and_labels_of_test_are_unknown(tmp_path):
+    work = small_work(tmp_path, ("a", "b"), "weighted", (0.8, 0.2), thresholds=0.36)  # 0.8 * 0.25 + 0.2 * 0.75 = 0.35
+    write_csv(work / "submission.csv", pd.DataFrame({"Id": ["t", "u"], "Predicted": ["3", ""]}))
+    facts, _, table = probabilities(Work(work), "t")
+    assert facts.items == {"labelled": "unknown", "predicted": "none", "in the submission": CLASS_NAMES[3],
+                           "weighted mean of": "a, b"}
+    np.testing.assert_allclose(table.frame["together"], 0.35, atol=1e-6)
+    assert (table.frame["state"] == "").all() and "labelled" not in table.text
+    assert probabilities(Work(work), "u")[0].items["in the submission"] == "none"
+    assert probabilities(Work(work), "a")[0].items["labelled"] == "Nucleoplasm, Cytosol"
+    with pytest.raises(UserError, match="this one is in neither .for training only"):
+        probabilities(Work(work), "x")
+
+
+def test_an_id_that_is_not_there_says_why(tmp_path):
+    work = small_work(tmp_path)
+    samples = pd.read_csv(work / "samples.csv", keep_default_na=False)
+    write_csv(work / "samples.csv", samples.assign(Id=[f"0{Id}04cd3ba-6269" for Id in samples["Id"]]))
+    write_csv(work / "left_out.csv", pd.DataFrame([("lost", "test", "", 2, "lost_red.png is cut short")],
+                                                  columns=["Id", "part", "Target", "place", "reason"]))
+    for Id, message in (("lost", "stage 01 left out the sample lost: lost_red.png is cut short"),
+                        ("lots", "did you mean lost?"), ("0C", "did you mean 0c04cd3ba-6269?"),
+                        ("0h04cd3ab-6269_green.png", "did you mean 0h04cd3ba-6269?"), ("?", "one of them is 0a04cd3ba-6269")):
+        assert why_unknown(Work(work), Id).endswith(message)
+    (shown,) = left_out(Work(work))
+    assert shown.title == "Samples left out: 1" and shown.frame.to_numpy().tolist() == [["lost", "test", "lost_red.png is cut short"]]
+
+
+def test_errors_are_those_of_the_thresholds_however_small(tmp_path):
+    work = Work(small_work(tmp_path, thresholds=1e-7))
+    targets = targets_of((0,), (0,))
+    probs = np.where(targets, 0.5, 5e-8)
+    work.__dict__["oof"] = (pd.DataFrame({"Id": ["a", "c"]}), targets, probs)
+    facts, note, *_ = errors(work)
+    assert facts.items["false alarms"] == "0" and facts.items["missed labels"] == "0 of 2"
+    assert note.text == "No images are stored in this work folder."
+
+
+def test_scores_that_say_little_are_named():
+    notes = few_positives(pd.DataFrame({"class": ["a", "b", "c", "d"], "positives": [0, 9, 10, 0]}))
+    assert [note.text for note in notes] == ["Without a sample, so that they count as 0: a, d.",
+                                             "With thresholds that rest on fewer than 10 positives: b."]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda f: None, None), (lambda f: write_text(f / "labels.csv", "Id,Target\nz,0\n"), "have no Ids in common now; run: python 06_thresholds.py"),
+    (lambda f: (f / "a.npz").unlink(), "a.npz is missing"),
+    (lambda f: write_json(f / "thresholds.json", json.loads((f / "thresholds.json").read_text()) | {"recipes": ["b.npz"]}),
+     "thresholds.json is for other files than its sidecar says; run: python 06_thresholds.py")])
+def test_predictions_given_to_stage_06_are_read_where_they_lie(tmp_path, change, message):
+    save_predictions(tmp_path / "a.npz", ["b", "a", "more"], np.tile([[0.2], [0.8], [0.5]], 28))
+    write_text(tmp_path / "labels.csv", "Id,Target\na,0\nb,1 2\nelse,3\n")
+    write_json(tmp_path / "thresholds.json", {"recipes": ["a.npz"], "combine": "mean", "weights": [1.0], "thresholds": [0.5] * 28})
+    sealed(tmp_path / "thresholds.json", {name: tmp_path / path for name, path in (("labels", "labels.csv"), ("a.npz", "a.npz"))})
+    change(tmp_path)
+    if message:
+        with pytest.raises(UserError, match=message):
+            _ = Work(tmp_path).oof
+        return
+    rows, targets, probs = Work(tmp_path).oof
+    assert rows["Id"].to_list() == ["a", "b"] and targets.sum(axis=1).tolist() == [1, 2]
+    np.testing.assert_allclose(probs[:, 0], [0.8, 0.2], atol=1e-6)

@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import UserError
 from common.submission import (check_submission, decide, frequency_table, known_labels, override, read_thresholds, recover,
-                               shortest_decimal, submission_table, with_empty_rows)
+                               remember_submission, remembered_submissions, shortest_decimal, submission_table, with_empty_rows)
 from tests.unit.test_ensemble import probs
 
 
@@ -123,3 +123,14 @@ def test_the_published_submissions_of_three_networks_come_out_cell_by_cell(real_
         found = recover(values, frame)
         again = submission_table(order, decide(values, np.array(found["thresholds"]), found["fallback"]))
         assert again.equals(frame)
+
+
+def test_submissions_elsewhere_are_remembered_once_the_last_one_last(tmp_path):
+    for name in ("a.csv", "b.csv", "a.csv"):
+        remember_submission(tmp_path, tmp_path / "x" / ".." / name)
+    remember_submission(tmp_path, tmp_path / "submission.csv")  # which is found without that
+    remember_submission(tmp_path / "absent", tmp_path / "c.csv")  # as in a folder that may not be written to
+    assert remembered_submissions(tmp_path) == [str(tmp_path / "b.csv"), str(tmp_path / "a.csv")]
+    (tmp_path / "submissions.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="submissions.json is not a list of paths; delete it"):
+        remembered_submissions(tmp_path)
