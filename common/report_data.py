@@ -6,6 +6,7 @@ import pandas as pd
 from common import plots
 from common.class_weights import effective_number_weights
 from common.classes import N_CLASSES
+from common.exposure import exposure_warning
 from common.folds import HOLD_OUT, TRAIN_ONLY, class_counts, fold_numbers
 from common.images import CHANNELS
 from common.labels import parse_targets
@@ -27,8 +28,14 @@ def data(work: Work) -> list:
     facts = {f"{part} samples": f"{(samples['part'] == part).sum():,}" for part in parts}
     facts |= {"classes with samples": f"{targets.any(axis=0).sum()} of {N_CLASSES}",
               "labels a sample": f"{targets.sum(axis=1).mean():.2f}", "stored at": f"{', '.join(work.stores)} px"}
-    return [Facts(facts), *left_out(work), *class_blocks(count_stages(work), order), labels_figure(targets),
+    return [Facts(facts), *exposure(work), *left_out(work), *class_blocks(count_stages(work), order), labels_figure(targets),
             *image_blocks(work, parts), *co_occurrence(targets, order), contact_sheet(work, targets, labelled["Id"].to_numpy())]
+
+
+def exposure(work: Work) -> list[Note]:
+    """Repeat what stage 01 warned of: images whose range of brightness is hardly used, say."""
+    warning = exposure_warning(work.folder)
+    return [Note(warning[0].upper() + warning[1:] + ".")] if warning else []
 
 
 def left_out(work: Work) -> list[Table]:

@@ -7,9 +7,10 @@ import pytest
 from common.artifacts import Stage, save_predictions, sidecar, write_csv
 from common.classes import CLASS_NAMES
 from common.errors import UserError
+from common.exposure import WHOLE, judge
 from common.files import write_json, write_text
 from common.report import stage_table
-from common.report_data import co_occurrence, contact_sheet, left_out
+from common.report_data import co_occurrence, contact_sheet, exposure, left_out
 from common.report_results import calibration, error_tables, errors, few_positives, suspects, worst
 from common.sample_page import place, probabilities, why_unknown
 from common.work import Work, class_names
@@ -236,3 +237,12 @@ def test_predictions_given_to_stage_06_are_read_where_they_lie(tmp_path, change,
     rows, targets, probs = Work(tmp_path).oof
     assert rows["Id"].to_list() == ["a", "b"] and targets.sum(axis=1).tolist() == [1, 2]
     np.testing.assert_allclose(probs[:, 0], [0.8, 0.2], atol=1e-6)
+
+
+def test_the_page_repeats_what_stage_01_warned_of(tmp_path):
+    assert exposure(Work(tmp_path)) == []
+    write_text(tmp_path / "samples.csv", "Id,part,Target,side\n")
+    for ranges, notes in (([[0, 65535]], 0), ([[32768, 36848]], 1)):
+        found = judge(["train"], [{"ranges": ranges, "misplaced": {}}], WHOLE)
+        sealed(tmp_path / "samples.csv", {}, exposure=found)
+        assert [note.text.split(" use ")[0] for note in exposure(Work(tmp_path))] == ["Warning: the 16-bit files"] * notes
