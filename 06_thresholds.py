@@ -21,10 +21,10 @@ from common.ensemble import (COMBINATIONS, align, combine, describe_ensemble, ev
                              stack_members)
 from common.errors import UserError
 from common.files import write_json
-from common.labels import parse_targets, read_csv, read_labels
+from common.labels import parse_targets, read_labels
 from common.predictions import (check_there, held_out_files, labelled_rows, member_files, read_groups, read_members,
                                 read_predictions)
-from common.submission import check_submission, recover
+from common.submission import check_submission, read_submission, recover
 from common.thresholds import METHODS, score_held_out
 
 
@@ -92,7 +92,7 @@ def reproduce(args):
     """Write the thresholds that make the submission --reproduce of the one file --oof."""
     if not args.oof or len(args.oof) != 1:
         raise UserError("--reproduce needs the one file of predictions that the submission was made from: --oof FILE")
-    submission = read_csv(args.reproduce, "Predicted")
+    submission = read_submission(args.reproduce)
     check_submission(submission, submission["Id"])
     ids, probs = read_predictions(args.oof[0], args.ids)
     stage = Stage("06_thresholds", args.work / "thresholds.json", {"reproduce": True},

@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.labels import read_csv
 from common.predictions import check_networks, check_there, member_files, read_members
 from common.submission import (check_out, check_submission, decide, describe_submission, known_labels, left_out_samples, override,
-                               read_thresholds, submission_table, with_empty_rows)
+                               read_submission, read_thresholds, submission_table, with_empty_rows)
 
 
 def parse_args():
@@ -51,7 +51,7 @@ def main():
     order = args.work / "samples.csv" if own else args.sample or args.data / "sample_submission.csv"
     wanted = wanted_ids(args, order, own)
     if args.check:
-        check_submission(read_csv(args.check, "Predicted"), wanted)
+        check_submission(read_submission(args.check), wanted)
         print(f"07_ensemble: {args.check} is a valid submission of {len(wanted)} rows")
         return
     if len(wanted) == 0:

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts import (check_ids, fingerprint, load_predictions, prediction_file, read_lines, read_sidecar,
-                              read_table, sidecar)
+from common.artifacts import fingerprint, load_predictions, prediction_file, read_lines, read_sidecar, read_table, sidecar
 from common.classes import CLASS_NAMES
 from common.contact_sheet import composite, jpeg, small_planes
 from common.ensemble import combine, stack_members
@@ -58,10 +57,7 @@ class Work:
     def pairs(self) -> pd.DataFrame:
         """Near-identical pairs with the largest of their three distances, closest first."""
         pairs = read_table(self.folder / "duplicate_pairs.csv", self.hint("02_dedup.py"))
-        pairs = pairs.astype({"other_Id": str, "other_Target": str})
-        check_ids(pairs["other_Id"], self.folder / "duplicate_pairs.csv")
-        return pairs.assign(bits=pairs[["red", "green", "blue"]].max(axis=1),
-                            agreement=pd.to_numeric(pairs["agreement"])).sort_values("bits", kind="stable", ignore_index=True)
+        return pairs.assign(bits=pairs[["red", "green", "blue"]].max(axis=1)).sort_values("bits", kind="stable", ignore_index=True)
 
     @cached_property
     def folds(self) -> pd.DataFrame:
@@ -184,8 +180,7 @@ class Work:
 
     @cached_property
     def submission(self) -> pd.DataFrame:
-        table = read_table(self.folder / "submission.csv", self.hint("07_ensemble.py"))
-        return table.astype({"Predicted": str})
+        return read_table(self.folder / "submission.csv", self.hint("07_ensemble.py"))
 
     # --- what state it is in
 

@@ -55,7 +55,7 @@ def changed(row, column, value):
     (changed(1, "3", 1.5), r"found NaN or values outside in 1 rows, such as:\n  b: 1.5 for Nucleoli fibrillar center"),
     (changed(1, "3", -0.1), r"b: -0.1 for Nucleoli"),
     (changed(2, "3", np.nan), r"c: nan for Nucleoli"),
-    (changed(2, "3", "high"), "expected numbers, found other text in these columns:\n  3"),
+    (changed(2, "3", "high"), r"has text in its column 3, expected numbers \(line 4: 'high'\)"),
     (table().iloc[:0], "has no rows"),
 ])
 def test_what_a_table_may_not_be(tmp_path, frame, message):

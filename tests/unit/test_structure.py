@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-LAYERS = ["errors", "classes", "progress", "environment", "files", "arrays", "locks", "stopping", "recipes", "cli", "artifacts",
+LAYERS = ["errors", "classes", "progress", "environment", "files", "arrays", "text_tables", "locks", "stopping", "recipes", "cli", "artifacts",
           "class_weights", "labels", "parallel", "tiff", "images", "hashing", "contact_sheet", "folds", "metrics",
           "schedules", "calibration", "thresholds", "ensemble", "predictions", "submission", "tables", "preprocess", "demo_drawing",
           "demo_data", "telemetry", "finder", "page", "plots", "work", "report_data", "report_results", "report", "distributed",

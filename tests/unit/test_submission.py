@@ -47,7 +47,7 @@ def test_thresholds_that_cannot_be_are_refused(tmp_path, found, expected):
     (["a"], ["1"], "not those of sample_submission.csv; missing: 1, unexpected: 0, repeated: 0"),
     (["a", "a", "b", "x"], ["1"] * 4, "missing: 0, unexpected: 1, repeated: 1"),
     (["b", "a"], ["1", "1"], "not in the order of sample_submission.csv"),
-    (["a", "b"], ["1", "28"], "labels other than 0 to 27, or one twice:\n  b: '28'"),
+    (["a", "b"], ["1", "28"], "labels other than 0 to 27, one twice, or other text between them than single blanks:\n  b: '28'"),
     (["a", "b"], ["1 x", ""], "a: '1 x'"),
     (["a", "b"], ["1 01", ""], "a: '1 01'"),
 ])
