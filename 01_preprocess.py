@@ -51,8 +51,8 @@ def main():
     # Imported here, so that --check can tell which packages are missing.
     from common.artifacts import read_table, write_csv
     from common.parallel import workers
-    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, list_samples, preprocess_stage,
-                                   sample_table, source_state, statistics_table, store_all, wanted_stores)
+    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, kept_going, known_states, list_samples,
+                                   preprocess_stage, sample_table, statistics_table, store_all, wanted_stores)
     from common.recipes import fit_to_source, get_recipe
 
     data, work, raw = args.data.resolve(), args.work.resolve(), args.store == "raw"
@@ -60,7 +60,11 @@ def main():
         raise UserError(f"--work {args.work} is in --data {args.data}, which is never written to; give another --work")
     recipes = {name: get_recipe(name, args.settings) for name in args.recipes}
     samples, bad = list_samples(data, args.limit)
-    states = {sample: source_state(sample) for sample in samples}
+    if kept_going(work) and not args.keep_going:
+        args.keep_going = True
+        print("samples that cannot be used are left out, as --keep-going of the run before says")
+    with workers(args.jobs, args.cluster) as n_jobs:
+        states = known_states(samples, work, n_jobs)
 
     def stores_for(side):
         fitted = {name: fit_to_source(recipe, side) for name, recipe in recipes.items()}
@@ -82,7 +86,7 @@ def main():
     drop_outdated(args.work / "images", stored.statistics, stored.samples, states, args.white_level)
     write_csv(left_out, bad_table(stored.bad, samples))
     write_csv(stage.artifact, sample_table(stored.samples, stored.sides))
-    stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()])
+    stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()], arguments=sys.argv[1:])
     print("01_preprocess: " + "\n".join(describe(stored, args.white_level, args.work)))
 
 

@@ -16,9 +16,10 @@ import pandas as pd
 
 from common.arrays import read_arrays
 from common.classes import CLASS_NAMES
-from common.errors import UserError, listing
+from common.errors import UserError, command, listing
 from common.files import write_json, writing
 from common.locks import Lock
+from common.recipes import store_settings
 from common.text_tables import BadTable, composed, read_text_table
 
 
@@ -79,9 +80,17 @@ def read_table(path: Path, made_by: str) -> pd.DataFrame:
     return table
 
 
+def preprocess_command(work: Path, store: str) -> str:
+    """Return the command of stage 01 that fills a folder of stored images: the last one, if need be with this size."""
+    samples = work / "samples.csv"
+    record = read_sidecar(samples) if sidecar(samples).is_file() else {"outputs": {}}
+    made = f"images/{store}.csv" in record["outputs"]
+    return command("01_preprocess.py", *record.get("arguments", ["--work", work]), *([] if made else ["--set", *store_settings(store)]))
+
+
 def stored_images(work: Path, store: str, ids) -> pd.DataFrame:
     """Return stage 01's statistics of the given Ids in one folder of stored images, in their order."""
-    rerun = f"python 01_preprocess.py --work {work} --recipes RECIPE"
+    rerun = preprocess_command(work, store)
     table = read_table(work / "images" / f"{store}.csv", rerun).set_index("Id")
     missing = [Id for Id in ids if Id not in table.index]
     if missing:

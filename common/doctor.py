@@ -193,8 +193,9 @@ class Seen:
 
 def look_at_input(args):
     """Yield how CSV files and images are; returns a `Seen`, None where no sample can be used."""
-    from common.preprocess import list_samples
+    from common.preprocess import kept_going, list_samples
 
+    args.keep_going |= kept_going(args.work)
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
         samples, bad = list_samples(args.data.resolve(), args.limit)
@@ -394,13 +395,13 @@ def work_so_far(args, seen: Seen):
     from common.checkpoints import FORMAT, made_from
     from common.fold_data import training_inputs
     from common.folds import fold_numbers
-    from common.preprocess import preprocess_stage, source_state, wanted_stores
+    from common.preprocess import known_states, preprocess_stage, wanted_stores
     from common.recipes import get_recipe, run_parameters
 
     if not (args.work / "samples.csv").is_file():
         return
     stores = wanted_stores(get_recipe(name, args.settings) for name in args.recipes)
-    reason = preprocess_stage(args.work, seen.samples, {sample: source_state(sample) for sample in seen.samples}, stores,
+    reason = preprocess_stage(args.work, seen.samples, known_states(seen.samples, args.work, None), stores,
                               args.white_level, args.keep_going, args.store == "raw").why_stale() or ""
     trained = []
     folds = read_table(args.work / "folds.csv", "") if (args.work / "folds.csv").is_file() else None

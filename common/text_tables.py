@@ -105,7 +105,7 @@ def composed(text: str) -> str:
 def check_header(header: list[str]) -> None:
     """Refuse a header without columns, with one name twice, or too long for one."""
     if not header:
-        raise BadTable("is empty; expected a line with the names of columns, and one per sample")
+        raise BadTable("is not a CSV file but empty; expected a line with the names of columns, and one per sample")
     if sum(map(len, header)) > MAX_HEADER:
         raise BadTable(f"has a first line of over {MAX_HEADER} characters; expected the names of a few columns")
     if twice := [name for name in header if header.count(name) > 1]:

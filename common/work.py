@@ -1,5 +1,6 @@
 """What a work folder holds, read when it is asked for; what is missing is a UserError that names its stage."""
 
+import shlex
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from common.artifacts import fingerprint, load_predictions, prediction_file, rea
 from common.classes import CLASS_NAMES
 from common.contact_sheet import composite, jpeg, small_planes
 from common.ensemble import combine, stack_members
-from common.errors import UserError
+from common.errors import UserError, command
 from common.files import csv_files
 from common.labels import parse_targets
 from common.page import Card, data_uri
@@ -42,8 +43,8 @@ class Work:
         self.folder = folder
         self.fingerprint = cache(lambda path: fingerprint(path) if path.is_file() else None)
 
-    def hint(self, command: str) -> str:
-        return f"python {command} --work {self.folder}"
+    def hint(self, script: str, *flags: str) -> str:
+        return command(script, "--work", self.folder, *flags)
 
     @cached_property
     def samples(self) -> pd.DataFrame:
@@ -131,7 +132,7 @@ class Work:
 
     @cached_property
     def thresholds(self) -> dict:
-        return read_thresholds(self.folder / "thresholds.json", None, f"--work {self.folder}")
+        return read_thresholds(self.folder / "thresholds.json", None, shlex.join(["--work", str(self.folder)]))
 
     @cached_property
     def scores(self) -> dict:
@@ -154,7 +155,7 @@ class Work:
     def predictions(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """Return Ids (n,) and the probabilities (n, 28) of oof, test or held_out, of the recipes as stage 06 combines them."""
         paths = [prediction_file(self.folder, recipe, part) for recipe in self.recipes]
-        hint = self.hint(f"05_predict_oof.py --recipes {','.join(self.recipes)}")
+        hint = self.hint("05_predict_oof.py", "--recipes", ",".join(self.recipes))
         members = [load_predictions(path, hint) for path in paths]
         found = self.thresholds if (self.folder / "thresholds.json").is_file() else {}
         stack = stack_members(members, [str(path) for path in paths])

@@ -40,7 +40,7 @@ def test_a_wrong_label_is_refused_with_its_id(tmp_path, target):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "is empty"),
+    ("", "is not a CSV file but empty"),
     ("Id,Target\n", "has no rows"),
     ("Id,Label\na,1\n", "has no column Target; its columns are 'Id', 'Label'"),
     ("Id,Target\na,1\nb,2\na,3\n", "appear more than once:\n  a"),

@@ -58,7 +58,7 @@ def other_classes(path):
      "column 2 (char 1)); delete it and run its stage again"),
     (lambda f: read_sidecar(written(f / "x.meta.json", '{"outputs": []}').with_name("x")),
      "{f}/x.meta.json is not a record that a stage wrote; delete it and run its stage again"),
-    (lambda f: read_table(written(f / "x.csv", ""), "CURE"), "{f}/x.csv is empty; expected a line with the names of columns, and one per "
+    (lambda f: read_table(written(f / "x.csv", ""), "CURE"), "{f}/x.csv is not a CSV file but empty; expected a line with the names of columns, and one per "
      "sample; delete it and run: CURE"),
     (lambda f: read_table(written(f / "folds.csv", "Id,Target,part,group,fold\na,0,train,a,0\n"), "CURE"),
      "{f}/folds.csv has no column copies, which its stage writes; delete it and run: CURE"),
