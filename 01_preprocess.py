@@ -86,7 +86,7 @@ def main():
     drop_outdated(args.work / "images", stored.statistics, stored.samples, states, args.white_level)
     write_csv(left_out, bad_table(stored.bad, samples))
     write_csv(stage.artifact, sample_table(stored.samples, stored.sides))
-    stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()], arguments=sys.argv[1:])
+    stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()], arguments=cli.arguments_without("--work"))
     print("01_preprocess: " + "\n".join(describe(stored, args.white_level, args.work)))
 
 

@@ -85,7 +85,8 @@ def preprocess_command(work: Path, store: str) -> str:
     samples = work / "samples.csv"
     record = read_sidecar(samples) if sidecar(samples).is_file() else {"outputs": {}}
     made = f"images/{store}.csv" in record["outputs"]
-    return command("01_preprocess.py", *record.get("arguments", ["--work", work]), *([] if made else ["--set", *store_settings(store)]))
+    size = [] if made else ["--set", *store_settings(store)]
+    return command("01_preprocess.py", *record.get("arguments", []), *size, "--work", work)
 
 
 def stored_images(work: Path, store: str, ids) -> pd.DataFrame:

@@ -246,6 +246,13 @@ def leave_out(flag: str) -> None:
     sys.argv = [argument for argument in sys.argv if argument != flag]
 
 
+def arguments_without(flag: str) -> list[str]:
+    """Return the arguments of this command line without a flag of one value and its value."""
+    given = sys.argv[1:]
+    return [argument for k, argument in enumerate(given)
+            if argument != flag and not argument.startswith(f"{flag}=") and (k == 0 or given[k - 1] != flag)]
+
+
 def command() -> str:
     """Return the command line that was given: this script's, torchrun's, or run_all.sh's, which hands on its own."""
     launcher = ["python"]
