@@ -75,7 +75,7 @@ def main():
         return sorted({str(min(HASH_SIZE, side)), *(recipe.store for recipe in fitted.values())}, key=lambda s: (len(s), s))
 
     stage = preprocess_stage(args.work, samples, states, wanted_stores(recipes.values()), args.white_level, args.keep_going, raw)
-    if stage.is_current() and all_stored(read_table(stage.artifact, "")["Id"], args.work / "images"):
+    if stage.is_current() and all_stored(read_table(stage.artifact, cli.command())["Id"], args.work / "images"):
         return
     stage.begin()
     with workers(args.jobs, args.cluster) as n_jobs:

@@ -56,7 +56,9 @@ def main():
         print(f"07_ensemble: {args.check} is a valid submission of {len(wanted)} rows")
         return
     if len(wanted) == 0:
-        print("07_ensemble: the data has no test samples, so there is no submission to make")
+        lost = left_out_samples(args.work / "left_out.csv") if own else ()
+        print(f"07_ensemble: {f'stage 01 left out all {len(lost)} test samples' if len(lost) else 'the data has no test samples'}, "
+              "so there is no submission to make")
         return
     found = args.thresholds or args.work / "thresholds.json"
     makes = "--oof FILES --labels CSV" if args.test else shlex.join(["--work", str(args.work), "--recipes", recipes])

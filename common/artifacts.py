@@ -80,11 +80,11 @@ def read_table(path: Path, made_by: str) -> pd.DataFrame:
     return table
 
 
-def preprocess_command(work: Path, store: str) -> str:
-    """Return the command of stage 01 that fills a folder of stored images: the last one, if need be with this size."""
+def preprocess_command(work: Path, store: str | None = None) -> str:
+    """Return the last command of stage 01, if need be with the size of a folder of stored images that it has to fill."""
     samples = work / "samples.csv"
     record = read_sidecar(samples) if sidecar(samples).is_file() else {"outputs": {}}
-    made = f"images/{store}.csv" in record["outputs"]
+    made = store is None or f"images/{store}.csv" in record["outputs"]
     size = [] if made else ["--set", *store_settings(store)]
     return command("01_preprocess.py", *record.get("arguments", []), *size, "--work", work)
 

@@ -70,7 +70,7 @@ def checks(args):
     costs = {}
     for name, recipe in seen.recipes.items():
         print(f"measuring steps of {name}, a minute at most on most machines", file=sys.stderr, flush=True)
-        cost = yield from guarded(f"memory, {name}", memory(name, recipe))
+        cost = yield from guarded(f"memory, {name}", memory(args, name, recipe))
         costs |= {name: cost} if cost else {}
     yield from guarded("disk", disk(args, seen, folds, costs))
     yield from guarded("time", times(args, seen, folds, costs))
@@ -330,7 +330,7 @@ def labels(args, seen: Seen):
         yield Check("labels", WARNING, f"{len(absent)} of 28 classes have no sample and will count as 0: {', '.join(absent)}",
                     "a class needs at least one sample a fold to be learnt and scored")
     if (args.work / "folds.csv").is_file():
-        folds, origin = read_table(args.work / "folds.csv", ""), f"folds of {args.work / 'folds.csv'}"
+        folds, origin = read_table(args.work / "folds.csv", makes_folds(args)), f"folds of {args.work / 'folds.csv'}"
     else:
         rows = [(s.Id, s.part, s.Target, s.Id, 1) for s in labelled]
         folds = make_folds(pd.DataFrame(rows, columns=["Id", "part", "Target", "group", "kept"]), args.n_folds, 4, 0)
@@ -404,7 +404,7 @@ def work_so_far(args, seen: Seen):
     reason = preprocess_stage(args.work, seen.samples, known_states(seen.samples, args.work, None), stores,
                               args.white_level, args.keep_going, args.store == "raw").why_stale() or ""
     trained = []
-    folds = read_table(args.work / "folds.csv", "") if (args.work / "folds.csv").is_file() else None
+    folds = read_table(args.work / "folds.csv", makes_folds(args)) if (args.work / "folds.csv").is_file() else None
     for name, recipe in seen.recipes.items() if folds is not None else ():
         for fold in args.folds or fold_numbers(folds):
             folder = args.work / "runs" / name / f"fold{fold}"
@@ -418,7 +418,7 @@ def work_so_far(args, seen: Seen):
             changes = stage.changes(begun)
             if changes:
                 yield Check("work so far", FAILS, f"{folder} was trained on something else ({changes})",
-                            f"python 04_train.py --work {args.work} --recipe {name} --folds {fold} --force trains it anew; or "
+                            f"{command('04_train.py', '--work', args.work, '--recipe', name, '--folds', fold, '--force')} trains it anew; or "
                             "give another --work")
     if "changed" in reason and trained:
         yield Check("work so far", WARNING, f"stage 01 will run again ({reason}); trained already: {', '.join(trained)}",
@@ -427,7 +427,7 @@ def work_so_far(args, seen: Seen):
         yield Check("work so far", FINE, f"begun or trained already, to be gone on with: {', '.join(trained)}")
 
 
-def memory(name: str, recipe):
+def memory(args, name: str, recipe):
     """Yield whether a batch will fit into memory; returns the recipe's measured `Cost`."""
     from common.estimate import batch_that_fits, free_memory, measure
     from common.hardware import choose_hardware
@@ -445,7 +445,8 @@ def memory(name: str, recipe):
     else:
         cure = "use a smaller crop: --set crop_size=..., or another machine"
         if fits >= 2:
-            cure = f"train with: python 04_train.py --recipe {name} --micro-batch {fits}, then go on with run_all.sh"
+            train = command("04_train.py", "--data", args.data, "--work", args.work, "--recipe", name, "--micro-batch", fits)
+            cure = f"train with: {train}, then go on with run_all.sh"
         yield Check(f"memory, {name}", FAILS, f"a batch of {recipe.batch_size} does not fit: {each}, {what}", cure)
     if hardware.workers:
         yield shared_memory(recipe, hardware.workers, shutil.disk_usage("/dev/shm").free, name)
@@ -514,6 +515,10 @@ def times(args, seen: Seen, folds, costs: dict):
         everything += train + predict
     yield Check("time, in all", ESTIMATE, f"{duration(everything)} at most, one fold after the other, on a "
                                           f"{hardware.device.type} as busy as it was now; training may end earlier")
+
+
+def makes_folds(args) -> str:
+    return command("03_make_folds.py", "--work", args.work)
 
 
 # --- words -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from common import images
-from common.artifacts import Stage, check_ids, digest, read_sidecar, read_table, sidecar, write_csv
+from common.artifacts import Stage, check_ids, digest, preprocess_command, read_sidecar, read_table, sidecar, write_csv
 from common.errors import UserError, listing
 from common.files import clear_leftovers, crc32, csv_files, naming
 from common.labels import absent_classes, parse_targets, read_csv, read_labels
@@ -202,8 +202,11 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path) -> N
     """Write a table of the bad samples and raise a UserError that lists the first of them."""
     table = bad_table(bad, samples)
     write_csv(report, table)
+    tests = [sample for sample in samples if sample.part == "test"]
+    absent = ("\nno test sample has its images: with --keep-going there is no submission" if tests and all(s in bad and not s.files for s in tests)
+              else "")
     raise UserError(f"{len(bad)} samples cannot be used (all of them in {report}):\n{listing(table['reason'])}\n"
-                    "mend or remove them and run this again, or leave them out with --keep-going")
+                    f"mend or remove them and run this again, or leave them out with --keep-going{absent}")
 
 
 def space_needed(sides: list[int], raw: bool = False) -> float:
@@ -302,7 +305,7 @@ def drop_outdated(folder: Path, stores, samples: list[Sample], states: dict[Samp
     tables = [table for table in csv_files(folder) if table.stem not in stores]
     records = records_at(folder / "journal.jsonl", white) if tables else {}
     for table in tables:
-        listed = set(read_table(table, "python 01_preprocess.py")["Id"])
+        listed = set(read_table(table, preprocess_command(folder.parent, table.stem))["Id"])
         if any(sample.Id in listed and table.stem not in valid_stores(records.get(sample.Id), states[sample]) for sample in samples):
             print(f"{table} is deleted: source images or --white-level have changed since; its recipes need 01_preprocess.py again")
             table.unlink()

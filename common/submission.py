@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts import read_json, read_table
+from common.artifacts import preprocess_command, read_json, read_table
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.ensemble import COMBINATIONS
 from common.errors import UserError, listing
@@ -145,7 +145,7 @@ def submission_table(ids, predicted: np.ndarray) -> pd.DataFrame:
 
 def left_out_samples(path: Path) -> pd.DataFrame:
     """Return the test samples that stage 01 left out, of its left_out.csv where there is one: Id, place."""
-    lost = read_table(path, "") if path.is_file() else pd.DataFrame({"part": [], "Id": [], "place": []})
+    lost = read_table(path, preprocess_command(path.parent)) if path.is_file() else pd.DataFrame({"part": [], "Id": [], "place": []})
     return lost.loc[lost["part"] == "test", ["Id", "place"]]
 
 

@@ -70,7 +70,8 @@ def decode(content: bytes, plain: bool) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[:error.start].count(b"\n") + 1
-        raise BadTable(f"is not text in UTF-8 (byte {content[error.start]:#04x} in line {line}); save it as CSV in UTF-8") from None
+        raise BadTable(f"is not text in {encoding.removesuffix('-sig').upper()} (byte {content[error.start]:#04x} in line {line}); save it "
+                       "as CSV in UTF-8") from None
     if "\0" in text:
         raise BadTable("holds bytes of value 0, as UTF-16 does; save it as CSV in UTF-8")
     return text

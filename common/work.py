@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts import fingerprint, load_predictions, prediction_file, read_lines, read_sidecar, read_table, sidecar
+from common.artifacts import (fingerprint, load_predictions, prediction_file, preprocess_command, read_lines, read_sidecar,
+                              read_table, sidecar)
 from common.classes import CLASS_NAMES
 from common.contact_sheet import composite, jpeg, small_planes
 from common.ensemble import combine, stack_members
@@ -73,7 +74,7 @@ class Work:
     @cached_property
     def stores(self) -> dict[str, pd.DataFrame]:
         """Statistics of stored images by the folder's name, smallest images first."""
-        tables = {path.stem: read_table(path, "") for path in csv_files(self.folder / "images")}
+        tables = {path.stem: read_table(path, preprocess_command(self.folder, path.stem)) for path in csv_files(self.folder / "images")}
         return dict(sorted(tables.items(), key=lambda item: (item[1]["side"].max(), item[0])))
 
     def planes(self, Id: str, side: int) -> np.ndarray:
@@ -126,7 +127,8 @@ class Work:
     def run_tables(self, recipe: str, name: str) -> dict[int, pd.DataFrame]:
         """Return fold -> a CSV file of a recipe's trainings, of the folds that have it."""
         paths = {fold: self.run_folder(recipe, fold) / name for fold in self.runs.get(recipe, {})}
-        return {fold: read_table(path, "") for fold, path in paths.items() if path.is_file()}
+        return {fold: read_table(path, self.hint("04_train.py", "--recipe", recipe, "--folds", str(fold), "--force"))
+                for fold, path in paths.items() if path.is_file()}
 
     # --- predictions and what follows
 

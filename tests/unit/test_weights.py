@@ -217,7 +217,7 @@ class Trap:
 
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"conv1.weight": torch.ones(1), "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match=r"evil\.pth holds other things than tensors \(.*Path\.touch\), which might run code, so it is not read; save the"):
+    with pytest.raises(UserError, match=r"evil\.pth holds other things than tensors \(.+\), which might run code, so it is not read; save the"):
         read_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "sprung").exists()
 
@@ -246,9 +246,9 @@ def test_a_file_that_claims_more_than_its_size_is_refused(tmp_path):
     ({0: torch.ones(3)}, r"0 \(torch.strided of torch.float32\)"), ({"state_dict": torch.ones(3), "x": 1}, r"'x' \(int\)"),
     ({"model": [3]}, r"'model' \(list\)"), ({"conv1.weight": torch.ones(3), "epoch": 3, "args": {"lr": 1}}, r"'epoch' \(int\), 'args' \(dict\)"),
     ({"conv1.weight": torch.ones(3).to_sparse()}, r"'conv1.weight' \(torch.sparse_coo of torch.float32\)"),
-    ({"conv1.weight": torch.ones(3, dtype=torch.complex64)}, "torch.complex64"),
+    ({"conv1.weight": torch.ones(3, dtype=torch.complex64)}, r"'conv1.weight' \(torch.strided of torch.complex64\)"),
     ({"a": {"x": torch.ones(1)}, "b": {"x": torch.ones(1)}}, r"'a' \(dict\), 'b' \(dict\)"),
-    ({str(k): k for k in range(9)}, r"'4' \(int\) and 4 more")])
+    ({str(k): k for k in range(9)}, r"'0' \(int\), .*'4' \(int\) and 4 more")])
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_what_is_no_dictionary_of_tensors_is_refused_by_what_it_holds(tmp_path, content, found):
     torch.save(content, tmp_path / "other.pth")
@@ -281,7 +281,7 @@ def test_weights_that_are_not_finite_are_refused_when_they_are_read(tmp_path, va
         read_weights(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize("encoder", sorted(PUBLISHED))
+@pytest.mark.parametrize("encoder", ["resnet10_narrow", "resnet18", "densenet121", "se_resnext50_32x4d", "inceptionv4"])
 def test_no_encoder_has_names_that_are_taken_for_wrappers(encoder):
     names = build_encoder(Recipe(encoder=encoder))[0].state_dict()
     assert not [name for name in names if weights.WRAPPED_NAME.search(name) or name.startswith(weights.NETWORK_NAMES)]
