@@ -20,7 +20,7 @@ import numpy as np
 
 from common.artifacts import Stage, read_table, stored_images, write_csv
 from common.contact_sheet import SHOWN, save_contact_sheet
-from common.errors import command, listing
+from common.errors import listing
 from common.hashing import HASHED, doubtful_pairs, duplicate_tables, hash_file
 from common.parallel import run_parallel, workers
 from common.preprocess import HASH_SIZE
@@ -50,7 +50,7 @@ def thresholds(text):
 
 def main():
     args = parse_args()
-    samples = read_table(args.work / "samples.csv", command("01_preprocess.py", "--data", args.data, "--work", args.work))
+    samples = read_table(args.work / "samples.csv", cli.other("01_preprocess.py", args))
     folder = args.work / "images" / str(min(HASH_SIZE, samples["side"].min()))
     table, pair_file = args.work / "duplicates.csv", args.work / "duplicate_pairs.csv"
     stage = Stage("02_dedup", table,

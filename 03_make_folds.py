@@ -12,7 +12,6 @@ example python 03_make_folds.py --work work --n-folds 5
 
 from common import cli
 from common.artifacts import Stage, read_table, write_csv
-from common.errors import command
 from common.files import write_json
 from common.folds import audit, audit_table, describe_audit, make_folds
 
@@ -40,7 +39,7 @@ def parse_args():
 def main():
     args = parse_args()
     source, table = args.work / "duplicates.csv", args.work / "folds.csv"
-    duplicates = read_table(source, command("02_dedup.py", "--work", args.work))
+    duplicates = read_table(source, cli.other("02_dedup.py", args))
     settings = {name: getattr(args, name) for name in ("n_folds", "max_copies", "seed", "external", "hold_out")}
     stage = Stage("03_make_folds", table, settings, {"duplicates.csv": source})
     if stage.is_current():

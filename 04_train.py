@@ -23,7 +23,6 @@ from itertools import product
 
 from common import cli
 from common.artifacts import read_table
-from common.errors import command
 from common.parallel import run_jobs
 from common.recipes import fit_to_source, get_recipe
 
@@ -69,8 +68,8 @@ def main():
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
     recipes = {name: get_recipe(name, args.settings) for name in args.recipe}
-    samples = read_table(args.work / "samples.csv", command("01_preprocess.py", "--data", args.data, "--work", args.work))
-    folds = read_table(args.work / "folds.csv", command("03_make_folds.py", "--work", args.work))
+    samples = read_table(args.work / "samples.csv", cli.other("01_preprocess.py", args))
+    folds = read_table(args.work / "folds.csv", cli.other("03_make_folds.py", args))
 
     # Imported here, so that --help and mistakes on the command line do not wait for torch.
     from common.checkpoints import prepare

@@ -15,7 +15,6 @@ import numpy as np
 
 from common.artifacts import Stage, load_predictions, prediction_file, read_sidecar, read_table, save_predictions
 from common.ensemble import mean_predictions
-from common.errors import command
 from common.parallel import run_jobs
 
 
@@ -41,8 +40,8 @@ def main():
     args = parse_args()
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
-    folds = read_table(args.work / "folds.csv", command("03_make_folds.py", "--work", args.work))
-    samples = read_table(args.work / "samples.csv", command("01_preprocess.py", "--data", args.data, "--work", args.work))
+    folds = read_table(args.work / "folds.csv", cli.other("03_make_folds.py", args))
+    samples = read_table(args.work / "samples.csv", cli.other("01_preprocess.py", args))
 
     from common.folds import HOLD_OUT, fold_numbers
 
@@ -76,7 +75,7 @@ def combine(args, recipe_name, numbers, part, how):
     if stage.is_current():
         return
     stage.begin(wait=True)  # it takes a second
-    rerun = command("05_predict_oof.py", "--work", args.work, "--recipes", recipe_name)
+    rerun = cli.other("05_predict_oof.py", args, "--recipes", recipe_name)
     ids, probs = how([load_predictions(path, rerun) for path in sources], [str(p) for p in sources])
     save_predictions(stage.artifact, ids, probs)
     stage.finish(rows=len(ids), networks=[read_sidecar(path)["inputs"]["network"] for path in sources])

@@ -19,7 +19,7 @@ from common import cli
 from common.artifacts import Stage, read_table
 from common.ensemble import (COMBINATIONS, align, combine, describe_ensemble, evaluate_ensemble, keep_common,
                              stack_members)
-from common.errors import UserError, command
+from common.errors import UserError
 from common.files import write_json
 from common.labels import parse_targets, read_labels
 from common.predictions import (check_there, held_out_files, labelled_rows, member_files, read_groups, read_members,
@@ -55,11 +55,11 @@ def main():
     args = parse_args()
     if args.reproduce:
         return reproduce(args)
-    hint = command("05_predict_oof.py", "--work", args.work, "--recipes", ",".join(args.recipes))
+    hint = cli.other("05_predict_oof.py", args, "--recipes", ",".join(args.recipes))
     names, sources = member_files(args.oof, args.work, args.recipes, "oof")
     check_there(sources, None if args.oof else hint)
     labels = (args.labels or args.data / "train.csv") if args.oof else args.work / "folds.csv"
-    labelled = read_labels(labels) if args.oof else read_table(labels, command("03_make_folds.py", "--work", args.work))
+    labelled = read_labels(labels) if args.oof else read_table(labels, cli.other("03_make_folds.py", args))
     aside = {} if args.oof else held_out_files(args.work, args.recipes, labelled, hint)
     also = {name: path for name, path in {"prior": args.prior, "groups": args.groups, "ids": args.ids}.items() if path}
     stage = Stage("06_thresholds", args.work / "thresholds.json",

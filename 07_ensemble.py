@@ -19,7 +19,7 @@ import numpy as np
 
 from common.artifacts import Stage, read_table, write_csv
 from common.ensemble import combine, stack_members
-from common.errors import UserError, command
+from common.errors import UserError
 from common.labels import read_csv
 from common.predictions import check_networks, check_there, member_files, read_members
 from common.submission import (check_out, check_submission, decide, describe_submission, known_labels, left_out_samples, override,
@@ -61,13 +61,13 @@ def main():
               "so there is no submission to make")
         return
     found = args.thresholds or args.work / "thresholds.json"
-    makes = "--oof FILES --labels CSV" if args.test else shlex.join(["--work", str(args.work), "--recipes", recipes])
+    makes = "--oof FILES --labels CSV" if args.test else shlex.join([*cli.folders(args), "--recipes", recipes])
     thresholds = read_thresholds(found, None if args.test else args.recipes, makes)
     names, sources = member_files(args.test, args.work, args.recipes, "test")
     if len(names) != len(thresholds["weights"]):
         raise UserError(f"{found} is for {len(thresholds['weights'])} members ({', '.join(thresholds['recipes'])}), found "
                         f"{len(names)}: {', '.join(names)}; give the same networks in the same order")
-    makes_members = None if args.test else command("05_predict_oof.py", "--work", args.work, "--recipes", recipes)
+    makes_members = None if args.test else cli.other("05_predict_oof.py", args, "--recipes", recipes)
     check_there(sources, makes_members)
     if own:
         check_networks(args.work, args.recipes, "test", makes_members)
@@ -75,7 +75,7 @@ def main():
     also, known = {"ids": args.ids} if args.ids else {}, None
     if args.override_duplicates:
         also["pairs"] = args.work / "duplicate_pairs.csv"
-        known = known_labels(read_table(also["pairs"], command("02_dedup.py", "--work", args.work)), wanted)
+        known = known_labels(read_table(also["pairs"], cli.other("02_dedup.py", args)), wanted)
     left_out = args.work / "left_out.csv"
     if own and left_out.is_file():
         also["left_out.csv"] = left_out
@@ -104,7 +104,7 @@ def wanted_ids(args, order, own):
     """Return the Ids of the submission in its order."""
     if not own:
         return read_csv(order)["Id"].to_numpy()
-    samples = read_table(order, command("01_preprocess.py", "--data", args.data, "--work", args.work))
+    samples = read_table(order, cli.other("01_preprocess.py", args))
     return samples.loc[samples["part"] == "test", "Id"].to_numpy()
 
 

@@ -29,7 +29,7 @@ def main():
     args = parse_args()
     systems = {recipe: ablation_runs(recipe) for recipe in args.recipes}
     source = args.work / "folds.csv"
-    rows = tables.validation_rows(read_table(source, command("03_make_folds.py", "--work", args.work)), args.folds)
+    rows = tables.validation_rows(read_table(source, cli.other("03_make_folds.py", args)), args.folds)
     files = tables.prediction_files(args.work, {run for runs in systems.values() for run in runs.values()},
                                     sorted(set(rows["fold"])))
     missing = tables.missing_runs(systems, files)

@@ -12,7 +12,7 @@ import torch
 from common.arrays import refuse_inflated
 from common.artifacts import Stage, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.errors import UserError, first_line
+from common.errors import UserError, command, first_line
 from common.files import writing
 from common.fold_data import training_inputs
 from common.inference import Hardware, Normalisation

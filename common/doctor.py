@@ -418,7 +418,7 @@ def work_so_far(args, seen: Seen):
             changes = stage.changes(begun)
             if changes:
                 yield Check("work so far", FAILS, f"{folder} was trained on something else ({changes})",
-                            f"{command('04_train.py', '--work', args.work, '--recipe', name, '--folds', fold, '--force')} trains it anew; or "
+                            f"{cli.other('04_train.py', args, '--recipe', name, '--folds', fold, '--force')} trains it anew; or "
                             "give another --work")
     if "changed" in reason and trained:
         yield Check("work so far", WARNING, f"stage 01 will run again ({reason}); trained already: {', '.join(trained)}",
@@ -445,7 +445,7 @@ def memory(args, name: str, recipe):
     else:
         cure = "use a smaller crop: --set crop_size=..., or another machine"
         if fits >= 2:
-            train = command("04_train.py", "--data", args.data, "--work", args.work, "--recipe", name, "--micro-batch", fits)
+            train = cli.other("04_train.py", args, "--recipe", name, "--micro-batch", fits)
             cure = f"train with: {train}, then go on with run_all.sh"
         yield Check(f"memory, {name}", FAILS, f"a batch of {recipe.batch_size} does not fit: {each}, {what}", cure)
     if hardware.workers:
@@ -518,7 +518,7 @@ def times(args, seen: Seen, folds, costs: dict):
 
 
 def makes_folds(args) -> str:
-    return command("03_make_folds.py", "--work", args.work)
+    return cli.other("03_make_folds.py", args)
 
 
 # --- words -------------------------------------------------------------------------------------------------
