@@ -51,8 +51,8 @@ def main():
     # Imported here, so that --check can tell which packages are missing.
     from common.artifacts import read_table, write_csv
     from common.parallel import workers
-    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, kept_going, known_states, list_samples,
-                                   preprocess_stage, sample_table, statistics_table, store_all, wanted_stores)
+    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, kept_going, known_states,
+                                   list_samples, preprocess_stage, sample_table, statistics_table, store_all, wanted_stores)
     from common.recipes import fit_to_source, get_recipe
 
     data, work, raw = args.data.resolve(), args.work.resolve(), args.store == "raw"

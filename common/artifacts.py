@@ -125,7 +125,8 @@ def check_probabilities(ids, probs, name) -> np.ndarray:
     wrong = ~((probs >= -ROUNDING) & (probs <= 1 + ROUNDING))  # NaN is neither
     if wrong.any():
         rows = np.flatnonzero(wrong.any(axis=1))
-        found = [f"{ids[i]}: {np.format_float_positional(probs[i, c], trim='-')} for {CLASS_NAMES[c]}" for i in rows[:10] for c in [wrong[i].argmax()]]
+        cells = [(i, wrong[i].argmax()) for i in rows[:10]]
+        found = [f"{ids[i]}: {np.format_float_positional(probs[i, c], trim='-')} for {CLASS_NAMES[c]}" for i, c in cells]
         raise UserError(f"{name}: expected probabilities in [0, 1], found NaN or values outside in {len(rows)} rows, "
                         f"such as:\n{listing(found)}")
     values, counts = np.unique(ids, return_counts=True)

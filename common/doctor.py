@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import cli
 from common.environment import unmet
-from common.errors import UserError, first_line, listing
+from common.errors import UserError, command, first_line, listing
 from common.progress import progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,7 @@ def checks(args):
     costs = {}
     for name, recipe in seen.recipes.items():
         print(f"measuring steps of {name}, a minute at most on most machines", file=sys.stderr, flush=True)
-        cost = yield from guarded(f"memory, {name}", memory(args, name, recipe))
+        cost = yield from guarded(f"memory, {name}", memory(name, recipe, cli.folders(args)))
         costs |= {name: cost} if cost else {}
     yield from guarded("disk", disk(args, seen, folds, costs))
     yield from guarded("time", times(args, seen, folds, costs))
@@ -427,7 +427,7 @@ def work_so_far(args, seen: Seen):
         yield Check("work so far", FINE, f"begun or trained already, to be gone on with: {', '.join(trained)}")
 
 
-def memory(args, name: str, recipe):
+def memory(name: str, recipe, folders=()):
     """Yield whether a batch will fit into memory; returns the recipe's measured `Cost`."""
     from common.estimate import batch_that_fits, free_memory, measure
     from common.hardware import choose_hardware
@@ -445,7 +445,7 @@ def memory(args, name: str, recipe):
     else:
         cure = "use a smaller crop: --set crop_size=..., or another machine"
         if fits >= 2:
-            train = cli.other("04_train.py", args, "--recipe", name, "--micro-batch", fits)
+            train = command("04_train.py", *folders, "--recipe", name, "--micro-batch", fits)
             cure = f"train with: {train}, then go on with run_all.sh"
         yield Check(f"memory, {name}", FAILS, f"a batch of {recipe.batch_size} does not fit: {each}, {what}", cure)
     if hardware.workers:

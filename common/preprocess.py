@@ -203,8 +203,9 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path) -> N
     table = bad_table(bad, samples)
     write_csv(report, table)
     tests = [sample for sample in samples if sample.part == "test"]
-    absent = ("\nno test sample has its images: with --keep-going there is no submission" if tests and all(s in bad and not s.files for s in tests)
-              else "")
+    absent = ""
+    if tests and all(sample in bad and not sample.files for sample in tests):
+        absent = "\nno test sample has its images: with --keep-going there is no submission"
     raise UserError(f"{len(bad)} samples cannot be used (all of them in {report}):\n{listing(table['reason'])}\n"
                     f"mend or remove them and run this again, or leave them out with --keep-going{absent}")
 
@@ -317,7 +318,8 @@ def all_stored(Ids, folder: Path) -> bool:
 
 
 def stored_ids(folder: Path) -> set[str]:
-    return {composed(name.removesuffix(".tif")) for name in os.listdir(folder) if name.endswith(".tif")} if folder.is_dir() else set()
+    names = os.listdir(folder) if folder.is_dir() else ()
+    return {composed(name.removesuffix(".tif")) for name in names if name.endswith(".tif")}
 
 
 def sample_table(samples: list[Sample], sides: list[int]) -> pd.DataFrame:

@@ -145,7 +145,8 @@ def submission_table(ids, predicted: np.ndarray) -> pd.DataFrame:
 
 def left_out_samples(path: Path) -> pd.DataFrame:
     """Return the test samples that stage 01 left out, of its left_out.csv where there is one: Id, place."""
-    lost = read_table(path, preprocess_command(path.parent)) if path.is_file() else pd.DataFrame({"part": [], "Id": [], "place": []})
+    none = pd.DataFrame({"part": [], "Id": [], "place": []})
+    lost = read_table(path, preprocess_command(path.parent)) if path.is_file() else none
     return lost.loc[lost["part"] == "test", ["Id", "place"]]
 
 

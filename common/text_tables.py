@@ -70,8 +70,8 @@ def decode(content: bytes, plain: bool) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[:error.start].count(b"\n") + 1
-        raise BadTable(f"is not text in {encoding.removesuffix('-sig').upper()} (byte {content[error.start]:#04x} in line {line}); save it "
-                       "as CSV in UTF-8") from None
+        raise BadTable(f"is not text in {encoding.removesuffix('-sig').upper()} (byte {content[error.start]:#04x} in line {line}); "
+                       "save it as CSV in UTF-8") from None
     if "\0" in text:
         raise BadTable("holds bytes of value 0, as UTF-16 does; save it as CSV in UTF-8")
     return text
@@ -115,11 +115,12 @@ def check_header(header: list[str]) -> None:
 
 def numbers(name: str, column: list[str], lines: list[int], kind: type) -> pd.Series:
     """Return a column's numbers: whole ones, or any, of which an empty field is one that is not known."""
-    form, parse = (WHOLE, lambda text: int(text.partition(".")[0])) if kind is int else (NUMBER, lambda text: float(text or math.nan))
+    form = WHOLE if kind is int else NUMBER
     wrong = [f"line {line}: {text!r}" for line, text in zip(lines, column, strict=True) if not form.fullmatch(text)]
     if wrong:
         raise BadTable(f"has text in its column {name}, expected {'whole ' * (kind is int)}numbers ({first_of(wrong)})")
-    return pd.Series(map(parse, column), dtype=kind)
+    values = (int(text.partition(".")[0]) if kind is int else float(text or math.nan) for text in column)
+    return pd.Series(values, dtype=kind)
 
 
 def first_of(wrong: list[str], limit: int = 5) -> str:

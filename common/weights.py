@@ -202,7 +202,8 @@ def read_file(path: Path):
         return torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # damaged files raise many kinds, torch's with long advice
         if other := OTHER_THINGS.search(str(error)):
-            raise UserError(f"{path} holds other things than tensors ({other[1] or other[2]}), which might run code, so it is not read; {SAVE}") from None
+            raise UserError(f"{path} holds other things than tensors ({other[1] or other[2]}), which might run code, so it is "
+                            f"not read; {SAVE}") from None
         reason = first_line(error) if isinstance(error, ValueError) else type(error).__name__
         raise UserError(f"{path} cannot be read as weights ({reason}); {CURE}") from None
 
@@ -222,8 +223,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} holds no tensors of an encoder, but {contents(state)}; {CURE}")
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.float().isfinite().all()]
     if broken:
-        raise UserError(f"{path} has weights that are NaN or infinite, such as {broken[0]} ({len(broken)} tensors in all); give another "
-                        "file with --pretrained FILE")
+        raise UserError(f"{path} has weights that are NaN or infinite, such as {broken[0]} ({len(broken)} tensors in all); give "
+                        "another file with --pretrained FILE")
     return tensors
 
 
@@ -242,7 +243,8 @@ def unwrapped(state):
 
 def is_parameters(state) -> bool:
     """Tell whether something is a dictionary of named tensors and nothing else."""
-    return isinstance(state, dict) and bool(state) and all(isinstance(name, str) and is_plain(value) for name, value in state.items())
+    return isinstance(state, dict) and bool(state) and all(isinstance(name, str) and is_plain(value)
+                                                           for name, value in state.items())
 
 
 def is_plain(tensor) -> bool:

@@ -74,7 +74,8 @@ class Work:
     @cached_property
     def stores(self) -> dict[str, pd.DataFrame]:
         """Statistics of stored images by the folder's name, smallest images first."""
-        tables = {path.stem: read_table(path, preprocess_command(self.folder, path.stem)) for path in csv_files(self.folder / "images")}
+        tables = {path.stem: read_table(path, preprocess_command(self.folder, path.stem))
+                  for path in csv_files(self.folder / "images")}
         return dict(sorted(tables.items(), key=lambda item: (item[1]["side"].max(), item[0])))
 
     def planes(self, Id: str, side: int) -> np.ndarray:
