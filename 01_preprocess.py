@@ -57,8 +57,8 @@ def main():
     from common.artifacts import read_table, write_csv
     from common.exposure import Levels
     from common.parallel import workers
-    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, list_samples, preprocess_stage,
-                                   sample_table, source_state, statistics_table, store_all, wanted_stores)
+    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, kept_going, known_states,
+                                   list_samples, preprocess_stage, sample_table, statistics_table, store_all, wanted_stores)
     from common.recipes import fit_to_source, get_recipe
 
     levels = Levels(args.black_level, args.white_level)
@@ -67,7 +67,11 @@ def main():
         raise UserError(f"--work {args.work} is in --data {args.data}, which is never written to; give another --work")
     recipes = {name: get_recipe(name, args.settings) for name in args.recipes}
     samples, bad = list_samples(data, args.limit)
-    states = {sample: source_state(sample) for sample in samples}
+    if kept_going(work) and not args.keep_going:
+        args.keep_going = True
+        print("samples that cannot be used are left out, as --keep-going of the run before says")
+    with workers(args.jobs, args.cluster) as n_jobs:
+        states = known_states(samples, work, n_jobs)
 
     def stores_for(side):
         fitted = {name: fit_to_source(recipe, side) for name, recipe in recipes.items()}
@@ -78,7 +82,7 @@ def main():
         return sorted({str(min(HASH_SIZE, side)), *(recipe.store for recipe in fitted.values())}, key=lambda s: (len(s), s))
 
     stage = preprocess_stage(args.work, samples, states, wanted_stores(recipes.values()), levels, args.keep_going, raw)
-    if stage.is_current() and all_stored(read_table(stage.artifact, "")["Id"], args.work / "images"):
+    if stage.is_current() and all_stored(read_table(stage.artifact, cli.command())["Id"], args.work / "images"):
         return
     stage.begin()
     with workers(args.jobs, args.cluster) as n_jobs:
@@ -89,7 +93,8 @@ def main():
     drop_outdated(args.work / "images", stored.statistics, stored.samples, states, levels)
     write_csv(left_out, bad_table(stored.bad, samples))
     write_csv(stage.artifact, sample_table(stored.samples, stored.sides))
-    stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()], exposure=stored.exposure)
+    stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()], exposure=stored.exposure,
+                 arguments=cli.arguments_without("--work"))
     print("01_preprocess: " + "\n".join(describe(stored, args.work)))
 
 

@@ -50,7 +50,7 @@ def thresholds(text):
 
 def main():
     args = parse_args()
-    samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
+    samples = read_table(args.work / "samples.csv", cli.other("01_preprocess.py", args))
     folder = args.work / "images" / str(min(HASH_SIZE, samples["side"].min()))
     table, pair_file = args.work / "duplicates.csv", args.work / "duplicate_pairs.csv"
     stage = Stage("02_dedup", table,

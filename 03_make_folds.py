@@ -39,7 +39,7 @@ def parse_args():
 def main():
     args = parse_args()
     source, table = args.work / "duplicates.csv", args.work / "folds.csv"
-    duplicates = read_table(source, f"python 02_dedup.py --work {args.work}")
+    duplicates = read_table(source, cli.other("02_dedup.py", args))
     settings = {name: getattr(args, name) for name in ("n_folds", "max_copies", "seed", "external", "hold_out")}
     stage = Stage("03_make_folds", table, settings, {"duplicates.csv": source})
     if stage.is_current():

@@ -68,8 +68,8 @@ def main():
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
     recipes = {name: get_recipe(name, args.settings) for name in args.recipe}
-    samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
-    folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
+    samples = read_table(args.work / "samples.csv", cli.other("01_preprocess.py", args))
+    folds = read_table(args.work / "folds.csv", cli.other("03_make_folds.py", args))
 
     # Imported here, so that --help and mistakes on the command line do not wait for torch.
     from common.checkpoints import prepare

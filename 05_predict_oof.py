@@ -40,8 +40,8 @@ def main():
     args = parse_args()
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
-    folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
-    samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
+    folds = read_table(args.work / "folds.csv", cli.other("03_make_folds.py", args))
+    samples = read_table(args.work / "samples.csv", cli.other("01_preprocess.py", args))
 
     from common.exposure import exposure_warning
     from common.folds import HOLD_OUT, fold_numbers
@@ -79,7 +79,8 @@ def combine(args, recipe_name, numbers, part, how):
     if stage.is_current():
         return
     stage.begin(wait=True)  # it takes a second
-    ids, probs = how([load_predictions(path, "python 05_predict_oof.py") for path in sources], [str(p) for p in sources])
+    rerun = cli.other("05_predict_oof.py", args, "--recipes", recipe_name)
+    ids, probs = how([load_predictions(path, rerun) for path in sources], [str(p) for p in sources])
     save_predictions(stage.artifact, ids, probs)
     stage.finish(rows=len(ids), networks=[read_sidecar(path)["inputs"]["network"] for path in sources])
 

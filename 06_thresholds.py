@@ -21,10 +21,10 @@ from common.ensemble import (COMBINATIONS, align, combine, describe_ensemble, ev
                              stack_members)
 from common.errors import UserError
 from common.files import write_json
-from common.labels import parse_targets, read_csv, read_labels
+from common.labels import parse_targets, read_labels
 from common.predictions import (check_there, held_out_files, labelled_rows, member_files, read_groups, read_members,
                                 read_predictions, short_names)
-from common.submission import check_submission, recover
+from common.submission import check_submission, read_submission, recover
 from common.thresholds import METHODS, score_held_out
 
 
@@ -55,11 +55,11 @@ def main():
     args = parse_args()
     if args.reproduce:
         return reproduce(args)
-    hint = f"python 05_predict_oof.py --work {args.work} --recipes {','.join(args.recipes)}"
+    hint = cli.other("05_predict_oof.py", args, "--recipes", ",".join(args.recipes))
     names, sources = member_files(args.oof, args.work, args.recipes, "oof")
     check_there(sources, None if args.oof else hint)
     labels = (args.labels or args.data / "train.csv") if args.oof else args.work / "folds.csv"
-    labelled = read_labels(labels) if args.oof else read_table(labels, f"python 03_make_folds.py --work {args.work}")
+    labelled = read_labels(labels) if args.oof else read_table(labels, cli.other("03_make_folds.py", args))
     aside = {} if args.oof else held_out_files(args.work, args.recipes, labelled, hint)
     also = {name: path for name, path in {"prior": args.prior, "groups": args.groups, "ids": args.ids}.items() if path}
     stage = Stage("06_thresholds", args.work / "thresholds.json",
@@ -92,7 +92,7 @@ def reproduce(args):
     """Write the thresholds that make the submission --reproduce of the one file --oof."""
     if not args.oof or len(args.oof) != 1:
         raise UserError("--reproduce needs the one file of predictions that the submission was made from: --oof FILE")
-    submission = read_csv(args.reproduce, "Predicted")
+    submission = read_submission(args.reproduce)
     check_submission(submission, submission["Id"])
     ids, probs = read_predictions(args.oof[0], args.ids)
     (name,) = short_names(args.oof)

@@ -13,6 +13,7 @@ example python 07_ensemble.py --work work --recipes resnet50
 
 from common import cli  # first: from here on Ctrl+C is no traceback
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from common.exposure import exposure_warning
 from common.labels import read_csv
 from common.predictions import check_networks, check_there, member_files, read_members
 from common.submission import (check_out, check_submission, decide, describe_submission, known_labels, left_out_samples, override,
-                               read_thresholds, remember_submission, submission_table, with_empty_rows)
+                               read_submission, read_thresholds, remember_submission, submission_table, with_empty_rows)
 
 
 def parse_args():
@@ -53,20 +54,22 @@ def main():
     order = args.work / "samples.csv" if own else args.sample or args.data / "sample_submission.csv"
     wanted = wanted_ids(args, order, own)
     if args.check:
-        check_submission(read_csv(args.check, "Predicted"), wanted)
+        check_submission(read_submission(args.check), wanted)
         print(f"07_ensemble: {args.check} is a valid submission of {len(wanted)} rows")
         return
     if len(wanted) == 0:
-        print("07_ensemble: the data has no test samples, so there is no submission to make")
+        lost = left_out_samples(args.work / "left_out.csv") if own else ()
+        print(f"07_ensemble: {f'stage 01 left out all {len(lost)} test samples' if len(lost) else 'the data has no test samples'}, "
+              "so there is no submission to make")
         return
     found = args.thresholds or args.work / "thresholds.json"
-    makes = "--oof FILES --labels CSV" if args.test else f"--work {args.work} --recipes {recipes}"
+    makes = "--oof FILES --labels CSV" if args.test else shlex.join([*cli.folders(args), "--recipes", recipes])
     thresholds = read_thresholds(found, None if args.test else args.recipes, makes)
     names, sources = member_files(args.test, args.work, args.recipes, "test")
     if len(names) != len(thresholds["weights"]):
         raise UserError(f"{found} is for {len(thresholds['weights'])} members ({', '.join(thresholds['recipes'])}), found "
                         f"{len(names)}: {', '.join(names)}; give the same networks in the same order")
-    makes_members = None if args.test else f"python 05_predict_oof.py --work {args.work} --recipes {recipes}"
+    makes_members = None if args.test else cli.other("05_predict_oof.py", args, "--recipes", recipes)
     check_there(sources, makes_members)
     if own:
         if warning := exposure_warning(args.work):
@@ -76,7 +79,7 @@ def main():
     also, known = {"ids": args.ids} if args.ids else {}, None
     if args.override_duplicates:
         also["pairs"] = args.work / "duplicate_pairs.csv"
-        known = known_labels(read_table(also["pairs"], f"python 02_dedup.py --work {args.work}"), wanted)
+        known = known_labels(read_table(also["pairs"], cli.other("02_dedup.py", args)), wanted)
     left_out = args.work / "left_out.csv"
     if own and left_out.is_file():
         also["left_out.csv"] = left_out
@@ -106,7 +109,7 @@ def wanted_ids(args, order, own):
     """Return the Ids of the submission in its order."""
     if not own:
         return read_csv(order)["Id"].to_numpy()
-    samples = read_table(order, f"python 01_preprocess.py --data {args.data} --work {args.work}")
+    samples = read_table(order, cli.other("01_preprocess.py", args))
     return samples.loc[samples["part"] == "test", "Id"].to_numpy()
 
 

@@ -12,7 +12,7 @@ example python 08_report.py --work work
 """
 
 from common import cli
-from common.errors import UserError
+from common.errors import UserError, command
 
 
 def parse_args():
@@ -33,7 +33,7 @@ def main():
     from common.work import Work
 
     if not args.work.is_dir():
-        raise UserError(f"{args.work} is missing; run: bash run_all.sh --work {args.work}")
+        raise UserError(f"{args.work} is missing; run: {command('run_all.sh', '--work', args.work)}")
     work = Work(args.work)
     if args.sample is not None:
         html = sample_page(work, args.sample, args.recipe[0] if args.recipe else None)

@@ -11,7 +11,7 @@ example python 09_tables.py --work work --recipes resnet50,gapnet_pl
 
 from common import cli, tables
 from common.artifacts import Stage, digest, read_table, write_csv
-from common.errors import UserError, listing
+from common.errors import UserError, command, listing
 from common.files import write_text
 from common.recipes import ablation_runs
 
@@ -29,12 +29,12 @@ def main():
     args = parse_args()
     systems = {recipe: ablation_runs(recipe) for recipe in args.recipes}
     source = args.work / "folds.csv"
-    rows = tables.validation_rows(read_table(source, f"python 03_make_folds.py --work {args.work}"), args.folds)
+    rows = tables.validation_rows(read_table(source, cli.other("03_make_folds.py", args)), args.folds)
     files = tables.prediction_files(args.work, {run for runs in systems.values() for run in runs.values()},
                                     sorted(set(rows["fold"])))
     missing = tables.missing_runs(systems, files)
     if missing and not args.partial:
-        raise UserError(f"runs are missing; run: {command(args, missing)}\n"
+        raise UserError(f"runs are missing; run: {rerun(args, missing)}\n"
                         f"or give --partial to leave these columns empty:\n{listing(sum(missing.values(), []))}")
     files = {run: paths for run, paths in sorted(files.items()) if all(path.is_file() for path in paths.values())}
     tables.check_same_views(files)
@@ -44,13 +44,13 @@ def main():
                    **{f"{run}/{path.name}": path for run, paths in files.items() for path in paths.values()}})
     if not stage.is_current():
         stage.begin()
-        probs = {run: tables.load_run(paths, rows, command(args, args.recipes)) for run, paths in files.items()}
+        probs = {run: tables.load_run(paths, rows, rerun(args, args.recipes)) for run, paths in files.items()}
         write(stage, *tables.score_systems(systems, probs, rows), tables.notes(systems, missing, rows))
     print("\n" + stage.artifact.read_text(encoding="utf-8"), end="")
 
 
-def command(args, recipes):
-    return f"bash run_tables.sh --recipes {','.join(recipes)} --data {args.data} --work {args.work}"
+def rerun(args, recipes):
+    return command("run_tables.sh", "--recipes", ",".join(recipes), "--data", args.data, "--work", args.work)
 
 
 def write(stage, scores, gains, remarks):

@@ -8,7 +8,7 @@ usage() {
 usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,3,4] [--set FIELD=VALUE]
                        [--pretrained auto|none|FILE] [--weights-dir DIR] [--device D] [--precision P] [--jobs N]
                        [--workers N] [--fast] [--white-level V] [--black-level V] [--quick] [--tables]
-                       [--dry-run] [--check]
+                       [--keep-going] [--dry-run] [--check]
 
   --data DIR     input in the competition's layout (default: data; where that is missing, demo data is made)
   --work DIR     folder for everything that is made (default: work)
@@ -20,6 +20,7 @@ usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,
                  two folds, at most 1000 training samples, no test-time views
   --tables       train what the paper's Tables 1, 2 and 3 compare (every variant of each recipe) and write the tables
                  in place of a submission; the same as bash run_tables.sh
+  --keep-going   leave out samples with missing or bad files, by name, as stage 01 does
   --pretrained X weights to start from: auto (default), none, or a file
   --weights-dir DIR  where published weights lie or are downloaded to (default: torch's cache)
   --device D     where networks run: auto (default: all GPUs, or the CPU), cuda, cuda:1, cpu
@@ -37,9 +38,10 @@ TEXT
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 caller=$PWD
-data='' work=work recipes='' folds='' quick=false tables=false dry=false check=false settings=() pretrained='' weights_dir='' weights=() hardware=() jobs=() levels=()
+data='' work=work recipes='' folds='' quick=false tables=false dry=false check=false keep_going=() settings=() pretrained='' weights_dir=''
+weights=() hardware=() jobs=() levels=()
 flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir --device --precision --jobs --workers --fast --tables
-    --white-level --black-level --dry-run --check --help)
+    --white-level --black-level --keep-going --dry-run --check --help)
 
 fail() { echo "error: $1" >&2; exit 2; }
 
@@ -67,6 +69,7 @@ while [ $# -gt 0 ]; do
         --white-level | --black-level) levels+=("$1" "$2"); shift 2 ;;
         --quick) quick=true; shift ;;
         --tables) tables=true; shift ;;
+        --keep-going) keep_going=(--keep-going); shift ;;
         --dry-run) dry=true; shift ;;
         --check) check=true; shift ;;
         -h | --help) usage; exit 0 ;;
@@ -149,10 +152,10 @@ cli.run(lambda: print(",".join(run for name in sys.argv[1].split(",") for run in
 fi
 if $check; then
     "$PYTHON" 01_preprocess.py --check "${places[@]}" --recipes "$runs" --folds "$folds" --n-folds "$n_folds" "${limit[@]}" \
-        "${views[@]}" "${parts[@]}" "${weights[@]}" "${levels[@]}" "${changes[@]}"
+        "${keep_going[@]}" "${views[@]}" "${parts[@]}" "${weights[@]}" "${levels[@]}" "${changes[@]}"
     exit
 fi
-run "$PYTHON" 01_preprocess.py "${places[@]}" --recipes "$runs" "${limit[@]}" "${levels[@]}" "${changes[@]}"
+run "$PYTHON" 01_preprocess.py "${places[@]}" --recipes "$runs" "${limit[@]}" "${levels[@]}" "${keep_going[@]}" "${changes[@]}"
 run "$PYTHON" 02_dedup.py "${places[@]}"
 run "$PYTHON" 03_make_folds.py "${places[@]}" --n-folds "$n_folds"
 run "$PYTHON" 04_train.py "${places[@]}" --recipe "$runs" --folds "$folds" "${hardware[@]}" "${jobs[@]}" "${weights[@]}" "${changes[@]}"

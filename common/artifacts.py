@@ -16,17 +16,24 @@ import pandas as pd
 
 from common.arrays import read_arrays
 from common.classes import CLASS_NAMES
-from common.errors import UserError, first_line, listing
+from common.errors import UserError, command, listing
 from common.files import write_json, writing
 from common.locks import Lock
+from common.recipes import store_settings
+from common.text_tables import BadTable, composed, read_text_table
 
 
-# What stages write into their tables, and which of it are numbers.
-COLUMNS = {"samples.csv": "Id part Target side", "images": "Id side crc", "left_out.csv": "Id part Target place",
-           "duplicates.csv": "Id part Target near_group group kept", "folds.csv": "Id Target part group fold copies",
-           "duplicate_pairs.csv": "Id part Target other_Id other_part other_Target red green blue agreement",
+STATISTICS = " ".join(f"{value}_{channel}~" for value in ("mean", "std", "zeros", "saturated")
+                      for channel in ("red", "green", "blue", "yellow"))
+# What stages write into their tables: text, whole numbers (#), and numbers (~), which may be unknown.
+COLUMNS = {"samples.csv": "Id part Target side#", "images": f"Id side# crc {STATISTICS}", "left_out.csv": "Id part Target place#",
+           "duplicates.csv": "Id part Target near_group group kept#", "folds.csv": "Id Target part group fold# copies#",
+           "duplicate_pairs.csv": "Id part Target other_Id other_part other_Target red# green# blue# agreement~",
+           "lr_find.csv": "learning_rate~ loss~ smoothed~", "hard_classes.csv": "class ranked# kept#",
+           "hard_samples.csv": "Id Target share_kept~ mean_loss~", "gains.csv": "model column gain~ low~ high~ paper~",
            "submission.csv": "Id Predicted"}
-NUMBERS = {"side", "place", "kept", "fold", "copies", "red", "green", "blue"}
+KINDS = {"#": int, "~": float}
+ROUNDING = 1e-5  # a sum of float32 probabilities may be this far above 1
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
@@ -52,32 +59,39 @@ def read_lines(path: Path) -> list[dict]:
 
 def read_table(path: Path, made_by: str) -> pd.DataFrame:
     """Read a CSV artifact with text kept as text; say which command makes it where it is missing or damaged."""
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"{path} is missing; run: {made_by}")
+    columns = COLUMNS.get("images" if path.parent.name == "images" else path.name, "").split()
+    kinds = {name.rstrip("#~"): KINDS.get(name[-1]) for name in columns}
+
+    def kinds_of(header: list[str]) -> dict[str, type]:
+        lacking = [name for name in kinds if name not in header]
+        if lacking:
+            raise BadTable(f"has no column {lacking[0]}, which its stage writes")
+        return {name: kind for name, kind in kinds.items() if kind}
+
     try:
-        table = pd.read_csv(path, dtype={"Id": str, "Target": str, "crc": str}, keep_default_na=False)
-    except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
-        raise UserError(f"{path} is not the table that its stage wrote ({first_line(error)}); delete it and run: "
-                        f"{made_by}") from None
-    check_columns(table, Path(path), made_by)
-    if "Id" in table:
-        check_ids(table["Id"], path)
+        table = read_text_table(path, kinds_of)
+    except BadTable as error:
+        raise UserError(f"{path} {error}; delete it and run: {made_by}") from None
+    for name in table.columns.intersection(["Id", "other_Id"]):
+        check_ids(table[name], path)
     return table
 
 
-def check_columns(table: pd.DataFrame, path: Path, made_by: str) -> None:
-    """Refuse a table without the columns that its stage writes, or with text where numbers are due."""
-    columns = COLUMNS.get("images" if path.parent.name == "images" else path.name, "").split()
-    for name in columns:
-        if name not in table:
-            raise UserError(f"{path} has no column {name}, which its stage writes; delete it and run: {made_by}")
-        if name in NUMBERS and len(table) and not pd.api.types.is_numeric_dtype(table[name]):
-            raise UserError(f"{path} has text in its column {name}, expected numbers; delete it and run: {made_by}")
+def preprocess_command(work: Path, store: str | None = None) -> str:
+    """Return the last command of stage 01, if need be with the size of a folder of stored images that it has to fill."""
+    samples = work / "samples.csv"
+    record = read_sidecar(samples) if sidecar(samples).is_file() else {"outputs": {}}
+    made = store is None or f"images/{store}.csv" in record["outputs"]
+    size = [] if made else ["--set", *store_settings(store)]
+    return command("01_preprocess.py", *record.get("arguments", []), *size, "--work", work)
 
 
 def stored_images(work: Path, store: str, ids) -> pd.DataFrame:
     """Return stage 01's statistics of the given Ids in one folder of stored images, in their order."""
-    rerun = f"python 01_preprocess.py --work {work} --recipes RECIPE"
+    rerun = preprocess_command(work, store)
     table = read_table(work / "images" / f"{store}.csv", rerun).set_index("Id")
     missing = [Id for Id in ids if Id not in table.index]
     if missing:
@@ -100,20 +114,25 @@ def check_ids(ids, path) -> None:
 
 # --- predictions -------------------------------------------------------------------------------------------
 
-def check_probabilities(ids, probs, name) -> None:
-    """Refuse repeated Ids, a wrong shape, NaN and values outside [0, 1]."""
+def check_probabilities(ids, probs, name) -> np.ndarray:
+    """Return probabilities within [0, 1], into which what is outside by rounding is moved.
+
+    Raises UserError for repeated Ids, a wrong shape, NaN and values outside by more.
+    """
     ids, probs = np.asarray(ids), np.asarray(probs)
     if probs.shape != (len(ids), len(CLASS_NAMES)):
         raise UserError(f"{name}: expected probabilities of shape ({len(ids)}, {len(CLASS_NAMES)}), found {probs.shape}")
-    wrong = ~((probs >= 0) & (probs <= 1))  # NaN is neither
+    wrong = ~((probs >= -ROUNDING) & (probs <= 1 + ROUNDING))  # NaN is neither
     if wrong.any():
         rows = np.flatnonzero(wrong.any(axis=1))
-        found = [f"{ids[i]}: {probs[i, wrong[i].argmax()]:g} for {CLASS_NAMES[wrong[i].argmax()]}" for i in rows[:10]]
+        cells = [(i, wrong[i].argmax()) for i in rows[:10]]
+        found = [f"{ids[i]}: {np.format_float_positional(probs[i, c], trim='-')} for {CLASS_NAMES[c]}" for i, c in cells]
         raise UserError(f"{name}: expected probabilities in [0, 1], found NaN or values outside in {len(rows)} rows, "
                         f"such as:\n{listing(found)}")
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
         raise UserError(f"{name}: these Ids appear more than once:\n{listing(values[counts > 1])}")
+    return np.clip(probs, 0, 1)
 
 
 def prediction_file(work: Path, recipe_name: str, part: str, fold: int | None = None) -> Path:
@@ -124,27 +143,30 @@ def prediction_file(work: Path, recipe_name: str, part: str, fold: int | None = 
 def save_predictions(path: Path, ids, probs) -> None:
     """Write `ids (n,)`, `probs (n, 28) float32` in [0, 1] and `classes (28,)` as one .npz."""
     ids, probs = np.asarray(ids, dtype=str), np.asarray(probs, dtype=np.float32)
-    check_probabilities(ids, probs, path)
+    probs = check_probabilities(ids, probs, path)
     with writing(path) as temporary:
         np.savez(temporary, ids=ids, probs=probs, classes=np.array(CLASS_NAMES))
 
 
-def load_predictions(path: Path, made_by: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return `ids (n,)` and `probs (n, 28)` of a file written by `save_predictions`, checked again."""
+def load_predictions(path: Path, made_by: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return `ids (n,)` and `probs (n, 28)` of a file written by `save_predictions`, checked again.
+
+    made_by : the command that makes it; None where the file comes from elsewhere
+    """
+    cure = f"run: {made_by}" if made_by else "expected what stage 05 writes, or a .csv file with Id and 28 columns"
     if not Path(path).is_file():
-        raise UserError(f"{path} is missing; run: {made_by}")
+        raise UserError(f"{path} is missing; {cure}")
     try:
         arrays = read_arrays(path)
         ids, probs, classes = arrays["ids"], arrays["probs"], arrays["classes"].tolist()
         if ids.ndim != 1 or ids.dtype.kind != "U" or probs.dtype.kind != "f":
             raise ValueError(f"ids {ids.shape} of {ids.dtype}, probs {probs.shape} of {probs.dtype}")
-        ids.tolist()  # raises where it holds what is no text
+        ids = np.array([composed(Id) for Id in ids.tolist()], dtype=str)  # raises where it holds what is no text
     except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a predictions file ({error}); run: {made_by}") from None
+        raise UserError(f"{path} is not a predictions file ({error}); {cure}") from None
     if classes != list(CLASS_NAMES):
-        raise UserError(f"{path} was made for other classes; run: {made_by}")
-    check_probabilities(ids, probs, path)
-    return ids, probs
+        raise UserError(f"{path} was made for other classes; {cure}")
+    return ids, check_probabilities(ids, probs, path)
 
 
 # --- fingerprints and sidecars -----------------------------------------------------------------------------

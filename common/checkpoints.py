@@ -12,7 +12,7 @@ import torch
 from common.arrays import refuse_inflated
 from common.artifacts import Stage, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.errors import UserError, first_line
+from common.errors import UserError, command, first_line
 from common.files import writing
 from common.fold_data import training_inputs
 from common.inference import Hardware, Normalisation
@@ -193,7 +193,7 @@ def check_alike(work: Path, name: str, numbers: list[int]) -> None:
         changed = [f"{key} {first[1][key]} and {value}" for key, value in recipe.items() if value != first[1][key]]
         if changed:
             raise UserError(f"folds {first[0]} and {fold} of {name} were trained with different recipes: {'; '.join(changed)}; train one "
-                            f"of them anew: python 04_train.py --work {work} --recipe {name} --folds {fold} --force")
+                            f"of them anew: {command('04_train.py', '--work', work, '--recipe', name, '--folds', fold, '--force')}")
 
 
 def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, which: str) -> tuple[Path, Recipe]:
@@ -203,7 +203,7 @@ def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, w
     there are now: its out-of-fold rows would not be out of fold.
     """
     folder = work / "runs" / name / f"fold{fold}"
-    train = f"python 04_train.py --work {work} --recipe {name} --folds {fold}"
+    train = command("04_train.py", "--work", work, "--recipe", name, "--folds", fold)
     if not sidecar(folder / "best.pt").is_file():
         raise UserError(f"{folder} has no finished training; run: {train}")
     meta = read_sidecar(folder / "best.pt")

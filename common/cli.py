@@ -11,9 +11,11 @@ from pathlib import Path
 
 from common import stopping
 from common.errors import WORKER_LOST, UserError, is_out_of_memory, nearest
+from common.errors import command as command_line
 from common.recipes import run_name
 
 
+DATA = Path("data")
 OUT_OF_MEMORY = ("the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, or "
                  "try --device cpu")
 
@@ -42,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 def parser(description: str) -> Parser:
     """Return a parser with the flags that every stage takes: --data and --work."""
     result = Parser(description)
-    result.add_argument("--data", type=folder, default=Path("data"), metavar="DIR",
+    result.add_argument("--data", type=folder, default=DATA, metavar="DIR",
                         help="input folder in the competition's layout (default: data); never written to")
     result.add_argument("--work", type=folder, default=Path("work"), metavar="DIR",
                         help="folder for everything that is made (default: work)")
@@ -245,6 +247,24 @@ def say_stopped(stop: BaseException) -> None:
 def leave_out(flag: str) -> None:
     """From here on the command that goes on is without a flag: what it asks for is done, and would undo what comes now."""
     sys.argv = [argument for argument in sys.argv if argument != flag]
+
+
+def other(script: str, args, *more: str) -> str:
+    """Return the command of another script on the folders of this one."""
+    return command_line(script, *folders(args), *more)
+
+
+def folders(args) -> list[str]:
+    """Return the flags of the folders that a command line was given."""
+    data = ["--data", str(args.data)] if args.data != DATA else []
+    return [*data, "--work", str(args.work)]
+
+
+def arguments_without(flag: str) -> list[str]:
+    """Return the arguments of this command line without a flag of one value and its value."""
+    given = sys.argv[1:]
+    return [argument for k, argument in enumerate(given)
+            if argument != flag and not argument.startswith(f"{flag}=") and (k == 0 or given[k - 1] != flag)]
 
 
 def command() -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common import cli
 from common.environment import unmet
-from common.errors import UserError, first_line, listing
+from common.errors import UserError, command, first_line, listing
 from common.progress import progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,7 @@ def checks(args):
     costs = {}
     for name, recipe in seen.recipes.items():
         print(f"measuring steps of {name}, a minute at most on most machines", file=sys.stderr, flush=True)
-        cost = yield from guarded(f"memory, {name}", memory(name, recipe))
+        cost = yield from guarded(f"memory, {name}", memory(name, recipe, cli.folders(args)))
         costs |= {name: cost} if cost else {}
     yield from guarded("disk", disk(args, seen, folds, costs))
     yield from guarded("time", times(args, seen, folds, costs))
@@ -193,8 +193,9 @@ class Seen:
 
 def look_at_input(args):
     """Yield how CSV files and images are; returns a `Seen`, None where no sample can be used."""
-    from common.preprocess import list_samples
+    from common.preprocess import kept_going, list_samples
 
+    args.keep_going |= kept_going(args.work)
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
         samples, bad = list_samples(args.data.resolve(), args.limit)
@@ -328,7 +329,7 @@ def labels(args, seen: Seen):
         yield Check("labels", WARNING, f"{len(absent)} of 28 classes have no sample and will count as 0: {', '.join(absent)}",
                     "a class needs at least one sample a fold to be learnt and scored")
     if (args.work / "folds.csv").is_file():
-        folds, origin = read_table(args.work / "folds.csv", ""), f"folds of {args.work / 'folds.csv'}"
+        folds, origin = read_table(args.work / "folds.csv", makes_folds(args)), f"folds of {args.work / 'folds.csv'}"
     else:
         rows = [(s.Id, s.part, s.Target, s.Id, 1) for s in labelled]
         folds = make_folds(pd.DataFrame(rows, columns=["Id", "part", "Target", "group", "kept"]), args.n_folds, 4, 0)
@@ -394,7 +395,7 @@ def work_so_far(args, seen: Seen):
     from common.exposure import Levels, exposure_warning
     from common.fold_data import training_inputs
     from common.folds import fold_numbers
-    from common.preprocess import preprocess_stage, source_state, wanted_stores
+    from common.preprocess import known_states, preprocess_stage, wanted_stores
     from common.recipes import get_recipe, run_parameters
 
     if not (args.work / "samples.csv").is_file():
@@ -402,10 +403,10 @@ def work_so_far(args, seen: Seen):
     if line := exposure_warning(args.work):
         yield Check("work so far", WARNING, f"the images that are stored: {line.removeprefix('warning: ')}")
     stores = wanted_stores(get_recipe(name, args.settings) for name in args.recipes)
-    reason = preprocess_stage(args.work, seen.samples, {sample: source_state(sample) for sample in seen.samples}, stores,
+    reason = preprocess_stage(args.work, seen.samples, known_states(seen.samples, args.work, None), stores,
                               Levels(args.black_level, args.white_level), args.keep_going, args.store == "raw").why_stale() or ""
     trained = []
-    folds = read_table(args.work / "folds.csv", "") if (args.work / "folds.csv").is_file() else None
+    folds = read_table(args.work / "folds.csv", makes_folds(args)) if (args.work / "folds.csv").is_file() else None
     for name, recipe in seen.recipes.items() if folds is not None else ():
         for fold in args.folds or fold_numbers(folds):
             folder = args.work / "runs" / name / f"fold{fold}"
@@ -419,7 +420,7 @@ def work_so_far(args, seen: Seen):
             changes = stage.changes(begun)
             if changes:
                 yield Check("work so far", FAILS, f"{folder} was trained on something else ({changes})",
-                            f"python 04_train.py --work {args.work} --recipe {name} --folds {fold} --force trains it anew; or "
+                            f"{cli.other('04_train.py', args, '--recipe', name, '--folds', fold, '--force')} trains it anew; or "
                             "give another --work")
     if "changed" in reason and trained:
         yield Check("work so far", WARNING, f"stage 01 will run again ({reason}); trained already: {', '.join(trained)}",
@@ -428,7 +429,7 @@ def work_so_far(args, seen: Seen):
         yield Check("work so far", FINE, f"begun or trained already, to be gone on with: {', '.join(trained)}")
 
 
-def memory(name: str, recipe):
+def memory(name: str, recipe, folders=()):
     """Yield whether a batch will fit into memory; returns the recipe's measured `Cost`."""
     from common.estimate import batch_that_fits, free_memory, measure
     from common.hardware import choose_hardware
@@ -446,7 +447,8 @@ def memory(name: str, recipe):
     else:
         cure = "use a smaller crop: --set crop_size=..., or another machine"
         if fits >= 2:
-            cure = f"train with: python 04_train.py --recipe {name} --micro-batch {fits}, then go on with run_all.sh"
+            train = command("04_train.py", *folders, "--recipe", name, "--micro-batch", fits)
+            cure = f"train with: {train}, then go on with run_all.sh"
         yield Check(f"memory, {name}", FAILS, f"a batch of {recipe.batch_size} does not fit: {each}, {what}", cure)
     if hardware.workers:
         yield shared_memory(recipe, hardware.workers, shutil.disk_usage("/dev/shm").free, name)
@@ -517,6 +519,10 @@ def times(args, seen: Seen, folds, costs: dict):
         everything += train + predict
     yield Check("time, in all", ESTIMATE, f"{duration(everything)} at most, one fold after the other, on a "
                                           f"{hardware.device.type} as busy as it was now; training may end earlier")
+
+
+def makes_folds(args) -> str:
+    return cli.other("03_make_folds.py", args)
 
 
 # --- words -------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""The one exception for what a user can mend, and how long lists are told."""
+"""The one exception for what a user can mend, and how long lists and commands are told."""
+
+import shlex
 
 
 WORKER_LOST = ("a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, "
@@ -31,6 +33,11 @@ def listing(items, limit: int = 10) -> str:
     if len(items) > limit:
         lines.append(f"  ... and {len(items) - limit} more ({len(items)} in all)")
     return "\n".join(lines)
+
+
+def command(script: str, *arguments) -> str:
+    """Return the command line of a script so that it can be pasted, whatever its paths are called."""
+    return shlex.join(["bash" if script.endswith(".sh") else "python", script, *map(str, arguments)])
 
 
 def nearest(word: str, known) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import tifffile
 
 from common import tiff
+from common.artifacts import preprocess_command
 from common.errors import UserError, first_line
 from common.exposure import WHOLE, Levels
 from common.files import writing
@@ -91,7 +92,10 @@ def read_planes(path: Path, crc: str | None = None, window: tuple[int, float, fl
         if not right_pixels:
             raise ValueError("its pixels are not those that were stored")
     except Exception as error:  # decoders raise many kinds; each means a missing or damaged file
-        raise UserError(f"{path} cannot be read ({first_line(error)}); delete it, and run: python 01_preprocess.py") from None
+        rerun = preprocess_command(path.parent.parent.parent, path.parent.name)
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{path} is missing; run: {rerun}") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); delete it, and run: {rerun}") from None
     return planes[:, top:top + size, left:left + size]
 
 

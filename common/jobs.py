@@ -11,6 +11,7 @@ from common.artifacts import Stage, digest, prediction_file, read_table, save_pr
 from common.checkpoints import (FORMAT, check_recipe, check_unfinished, finished_checkpoint, load_checkpoint, load_network,
                                 made_from, restoring)
 from common.distributed import Team
+from common.errors import command
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, image_set, load_fold, training_inputs
 from common.hardware import Hardware, HardwareOptions, batch_bytes, choose_hardware, fit_shared_memory
@@ -94,7 +95,7 @@ def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str,
             return
         if team.is_main:
             check_unfinished(stage)
-        folds = read_table(work / "folds.csv", "python 03_make_folds.py")
+        folds = read_table(work / "folds.csv", command("03_make_folds.py", "--work", work))
         data = load_fold(work, folds, fold, recipe, start.normalisation)
         stage.check_unchanged(training_inputs(work, folds, recipe))  # it may have waited for days
         check_team(recipe, len(data.train), hardware)
@@ -129,7 +130,7 @@ def found_rates(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware
 def find_lr(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int,
             options: HardwareOptions) -> None:
     """Run the learning rate finder of a fold and save its curve: a job of stage 04 with --find-lr."""
-    data = load_fold(work, read_table(work / "folds.csv", "python 03_make_folds.py"), fold, recipe,
+    data = load_fold(work, read_table(work / "folds.csv", command("03_make_folds.py", "--work", work)), fold, recipe,
                      start.normalisation)
     hardware = training_hardware(options, recipe)
     with stage.lock() if hardware.team.is_main else nullcontext():

@@ -1,7 +1,5 @@
 """Read the competition's CSV files: Ids and label sets, none of them trusted."""
 
-import csv
-import io
 import re
 from pathlib import Path
 
@@ -10,10 +8,8 @@ import pandas as pd
 
 from common.artifacts import check_ids
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.errors import UserError, first_line, listing
-
-MAX_BYTES = 2 ** 26  # of a CSV file: fifty times the competition's
-MAX_HEADER = 10_000  # characters of its first line
+from common.errors import UserError, listing
+from common.text_tables import BadTable, read_text_table
 
 
 def read_csv(path: Path, *columns: str) -> pd.DataFrame:
@@ -23,37 +19,17 @@ def read_csv(path: Path, *columns: str) -> pd.DataFrame:
     file names (an Id becomes part of a path, so it must not lead out of its folder).
     """
     columns = ["Id", *columns]
-    expected = f"a CSV file with the column{'s' * (len(columns) > 1)} {','.join(columns)}"
     if not path.is_file():
-        raise UserError(f"{path} is missing; expected {expected}")
-    check_csv(path, MAX_BYTES)
+        raise UserError(f"{path} is missing; expected a CSV file with the column{'s' * (len(columns) > 1)} {','.join(columns)}")
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, on_bad_lines="error", compression=None)
-    except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
-        raise UserError(f"{path} is not {expected}: {first_line(error)}") from None
+        frame = read_text_table(path)
+    except BadTable as error:
+        raise UserError(f"{path} {error}") from None
     missing = [name for name in columns if name not in frame]
     if missing:
-        raise UserError(f"{path} has no column {missing[0]}; its columns are {', '.join(frame.columns)}")
+        raise UserError(f"{path} has no column {missing[0]}; its columns are {', '.join(map(repr, frame.columns))}")
     check_samples(frame["Id"], path)
     return frame[columns]
-
-
-def check_csv(path: Path, most: int) -> None:
-    """Refuse a CSV file that is larger than any of its kind, or so wide that its columns alone would fill the memory, or that
-    has two columns of one name: pandas would rename one."""
-    if path.stat().st_size > most:
-        raise UserError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; expected a CSV file of at most {most / 1e6:.0f} MB")
-    with open(path, encoding="latin-1", newline="") as file:
-        start = file.read(MAX_HEADER + 1)
-    try:
-        header, *rest = csv.reader(io.StringIO(start, newline=""))
-    except (csv.Error, ValueError):  # a field without end, or an empty file
-        header, rest = [], []
-    if len(start) > MAX_HEADER and not rest:
-        raise UserError(f"{path} has a first line of over {MAX_HEADER} characters; expected the names of a few columns")
-    twice = [name for name in header if header.count(name) > 1]
-    if twice:
-        raise UserError(f"{path} has the column {twice[0]!r} {header.count(twice[0])} times; expected once")
 
 
 def check_samples(ids: pd.Series, path: Path) -> None:

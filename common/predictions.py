@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.arrays import MAX_BYTES, read_arrays
+from common.arrays import read_arrays
 from common.artifacts import check_probabilities, load_predictions, prediction_file, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.errors import UserError, first_line, listing
+from common.errors import UserError, listing
 from common.folds import HOLD_OUT
-from common.labels import check_csv, check_samples, read_csv
+from common.labels import check_samples, read_csv
+from common.text_tables import BadTable, read_text_table
 
 
 def member_files(given: list[Path] | None, work: Path, recipes: list[str], part: str) -> tuple[list[str], list[Path]]:
@@ -76,11 +77,12 @@ def read_predictions(path: Path, ids: Path | None = None) -> tuple[np.ndarray, n
     ids : CSV file whose column Id names the rows of a .npy
     """
     check_there([path], None)
-    if path.suffix == ".npz":
-        return load_predictions(path, f"python 05_predict_oof.py, or give {path.name} as a CSV file with Id and 28 columns")
-    if path.suffix == ".csv":
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return load_predictions(path, None)
+    if suffix == ".csv":
         return read_prediction_table(path)
-    if path.suffix != ".npy":
+    if suffix != ".npy":
         raise UserError(f"{path}: expected predictions as .npz, .csv or .npy")
     if ids is None:
         raise UserError(f"{path} has no Ids; name a CSV file with a column Id in the order of its rows: --ids CSV")
@@ -93,22 +95,22 @@ def read_predictions(path: Path, ids: Path | None = None) -> tuple[np.ndarray, n
 
 def read_prediction_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a CSV file with Id and 28 columns of probabilities."""
-    check_csv(path, MAX_BYTES)
     try:
-        header = list(pd.read_csv(path, nrows=0, compression=None).columns)
-        columns = [name for name in header if name != "Id"]
-        frame = pd.read_csv(path, dtype={"Id": str}, keep_default_na=False, compression=None,
-                            na_values=dict.fromkeys(columns, ["", "NaN", "nan"]))
-    except ValueError as error:  # pandas' own errors are of this kind, and so is text that is not UTF-8
-        raise UserError(f"{path} is not a CSV file with Id and {N_CLASSES} columns: {first_line(error)}") from None
+        frame = read_text_table(path, lambda header: dict.fromkeys(probability_columns(path, header), float))
+    except BadTable as error:
+        raise UserError(f"{path} {error}") from None
+    check_samples(frame["Id"], path)
+    columns = in_label_order(path, probability_columns(path, list(frame.columns)))
+    return checked(path, frame["Id"].to_numpy(str), frame[columns].to_numpy())
+
+
+def probability_columns(path: Path, header: list[str]) -> list[str]:
+    """Return the 28 columns beside Id."""
+    columns = [name for name in header if name != "Id"]
     if "Id" not in header or len(columns) != N_CLASSES:
         raise UserError(f"{path}: expected the column Id and {N_CLASSES} columns of probabilities, found "
-                        f"{'' if 'Id' in header else 'no '}Id and {len(columns)} others: {', '.join(header[:5])} ...")
-    check_samples(frame["Id"], path)
-    words = [name for name in columns if not pd.api.types.is_numeric_dtype(frame[name])]
-    if words:
-        raise UserError(f"{path}: expected numbers, found other text in these columns:\n{listing(words)}")
-    return checked(path, frame["Id"].to_numpy(str), frame[in_label_order(path, columns)].to_numpy())
+                        f"{'' if 'Id' in header else 'no '}Id and {len(columns)} others: {', '.join(map(repr, header[:5]))} ...")
+    return columns
 
 
 def in_label_order(path: Path, columns: list[str]) -> list[str]:
@@ -125,8 +127,7 @@ def in_label_order(path: Path, columns: list[str]) -> list[str]:
 def checked(path: Path, ids: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if probs.dtype.kind not in "fiu":
         raise UserError(f"{path}: expected numbers, found {probs.dtype}")
-    check_probabilities(ids, probs, path)
-    return ids, probs.astype(np.float32, copy=False)
+    return ids, check_probabilities(ids, probs, path).astype(np.float32, copy=False)
 
 
 def read_groups(path: Path, ids: np.ndarray) -> np.ndarray:

@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 
 from common import exposure, images, sources
-from common.artifacts import Stage, check_ids, digest, read_table, write_csv
+from common.artifacts import Stage, check_ids, digest, preprocess_command, read_sidecar, read_table, sidecar, write_csv
 from common.errors import UserError, listing
 from common.exposure import WHOLE, Levels
-from common.files import clear_leftovers, csv_files, naming
+from common.files import clear_leftovers, crc32, csv_files, naming
 from common.labels import absent_classes, parse_targets, read_csv, read_labels
 from common.parallel import run_parallel
 from common.recipes import stored_size
+from common.text_tables import composed
 
 HASH_SIZE = 128  # pixels; every sample is stored at this size too, for stage 02
 COMPRESSED = 0.35  # of the raw bytes that a large stored image takes, about: 0.3 to 0.8 MB of 2.36 MB at 768 px
@@ -87,15 +88,33 @@ def list_external(data: Path) -> tuple[pd.DataFrame, list[dict]]:
     return read_labels(tables[0]), [sources.list_files(data / "external"), sources.list_files(data / "external" / "images")]
 
 
-def source_state(sample: Sample) -> str:
+def source_state(sample: Sample, entry: bool = True) -> str:
     """Fingerprint a sample's files by name, size and times of change, without reading them; programs that copy or unpack
-    files set the time of their content (mtime), none that of their entry (ctime)."""
-    return digest([[path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path in sample.files for stat in (path.stat(),)])
+    files set the time of their content (mtime), none that of their entry (ctime).
+
+    entry : whether that of the entry counts, which new rights or another owner change too
+    """
+    stats = [(path.name, path.stat()) for path in sample.files]
+    return digest([[name, stat.st_size, stat.st_mtime_ns, *((stat.st_ctime_ns,) if entry else ())] for name, stat in stats])
+
+
+def content(files: tuple[Path, ...]) -> list[int] | None:
+    """Return the CRC-32 of each file's bytes, None where one cannot be read."""
+    try:
+        return [crc32(path) for path in files]
+    except OSError:
+        return None
 
 
 def wanted_stores(recipes) -> list[str]:
     """Return the folders of stored images that recipes ask for, and the one that stage 02 reads."""
     return sorted({str(HASH_SIZE), *(recipe.store for recipe in recipes)})
+
+
+def kept_going(work: Path) -> bool:
+    """Tell whether the run that made samples.csv was to leave out what cannot be used."""
+    table = work / "samples.csv"
+    return sidecar(table).is_file() and bool(read_sidecar(table)["parameters"].get("keep_going"))
 
 
 def preprocess_stage(work: Path, samples: list[Sample], states: dict[Sample, str], stores: list[str], levels: Levels,
@@ -147,7 +166,34 @@ def is_of_kind(record: dict, store: str, raw: bool) -> bool:
     return stored_size(store, record["side"]) <= images.PLAIN_SIDE or (store in record["raw"]) == raw
 
 
+def known_states(samples: list[Sample], work: Path, n_jobs: int | None) -> dict[Sample, str]:
+    """Return the state of each sample's files: that in which the journal knows them, where only the times of their entries
+    have changed and their content has not. The journal then notes the new times, so that nothing is read twice.
+
+    n_jobs : processes that read files; None = content is taken for unchanged, and nothing is read or noted
+    """
+    journal = work / "images" / "journal.jsonl"
+    records, states = read_journal(journal), {sample: source_state(sample) for sample in samples}
+    moved = [s for s in samples if s.Id in records and "content" in records[s.Id] and states[s] != records[s.Id]["source"]
+             and records[s.Id].get("unmoved") == source_state(s, entry=False)]
+    same = [s for s in moved if n_jobs is None or records[s.Id].get("seen") == states[s]]
+    doubtful = [s for s in moved if s not in set(same)]
+    if doubtful:
+        with naming(journal), open(journal, "a", encoding="utf-8") as file:
+            for k, found in run_parallel(content, [(s.files,) for s in doubtful], n_jobs, "comparing"):
+                record = records[doubtful[k].Id]
+                if found == record["content"]:
+                    same.append(doubtful[k])
+                    file.write(json.dumps(record | {"seen": states[doubtful[k]]}) + "\n")
+    return states | {s: records[s.Id]["source"] for s in same}
+
+
 # --- checking and making -----------------------------------------------------------------------------------
+
+def store_and_read(Id: str, files: tuple[Path, ...], *more) -> tuple:
+    """Return what `images.store_sample` returns, and the content of the files."""
+    return *images.store_sample(Id, files, *more), content(files)
+
 
 def bad_table(bad: dict[Sample, str], samples: list[Sample]) -> pd.DataFrame:
     """Table of samples that cannot be used: Id, part, Target, place among the samples of that part, reason."""
@@ -163,8 +209,12 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path) -> N
     """Write a table of the bad samples and raise a UserError that lists the first of them."""
     table = bad_table(bad, samples)
     write_csv(report, table)
+    tests = [sample for sample in samples if sample.part == "test"]
+    absent = ""
+    if tests and all(sample in bad and not sample.files for sample in tests):
+        absent = "\nno test sample has its images: with --keep-going there is no submission"
     raise UserError(f"{len(bad)} samples cannot be used (all of them in {report}):\n{listing(table['reason'])}\n"
-                    "mend or remove them and run this again, or leave them out with --keep-going")
+                    f"mend or remove them and run this again, or leave them out with --keep-going{absent}")
 
 
 def space_needed(sides: list[int], raw: bool = False) -> float:
@@ -231,18 +281,21 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     for place in (folder, *(folder / store for store in stores if (folder / store).is_dir())):
         clear_leftovers(place)
     check_space([stored_size(store, known[s]) for s in todo for store in lacking[s]], work, raw)
-    jobs = [(images.store_sample, s.Id, s.files, s.rgb_coded, lacking[s], folder, levels, raw) for s in todo]
+    jobs = [(store_and_read, s.Id, s.files, s.rgb_coded, lacking[s], folder, levels, raw) for s in todo]
     with naming(journal), open(journal, "a", encoding="utf-8") as file:
         for k, result in run_parallel(images.attempt, jobs, n_jobs, "resizing"):
             sample = todo[k]
             if isinstance(result, sources.BadImage):
                 bad[sample] = str(result)
                 continue
-            made, exposed[sample] = result
+            made, exposed[sample], read = result
             done[sample].update(made)
             others = [store for store in valid[sample] if store in records[sample.Id]["raw"] and store not in made]
-            record = {"Id": sample.Id, "source": states[sample], "side": known[sample], **levels._asdict(),
-                      "exposure": exposed[sample], "stores": valid[sample] | done[sample],
+            before = records.get(sample.Id, {})
+            seen = {"seen": before["seen"]} if "seen" in before and before["source"] == states[sample] else {}
+            record = {"Id": sample.Id, "source": states[sample], "unmoved": source_state(sample, entry=False), "content": read,
+                      **seen, "side": known[sample], **levels._asdict(), "exposure": exposed[sample],
+                      "stores": valid[sample] | done[sample],
                       "raw": others + (list(made) if raw else [])}
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -261,7 +314,7 @@ def drop_outdated(folder: Path, stores, samples: list[Sample], states: dict[Samp
     tables = [table for table in csv_files(folder) if table.stem not in stores]
     records = records_at(folder / "journal.jsonl", levels) if tables else {}
     for table in tables:
-        listed = set(read_table(table, "python 01_preprocess.py")["Id"])
+        listed = set(read_table(table, preprocess_command(folder.parent, table.stem))["Id"])
         if any(sample.Id in listed and table.stem not in valid_stores(records.get(sample.Id), states[sample]) for sample in samples):
             print(f"{table} is deleted: source images or levels have changed since; its recipes need 01_preprocess.py again")
             table.unlink()
@@ -273,7 +326,8 @@ def all_stored(Ids, folder: Path) -> bool:
 
 
 def stored_ids(folder: Path) -> set[str]:
-    return {name.removesuffix(".tif") for name in os.listdir(folder) if name.endswith(".tif")} if folder.is_dir() else set()
+    names = os.listdir(folder) if folder.is_dir() else ()
+    return {composed(name.removesuffix(".tif")) for name in names if name.endswith(".tif")}
 
 
 def sample_table(samples: list[Sample], sides: list[int]) -> pd.DataFrame:

@@ -176,6 +176,13 @@ def stored_size(store: str, side: int) -> int:
     return (768 if side <= 2048 else 1024) // int(store.rsplit("-", 1)[1])
 
 
+def store_settings(store: str) -> list[str]:
+    """Return the settings with which any recipe asks for a folder of stored images."""
+    if store.startswith(BY_SOURCE):
+        return [f"size_rule={BY_SOURCE}", f"size_divisor={store.rsplit('-', 1)[1]}", "image_size=768", "crop_size=768"]
+    return ["size_rule=fixed", "size_divisor=1", f"image_size={store}", f"crop_size={store}"]
+
+
 PAPER = Recipe()
 # Half of the paper's learning rates are its own; where it says "default" or "as large as fits", PAPER's stand.
 RESNET50 = replace(PAPER, batch_size=74, learning_rates=(1e-2, 2e-2))

@@ -1,17 +1,19 @@
 """The submission: classes decided from probabilities, checked, and compared with what is known."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from common.artifacts import read_json, read_table
+from common.artifacts import preprocess_command, read_json, read_table
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.ensemble import COMBINATIONS
 from common.errors import UserError, listing
 from common.files import write_json
-from common.labels import format_targets, is_target, parse_targets
+from common.labels import check_samples, format_targets, is_target, parse_targets
+from common.text_tables import BadTable, read_text_table
 
 
 def read_thresholds(path: Path, recipes: list[str] | None, makes: str) -> dict:
@@ -165,7 +167,8 @@ def submission_table(ids, predicted: np.ndarray) -> pd.DataFrame:
 
 def left_out_samples(path: Path) -> pd.DataFrame:
     """Return the test samples that stage 01 left out, of its left_out.csv where there is one: Id, place."""
-    lost = read_table(path, "") if path.is_file() else pd.DataFrame({"part": [], "Id": [], "place": []})
+    none = pd.DataFrame({"part": [], "Id": [], "place": []})
+    lost = read_table(path, preprocess_command(path.parent)) if path.is_file() else none
     return lost.loc[lost["part"] == "test", ["Id", "place"]]
 
 
@@ -177,8 +180,27 @@ def with_empty_rows(submission: pd.DataFrame, lost: pd.DataFrame) -> pd.DataFram
     return pd.DataFrame(rows, columns=submission.columns)
 
 
+def read_submission(path: Path) -> pd.DataFrame:
+    """Read a submission as strictly as Kaggle does: exactly the columns Id and Predicted. Raises UserError."""
+    def exactly(header: list[str]) -> dict:
+        if header != ["Id", "Predicted"]:
+            cure = "; pandas adds a column of row numbers unless to_csv has index=False" if header[0] in ("", "Unnamed: 0") else ""
+            raise BadTable(f"has {len(header)} columns ({', '.join(map(repr, header))}), expected exactly Id,Predicted{cure}")
+        return {}
+
+    if not path.is_file():
+        raise UserError(f"{path} is missing; expected a submission with the columns Id,Predicted")
+    try:
+        frame = read_text_table(path, exactly, plain=True)
+    except BadTable as error:
+        raise UserError(f"{path} {error}") from None
+    check_samples(frame["Id"], path)
+    return frame
+
+
 def check_submission(frame: pd.DataFrame, wanted) -> None:
-    """Refuse a submission whose Ids are not `wanted` in that order, or whose labels are not 0 to 27, each once at most."""
+    """Refuse a submission whose Ids are not `wanted` in that order, or whose labels are not 0 to 27, each once at most, with
+    single blanks between them."""
     found, wanted = list(frame["Id"]), list(wanted)
     if found != wanted:
         if sorted(found) == sorted(wanted):
@@ -188,12 +210,13 @@ def check_submission(frame: pd.DataFrame, wanted) -> None:
                         f"repeated: {len(found) - len(set(found))}")
     wrong = [f"{row.Id}: {row.Predicted!r}" for row in frame.itertuples() if row.Predicted and not is_prediction(row.Predicted)]
     if wrong:
-        raise UserError(f"the submission has labels other than 0 to {len(CLASS_NAMES) - 1}, or one twice:\n{listing(wrong)}")
+        raise UserError(f"the submission has labels other than 0 to {N_CLASSES - 1}, one twice, or other text between them than "
+                        f"single blanks:\n{listing(wrong)}")
 
 
 def is_prediction(text: str) -> bool:
-    labels = text.split()
-    return is_target(text) and len(set(map(int, labels))) == len(labels)
+    labels = text.split(" ")
+    return is_target(text) and all(re.fullmatch("0|[1-9][0-9]?", label) for label in labels) and len(set(labels)) == len(labels)
 
 
 def recover(probs: np.ndarray, frame: pd.DataFrame) -> dict:

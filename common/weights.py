@@ -27,6 +27,14 @@ SECONDS_TO_ANSWER = 20
 MEGABYTE = 2 ** 20
 CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.", "AuxLogits.")
 CURE = "expected a .pth, .pt or .safetensors file of tensors: download it again, or give another with --pretrained FILE"
+SAVE = "save the network's parameters alone with torch.save(network.state_dict(), FILE), and give that: --pretrained FILE"
+OTHER_THINGS = re.compile(r"GLOBAL (\S+)|(TorchScript)")
+# What programs save around a network's parameters, and put in front of their names when it is compiled, or one of several.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net", "weights", "params", "state_dict_ema", "model_ema",
+            "ema_state_dict", "ema", "teacher")
+DEPTH = 4  # of wrappers in wrappers
+WRAPPED_NAME = re.compile(r"(?:^|(?<=\.))(?:(?:_orig_mod|module)\.)+")
+NETWORK_NAMES = ("model.", "network.", "net.", "backbone.")  # of a network that is a part of a larger object
 OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # as torchvision published them
 
 PYTORCH = "https://download.pytorch.org/models"
@@ -185,34 +193,58 @@ def fetch(url: str, path: Path, sha256: str) -> None:
 
 # --- reading -----------------------------------------------------------------------------------------------
 
-def read_file(path: Path) -> dict:
+def read_file(path: Path):
     """Read a file of tensors and plain types onto the CPU; no code in it is ever run. Raises UserError."""
     try:
-        if path.suffix == ".safetensors":
-            read = load_file(path)
-        else:
-            refuse_inflated(path)
-            read = torch.load(path, "cpu", weights_only=True)
+        if path.suffix.lower() == ".safetensors":
+            return load_file(path)
+        refuse_inflated(path)
+        return torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # damaged files raise many kinds, torch's with long advice
+        if other := OTHER_THINGS.search(str(error)):
+            raise UserError(f"{path} holds other things than tensors ({other[1] or other[2]}), which might run code, so it is "
+                            f"not read; {SAVE}") from None
         reason = first_line(error) if isinstance(error, ValueError) else type(error).__name__
         raise UserError(f"{path} cannot be read as weights ({reason}); {CURE}") from None
-    return read if isinstance(read, dict) else {}
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read a file of weights onto the CPU: tensors of the encoder alone, under the encoder's own parameter names.
 
-    Takes torchvision's, timm's and pretrainedmodels' files of whole networks and this project's checkpoints.
-    Raises UserError for what cannot be read or is not such a file.
+    Takes torchvision's, timm's and pretrainedmodels' files of whole networks, this project's checkpoints, and what other
+    programs save around or in front of the parameters. Raises UserError for what cannot be read, is not such a file, or has
+    numbers that are not finite.
     """
-    state = read_file(path)
-    for wrapper in ("state_dict", "model"):
-        state = state.get(wrapper, state) if isinstance(state, dict) else {}
-    named = isinstance(state, dict) and all(isinstance(name, str) and is_plain(tensor) for name, tensor in state.items())
-    tensors = encoder_tensors(state) if named else {}
+    state = unwrapped(read_file(path))
+    if not is_parameters(state):
+        raise UserError(f"{path} holds {contents(state)}; expected the tensors of a network; {SAVE}")
+    tensors = encoder_tensors(state)
     if not tensors:
-        raise UserError(f"{path} holds no tensors of an encoder, or other things too; {CURE}")
+        raise UserError(f"{path} holds no tensors of an encoder, but {contents(state)}; {CURE}")
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.float().isfinite().all()]
+    if broken:
+        raise UserError(f"{path} has weights that are NaN or infinite, such as {broken[0]} ({len(broken)} tensors in all); give "
+                        "another file with --pretrained FILE")
     return tensors
+
+
+def unwrapped(state):
+    """Return a network's parameters among what a training saved: those under the first of WRAPPERS, else the only ones."""
+    for _ in range(DEPTH):
+        if not isinstance(state, dict) or is_parameters(state):
+            break
+        known = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
+        inner = known or [name for name, value in state.items() if is_parameters(value)]
+        if not known and len(inner) != 1:
+            break
+        state = state[inner[0]]
+    return state
+
+
+def is_parameters(state) -> bool:
+    """Tell whether something is a dictionary of named tensors and nothing else."""
+    return isinstance(state, dict) and bool(state) and all(isinstance(name, str) and is_plain(value)
+                                                           for name, value in state.items())
 
 
 def is_plain(tensor) -> bool:
@@ -221,9 +253,21 @@ def is_plain(tensor) -> bool:
             and not tensor.is_meta)
 
 
+def contents(state) -> str:
+    """Say what a file holds: first what is no plain tensor."""
+    if not isinstance(state, dict) or not state:
+        return f"one {type(state).__name__}" if state != {} else "nothing"
+    others = {name: value for name, value in state.items() if not is_plain(value)} or state
+    named = [f"{name!r} ({f'{value.layout} of {value.dtype}' if torch.is_tensor(value) else type(value).__name__})"
+             for name, value in list(others.items())[:5]]
+    return ", ".join(named) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+
+
 def encoder_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a network's tensors without its classifier, named as in the encoder."""
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {WRAPPED_NAME.sub("", name): tensor for name, tensor in state.items() if name != "n_averaged"}
+    for part in NETWORK_NAMES:
+        state = {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)} or state
     own = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
     if own:
         return own

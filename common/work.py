@@ -1,17 +1,18 @@
 """What a work folder holds, read when it is asked for; what is missing is a UserError that names its stage."""
 
+import shlex
 from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from common.artifacts import (check_ids, fingerprint, load_predictions, prediction_file, read_lines, read_sidecar,
+from common.artifacts import (fingerprint, load_predictions, prediction_file, preprocess_command, read_lines, read_sidecar,
                               read_table, sidecar)
 from common.classes import CLASS_NAMES
 from common.contact_sheet import composite, jpeg, small_planes
 from common.ensemble import combine, stack_members
-from common.errors import UserError
+from common.errors import UserError, command
 from common.files import csv_files
 from common.labels import parse_targets, read_labels
 from common.page import Card, data_uri
@@ -54,8 +55,8 @@ class Work:
         self.folder = folder
         self.fingerprint = cache(recorded_fingerprint)
 
-    def hint(self, command: str) -> str:
-        return f"python {command} --work {self.folder}"
+    def hint(self, script: str, *flags: str) -> str:
+        return command(script, "--work", self.folder, *flags)
 
     @cached_property
     def samples(self) -> pd.DataFrame:
@@ -69,10 +70,7 @@ class Work:
     def pairs(self) -> pd.DataFrame:
         """Near-identical pairs with the largest of their three distances, closest first."""
         pairs = read_table(self.folder / "duplicate_pairs.csv", self.hint("02_dedup.py"))
-        pairs = pairs.astype({"other_Id": str, "other_Target": str})
-        check_ids(pairs["other_Id"], self.folder / "duplicate_pairs.csv")
-        return pairs.assign(bits=pairs[["red", "green", "blue"]].max(axis=1),
-                            agreement=pd.to_numeric(pairs["agreement"])).sort_values("bits", kind="stable", ignore_index=True)
+        return pairs.assign(bits=pairs[["red", "green", "blue"]].max(axis=1)).sort_values("bits", kind="stable", ignore_index=True)
 
     @cached_property
     def left_out(self) -> pd.DataFrame:
@@ -94,7 +92,8 @@ class Work:
     @cached_property
     def stores(self) -> dict[str, pd.DataFrame]:
         """Statistics of stored images by the folder's name, smallest images first."""
-        tables = {path.stem: read_table(path, "") for path in csv_files(self.folder / "images")}
+        tables = {path.stem: read_table(path, preprocess_command(self.folder, path.stem))
+                  for path in csv_files(self.folder / "images")}
         return dict(sorted(tables.items(), key=lambda item: (item[1]["side"].max(), item[0])))
 
     def planes(self, Id: str, side: int) -> np.ndarray:
@@ -147,13 +146,14 @@ class Work:
     def run_tables(self, recipe: str, name: str) -> dict[int, pd.DataFrame]:
         """Return fold -> a CSV file of a recipe's trainings, of the folds that have it."""
         paths = {fold: self.run_folder(recipe, fold) / name for fold in self.runs.get(recipe, {})}
-        return {fold: read_table(path, "") for fold, path in paths.items() if path.is_file()}
+        return {fold: read_table(path, self.hint("04_train.py", "--recipe", recipe, "--folds", str(fold), "--force"))
+                for fold, path in paths.items() if path.is_file()}
 
     # --- predictions and what follows
 
     @cached_property
     def thresholds(self) -> dict:
-        return read_thresholds(self.folder / "thresholds.json", None, f"--work {self.folder}")
+        return read_thresholds(self.folder / "thresholds.json", None, shlex.join(["--work", str(self.folder)]))
 
     @cached_property
     def scores(self) -> dict:
@@ -199,7 +199,7 @@ class Work:
     def predictions(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """Return Ids (n,) and the probabilities (n_members, n, 28) of stage 05 for oof, test or held_out."""
         paths = [prediction_file(self.folder, recipe, part) for recipe in self.recipes]
-        hint = self.hint(f"05_predict_oof.py --recipes {','.join(self.recipes)}")
+        hint = self.hint("05_predict_oof.py", "--recipes", ",".join(self.recipes))
         found = [load_predictions(path, hint) for path in paths]
         return found[0][0], stack_members(found, [str(path) for path in paths])
 
@@ -208,7 +208,7 @@ class Work:
         (n_members, n, 28)."""
         if "labels" not in self.given:
             raise UserError("no labels belong to these predictions, since --reproduce took the thresholds from a submission")
-        again = f"run: {self.hint('06_thresholds.py --oof FILES --labels CSV')}"
+        again = f"run: {self.hint('06_thresholds.py', '--oof', 'FILES', '--labels', 'CSV')}"
         if not set(self.members) <= set(self.given):
             raise UserError(f"{self.folder / 'thresholds.json'} is for other files than its sidecar says; {again}")
         found = read_members([self.given[name] for name in self.members], self.given.get("ids"), None)
@@ -260,7 +260,7 @@ class Work:
         table = read_table(path, self.hint("07_ensemble.py"))
         if "Predicted" not in table:
             raise UserError(f"{path} is not the submission that stage 07 wrote; run: {self.hint('07_ensemble.py')}")
-        return table.astype({"Predicted": str})
+        return table
 
     # --- what state it is in
 

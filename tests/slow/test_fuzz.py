@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -30,9 +31,11 @@ from common.labels import parse_targets, read_csv, read_labels
 from common.predictions import read_groups, read_predictions
 from common.preprocess import read_journal
 from common.sources import BadImage, read_channel, read_pixels, table_kind
+from common.submission import read_submission
+from common.text_tables import BadTable, read_text_table
 from tests.tiffs import agreed, stretched, turned, write_tiff
 
-KINDS = 12  # of tests below, each with its share of the cases
+KINDS = 14  # of tests below, each with its share of the cases
 CASES = int(os.environ.get("HPA_FUZZ_CASES", 300)) // KINDS
 MAX_SECONDS = 20  # of one case, on a machine that does other things too
 MAX_GROWTH = 2 ** 20  # kilobytes
@@ -113,6 +116,51 @@ def test_tables_are_read_or_refused(tmp_path, content):
         assert parse_targets(labels["Target"]).any(axis=1).all()
     outcome(read_csv, path, "Predicted")
     outcome(read_table, path, "python 01_preprocess.py")
+
+
+# --- dialects of CSV files
+
+FIELD = st.sampled_from(["a", "001", "1e5", "NA", "0 25", "16", "Zürich_1", "x,y", "x;y", 'say "x"', "a b", ""])
+
+
+@st.composite
+def dialect(draw) -> tuple[list[list[str]], bytes]:
+    """Return rows of Id, Target and a note, and a file of them such as some program writes."""
+    separator, ends = draw(st.sampled_from(",;\t")), draw(st.sampled_from(["\n", "\r\n", "\r"]))
+    rows = [[f"s{k}", *fields] for k, fields in enumerate(draw(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=5)))]
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=separator, lineterminator="\n", quoting=draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])))
+    writer.writerows([["Id", "Target", "note"], *rows])
+    blank, tail = draw(st.sampled_from(["", "\n"])), draw(st.sampled_from(["", separator, 2 * separator]))
+    lines = text.getvalue().replace("\n", tail + "\n" + blank)
+    if draw(st.booleans()):
+        lines = unicodedata.normalize("NFD", lines)
+    encoding = draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+    return rows, lines.replace("\n", ends).encode(encoding)
+
+
+@given(dialect())
+@fuzz
+def test_a_table_says_the_same_in_every_dialect(tmp_path, made):
+    rows, content = made
+    (tmp_path / "x.csv").write_bytes(content)
+    assert read_text_table(tmp_path / "x.csv").to_numpy().tolist() == rows
+
+
+@given(st.data())
+@fuzz
+def test_a_damaged_table_has_its_own_fields_or_is_refused(tmp_path, data):
+    rows, content = data.draw(dialect())
+    (tmp_path / "x.csv").write_bytes(data.draw(damage(content)))
+    plain = data.draw(st.booleans())
+    try:
+        frame = read_text_table(tmp_path / "x.csv", plain=plain)
+    except BadTable as error:
+        assert str(error)
+    else:
+        assert all(isinstance(field, str) and "\0" not in field for row in frame.to_numpy().tolist() for field in row)
+        assert frame.columns.is_unique and len(frame.columns)
+    outcome(read_submission, tmp_path / "x.csv")
 
 
 @given(ID)
@@ -249,7 +297,7 @@ def test_an_archive_that_is_not_deflated_is_refused(tmp_path):  # zipfile inflat
 
 def test_a_table_is_not_inflated(tmp_path):
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"Id,Target\n" + b"a,0\n" * 1000))
-    with pytest.raises(UserError, match="is not a CSV file with the columns Id,Target"):
+    with pytest.raises(UserError, match="is not text in UTF-8"):
         read_labels(tmp_path / "x.csv.gz")
 
 

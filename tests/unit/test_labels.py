@@ -40,9 +40,9 @@ def test_a_wrong_label_is_refused_with_its_id(tmp_path, target):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "is not a CSV file"),
+    ("", "is not a CSV file but empty"),
     ("Id,Target\n", "has no rows"),
-    ("Id,Label\na,1\n", "has no column Target; its columns are Id, Label"),
+    ("Id,Label\na,1\n", "has no column Target; its columns are 'Id', 'Label'"),
     ("Id,Target\na,1\nb,2\na,3\n", "appear more than once:\n  a"),
     ("Id,Target\na,1,2,3,4\nb,1\nc,1,2,3,4,5,6\n", "."),
 ])

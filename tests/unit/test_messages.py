@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import tifffile
 
-from common import cli, labels, parallel, stopping
+from common import cli, parallel, stopping, text_tables
 from common.artifacts import Stage, check_probabilities, load_predictions, read_json, read_sidecar, read_table
 from common.errors import UserError
 from common.files import write_json, write_text
@@ -58,12 +58,12 @@ def other_classes(path):
      "column 2 (char 1)); delete it and run its stage again"),
     (lambda f: read_sidecar(written(f / "x.meta.json", '{"outputs": []}').with_name("x")),
      "{f}/x.meta.json is not a record that a stage wrote; delete it and run its stage again"),
-    (lambda f: read_table(written(f / "x.csv", ""), "CURE"), "{f}/x.csv is not the table that its stage wrote (No columns to parse from "
-     "file); delete it and run: CURE"),
+    (lambda f: read_table(written(f / "x.csv", ""), "CURE"), "{f}/x.csv is not a CSV file but empty; expected a line with the names of columns, and one per "
+     "sample; delete it and run: CURE"),
     (lambda f: read_table(written(f / "folds.csv", "Id,Target,part,group,fold\na,0,train,a,0\n"), "CURE"),
      "{f}/folds.csv has no column copies, which its stage writes; delete it and run: CURE"),
     (lambda f: read_table(written(f / "samples.csv", "Id,part,Target,side\na,train,0,x\n"), "CURE"),
-     "{f}/samples.csv has text in its column side, expected numbers; delete it and run: CURE"),
+     "{f}/samples.csv has text in its column side, expected whole numbers (line 2: 'x'); delete it and run: CURE"),
     (lambda f: read_labels(written(f / "x.csv", "Id,Target" + 10 ** 4 * "," + "\na,0\n")),
      "{f}/x.csv has a first line of over 10000 characters; expected the names of a few columns"),
     (lambda f: read_labels(written(f / "x.csv", 'Id,"Target\n' + 10 ** 4 * "," + '"\na,0\n')),
@@ -264,7 +264,7 @@ def test_a_cluster_needs_dask(monkeypatch):
 
 
 def test_a_csv_file_of_gigabytes_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(labels, "MAX_BYTES", 10 ** 6)
+    monkeypatch.setattr(text_tables, "MAX_BYTES", 10 ** 6)
     path = tmp_path / "train.csv"
     with open(path, "wb") as file:
         file.truncate(2 * 10 ** 6)

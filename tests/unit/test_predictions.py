@@ -1,3 +1,4 @@
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,46 @@ def changed(row, column, value):
     (changed(1, "3", 1.5), r"found NaN or values outside in 1 rows, such as:\n  b: 1.5 for Nucleoli fibrillar center"),
     (changed(1, "3", -0.1), r"b: -0.1 for Nucleoli"),
     (changed(2, "3", np.nan), r"c: nan for Nucleoli"),
-    (changed(2, "3", "high"), "expected numbers, found other text in these columns:\n  3"),
+    (changed(2, "3", "high"), r"has text in its column 3, expected numbers \(line 4: 'high'\)"),
     (table().iloc[:0], "has no rows"),
 ])
 def test_what_a_table_may_not_be(tmp_path, frame, message):
     with pytest.raises(UserError, match=message):
         read_predictions(written(tmp_path, frame))
+
+
+@pytest.mark.parametrize("suffix", [".NPZ", ".Npy", ".CSV"])
+def test_suffixes_are_read_in_any_case(tmp_path, suffix):
+    written(tmp_path, table()).rename(tmp_path / "p.CSV")
+    save_predictions(tmp_path / "p.npz", IDS, PROBS)
+    (tmp_path / "p.npz").rename(tmp_path / "p.NPZ")
+    np.save(tmp_path / "p.npy", PROBS)
+    (tmp_path / "p.npy").rename(tmp_path / "p.Npy")
+    (tmp_path / "ids.csv").write_text("Id\na\nb\nc\n")
+    np.testing.assert_array_equal(read_predictions(tmp_path / f"p{suffix}", tmp_path / "ids.csv")[1], PROBS)
+
+
+@pytest.mark.parametrize(("value", "taken"), [(1 + 1e-6, 1), (1.00000536, 1), (-1e-9, 0), (-5e-6, 0), (1, 1), (0.5, 0.5)])
+def test_rounding_outside_the_range_is_taken_as_its_end(tmp_path, value, taken):
+    for kind in (np.float32, np.float64):
+        probs = PROBS.astype(kind)
+        probs[1, 3] = value
+        np.save(tmp_path / "p.npy", probs)
+        pd.DataFrame({"Id": IDS}).to_csv(tmp_path / "ids.csv", index=False)
+        for path in (tmp_path / "p.npy", written(tmp_path, table(probs=probs))):
+            found = read_predictions(path, tmp_path / "ids.csv")[1]
+            assert found[1, 3] == taken and 0 <= found.min() <= found.max() <= 1
+
+
+@pytest.mark.parametrize(("value", "told"), [(1.0001, "1.0001"), (-0.001, "-0.001"), (1 + 2e-5, "1.00002"), (np.inf, "inf"), (255, "255")])
+def test_a_value_outside_is_told_in_full(tmp_path, value, told):
+    with pytest.raises(UserError, match=f"\n  b: {told} for Nucleoli fibrillar center"):
+        read_predictions(written(tmp_path, changed(1, "3", value)))
+
+
+def test_ids_of_arrays_are_compared_in_composed_form_too(tmp_path):
+    save_predictions(tmp_path / "p.npz", [unicodedata.normalize("NFD", "Malmö"), "b", "c"], PROBS)
+    assert read_predictions(tmp_path / "p.npz")[0][0] == "Malmö"
 
 
 @pytest.mark.parametrize(("array", "message"), [

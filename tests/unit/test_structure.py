@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-LAYERS = ["errors", "classes", "progress", "environment", "files", "arrays", "locks", "stopping", "recipes", "cli", "artifacts",
-          "class_weights", "labels", "parallel", "exposure", "tiff", "sources", "images", "hashing", "contact_sheet", "folds", "metrics",
+LAYERS = ["errors", "classes", "progress", "environment", "files", "arrays", "text_tables", "locks", "stopping", "recipes", "cli",
+          "artifacts", "class_weights", "labels", "parallel", "exposure", "tiff", "sources", "images", "hashing", "contact_sheet", "folds", "metrics",
           "schedules", "calibration", "thresholds", "ensemble", "predictions", "submission", "tables", "preprocess", "demo_drawing",
           "demo_data", "telemetry", "finder", "page", "plots", "work", "report_data", "report_results", "report", "distributed",
           "data", "hardware", "losses", "weights", "models", "muon", "overview", "inference", "start", "fold_data", "scalars",

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 
 from common.errors import UserError
-from common.submission import (check_submission, decide, frequency_table, known_labels, override, read_thresholds, recover,
-                               remember_submission, remembered_submissions, shortest_decimal, submission_table, with_empty_rows)
+from common.submission import (check_submission, decide, frequency_table, known_labels, override, read_submission, read_thresholds,
+                               recover, remember_submission, remembered_submissions, shortest_decimal, submission_table,
+                               with_empty_rows)
 from tests.unit.test_ensemble import probs
 
 
@@ -47,13 +48,44 @@ def test_thresholds_that_cannot_be_are_refused(tmp_path, found, expected):
     (["a"], ["1"], "not those of sample_submission.csv; missing: 1, unexpected: 0, repeated: 0"),
     (["a", "a", "b", "x"], ["1"] * 4, "missing: 0, unexpected: 1, repeated: 1"),
     (["b", "a"], ["1", "1"], "not in the order of sample_submission.csv"),
-    (["a", "b"], ["1", "28"], "labels other than 0 to 27, or one twice:\n  b: '28'"),
+    (["a", "b"], ["1", "28"], "labels other than 0 to 27, one twice, or other text between them than single blanks:\n  b: '28'"),
     (["a", "b"], ["1 x", ""], "a: '1 x'"),
     (["a", "b"], ["1 01", ""], "a: '1 01'"),
 ])
 def test_a_wrong_submission_is_refused(ids, predicted, message):
     with pytest.raises(UserError, match=message):
         check_submission(pd.DataFrame({"Id": ids, "Predicted": predicted}), ["a", "b"])
+
+
+@pytest.mark.parametrize("predicted", ["1  2", " 1", "1 ", "1\t2", "1\xa02", "1,2", "01", "0 00", "1;2", "1 2 1"])
+def test_labels_are_separated_by_single_blanks_only(predicted):
+    with pytest.raises(UserError, match="other text between them than single blanks:\n  a: "):
+        check_submission(pd.DataFrame({"Id": ["a"], "Predicted": [predicted]}), ["a"])
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (",Id,Predicted\n0,a,1\n", r"has 3 columns \('', 'Id', 'Predicted'\), expected exactly Id,Predicted; pandas adds .* index=False"),
+    ("Unnamed: 0,Id,Predicted\n0,a,1\n", "has 3 columns .* index=False"), ("Id,Predicted,note\na,1,x\n", "has 3 columns .*, 'note'"),
+    ("Predicted,Id\n1,a\n", "expected exactly Id,Predicted$"), ("Id,Predicted \na,1\n", "'Predicted '"), ("id,predicted\na,1\n", "'id'"),
+    ("Id\na\n", "has 1 columns"), ("Id,Predicted\na,1,\n", r"others below \(line 2 has 3\)"), ("Id,Predicted,\na,1,\n", "has 3 columns"),
+    ("Id;Predicted\na;1\n", "is separated by ';'"), ("Id,Predicted\na,1\na,2\n", "more than once"), ("Id,Predicted\n", "has no rows")])
+def test_a_submission_is_checked_as_strictly_as_by_kaggle(tmp_path, text, message):
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(UserError, match=f"s.csv .*{message}"):
+        read_submission(tmp_path / "s.csv")
+
+
+@pytest.mark.parametrize("text", ["Id,Predicted\na,1 2\nb,\n", 'Id,Predicted\r\n"a","1 2"\r\n"b",""\r\n', "\ufeffId,Predicted\na,1 2\nb,"])
+def test_a_submission_may_have_quotes_and_any_ends_of_lines(tmp_path, text):
+    (tmp_path / "s.csv").write_text(text, encoding="utf-8", newline="")
+    submission = read_submission(tmp_path / "s.csv")
+    check_submission(submission, ["a", "b"])
+    assert submission["Predicted"].tolist() == ["1 2", ""]
+
+
+def test_a_submission_that_is_missing(tmp_path):
+    with pytest.raises(UserError, match="s.csv is missing; expected a submission with the columns Id,Predicted"):
+        read_submission(tmp_path / "s.csv")
 
 
 def test_lost_samples_have_empty_rows_at_their_places():

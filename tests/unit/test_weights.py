@@ -12,6 +12,7 @@ from http.client import HTTPResponse, IncompleteRead
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pretrainedmodels
 import pytest
 import timm
@@ -153,6 +154,14 @@ FORMS = {
     "state_dict": lambda state: {"state_dict": state, "epoch": 3},
     "model": lambda state: {"model": state, "classes": ["a"]},
     "module.": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    "model_state_dict": lambda state: {"model_state_dict": state, "optimizer": {"state": {0: {"step": 1}}, "param_groups": []}},
+    "a wrapper in a wrapper": lambda state: {"checkpoint": {"epoch": 3}, "state_dict": {"model": state}},
+    "ema": lambda state: {"ema": state, "epoch": 3},
+    "a name of one's own": lambda state: {"my_network": state, "epoch": 3, "optimizer": {"state": {}}},
+    "_orig_mod.": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
+    "module._orig_mod.model.": lambda state: {f"module._orig_mod.model.{name}": tensor for name, tensor in state.items()},
+    "an average's": lambda state: {"n_averaged": torch.tensor(3), **{f"module.{name}": tensor for name, tensor in state.items()}},
+    "backbone and a head": lambda state: {"head.weight": torch.ones(3), **{f"backbone.{name}": tensor for name, tensor in state.items()}},
     "batches not counted": lambda state: {name: tensor for name, tensor in state.items() if "num_batches" not in name},
 }
 
@@ -208,7 +217,7 @@ class Trap:
 
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"conv1.weight": torch.ones(1), "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match=r"evil\.pth cannot be read as weights \(UnpicklingError\); expected a \.pth"):
+    with pytest.raises(UserError, match=r"evil\.pth holds other things than tensors \(.+\), which might run code, so it is not read; save the"):
         read_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "sprung").exists()
 
@@ -232,13 +241,50 @@ def test_a_file_that_claims_more_than_its_size_is_refused(tmp_path):
         read_weights(tmp_path / "b.pth")
 
 
-@pytest.mark.parametrize("content", [torch.ones(3), [torch.ones(3)], {}, {"conv1.weight": 3}, {0: torch.ones(3)},
-                                     {"state_dict": torch.ones(3)}, {"model": [3]}, {"fc.weight": torch.ones(3)},
-                                     {"conv1.weight": torch.ones(3).to_sparse()}, {"conv1.weight": torch.ones(3, dtype=torch.complex64)}])
-def test_what_is_no_dictionary_of_an_encoders_tensors_is_refused(tmp_path, content):
+@pytest.mark.parametrize(("content", "found"), [
+    (torch.ones(3), "one Tensor"), ([torch.ones(3)], "one list"), ({}, "nothing"), ({"conv1.weight": 3}, r"'conv1.weight' \(int\)"),
+    ({0: torch.ones(3)}, r"0 \(torch.strided of torch.float32\)"), ({"state_dict": torch.ones(3), "x": 1}, r"'x' \(int\)"),
+    ({"model": [3]}, r"'model' \(list\)"), ({"conv1.weight": torch.ones(3), "epoch": 3, "args": {"lr": 1}}, r"'epoch' \(int\), 'args' \(dict\)"),
+    ({"conv1.weight": torch.ones(3).to_sparse()}, r"'conv1.weight' \(torch.sparse_coo of torch.float32\)"),
+    ({"conv1.weight": torch.ones(3, dtype=torch.complex64)}, r"'conv1.weight' \(torch.strided of torch.complex64\)"),
+    ({"a": {"x": torch.ones(1)}, "b": {"x": torch.ones(1)}}, r"'a' \(dict\), 'b' \(dict\)"),
+    ({str(k): k for k in range(9)}, r"'0' \(int\), .*'4' \(int\) and 4 more")])
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_what_is_no_dictionary_of_tensors_is_refused_by_what_it_holds(tmp_path, content, found):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth holds no tensors of an encoder"):
+    with pytest.raises(UserError, match=rf"other\.pth holds {found}.*; save the network's parameters alone with torch.save\("):
         read_weights(tmp_path / "other.pth")
+
+
+def test_a_classifier_alone_is_no_encoder(tmp_path):
+    torch.save({"fc.weight": torch.ones(3)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth holds no tensors of an encoder, but 'fc.weight'"):
+        read_weights(tmp_path / "other.pth")
+
+
+def test_a_number_of_numpy_in_a_file_is_named_with_its_cure(tmp_path):
+    torch.save({"state_dict": {"conv1.weight": torch.ones(3)}, "score": np.float64(0.5)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth holds other things than tensors \(numpy.*scalar\).*; save the network's parameters alone"):
+        read_weights(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused_when_they_are_read(tmp_path, value, kind):
+    good = {"conv1.weight": torch.ones(3, 3, dtype=kind), "fc.weight": torch.tensor([torch.nan]), "bn1.num_batches_tracked": torch.tensor(3)}
+    torch.save(good, tmp_path / "good.pth")
+    assert "conv1.weight" in read_weights(tmp_path / "good.pth")  # a classifier is not taken, whatever it holds
+    broken = torch.ones(3, 3, dtype=kind)
+    broken[2, 1] = value
+    torch.save(good | {"conv2.weight": broken}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth has weights that are NaN or infinite, such as conv2.weight \(1 tensors in all\); give another"):
+        read_weights(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("encoder", ["resnet10_narrow", "resnet18", "densenet121", "se_resnext50_32x4d", "inceptionv4"])
+def test_no_encoder_has_names_that_are_taken_for_wrappers(encoder):
+    names = build_encoder(Recipe(encoder=encoder))[0].state_dict()
+    assert not [name for name in names if weights.WRAPPED_NAME.search(name) or name.startswith(weights.NETWORK_NAMES)]
 
 
 # --- finding -----------------------------------------------------------------------------------------------
