@@ -395,7 +395,7 @@ def work_so_far(args, seen: Seen):
     from common.fold_data import training_inputs
     from common.folds import fold_numbers
     from common.preprocess import preprocess_stage, source_state, wanted_stores
-    from common.recipes import get_recipe, run_parameters
+    from common.recipes import current_fields, get_recipe, run_parameters
 
     if not (args.work / "samples.csv").is_file():
         return
@@ -413,7 +413,7 @@ def work_so_far(args, seen: Seen):
             trained.append(f"{name} fold {fold}")
             kept = {key: value for key, value in begun["inputs"].items() if key == "weights"}
             stage = Stage("04_train", folder / "best.pt", run_parameters(recipe, fold, 0, FORMAT),
-                          {**training_inputs(args.work, folds, recipe), **kept})
+                          {**training_inputs(args.work, folds, recipe), **kept}, complete=current_fields)
             changes = stage.changes(begun)
             if changes:
                 yield Check("work so far", FAILS, f"{folder} was trained on something else ({changes})",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from common.artifacts import Stage, digest, prediction_file, read_table, save_predictions, stored_images
+from common.artifacts import Stage, images_digest, prediction_file, read_table, save_predictions
 from common.checkpoints import (FORMAT, check_recipe, check_unfinished, finished_checkpoint, load_checkpoint, load_network,
                                 made_from, restoring)
 from common.distributed import Team
@@ -15,7 +15,7 @@ from common.finder import save_lr_curve
 from common.fold_data import FoldData, image_set, load_fold, training_inputs
 from common.hardware import Hardware, HardwareOptions, batch_bytes, choose_hardware, fit_shared_memory
 from common.inference import Fitting, Normalisation, mean_probabilities, predict_logits, views
-from common.recipes import Recipe, run_parameters
+from common.recipes import Recipe, current_fields, run_parameters
 from common.scalars import scalars
 from common.start import Start, start_from
 from common.training import Run, check_team, lr_range_test, new_run, train_fold
@@ -48,7 +48,7 @@ def plan(work: Path, recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: l
                 start = fresh_start(recipe)
                 began_with = start.inputs()
             stage = Stage("04_train", folder / "best.pt", run_parameters(recipe, fold, seed, FORMAT), {**inputs, **began_with},
-                          whole=folder)
+                          whole=folder, complete=current_fields)
             if force or not stage.is_current(rebuilds=False):
                 jobs.append((stage, recipe, fold, start, f"{name} fold {fold}"))
     return jobs
@@ -142,7 +142,7 @@ def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, pa
     path, recipe = finished_checkpoint(work, recipe_name, fold, folds, settings["checkpoint"])
     network, fitting = None, Fitting()
     for part, rows in parts.items():
-        images = digest(stored_images(work, recipe.store, rows["Id"]))
+        images = images_digest(work, recipe.store, rows["Id"])
         stage = Stage("05_predict_oof", prediction_file(work, recipe_name, part, fold), settings,
                       {"network": path, "images": images})
         if stage.is_current():

@@ -30,6 +30,9 @@ CHOICES = {
 
 
 BY_SOURCE = "by-source"
+OF_RUN = ("fold", "seed", "checkpoint_format")  # beside the recipe's fields: what makes a training another one
+BOOLEANS = {word: word in ("true", "yes", "1") for word in ("true", "yes", "1", "false", "no", "0")}
+OFF = (False, 0, "", "none", "off", None, [])  # values of fields that change nothing
 
 
 @dataclass(frozen=True)
@@ -303,11 +306,13 @@ def parse_setting(setting: str) -> tuple[str, object]:
     try:
         if not equals:
             raise ValueError
+        if isinstance(default, bool):
+            return name, BOOLEANS[text.lower()]
         if isinstance(default, tuple):
             return name, tuple(type((default or (0.1,))[0])(part) for part in text.split(",") if part)
         return name, type(default)(text)
-    except ValueError:
-        kind = "numbers separated by commas" if isinstance(default, tuple) else type(default).__name__
+    except (ValueError, KeyError):
+        kind = {tuple: "numbers separated by commas", bool: "true or false"}.get(type(default), type(default).__name__)
         raise UserError(f"cannot read the setting {setting!r}; expected {name}=<{kind}>") from None
 
 
@@ -318,21 +323,39 @@ def to_dict(recipe: Recipe) -> dict:
 
 
 def from_dict(values: dict) -> Recipe:
-    """Return the recipe that `to_dict` took apart; raises UserError where this version has other fields."""
-    unknown = values.keys() ^ {field.name for field in dataclasses.fields(Recipe)}
+    """Return the recipe that `to_dict` took apart, here or in another version; see `current_fields`.
+
+    Raises UserError for a field that this version does not know and that is not off.
+    """
+    fields = current_fields(values)
+    unknown = sorted(fields.keys() - to_dict(Recipe()).keys())
     if unknown:
-        raise UserError(f"the recipe was saved by another version of this project (differs in: {', '.join(sorted(unknown))})")
-    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        found = ", ".join(f"{name}={fields[name]}" for name in unknown)
+        raise UserError(f"the recipe was saved by another version of this project, whose fields this one does not have: {found}")
+    try:
+        return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    except TypeError as error:
+        raise UserError(f"the recipe that was saved has a value of another kind ({error})") from None
+
+
+def current_fields(saved: dict) -> dict:
+    """Return saved fields of a recipe, or what `run_parameters` returned, as this version has them.
+
+    Missing fields get their defaults: a new field's default is what versions without it did. Unknown ones that are off
+    (0, false, empty, none) are left out, since they changed nothing.
+    """
+    defaults = to_dict(Recipe())
+    return {**defaults, **{name: value for name, value in saved.items() if name in defaults or name in OF_RUN or value not in OFF}}
 
 
 def run_parameters(recipe: Recipe, fold: int, seed: int, checkpoint_format: int) -> dict:
     """Return what stage 04 notes of a training: with other values it is another training."""
-    return {**to_dict(recipe), "fold": fold, "seed": seed, "checkpoint_format": checkpoint_format}
+    return {**to_dict(recipe), **dict(zip(OF_RUN, (fold, seed, checkpoint_format), strict=True))}
 
 
 def recipe_of_run(parameters: dict) -> Recipe:
     """Return the recipe that `run_parameters` took in."""
-    return from_dict({name: value for name, value in parameters.items() if name not in ("fold", "seed", "checkpoint_format")})
+    return from_dict({name: value for name, value in parameters.items() if name not in OF_RUN})
 
 
 def fit_to_source(recipe: Recipe, side: int) -> Recipe:

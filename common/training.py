@@ -86,6 +86,7 @@ class Run:
     TENSORS = ("model", "optimizer", "scaler")
     PLACE = ("ranking", "epoch", "step", "loss_sum", "skipped", "seconds", "best_score", "micro_batch", "start", "returns",
              "history", "class_mix")
+    LATER = ("skipped",)  # of PLACE: what checkpoints of earlier versions lack, and keeps its default when one is restored
 
     def state(self) -> dict:
         return {**self.network_state(), **{name: getattr(self, name).state_dict() for name in self.TENSORS},
@@ -96,7 +97,8 @@ class Run:
             if state[name] or name != "scaler":  # empty where another precision needed none
                 getattr(self, name).load_state_dict(state[name])
         for name in self.PLACE:
-            setattr(self, name, state[name])
+            if name in state or name not in self.LATER:
+                setattr(self, name, state[name])
         self.micro_batch = self.hardware.micro_batch or self.micro_batch
         self.ranking = self.ranking.to(self.hardware.device)
 

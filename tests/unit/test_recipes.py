@@ -1,5 +1,8 @@
+import dataclasses
+
 import pytest
 
+from common import recipes
 from common.errors import UserError
 from common.recipes import (ABLATION, RECIPES, Recipe, ablation_runs, fit_to_source, from_dict, get_recipe, run_name,
                             stored_size, to_dict)
@@ -127,6 +130,28 @@ def test_mistakes_name_the_nearest_known(name, settings, message):
         get_recipe(name, settings)
 
 
-def test_a_recipe_of_another_version_is_refused():
-    with pytest.raises(UserError, match="another version of this project .differs in: alpha, beta"):
-        from_dict({**{k: v for k, v in to_dict(Recipe()).items() if k != "alpha"}, "beta": 1})
+def test_a_recipe_of_another_version_is_read_where_only_defaults_differ():
+    saved = to_dict(get_recipe("demo"))
+    older = {name: value for name, value in saved.items() if name not in ("standardise", "clip_norm", "momentum")}
+    assert from_dict(older) == get_recipe("demo")
+    assert from_dict({**saved, "mixup": 0.0, "teacher": "none", "augmentations": [], "ema": False}) == get_recipe("demo")
+
+
+def test_a_field_of_another_version_that_is_on_is_refused_by_name():
+    with pytest.raises(UserError, match="another version of this project, whose fields this one does not have: ema=0.9, mixup=1"):
+        from_dict({**to_dict(Recipe()), "mixup": 1, "ema": 0.9, "teacher": ""})
+    with pytest.raises(UserError, match="the recipe that was saved has a value of another kind"):
+        from_dict({**to_dict(Recipe()), "alpha": "much"})
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("1", True), ("0", False), ("yes", True), ("no", False)])
+def test_fields_that_are_on_or_off_are_set_by_words(monkeypatch, text, value):
+    monkeypatch.setattr(recipes, "Recipe", dataclasses.make_dataclass("Recipe", [("flag", bool, False)]))
+    assert recipes.parse_setting(f"flag={text}") == ("flag", value)
+
+
+@pytest.mark.parametrize("setting", ["flag=", "flag=maybe", "flag=2", "flag"])
+def test_other_words_for_on_or_off_are_refused(monkeypatch, setting):
+    monkeypatch.setattr(recipes, "Recipe", dataclasses.make_dataclass("Recipe", [("flag", bool, False)]))
+    with pytest.raises(UserError, match=f"cannot read the setting '{setting}'; expected flag=<true or false>"):
+        recipes.parse_setting(setting)
