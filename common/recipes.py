@@ -37,7 +37,10 @@ OFF = (False, 0, "", "none", "off", None, [])  # values of fields that change no
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is built and trained; checked when made. Sizes in pixels, lengths in epochs."""
+    """How one network is built and trained; checked when made. Sizes in pixels, lengths in epochs.
+
+    The default of a new field is what this project did before it had the field: `current_fields` relies on that.
+    """
 
     # Images: random crops of `crop_size` from `image_size`, both divided by `size_divisor`.
     # By source: 768 from sources up to 2048 pixels, 1024 from larger ones, whatever `image_size` says.
@@ -85,12 +88,14 @@ class Recipe:
     clip_norm: float = 0.0  # largest norm of the gradient; 0 = any
     sync_batchnorm: bool = False  # several GPUs: normalise over the images of all of them, not of each alone
 
-    # Cosine cycles with restarts; a constant rate; one that halves after `patience` epochs without a better validation
-    # loss; or one cycle over all epochs: up for a `warmup_share` of it, down to 0. All in cycles of epochs, until one
-    # improves the validation loss by less than `min_cycle_gain`; one cycle goes to its end.
+    # Cosine cycles with restarts; a constant rate; one that halves after more than `patience` looks at the validation part
+    # without a better loss; or one cycle over all epochs: up for a `warmup_share` of it, down to 0. Training ends after
+    # cycle_epochs x max_cycles epochs; or with the first cycle that improves the validation loss by less than
+    # `min_cycle_gain` (cycles, constant); or on the plateau after `max_halvings` halvings (0: any number).
     schedule: str = "cycles"
     warmup_share: float = 0.25
     patience: int = 3
+    max_halvings: int = 0
     cycle_epochs: int = 4
     max_cycles: int = 4
     min_cycle_gain: float = 0.01
@@ -121,6 +126,7 @@ class Recipe:
             "clip_norm": self.clip_norm >= 0,
             "warmup_share": 0 <= self.warmup_share < 1,
             "patience": self.patience >= 0,
+            "max_halvings": self.max_halvings >= 0,
             "cycle_epochs": self.cycle_epochs >= 1,
             "max_cycles": self.max_cycles >= 1,
             "min_cycle_gain": 0 <= self.min_cycle_gain < 1,
@@ -187,7 +193,7 @@ DENSENET50 = replace(PAPER, encoder="densenet50", learning_rates=(2e-3, 4e-3), m
 # The baseline with its own head, regularisation and schedule (Rumetshofer et al. 2019), trained with the E-loss.
 GAPNET_PL = replace(PAPER, image_size=1024, crop_size=768, encoder="gapnet_pl", pooling="own", buffers=(256, 256),
                     dropouts=(0.3, 0.3), head_order="linear-selu-dropout", hard_share=1.0, batch_size=128, layer_groups=1,
-                    finder="off", weight_decay=1e-5, l1=1e-7, clip_norm=5.0, schedule="plateau", max_cycles=10)
+                    finder="off", weight_decay=1e-5, l1=1e-7, clip_norm=5.0, schedule="plateau", max_halvings=4, max_cycles=10)
 # For the demo data: the whole method at a quarter of the scale, on an encoder that learns from random weights on a
 # CPU in a minute. Small classes are common there, so alpha is the smaller of the paper's two examples; a look at the
 # validation part costs a third of an epoch.

@@ -451,13 +451,18 @@ def evaluate(run: Run, data: FoldData, feed) -> tuple[float, float]:
 
 
 def is_finished(run: Run) -> bool:
-    """Tell whether the cycles are over: the recipe's maximum, or one that hardly improved the validation loss."""
+    """Tell whether training is over: at the recipe's maximum, or when it hardly improves the validation loss any more.
+
+    Cycles end with one that gains too little; halving ends on the plateau after the last of the halvings that the recipe allows.
+    """
     recipe = run.recipe
-    if run.epoch == 0 or run.epoch % recipe.cycle_epochs or run.step:
+    if run.epoch == 0 or run.step:
         return False
     if run.epoch == recipe.epochs:
         return True
-    if recipe.schedule == "one-cycle":
+    if recipe.schedule == "plateau":
+        return 0 < recipe.max_halvings < plateau_halvings(run.valid_losses, recipe.patience)
+    if recipe.schedule == "one-cycle" or run.epoch % recipe.cycle_epochs:
         return False
     return cycle_gain(run.valid_losses, evaluations_per_cycle(recipe)) < recipe.min_cycle_gain
 

@@ -1,11 +1,14 @@
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from common.recipes import get_recipe
 from common.schedules import (cosine_with_restarts, cycle_gain, exponential_range, has_diverged, one_cycle,
                               plateau_halvings, smoothed, suggest_learning_rate)
+from common.training import Run, is_evaluated, is_finished, learning_rate_factor
 
 
 def test_a_loss_of_zero_cannot_be_improved():
@@ -46,6 +49,41 @@ def test_halving_on_a_plateau_equals_torch(patience):
         scheduler.step(losses[-1])
         # torch stops at steps below 1e-8
         assert optimizer.param_groups[0]["lr"] == max(0.5 ** plateau_halvings(losses, patience), 2 ** -26)
+
+
+def flattening(epoch):
+    """A validation loss that falls for 10 epochs and then stays as it is."""
+    return 1 / (1 + min(epoch, 9))
+
+
+def driven(recipe, loss):
+    """Return the factor on the learning rate in each epoch of a training whose validation losses are given, to its end."""
+    run = Run(recipe, *[None] * 9)
+    factors = []
+    while not is_finished(run):
+        factors.append(learning_rate_factor(run, run.epoch, 1))
+        if is_evaluated(recipe, run.epoch):
+            run.history.append({"valid_loss": loss(run.epoch)})
+        run.epoch += 1
+    return factors
+
+
+def test_gapnet_pl_halves_on_a_plateau_as_often_as_its_recipe_says_before_it_ends():
+    recipe = get_recipe("gapnet_pl")
+    assert driven(recipe, flattening) == [1] * 14 + [0.5] * 4 + [0.25] * 4 + [0.125] * 4 + [0.0625] * 4
+    assert driven(replace(recipe, max_halvings=1), flattening) == [1] * 14 + [0.5] * 4
+    assert len(driven(replace(recipe, max_halvings=0), flattening)) == recipe.epochs == 40
+    assert driven(recipe, lambda epoch: 1 / (1 + epoch)) == [1] * 40
+    assert driven(replace(recipe, cycle_epochs=3), flattening)[:18] == [1] * 14 + [0.5] * 4  # the length of cycles is of no concern
+
+
+def test_patience_counts_looks_at_the_validation_part():
+    recipe = replace(get_recipe("gapnet_pl"), evaluate_epochs=2, patience=1, max_halvings=1)
+    assert driven(recipe, lambda epoch: 1.0) == [1] * 6 + [0.5] * 4
+
+
+def test_cycles_still_end_with_one_that_gains_nothing():
+    assert len(driven(replace(get_recipe("resnet50"), schedule="constant", max_cycles=10), flattening)) == 16
 
 
 def test_the_range_is_exponential():
