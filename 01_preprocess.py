@@ -53,12 +53,12 @@ def main():
     from common.parallel import workers
     from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, list_samples, preprocess_stage,
                                    sample_table, source_state, statistics_table, store_all, wanted_stores)
-    from common.recipes import fit_to_source, get_recipe
+    from common.recipes import fit_to_source, get_recipes
 
     data, work, raw = args.data.resolve(), args.work.resolve(), args.store == "raw"
     if work == data or data in work.parents:
         raise UserError(f"--work {args.work} is in --data {args.data}, which is never written to; give another --work")
-    recipes = {name: get_recipe(name, args.settings) for name in args.recipes}
+    recipes = get_recipes(args.recipes, args.settings)
     samples, bad = list_samples(data, args.limit)
     states = {sample: source_state(sample) for sample in samples}
 

@@ -24,7 +24,7 @@ from itertools import product
 from common import cli
 from common.artifacts import read_table
 from common.parallel import run_jobs
-from common.recipes import fit_to_source, get_recipe
+from common.recipes import fit_to_source, get_recipes
 
 
 def parse_args():
@@ -67,7 +67,7 @@ def main():
         return print(recipe_listing(args.json))
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
-    recipes = {name: get_recipe(name, args.settings) for name in args.recipe}
+    recipes = get_recipes(args.recipe, args.settings)
     samples = read_table(args.work / "samples.csv", f"python 01_preprocess.py --data {args.data} --work {args.work}")
     folds = read_table(args.work / "folds.csv", f"python 03_make_folds.py --work {args.work}")
 

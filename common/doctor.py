@@ -395,11 +395,11 @@ def work_so_far(args, seen: Seen):
     from common.fold_data import training_inputs
     from common.folds import fold_numbers
     from common.preprocess import preprocess_stage, source_state, wanted_stores
-    from common.recipes import current_fields, get_recipe, run_parameters
+    from common.recipes import current_fields, get_recipes, run_parameters
 
     if not (args.work / "samples.csv").is_file():
         return
-    stores = wanted_stores(get_recipe(name, args.settings) for name in args.recipes)
+    stores = wanted_stores(get_recipes(args.recipes, args.settings, lambda note: None).values())
     reason = preprocess_stage(args.work, seen.samples, {sample: source_state(sample) for sample in seen.samples}, stores,
                               args.white_level, args.keep_going, args.store == "raw").why_stale() or ""
     trained = []

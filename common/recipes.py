@@ -105,7 +105,7 @@ class Recipe:
     def __post_init__(self):
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
-                raise UserError(f"recipe field {name} is {getattr(self, name)!r}; {nearest(str(getattr(self, name)), known)}")
+                raise UserError(f"recipe field {name} is {getattr(self, name)!r}; {nearest(str(getattr(self, name)), known, every=True)}")
         checks = {
             "size_divisor": self.size_divisor >= 1,
             "crop_size": 32 <= self.crop <= self.size,
@@ -288,18 +288,88 @@ def ablation_runs(name: str) -> dict[str, str]:
 
 
 def get_recipe(name: str, settings: list[str] = ()) -> Recipe:
-    """Return the recipe called 'name' or 'name-variant', changed by settings such as 'alpha=0.999'."""
+    """Return the recipe called 'name' or 'name-variant', changed by settings such as 'alpha=0.999'; see `get_recipes`."""
+    return get_recipes([name], settings)[name]
+
+
+def get_recipes(names: list[str], settings: list[str] = (), tell=print) -> dict[str, Recipe]:
+    """Return the recipes of these names, each changed by all settings.
+
+    tell : function that is given a note on each setting that has no effect on some of the recipes
+    Raises UserError for unknown names and fields, a field that is set twice, and a setting without effect on any recipe.
+    """
+    changes = [parse_setting(setting) for setting in settings]
+    for field, _ in changes:
+        if [name for name, _ in changes].count(field) > 1:
+            raise UserError(f"recipe field {field} is set twice; give it once")
+    recipes = {name: replace(named_recipe(name), **dict(changes)) for name in names}
+    for field, _ in changes:
+        idle = {name: idle_fields(recipe)[field] for name, recipe in recipes.items() if field in idle_fields(recipe)}
+        if idle and len(idle) == len(recipes):
+            name, (because, instead) = next(iter(idle.items()))
+            raise UserError(f"recipe field {field} has no effect on {name}, which has {because}; leave it out, or set {instead}")
+        if idle:
+            tell(f"note: {field} has no effect on {', '.join(f'{name} ({because})' for name, (because, _) in idle.items())}")
+    return recipes
+
+
+def idle_fields(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Return the fields that have no effect in a recipe: which setting is the reason, and what to set so that they have one."""
+    rates = ",".join(f"{rate:g}" for rate in recipe.learning_rates)
+    schedule = f"schedule={recipe.schedule}"
+    rules = [
+        (recipe.learning_rates, ("learning_rate", "layer_groups"), f"learning_rates={rates}",
+         "learning_rates: one rate for each layer group, first layers first"),
+        (recipe.size_rule == BY_SOURCE, ("image_size",), f"size_rule={BY_SOURCE}", "size_rule=fixed too"),
+        (recipe.encoder.startswith("gapnet"), ("fourth_channel",), f"encoder={recipe.encoder}, made for four channels", "another encoder"),
+        (recipe.standardised, ("normalisation",), f"standardise={recipe.standardise}", "standardise=none too"),
+        (recipe.class_weights == "none", ("alpha", "weighted_part"), "class_weights=none", "class_weights=normalised too"),
+        (recipe.base_loss != "focal", ("focal_gamma",), f"base_loss={recipe.base_loss}", "base_loss=focal too"),
+        (recipe.hard_share == 1, ("hard_warmup_epochs",), "hard_share=1", "hard_share below 1 too"),
+        (recipe.schedule != "plateau", ("patience", "max_halvings"), schedule, "schedule=plateau too"),
+        (recipe.schedule != "one-cycle", ("warmup_share",), schedule, "schedule=one-cycle too"),
+        (recipe.max_cycles == 1, ("min_cycle_gain",), "max_cycles=1", "max_cycles above 1 too"),
+        (recipe.schedule in ("plateau", "one-cycle"), ("min_cycle_gain",), schedule, "schedule=cycles or constant too"),
+    ]
+    return {field: (because, instead) for applies, fields, because, instead in rules if applies for field in fields}
+
+
+def named_recipe(name: str) -> Recipe:
+    """Return the recipe called 'name' or 'name-variant'."""
     base, *variants = run_name(name).split("-")
     if base not in RECIPES:
-        raise UserError(f"unknown recipe {base!r}; {nearest(base, RECIPES)}")
+        raise UserError(f"unknown recipe {base!r}; {nearest(base, RECIPES, every=True)}")
     if len(set(variants) & set(ABLATION)) > 1:
         raise UserError(f"{name}: each variant of the ablation holds the ones before it, so name only one")
     recipe = RECIPES[base]
     for variant in variants:
         if variant not in VARIANTS:
-            raise UserError(f"unknown variant {variant!r} of recipe {base}; {nearest(variant, VARIANTS)}")
+            raise UserError(f"unknown variant {variant!r} of recipe {base}; {nearest(variant, VARIANTS, every=True)}")
         recipe = VARIANTS[variant](recipe)
-    return replace(recipe, **dict(parse_setting(setting) for setting in settings))
+    return recipe
+
+
+# Fields by other names, and what is no field of a recipe.
+WORDS = {
+    "learning_rates, or learning_rate for a recipe without them": "lr lrs rate rates",
+    "cycle_epochs or max_cycles, whose product are the epochs": "epoch epochs n_epochs num_epochs max_epochs",
+    "encoder": "backbone model arch architecture network net",
+    "batch_size": "bs batch batchsize",
+    "weight_decay": "wd decay l2",
+    "base_loss": "loss loss_fn criterion",
+    "focal_gamma": "gamma",
+    "image_size": "size img_size imsize resolution",
+    "crop_size": "crop patch patch_size",
+    "dropouts": "dropout drop drop_rate",
+    "buffers": "head hidden fc",
+    "optimizer": "opt optim",
+    "schedule": "scheduler sched lr_schedule",
+    "warmup_share": "warmup warmup_epochs",
+    "clip_norm": "clip grad_clip gradient_clip max_norm",
+    "hard_share": "ohem hard topk top_k",
+    **{f"the flag --{word.replace('_', '-')} of 04_train.py": word for word in (
+        "seed", "folds", "pretrained", "weights_dir", "device", "precision", "workers", "micro_batch", "compile")},
+}
 
 
 def parse_setting(setting: str) -> tuple[str, object]:
@@ -307,7 +377,10 @@ def parse_setting(setting: str) -> tuple[str, object]:
     name, equals, text = setting.partition("=")
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
     if name not in fields:
-        raise UserError(f"unknown recipe field {name!r}; {nearest(name, fields)}")
+        word = name.lower().replace("-", "_")
+        meant = next((field for field, words in WORDS.items() if word in words.split()), None)
+        guess = f"did you mean {meant}?" if meant else nearest(name, fields)
+        raise UserError(f"unknown recipe field {name!r}; {guess}")
     default = fields[name].default
     try:
         if not equals:
