@@ -270,18 +270,25 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
     """
     from common import images
     from common.hashing import hash_planes
-    from common.preprocess import HASH_SIZE
-    from common.recipes import fit_to_source, get_recipe
+    from common.preprocess import HASH_SIZE, cure_small, fit_recipes
+    from common.recipes import describe_fit, get_recipes
 
     if not sides:
         return None
-    smallest = min(sides.values())
-    recipes = {name: fit_to_source(get_recipe(name, args.settings), smallest) for name in args.recipes}
-    small = str(min(HASH_SIZE, smallest))
+    notes = []
+    asked = get_recipes(args.recipes, args.settings, notes.append)
+    yield from (Check("settings", WARNING, note) for note in notes)
+    recipes, too_small = fit_recipes(asked, sides)
+    if too_small:
+        yield Check("images", WARNING if args.keep_going else FAILS, f"{len(too_small)} samples have fewer pixels than the recipes use",
+                    cure_small(asked, sides))
+    bad.update(too_small)
+    sides = {sample: side for sample, side in sides.items() if sample not in too_small}
+    small = str(min(HASH_SIZE, *sides.values()))
     stores = sorted({small, *(recipe.store for recipe in recipes.values())})
     seconds, peaks, reading = [], [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for sample in while_time_lasts(list(dict.fromkeys([*doubtful, *sides]))[:DECODED], SECONDS / 2, "decoding"):
+        for sample in while_time_lasts(list(dict.fromkeys([*(s for s in doubtful if s in sides), *sides]))[:DECODED], SECONDS / 2, "decoding"):
             started = time.perf_counter()
             made = images.attempt(images.store_sample, sample.Id, sample.files, sample.rgb_coded, stores, Path(folder),
                                   args.white_level, args.store == "raw")
@@ -297,8 +304,8 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
         return None
     yield Check("images", FINE, f"{len(seconds)} samples, drawn at random, were decoded wholly and stored for trial")
     for name, recipe in recipes.items():
-        if recipe != get_recipe(name, args.settings):
-            yield Check("images", FINE, f"{name} uses {recipe.size} px with crops of {recipe.crop}: sources have no more")
+        if recipe != asked[name]:
+            yield Check("images", FINE, describe_fit(name, asked[name], recipe))
     deep = [peak for peak in peaks if peak is not None]
     if deep and max(deep) < args.white_level / 4:
         yield Check("images", WARNING, f"16-bit files never exceed {max(deep)} of {args.white_level}, so images will be dark",
@@ -401,7 +408,8 @@ def work_so_far(args, seen: Seen):
         return
     stores = wanted_stores(get_recipes(args.recipes, args.settings, lambda note: None).values())
     reason = preprocess_stage(args.work, seen.samples, {sample: source_state(sample) for sample in seen.samples}, stores,
-                              args.white_level, args.keep_going, args.store == "raw").why_stale() or ""
+                              args.white_level, args.keep_going, args.store == "raw",
+                              any(recipe.enlarge for recipe in seen.recipes.values())).why_stale() or ""
     trained = []
     folds = read_table(args.work / "folds.csv", "") if (args.work / "folds.csv").is_file() else None
     for name, recipe in seen.recipes.items() if folds is not None else ():

@@ -202,15 +202,12 @@ def one_side(files: list[Path], sides: list[int]) -> int:
 # --- resizing and storing ----------------------------------------------------------------------------------
 
 def resize(plane: np.ndarray, size: int, white: int = WHITE) -> np.ndarray:
-    """Shrink one channel to (size, size) by area averaging; 16 bit becomes 8 bit as round(255 * value / white).
+    """Bring one channel to (size, size), by area averaging or, where that enlarges it, linearly; 16 bit becomes 8 bit as round(255 * value / white).
 
     Averaging happens in the source's depth, so 16-bit data is rounded once; what is above `white` becomes 255.
-    Raises ValueError for enlarging.
     """
-    if plane.shape[0] < size:
-        raise ValueError(f"would enlarge {plane.shape[0]} px to {size} px")
-    if plane.shape[0] > size:
-        plane = cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA)
+    if plane.shape[0] != size:
+        plane = cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA if plane.shape[0] > size else cv2.INTER_LINEAR)
     if plane.dtype == np.uint8:
         return plane
     return np.minimum((plane.astype(np.uint32) * 510 + white) // (2 * white), 255).astype(np.uint8)

@@ -44,10 +44,12 @@ class Recipe:
 
     # Images: random crops of `crop_size` from `image_size`, both divided by `size_divisor`.
     # By source: 768 from sources up to 2048 pixels, 1024 from larger ones, whatever `image_size` says.
+    # Sources with fewer pixels than that are refused or left out, or enlarged where asked; see `preprocess.fit_recipes`.
     size_rule: str = "fixed"
     image_size: int = 768
     crop_size: int = 512
     size_divisor: int = 1
+    enlarge: bool = False
 
     # Network: encoder, pooling (adaptive concat; global average; the encoder's own), buffering layers, 28 outputs.
     encoder: str = "resnet50"
@@ -437,13 +439,24 @@ def recipe_of_run(parameters: dict) -> Recipe:
     return from_dict({name: value for name, value in parameters.items() if name not in OF_RUN})
 
 
+def is_too_small(recipe: Recipe, side: int) -> bool:
+    """Tell whether a source of `side` pixels has fewer than the recipe's stored images, which may not be enlarged."""
+    return not recipe.enlarge and stored_size(recipe.store, side) > side
+
+
 def fit_to_source(recipe: Recipe, side: int) -> Recipe:
     """Return the recipe with sizes that a source of `side` pixels can give without enlarging.
 
     A 512 px source is used at 512 with crops of 384: the source's own size, and three quarters of it rounded
-    to a multiple of 32.
+    to a multiple of 32. A recipe that enlarges stays as it is.
     """
-    if (stored_size(recipe.store, side) if recipe.size_rule == BY_SOURCE else recipe.size) <= side:
+    if not is_too_small(recipe, side):
         return recipe
     return replace(recipe, size_rule="fixed", image_size=side, crop_size=min(side, max(32, side * 3 // 4 // 32 * 32)),
                    size_divisor=1)
+
+
+def describe_fit(name: str, recipe: Recipe, fitted: Recipe) -> str:
+    """Say what `fit_to_source` changed of a recipe, and what to give instead."""
+    return (f"the smallest source image has {fitted.size} px: {name} uses {fitted.size} px with crops of {fitted.crop} in place of "
+            f"{recipe.size} and {recipe.crop}; nothing is enlarged. To enlarge instead, give stages 01 and 04 --set enlarge=true")
