@@ -117,10 +117,10 @@ def found_rates(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware
     if not math.isfinite(losses[0]):  # training meets the same batch first, and deals with it
         print(f"{label}: the loss is not finite from the very first batch, so there is no learning rate to be found", flush=True)
         return groups
-    suggestion = hardware.team.agree(save_lr_curve(folder, rates, losses) if hardware.team.is_main else None)
+    suggestion, steepest = hardware.team.agree(save_lr_curve(folder, rates, losses) if hardware.team.is_main else None)
     if recipe.finder == "use":
         groups = tuple(suggestion * rate / groups[-1] for rate in groups)
-    print(f"{label}: highest learning rate at which the loss still falls: {suggestion:.2g}; learning rates "
+    print(f"{label}: highest learning rate at which the loss still falls: {suggestion:.2g}, at which it falls fastest: {steepest:.2g}; learning rates "
           f"{', '.join(f'{rate:.2g}' for rate in groups)} ({'by that' if recipe.finder == 'use' else 'of the recipe'}); "
           f"curve: {folder / 'lr_find.png'}", flush=True)
     return groups
