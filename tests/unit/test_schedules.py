@@ -158,7 +158,7 @@ def test_a_clean_curve_stays_sharp_and_a_noisy_one_is_smoothed():
     clean = valley(-2, 10)(np.linspace(-5, -1.8, 54))
     assert centred(clean.tolist()) == pytest.approx(clean, rel=0.03)
     noisy = (1 + 0.1 * np.random.default_rng(0).standard_normal(60)).tolist()
-    assert centred(noisy).std() < 0.5 * np.std(noisy)
+    assert centred(noisy).std() < 0.6 * np.std(noisy)
 
 
 def test_nan_does_not_mislead_the_finder():
