@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from common.artifacts import Stage, images_digest, prediction_file, read_table, save_predictions
+from common.artifacts import Stage, images_digest, prediction_file, read_table, save_predictions, sidecar
 from common.checkpoints import (FORMAT, check_recipe, check_unfinished, finished_checkpoint, load_checkpoint, load_network,
                                 made_from, restoring)
 from common.distributed import Team
+from common.errors import UserError
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, image_set, load_fold, training_inputs
+from common.folds import fold_numbers
 from common.hardware import Hardware, HardwareOptions, batch_bytes, choose_hardware, fit_shared_memory
 from common.inference import Fitting, Normalisation, mean_probabilities, predict_logits, views
 from common.recipes import Recipe, current_fields, run_parameters
@@ -136,15 +138,49 @@ def find_lr(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, w
         found_rates(stage.artifact.parent, data, recipe, hardware, fold, seed, start.read(), label)
 
 
+def prediction_stage(work: Path, recipe_name: str, fold: int, part: str, rows: pd.DataFrame, settings: dict, network: Path,
+                     recipe: Recipe) -> Stage:
+    """Return what stage 05 makes for one part of the samples with the network of one fold."""
+    return Stage("05_predict_oof", prediction_file(work, recipe_name, part, fold), settings,
+                 {"network": network, "images": images_digest(work, recipe.store, rows["Id"])})
+
+
+def predicted_folds(work: Path, recipe_name: str, numbers: list[int], folds: pd.DataFrame, parts_of, settings: dict) -> dict[str, list[int]]:
+    """Return for each part of the samples the folds whose predictions belong together: `numbers`, and the others that are
+    predicted and up to date. Says which predictions of other folds are left out, and why.
+
+    parts_of : function of the fold -> part -> table of its samples
+    """
+    found = {part: list(numbers) for fold in numbers[:1] for part in parts_of(fold)}
+    for fold in (fold for fold in fold_numbers(folds) if fold not in numbers):
+        rows = {part: rows for part, rows in parts_of(fold).items() if sidecar(prediction_file(work, recipe_name, part, fold)).is_file()}
+        for part, reason in why_not_current(work, recipe_name, fold, folds, rows, settings).items():
+            if reason:
+                print(f"05_predict_oof: {prediction_file(work, recipe_name, part, fold)} is left out of {part}.npz: {reason}")
+            else:
+                found[part].append(fold)
+    return {part: sorted(some) for part, some in found.items()}
+
+
+def why_not_current(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame],
+                    settings: dict) -> dict[str, str | None]:
+    """Return for each part why a fold's predictions are not those that stage 05 would make now; None where they are."""
+    if not parts:
+        return {}
+    try:
+        path, recipe = finished_checkpoint(work, recipe_name, fold, folds, settings["checkpoint"])
+    except UserError as error:
+        return dict.fromkeys(parts, str(error))
+    return {part: prediction_stage(work, recipe_name, fold, part, rows, settings, path, recipe).why_stale() for part, rows in parts.items()}
+
+
 def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame], settings: dict,
                 batch_size: int, options: HardwareOptions) -> None:
     """Write a fold's probabilities for each part of the samples, where they are not up to date: one job of stage 05."""
     path, recipe = finished_checkpoint(work, recipe_name, fold, folds, settings["checkpoint"])
     network, fitting = None, Fitting()
     for part, rows in parts.items():
-        images = images_digest(work, recipe.store, rows["Id"])
-        stage = Stage("05_predict_oof", prediction_file(work, recipe_name, part, fold), settings,
-                      {"network": path, "images": images})
+        stage = prediction_stage(work, recipe_name, fold, part, rows, settings, path, recipe)
         if stage.is_current():
             continue
         with stage.lock(wait=True):

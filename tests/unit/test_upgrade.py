@@ -15,7 +15,7 @@ from common.checkpoints import FORMAT, check_unfinished, finished_checkpoint, lo
 from common.distributed import Team
 from common.errors import UserError
 from common.inference import Hardware, Normalisation
-from common.jobs import begin_fold, plan, predict_job
+from common.jobs import begin_fold, plan, predict_job, predicted_folds
 from common.recipes import current_fields, get_recipe, recipe_of_run, run_parameters
 from common.start import Start
 from common.training import Run, is_finished, new_run
@@ -63,6 +63,26 @@ def test_predictions_of_before_are_up_to_date(work, capsys):
     predict_job(work, "demo-quick", 0, folds, parts, settings, 8, ("cpu", "fp32", 0))
     out = capsys.readouterr().out
     assert "fold0_oof.npz is up to date" in out and "fold0_test.npz is up to date" in out
+
+
+def together(work, **changes):
+    folds = read_table(work / "folds.csv", "")
+    settings = {"tta": "none", "view": "whole", "checkpoint": "best", **changes}
+    return predicted_folds(work, "demo-quick", [1], folds, lambda fold: {"oof": folds[folds["fold"] == fold]}, settings)["oof"]
+
+
+def test_folds_that_were_predicted_before_are_put_together_with_new_ones(work, capsys):
+    assert together(work) == [0, 1] and not capsys.readouterr().out
+
+
+def test_folds_that_were_predicted_otherwise_are_left_out_by_name(work, capsys):
+    assert together(work, tta="dihedral") == [1]
+    assert "fold0_oof.npz is left out of oof.npz: tta was none, now dihedral" in capsys.readouterr().out
+    (work / "runs" / "demo-quick" / "fold0" / "best.pt").write_bytes(b"another")
+    assert together(work) == [1]
+    assert "fold0_oof.npz is left out of oof.npz: " in capsys.readouterr().out
+    shutil.rmtree(work / "predictions")
+    assert together(work) == [1] and not capsys.readouterr().out
 
 
 def test_a_network_of_before_predicts(work):
