@@ -63,12 +63,11 @@ def main():
     options, _ = plan_hardware(args, "05_predict_oof", len(args.recipes) * len(numbers), training=False)
     jobs = [(args.work, recipe, fold, folds, parts_of(fold), settings, args.batch_size, options)
             for recipe in args.recipes for fold in numbers]
-    together = {recipe: predicted_folds(args.work, recipe, numbers, folds, parts_of, settings) for recipe in args.recipes}
-    for recipe, parts in together.items():
-        check_alike(args.work, recipe, sorted(set().union(*parts.values())))
+    for recipe in args.recipes:
+        check_alike(args.work, recipe, numbers)
     run_jobs(predict_job, jobs, options.jobs, args.cluster, "predicting")
-    for recipe, parts in together.items():
-        for part, some in parts.items():
+    for recipe in args.recipes:
+        for part, some in predicted_folds(args.work, recipe, numbers, folds, parts_of, settings).items():
             combine(args, recipe, some, part, mean_predictions if part in means else join_folds)
             print(f"05_predict_oof: {prediction_file(args.work, recipe, part)} {describe_folds(some, len(fold_numbers(folds)))}")
 

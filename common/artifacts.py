@@ -86,7 +86,7 @@ def stored_images(work: Path, store: str, ids) -> pd.DataFrame:
 
 
 def images_digest(work: Path, store: str, ids) -> str:
-    """Return the fingerprint of the given Ids' stored images, by the columns that all versions write: further ones change nothing."""
+    """Return the fingerprint of the given Ids' stored images by the columns that all versions write: others change nothing."""
     return digest(stored_images(work, store, ids).filter(regex=r"^(Id|side|crc|(mean|std|zeros|saturated)_\w+)$"))
 
 
@@ -217,7 +217,7 @@ class Stage:
     def changes(self, before: dict) -> str | None:
         """Describe how parameters and inputs differ from an earlier `made_from`; None where they do not.
 
-        A parameter that only one of the two has makes no difference where it is off (false, 0 or empty): another version added it.
+        A parameter that only one of them has makes no difference while it is off (false, 0 or empty): a newer version added it.
         """
         now, old = self.parameters, self.complete(before.get("parameters", {}))
         changed = [key for key in sorted({**old, **now})

@@ -126,7 +126,7 @@ def restoring(path: Path):
 
 
 def check_recipe(path: Path, saved: dict, recipe: Recipe) -> None:
-    """Refuse a checkpoint of another recipe than is expected, with both named; of another version as `recipes.from_dict` reads it."""
+    """Refuse a checkpoint of another recipe than is expected, with both named; older versions' are read as `from_dict` does."""
     try:
         found = to_dict(from_dict(saved["recipe"]))
     except UserError as error:

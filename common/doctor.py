@@ -280,15 +280,16 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
     yield from (Check("settings", WARNING, note) for note in notes)
     recipes, too_small = fit_recipes(asked, sides)
     if too_small:
-        yield Check("images", WARNING if args.keep_going else FAILS, f"{len(too_small)} samples have fewer pixels than the recipes use",
-                    cure_small(asked, sides))
+        state = WARNING if args.keep_going else FAILS
+        yield Check("images", state, f"{len(too_small)} samples have fewer pixels than the recipes use", cure_small(asked, sides))
     bad.update(too_small)
     sides = {sample: side for sample, side in sides.items() if sample not in too_small}
     small = str(min(HASH_SIZE, *sides.values()))
     stores = sorted({small, *(recipe.store for recipe in recipes.values())})
     seconds, peaks, reading = [], [], {}
     with tempfile.TemporaryDirectory() as folder:
-        for sample in while_time_lasts(list(dict.fromkeys([*(s for s in doubtful if s in sides), *sides]))[:DECODED], SECONDS / 2, "decoding"):
+        first = [sample for sample in doubtful if sample in sides]
+        for sample in while_time_lasts(list(dict.fromkeys([*first, *sides]))[:DECODED], SECONDS / 2, "decoding"):
             started = time.perf_counter()
             made = images.attempt(images.store_sample, sample.Id, sample.files, sample.rgb_coded, stores, Path(folder),
                                   args.white_level, args.store == "raw")

@@ -202,7 +202,9 @@ def one_side(files: list[Path], sides: list[int]) -> int:
 # --- resizing and storing ----------------------------------------------------------------------------------
 
 def resize(plane: np.ndarray, size: int, white: int = WHITE) -> np.ndarray:
-    """Bring one channel to (size, size), by area averaging or, where that enlarges it, linearly; 16 bit becomes 8 bit as round(255 * value / white).
+    """Bring one channel to (size, size); 16 bit becomes 8 bit as round(255 * value / white).
+
+    It is made smaller by area averaging, larger by linear interpolation.
 
     Averaging happens in the source's depth, so 16-bit data is rounded once; what is above `white` becomes 255.
     """

@@ -122,9 +122,9 @@ def found_rates(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware
     suggestion, steepest = hardware.team.agree(save_lr_curve(folder, rates, losses) if hardware.team.is_main else None)
     if recipe.finder == "use":
         groups = tuple(suggestion * rate / groups[-1] for rate in groups)
-    print(f"{label}: highest learning rate at which the loss still falls: {suggestion:.2g}, at which it falls fastest: {steepest:.2g}; learning rates "
-          f"{', '.join(f'{rate:.2g}' for rate in groups)} ({'by that' if recipe.finder == 'use' else 'of the recipe'}); "
-          f"curve: {folder / 'lr_find.png'}", flush=True)
+    used, of = ", ".join(f"{rate:.2g}" for rate in groups), "by that" if recipe.finder == "use" else "of the recipe"
+    print(f"{label}: highest learning rate at which the loss still falls: {suggestion:.2g}, at which it falls fastest: "
+          f"{steepest:.2g}; learning rates {used} ({of}); curve: {folder / 'lr_find.png'}", flush=True)
     return groups
 
 
@@ -145,33 +145,40 @@ def prediction_stage(work: Path, recipe_name: str, fold: int, part: str, rows: p
                  {"network": network, "images": images_digest(work, recipe.store, rows["Id"])})
 
 
-def predicted_folds(work: Path, recipe_name: str, numbers: list[int], folds: pd.DataFrame, parts_of, settings: dict) -> dict[str, list[int]]:
+def predicted_folds(work: Path, recipe_name: str, numbers: list[int], folds: pd.DataFrame, parts_of,
+                    settings: dict) -> dict[str, list[int]]:
     """Return for each part of the samples the folds whose predictions belong together: `numbers`, and the others that are
     predicted and up to date. Says which predictions of other folds are left out, and why.
 
     parts_of : function of the fold -> part -> table of its samples
     """
-    found = {part: list(numbers) for fold in numbers[:1] for part in parts_of(fold)}
+    found = {part: list(numbers) for part in parts_of(numbers[0])}
+    recipe = finished_checkpoint(work, recipe_name, numbers[0], folds, settings["checkpoint"])[1]
     for fold in (fold for fold in fold_numbers(folds) if fold not in numbers):
-        rows = {part: rows for part, rows in parts_of(fold).items() if sidecar(prediction_file(work, recipe_name, part, fold)).is_file()}
-        for part, reason in why_not_current(work, recipe_name, fold, folds, rows, settings).items():
+        files = {part: prediction_file(work, recipe_name, part, fold) for part in found}
+        made = {part: rows for part, rows in parts_of(fold).items() if sidecar(files[part]).is_file()}
+        for part, reason in why_not_current(work, recipe_name, fold, folds, made, settings, recipe).items():
             if reason:
-                print(f"05_predict_oof: {prediction_file(work, recipe_name, part, fold)} is left out of {part}.npz: {reason}")
+                print(f"05_predict_oof: {files[part]} is left out of {part}.npz: {reason}")
             else:
                 found[part].append(fold)
     return {part: sorted(some) for part, some in found.items()}
 
 
-def why_not_current(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame],
-                    settings: dict) -> dict[str, str | None]:
-    """Return for each part why a fold's predictions are not those that stage 05 would make now; None where they are."""
+def why_not_current(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame], settings: dict,
+                    recipe: Recipe) -> dict[str, str | None]:
+    """Return for each part why a fold's predictions are not those that stage 05 would make now with a network of this recipe;
+    None where they are."""
     if not parts:
         return {}
     try:
-        path, recipe = finished_checkpoint(work, recipe_name, fold, folds, settings["checkpoint"])
+        path, own = finished_checkpoint(work, recipe_name, fold, folds, settings["checkpoint"])
     except UserError as error:
         return dict.fromkeys(parts, str(error))
-    return {part: prediction_stage(work, recipe_name, fold, part, rows, settings, path, recipe).why_stale() for part, rows in parts.items()}
+    if own != recipe:
+        return dict.fromkeys(parts, f"fold {fold} was trained with another recipe")
+    return {part: prediction_stage(work, recipe_name, fold, part, rows, settings, path, own).why_stale()
+            for part, rows in parts.items()}
 
 
 def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame], settings: dict,

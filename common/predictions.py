@@ -50,17 +50,21 @@ def folds_behind(work: Path, recipes: list[str], part: str) -> dict:
 
 def describe_folds(numbers: list[int], n_folds: int) -> str:
     """Say how many folds of how many a file stands on."""
-    return f"stands on {'all' if len(numbers) == n_folds else f'{len(numbers)} of'} {n_folds} folds ({', '.join(map(str, numbers))})"
+    share = "all" if len(numbers) == n_folds else f"{len(numbers)} of"
+    return f"stands on {share} {n_folds} folds ({', '.join(map(str, numbers))})"
 
 
 def describe_missing_folds(behind: dict, work: Path) -> list[str]:
-    """Return a line for each recipe whose predictions do not stand on all folds, or one that all do; behind : see `folds_behind`."""
+    """Return a line for each recipe whose predictions do not stand on all folds, or one that says that all do.
+
+    behind : see `folds_behind`
+    """
     lines = []
     for name, numbers in behind["folds"].items():
         if len(numbers) < behind["n_folds"]:
             missing = f"--work {work} --folds {','.join(str(fold) for fold in range(behind['n_folds']) if fold not in numbers)}"
-            lines.append(f"warning: {name} {describe_folds(numbers, behind['n_folds'])}; for the others run: python 04_train.py {missing} "
-                         f"--recipe {name} && python 05_predict_oof.py {missing} --recipes {name}")
+            lines.append(f"warning: {name} {describe_folds(numbers, behind['n_folds'])}; for the others run: "
+                         f"python 04_train.py {missing} --recipe {name} && python 05_predict_oof.py {missing} --recipes {name}")
     return lines or [f"each recipe stands on all {behind['n_folds']} folds"]
 
 

@@ -110,8 +110,8 @@ def fit_recipes(recipes: dict[str, Recipe], sides: dict[Sample, int]) -> tuple[d
     for sample, side in sides.items():
         needed = {name: stored_size(recipe.store, side) for name, recipe in fitted.items() if is_too_small(recipe, side)}
         if needed:
-            small[sample] = (f"{sample.part}: {sample.Id} has {side} px, fewer than the {', '.join(map(str, needed.values()))} px of "
-                             + ", ".join(needed))
+            sizes = ", ".join(map(str, needed.values()))
+            small[sample] = f"{sample.part}: {sample.Id} has {side} px, fewer than the {sizes} px of {', '.join(needed)}"
     return fitted, small
 
 
@@ -186,7 +186,7 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path, cure
     table = bad_table(bad, samples)
     write_csv(report, table)
     raise UserError(f"{len(bad)} samples cannot be used (all of them in {report}):\n{listing(table['reason'])}\n"
-                    f"mend or remove them and run this again, or leave them out with --keep-going" + (f"; {cure}" if cure else ""))
+                    "mend or remove them and run this again, or leave them out with --keep-going" + (f"; {cure}" if cure else ""))
 
 
 def space_needed(sides: list[int], raw: bool = False) -> float:
@@ -250,7 +250,8 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     for name, recipe in recipes.items():
         if fitted[name] != recipe:
             print(describe_fit(name, recipe, fitted[name]))
-    stores = sorted({str(min(HASH_SIZE, *sides.values())), *(recipe.store for recipe in fitted.values())}, key=lambda s: (len(s), s))
+    stores = {str(min(HASH_SIZE, *sides.values())), *(recipe.store for recipe in fitted.values())}
+    stores = sorted(stores, key=lambda store: (len(store), store))
     stored = {store: stored_ids(folder / store) for store in stores}
     valid = {s: valid_stores(records.get(s.Id), states[s]) for s in sides}
     done = {s: {store: values for store, values in made.items()

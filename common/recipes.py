@@ -106,8 +106,8 @@ class Recipe:
 
     def __post_init__(self):
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"recipe field {name} is {getattr(self, name)!r}; {nearest(str(getattr(self, name)), known, every=True)}")
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"recipe field {name} is {value!r}; {nearest(str(value), known, every=True)}")
         checks = {
             "size_divisor": self.size_divisor >= 1,
             "crop_size": 32 <= self.crop <= self.size,
@@ -323,7 +323,8 @@ def idle_fields(recipe: Recipe) -> dict[str, tuple[str, str]]:
         (recipe.learning_rates, ("learning_rate", "layer_groups"), f"learning_rates={rates}",
          "learning_rates: one rate for each layer group, first layers first"),
         (recipe.size_rule == BY_SOURCE, ("image_size",), f"size_rule={BY_SOURCE}", "size_rule=fixed too"),
-        (recipe.encoder.startswith("gapnet"), ("fourth_channel",), f"encoder={recipe.encoder}, made for four channels", "another encoder"),
+        (recipe.encoder.startswith("gapnet"), ("fourth_channel", "sync_batchnorm"),
+         f"encoder={recipe.encoder}, made for four channels and without BatchNorm", "another encoder"),
         (recipe.standardised, ("normalisation",), f"standardise={recipe.standardise}", "standardise=none too"),
         (recipe.class_weights == "none", ("alpha", "weighted_part"), "class_weights=none", "class_weights=normalised too"),
         (recipe.base_loss != "focal", ("focal_gamma",), f"base_loss={recipe.base_loss}", "base_loss=focal too"),
@@ -354,7 +355,7 @@ def named_recipe(name: str) -> Recipe:
 # Fields by other names, and what is no field of a recipe.
 WORDS = {
     "learning_rates, or learning_rate for a recipe without them": "lr lrs rate rates",
-    "cycle_epochs or max_cycles, whose product are the epochs": "epoch epochs n_epochs num_epochs max_epochs",
+    "cycle_epochs or max_cycles, whose product is the number of epochs": "epoch epochs n_epochs num_epochs max_epochs",
     "encoder": "backbone model arch architecture network net",
     "batch_size": "bs batch batchsize",
     "weight_decay": "wd decay l2",
@@ -426,7 +427,8 @@ def current_fields(saved: dict) -> dict:
     (0, false, empty, none) are left out, since they changed nothing.
     """
     defaults = to_dict(Recipe())
-    return {**defaults, **{name: value for name, value in saved.items() if name in defaults or name in OF_RUN or value not in OFF}}
+    known = {*defaults, *OF_RUN}
+    return {**defaults, **{name: value for name, value in saved.items() if name in known or value not in OFF}}
 
 
 def run_parameters(recipe: Recipe, fold: int, seed: int, checkpoint_format: int) -> dict:
@@ -458,5 +460,6 @@ def fit_to_source(recipe: Recipe, side: int) -> Recipe:
 
 def describe_fit(name: str, recipe: Recipe, fitted: Recipe) -> str:
     """Say what `fit_to_source` changed of a recipe, and what to give instead."""
-    return (f"the smallest source image has {fitted.size} px: {name} uses {fitted.size} px with crops of {fitted.crop} in place of "
-            f"{recipe.size} and {recipe.crop}; nothing is enlarged. To enlarge instead, give stages 01 and 04 --set enlarge=true")
+    return (f"the smallest source image has {fitted.size} px: {name} uses {fitted.size} px with crops of {fitted.crop} "
+            f"instead of {recipe.size} and {recipe.crop}; nothing is enlarged. To enlarge instead, give stages 01 and 04 "
+            "--set enlarge=true")

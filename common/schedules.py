@@ -84,7 +84,10 @@ def suggest_learning_rate(rates: list[float], losses: list[float]) -> float:
 
 
 def steepest_learning_rate(rates: list[float], losses: list[float]) -> float:
-    """Return the learning rate, growing exponentially, at which the smoothed loss falls fastest on the way to its lowest point."""
+    """Return the learning rate at which the smoothed loss falls fastest on the way to its lowest point.
+
+    rates : growing exponentially, so that slopes are those over the logarithm of the rate
+    """
     falls = slice(int(centred(losses).argmin()) + 1)
     curve = centred(losses, (6,))  # slopes need more smoothing than values
     return rates[int(np.gradient(curve)[falls].argmin())] if len(curve) > 1 else rates[0]

@@ -47,7 +47,8 @@ def test_the_whole_row(stages, fails, small_data, tmp_path):
     # One fold predicted: all that stands on it says so, with the commands for the other one.
     assert "oof.npz stands on 1 of 2 folds (1)" in stages(small_data, [5], "--folds", "1")
     out = stages(small_data, [6, 7])
-    told = f"warning: {RECIPE} stands on 1 of 2 folds (1); for the others run: python 04_train.py --work {work} --folds 0 --recipe {RECIPE}"
+    told = (f"warning: {RECIPE} stands on 1 of 2 folds (1); for the others run: "
+            f"python 04_train.py --work {work} --folds 0 --recipe {RECIPE} && python 05_predict_oof.py --work {work} --folds 0 --recipes {RECIPE}\n")
     assert out.count(told) == 2 and "6 out-of-fold samples" in out
     few = {"folds": {RECIPE: [1]}, "n_folds": 2}
     read = lambda name: {key: value for key, value in json.loads((work / name).read_text()).items() if key in few}

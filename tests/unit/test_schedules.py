@@ -75,7 +75,7 @@ def test_gapnet_pl_halves_on_a_plateau_as_often_as_its_recipe_says_before_it_end
     assert driven(replace(recipe, max_halvings=1), flattening) == [1] * 14 + [0.5] * 4
     assert len(driven(replace(recipe, max_halvings=0), flattening)) == recipe.epochs == 40
     assert driven(recipe, lambda epoch: 1 / (1 + epoch)) == [1] * 40
-    assert driven(replace(recipe, cycle_epochs=3), flattening)[:18] == [1] * 14 + [0.5] * 4  # the length of cycles is of no concern
+    assert driven(replace(recipe, cycle_epochs=3), flattening)[:18] == [1] * 14 + [0.5] * 4  # cycles do not count
 
 
 def test_patience_counts_looks_at_the_validation_part():
@@ -117,7 +117,7 @@ def test_the_finder_on_a_noisy_quadratic_stops_where_gradient_descent_diverges()
 
 
 def valley(lowest, rise):
-    """Return a function of log10 of the rate: a loss that falls along a logistic curve, fastest at `lowest` - 1.2, and then rises as
+    """Return a function of log10 of the rate: a loss that falls along a logistic curve, fastest at `lowest` - 1.2, and rises as
     a power of the rate, so that it is lowest at `lowest`."""
     fall = lambda x: 1 - 0.7 / (1 + np.exp(-3 * (x - lowest + 1.2)))
     slope = (fall(lowest - 1e-6) - fall(lowest + 1e-6)) / 2e-6  # that the rise must make good there
@@ -136,8 +136,9 @@ STEP = math.log(10 ** 6) / 99  # between two rates of a test
 
 
 @pytest.mark.parametrize("lowest", [-3, -2, -1.25])
-@pytest.mark.parametrize("loss", [lambda m: valley(m, 2.5), lambda m: valley(m, 5), lambda m: valley(m, 10),
-                                  lambda m: lambda x: 1 + (x - m) ** 2, lambda m: lambda x: 1 + np.where(x < m, (m - x) / 5, 3 * (x - m))])
+@pytest.mark.parametrize("loss", [
+    lambda m: valley(m, 2.5), lambda m: valley(m, 5), lambda m: valley(m, 10), lambda m: lambda x: 1 + (x - m) ** 2,
+    lambda m: lambda x: 1 + np.where(x < m, (m - x) / 5, 3 * (x - m))])
 def test_the_finder_suggests_the_lowest_point_without_the_lag_of_an_average(loss, lowest):
     found = math.log(suggest_learning_rate(*range_test(loss(lowest), 0, 0)) / 10 ** lowest)
     assert abs(found) <= 1.51 * STEP
@@ -151,7 +152,8 @@ def test_the_steepest_point_is_found_too(rise):
     found = steepest_learning_rate(*range_test(valley(-1.5, rise), 0, 0))
     assert abs(math.log(found / 10 ** -2.7)) <= 2 * STEP
     rates, losses = range_test(valley(-1.5, rise), 0.02, 1)
-    assert 0.5 < steepest_learning_rate(rates, losses) / 10 ** -2.7 < 2 and steepest_learning_rate(rates, losses) < suggest_learning_rate(rates, losses)
+    steepest = steepest_learning_rate(rates, losses)
+    assert 0.5 < steepest / 10 ** -2.7 < 2 and steepest < suggest_learning_rate(rates, losses)
 
 
 def test_a_clean_curve_stays_sharp_and_a_noisy_one_is_smoothed():

@@ -14,7 +14,8 @@ from common.artifacts import Stage, read_json, read_table, sidecar
 from common.checkpoints import FORMAT, check_unfinished, finished_checkpoint, load_checkpoint, load_network, save_checkpoint
 from common.distributed import Team
 from common.errors import UserError
-from common.inference import Hardware, Normalisation
+from common.hardware import Hardware, HardwareOptions
+from common.inference import Normalisation
 from common.jobs import begin_fold, plan, predict_job, predicted_folds
 from common.recipes import current_fields, get_recipe, recipe_of_run, run_parameters
 from common.start import Start
@@ -60,9 +61,17 @@ def test_predictions_of_before_are_up_to_date(work, capsys):
     folds, samples = read_table(work / "folds.csv", ""), read_table(work / "samples.csv", "")
     parts = {"oof": folds[folds["fold"] == 0], "test": samples[samples["part"] == "test"]}
     settings = {"tta": "none", "view": "whole", "checkpoint": "best"}
-    predict_job(work, "demo-quick", 0, folds, parts, settings, 8, ("cpu", "fp32", 0))
+    predict_job(work, "demo-quick", 0, folds, parts, settings, 8, HardwareOptions("cpu", "fp32", 0))
     out = capsys.readouterr().out
     assert "fold0_oof.npz is up to date" in out and "fold0_test.npz is up to date" in out
+
+
+@pytest.fixture
+def both(work):
+    """The work folder with a second fold trained, which has no predictions yet."""
+    runs = work / "runs" / "demo-quick"
+    shutil.copytree(runs / "fold0", runs / "fold1")
+    return work
 
 
 def together(work, **changes):
@@ -71,18 +80,24 @@ def together(work, **changes):
     return predicted_folds(work, "demo-quick", [1], folds, lambda fold: {"oof": folds[folds["fold"] == fold]}, settings)["oof"]
 
 
-def test_folds_that_were_predicted_before_are_put_together_with_new_ones(work, capsys):
-    assert together(work) == [0, 1] and not capsys.readouterr().out
+def test_folds_that_were_predicted_before_are_put_together_with_new_ones(both, capsys):
+    assert together(both) == [0, 1] and not capsys.readouterr().out
 
 
-def test_folds_that_were_predicted_otherwise_are_left_out_by_name(work, capsys):
-    assert together(work, tta="dihedral") == [1]
-    assert "fold0_oof.npz is left out of oof.npz: tta was none, now dihedral" in capsys.readouterr().out
-    (work / "runs" / "demo-quick" / "fold0" / "best.pt").write_bytes(b"another")
-    assert together(work) == [1]
-    assert "fold0_oof.npz is left out of oof.npz: " in capsys.readouterr().out
-    shutil.rmtree(work / "predictions")
-    assert together(work) == [1] and not capsys.readouterr().out
+def test_folds_that_were_predicted_otherwise_are_left_out_by_name(both, capsys):
+    def left_out(**changes):
+        assert together(both, **changes) == [1]
+        return capsys.readouterr().out
+
+    assert "fold0_oof.npz is left out of oof.npz: tta was none, now dihedral" in left_out(tta="dihedral")
+    path = both / "runs" / "demo-quick" / "fold0" / "best.pt"
+    meta = read_json(sidecar(path))
+    sidecar(path).write_text(json.dumps({**meta, "parameters": {**meta["parameters"], "alpha": 0.5}}))
+    assert "fold0_oof.npz is left out of oof.npz: fold 0 was trained with another recipe" in left_out()
+    path.write_bytes(b"another")
+    assert "fold0_oof.npz is left out of oof.npz: " in left_out()
+    shutil.rmtree(both / "predictions")
+    assert left_out() == ""
 
 
 def test_a_network_of_before_predicts(work):
