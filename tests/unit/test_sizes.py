@@ -73,7 +73,7 @@ def test_the_line_of_stages_01_and_04_says_what_is_used_and_what_to_give_instead
 
 
 def test_stage_01_runs_again_when_it_is_to_enlarge(tmp_path):
-    plain, enlarging = (preprocess_stage(tmp_path, [], {}, ["128"], 65535, False, enlarge) for enlarge in (False, True))
+    plain, enlarging = (preprocess_stage(tmp_path, [], {}, ["128"], 65535, False, enlarge=enlarge) for enlarge in (False, True))
     assert enlarging.changes(plain.made_from()) == "enlarge was False, now True"
     before = {"parameters": {"sizes": ["128"], "white_level": 65535, "keep_going": False}, "inputs": plain.inputs}
     assert plain.changes(before) is None  # as before there was the field
