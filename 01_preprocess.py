@@ -7,6 +7,10 @@ writes  WORK/samples.csv         Id, part, Target, side of the source image in p
         WORK/images/<size>.csv   side; per channel: mean, standard deviation, shares of black and saturated pixels; checksum
         WORK/left_out.csv        Id, part, Target, place, reason of samples that --keep-going leaves out
 
+Sizes: a recipe keeps its image_size where at least three quarters of the source images have that many pixels. Where fewer do, all
+images are stored at the largest size that three quarters have, with crops of three quarters of it. Samples that are still smaller
+are refused by name; --keep-going leaves them out, --set enlarge=true enlarges them (give it to stage 04 too).
+
 example python 01_preprocess.py --data data --work work --recipes resnet50
         python 01_preprocess.py --data data --work work --recipes resnet50 --check    what will fail, before days are spent
 """
@@ -57,15 +61,15 @@ def main():
     from common.artifacts import read_table, write_csv
     from common.exposure import Levels
     from common.parallel import workers
-    from common.preprocess import (HASH_SIZE, all_stored, bad_table, describe, drop_outdated, kept_going, known_states,
-                                   list_samples, preprocess_stage, sample_table, statistics_table, store_all, wanted_stores)
-    from common.recipes import fit_to_source, get_recipe
+    from common.preprocess import (all_stored, bad_table, describe, drop_outdated, kept_going, known_states, list_samples,
+                                   preprocess_stage, sample_table, statistics_table, store_all, wanted_stores)
+    from common.recipes import get_recipes
 
     levels = Levels(args.black_level, args.white_level)
     data, work, raw = args.data.resolve(), args.work.resolve(), args.store == "raw"
     if work == data or data in work.parents:
         raise UserError(f"--work {args.work} is in --data {args.data}, which is never written to; give another --work")
-    recipes = {name: get_recipe(name, args.settings) for name in args.recipes}
+    recipes = get_recipes(args.recipes, args.settings)
     samples, bad = list_samples(data, args.limit)
     if kept_going(work) and not args.keep_going:
         args.keep_going = True
@@ -73,20 +77,13 @@ def main():
     with workers(args.jobs, args.cluster) as n_jobs:
         states = known_states(samples, work, n_jobs)
 
-    def stores_for(side):
-        fitted = {name: fit_to_source(recipe, side) for name, recipe in recipes.items()}
-        for name, recipe in recipes.items():
-            if fitted[name] != recipe:
-                print(f"the smallest source image has {side} px: {name} uses {fitted[name].size} px with crops of "
-                      f"{fitted[name].crop} in place of {recipe.size} and {recipe.crop}; nothing is enlarged")
-        return sorted({str(min(HASH_SIZE, side)), *(recipe.store for recipe in fitted.values())}, key=lambda s: (len(s), s))
-
-    stage = preprocess_stage(args.work, samples, states, wanted_stores(recipes.values()), levels, args.keep_going, raw)
+    stage = preprocess_stage(args.work, samples, states, wanted_stores(recipes.values()), levels, args.keep_going, raw,
+                             any(recipe.enlarge for recipe in recipes.values()))
     if stage.is_current() and all_stored(read_table(stage.artifact, cli.command())["Id"], args.work / "images"):
         return
     stage.begin()
     with workers(args.jobs, args.cluster) as n_jobs:
-        stored = store_all(samples, states, bad, stores_for, work, n_jobs, levels, args.keep_going, raw)
+        stored = store_all(samples, states, bad, recipes, work, n_jobs, levels, args.keep_going, raw)
     tables, left_out = {store: args.work / "images" / f"{store}.csv" for store in stored.statistics}, args.work / "left_out.csv"
     for store, path in tables.items():
         write_csv(path, statistics_table(stored.samples, stored.statistics[store]))

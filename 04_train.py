@@ -24,7 +24,7 @@ from itertools import product
 from common import cli
 from common.artifacts import read_table
 from common.parallel import run_jobs
-from common.recipes import fit_to_source, get_recipe
+from common.recipes import describe_fit, fit_to_source, get_recipes
 
 
 def parse_args():
@@ -67,7 +67,7 @@ def main():
         return print(recipe_listing(args.json))
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
-    recipes = {name: get_recipe(name, args.settings) for name in args.recipe}
+    recipes = get_recipes(args.recipe, args.settings)
     samples = read_table(args.work / "samples.csv", cli.other("01_preprocess.py", args))
     folds = read_table(args.work / "folds.csv", cli.other("03_make_folds.py", args))
 
@@ -83,14 +83,17 @@ def main():
         summary_writer()  # refuse now what would fail after hours
     numbers = args.folds if args.folds is not None else fold_numbers(folds)
     known_folds(args.work, folds, numbers)
-    recipes = {name: fit_to_source(recipe, int(samples["side"].min())) for name, recipe in recipes.items()}
+    fitted = {name: fit_to_source(recipe, int(samples["side"].min())) for name, recipe in recipes.items()}
     if args.show_class_weights:
         from common.overview import class_weight_listing
 
-        return print(class_weight_listing(recipes, folds, numbers))
+        return print(class_weight_listing(fitted, folds, numbers))
+    for name, recipe in recipes.items():
+        if fitted[name] != recipe:
+            print(describe_fit(name, recipe, fitted[name]))
     options, hardware = plan_hardware(args, "04_train", len(recipes) * len(numbers))
     team = hardware.team
-    jobs = plan(args.work, recipes, folds, numbers, args.seed, args.force or args.find_lr, args.pretrained,
+    jobs = plan(args.work, fitted, folds, numbers, args.seed, args.force or args.find_lr, args.pretrained,
                 args.weights_dir, team)
     if not args.find_lr:
         # Every refusal comes before the first training, and before --force throws anything away.

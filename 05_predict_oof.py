@@ -2,8 +2,9 @@
 
 reads   WORK/runs/<recipe>/fold<k>/best.pt, WORK/folds.csv, WORK/samples.csv, WORK/images/
 writes  WORK/predictions/<recipe>/fold<k>_oof.npz, fold<k>_test.npz   one fold's
-        WORK/predictions/<recipe>/oof.npz    the folds' out-of-fold rows together, each sample once
+        WORK/predictions/<recipe>/oof.npz    all predicted folds' out-of-fold rows together, each sample once
         WORK/predictions/<recipe>/test.npz   the mean over the folds; held_out.npz likewise, where stage 03 held some out
+        These are of --folds and of the folds that earlier runs predicted in the same way, with networks that are still there.
         each: ids (n,), probs (n, 28) float32 in [0, 1], classes (28,)
 
 example python 05_predict_oof.py --work work --recipes resnet50 --folds 0,1,2,3,4
@@ -16,6 +17,7 @@ import numpy as np
 from common.artifacts import Stage, load_predictions, prediction_file, read_sidecar, read_table, save_predictions
 from common.ensemble import mean_predictions
 from common.parallel import run_jobs
+from common.predictions import describe_folds
 
 
 def parse_args():
@@ -57,18 +59,21 @@ def main():
 
     from common.checkpoints import check_alike
     from common.hardware import plan_hardware
-    from common.jobs import predict_job
+    from common.jobs import predict_job, predicted_folds
+
+    def parts_of(fold):
+        return {"oof": folds[folds["fold"] == fold], **means}
 
     options, _ = plan_hardware(args, "05_predict_oof", len(args.recipes) * len(numbers), training=False)
-    jobs = [(args.work, recipe, fold, folds, {"oof": folds[folds["fold"] == fold], **means}, settings, args.batch_size, options)
+    jobs = [(args.work, recipe, fold, folds, parts_of(fold), settings, args.batch_size, options)
             for recipe in args.recipes for fold in numbers]
     for recipe in args.recipes:
         check_alike(args.work, recipe, numbers)
     run_jobs(predict_job, jobs, options.jobs, args.cluster, "predicting")
     for recipe in args.recipes:
-        combine(args, recipe, numbers, "oof", join_folds)
-        for part in means:
-            combine(args, recipe, numbers, part, mean_predictions)
+        for part, some in predicted_folds(args.work, recipe, numbers, folds, parts_of, settings).items():
+            combine(args, recipe, some, part, mean_predictions if part in means else join_folds)
+            print(f"05_predict_oof: {prediction_file(args.work, recipe, part)} {describe_folds(some, len(fold_numbers(folds)))}")
 
 
 def combine(args, recipe_name, numbers, part, how):

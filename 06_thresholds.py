@@ -4,7 +4,8 @@ reads   WORK/predictions/<recipe>/oof.npz of each recipe, and held_out.npz where
         or, with --oof, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids) and the --labels of their Ids
 writes  WORK/thresholds.json   method, recipes, combine, weights, thresholds (28), single, score_cross_fitted, interval,
                                score_in_sample, per_class, members, combinations, methods; score_held_out,
-                               interval_held_out; with --reproduce method, thresholds, limits, fallback
+                               interval_held_out; folds that each recipe stands on, n_folds; with --reproduce
+                               method, thresholds, limits, fallback
 
 Its first figure is cross-fitted: macro F1 on rows that neither thresholds nor weights were searched on.
 
@@ -22,8 +23,8 @@ from common.ensemble import (COMBINATIONS, align, combine, describe_ensemble, ev
 from common.errors import UserError
 from common.files import write_json
 from common.labels import parse_targets, read_labels
-from common.predictions import (check_there, held_out_files, labelled_rows, member_files, read_groups, read_members,
-                                read_predictions, short_names)
+from common.predictions import (check_there, describe_missing_folds, folds_behind, held_out_files, labelled_rows, member_files,
+                                read_groups, read_members, read_predictions, short_names)
 from common.submission import check_submission, read_submission, recover
 from common.thresholds import METHODS, score_held_out
 
@@ -82,10 +83,13 @@ def main():
         rows = labelled_rows(labelled, members[0][0], hint)
         probs = combine(stack_members(members, names), args.combine, result["weights"])
         result |= score_held_out(parse_targets(rows["Target"]), probs, rows["group"].to_numpy(), result["thresholds"])
+    behind = {} if args.oof else folds_behind(args.work, args.recipes, "oof")
     stage.begin()
-    write_json(stage.artifact, result)
-    stage.finish(rows=len(wanted))
+    write_json(stage.artifact, result | behind)
+    stage.finish(rows=len(wanted), **behind)
     print("06_thresholds: " + "\n  ".join(describe_ensemble(result)))
+    if behind:
+        print("\n".join(describe_missing_folds(behind, args.work)))
 
 
 def reproduce(args):

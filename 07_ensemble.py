@@ -4,7 +4,8 @@ reads   WORK/predictions/<recipe>/test.npz of each recipe, WORK/thresholds.json,
         WORK/left_out.csv: test samples that stage 01 left out get an empty row
         or, with --test, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids), in the order in which
         stage 06 had the --oof of the same networks, and --sample
-writes  WORK/submission.csv   Id, Predicted in the order of sample_submission.csv, checked (or --out)
+writes  WORK/submission.csv   Id, Predicted in the order of sample_submission.csv, checked (or --out); its .meta.json says which
+                              folds each recipe stands on
         submissions.json beside the thresholds: where --out submissions lie, for the page
 
 example python 07_ensemble.py --work work --recipes resnet50
@@ -23,7 +24,7 @@ from common.ensemble import combine, stack_members
 from common.errors import UserError
 from common.exposure import exposure_warning
 from common.labels import read_csv
-from common.predictions import check_networks, check_there, member_files, read_members
+from common.predictions import check_networks, check_there, describe_missing_folds, folds_behind, member_files, read_members
 from common.submission import (check_out, check_submission, decide, describe_submission, known_labels, left_out_samples, override,
                                read_submission, read_thresholds, remember_submission, submission_table, with_empty_rows)
 
@@ -101,8 +102,11 @@ def main():
     submission = with_empty_rows(submission, lost) if len(lost) else submission
     stage.begin()
     write_csv(stage.artifact, submission)
-    stage.finish(rows=len(submission))
+    behind = folds_behind(args.work, args.recipes, "test") if own else {}
+    stage.finish(rows=len(submission), **behind)
     print("07_ensemble: " + "\n".join(describe_submission(stage.artifact, predicted, thresholds, names, known, lost)))
+    if behind:
+        print("\n".join(describe_missing_folds(behind, args.work)))
 
 
 def wanted_ids(args, order, own):

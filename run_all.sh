@@ -5,7 +5,7 @@ set -eo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,3,4] [--set FIELD=VALUE]
+usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,3,4] [--set FIELD=VALUE ...]
                        [--pretrained auto|none|FILE] [--weights-dir DIR] [--device D] [--precision P] [--jobs N]
                        [--workers N] [--fast] [--white-level V] [--black-level V] [--quick] [--tables]
                        [--keep-going] [--dry-run] [--check]
@@ -15,7 +15,7 @@ usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,
   --recipes a,b  networks to train and average (default: resnet50; on demo data: demo,demo_large); all of them:
                  python 04_train.py --list-recipes
   --folds 0,1    folds to train (default: all five; on demo data three)
-  --set F=V      change a field of every recipe; may be repeated
+  --set F=V ...  change fields of every recipe, as in stage 04; may be repeated
   --quick        a run of minutes on a CPU to see that everything works: sizes divided by 8, few epochs,
                  two folds, at most 1000 training samples, no test-time views
   --tables       train what the paper's Tables 1, 2 and 3 compare (every variant of each recipe) and write the tables
@@ -60,7 +60,11 @@ while [ $# -gt 0 ]; do
         --work) work=$2; shift 2 ;;
         --recipes) recipes=$2; shift 2 ;;
         --folds) folds=$2; shift 2 ;;
-        --set) settings+=("$2"); shift 2 ;;
+        --set)
+            shift
+            [[ $1 != -* ]] || fail "--set needs a value, found $1"
+            while [ $# -gt 0 ] && [[ $1 != -* ]]; do settings+=("$1"); shift; done
+            ;;
         --pretrained) pretrained=$2; shift 2 ;;
         --weights-dir) weights_dir=$2; shift 2 ;;
         --device | --precision | --workers) hardware+=("$1" "$2"); shift 2 ;;

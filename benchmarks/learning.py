@@ -31,7 +31,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.labels import parse_targets
 from common.metrics import bootstrap_macro_f1, class_f1
-from common.recipes import get_recipe
+from common.recipes import get_recipe, idle_fields
 from common.thresholds import cross_fit
 
 SHARE = 0.97  # of the seconds that the epochs are planned for
@@ -126,9 +126,10 @@ def train(args, arm, seed, fold, epochs, target: Path) -> dict:
         epoch = json.loads(output.splitlines()[-1])["epoch_seconds"]
     else:
         name, settings = recipe_of(arm)
-        cycles = get_recipe(name, settings).max_cycles
+        recipe = get_recipe(name, settings)
+        gain = [] if "min_cycle_gain" in idle_fields(recipe) else ["min_cycle_gain=0"]
         seconds, _ = call(args, sys.executable, "04_train.py", "--work", scratch, "--recipe", name, "--folds", fold,
-                          "--seed", seed, "--set", *settings, f"cycle_epochs={max(1, epochs // cycles)}", "min_cycle_gain=0")
+                          "--seed", seed, "--set", *settings, f"cycle_epochs={max(1, epochs // recipe.max_cycles)}", *gain)
         rows = [json.loads(line) for line in (scratch / "runs" / name / f"fold{fold}" / "log.jsonl").read_text().splitlines()]
         seconds += call(args, sys.executable, "05_predict_oof.py", "--work", scratch, "--recipes", name, "--folds", fold,
                         "--no-test", "--checkpoint", "last")[0]

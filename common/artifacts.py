@@ -99,6 +99,11 @@ def stored_images(work: Path, store: str, ids) -> pd.DataFrame:
     return table.loc[list(ids)].reset_index()
 
 
+def images_digest(work: Path, store: str, ids) -> str:
+    """Return the fingerprint of the given Ids' stored images by the columns that all versions write: others change nothing."""
+    return digest(stored_images(work, store, ids).filter(regex=r"^(Id|side|crc|(mean|std|zeros|saturated)_\w+)$"))
+
+
 # --- Ids ---------------------------------------------------------------------------------------------------
 
 SAFE_ID = re.compile(r"\w[\w .+()-]*(?<![ .])")
@@ -213,10 +218,12 @@ class Stage:
     parameters : JSON-able dict
     inputs : dict of name -> Path (fingerprinted here) or str (a digest)
     whole : what one process at a time makes, where that is more than the artifact: the folder of a training
+    complete : function that returns the parameters of another version's sidecar as this version would have written them
     """
 
-    def __init__(self, name: str, artifact: Path, parameters: dict, inputs: dict, whole: Path | None = None):
+    def __init__(self, name: str, artifact: Path, parameters: dict, inputs: dict, whole: Path | None = None, complete=dict):
         self.name = name
+        self.complete = complete
         self.artifact = Path(artifact)
         self.whole = whole or self.artifact
         self.held = None
@@ -236,15 +243,18 @@ class Stage:
         return {"parameters": self.parameters, "inputs": self.inputs}
 
     def changes(self, before: dict) -> str | None:
-        """Describe how parameters and inputs differ from an earlier `made_from`; None where they do not."""
-        for kind, now in self.made_from().items():
-            old = before.get(kind, {})
-            changed = sorted(key for key in {**old, **now} if old.get(key) != now.get(key))
-            if changed and kind == "inputs":
-                return f"changed: {', '.join(changed)}"
-            if changed:
-                return "; ".join(f"{key} was {old.get(key, 'absent')}, now {now.get(key, 'absent')}" for key in changed)
-        return None
+        """Describe how parameters and inputs differ from an earlier `made_from`; None where they do not.
+
+        A parameter that only one of them has makes no difference while it is off (false, 0 or empty): a newer version added it.
+        """
+        now, old = self.parameters, self.complete(before.get("parameters", {}))
+        changed = [key for key in sorted({**old, **now})
+                   if (old[key] != now[key] if key in old and key in now else old.get(key) or now.get(key))]
+        if changed:
+            return "; ".join(f"{key} was {old.get(key, 'absent')}, now {now.get(key, 'absent')}" for key in changed)
+        now, old = self.inputs, before.get("inputs", {})
+        changed = [key for key in sorted({**old, **now}) if old.get(key) != now.get(key)]
+        return f"changed: {', '.join(changed)}" if changed else None
 
     def why_stale(self) -> str | None:
         """Return None when the outputs are up to date, else the reason why they are not."""

@@ -17,7 +17,7 @@ from common.files import writing
 from common.fold_data import training_inputs
 from common.inference import Hardware, Normalisation
 from common.models import build_model
-from common.recipes import Recipe, recipe_of_run, to_dict
+from common.recipes import Recipe, from_dict, recipe_of_run, to_dict
 
 
 FORMAT = 4  # of checkpoints; one more whenever older ones could be misread, as after each change of a network
@@ -126,10 +126,12 @@ def restoring(path: Path):
 
 
 def check_recipe(path: Path, saved: dict, recipe: Recipe) -> None:
-    """Refuse a checkpoint of another recipe than is expected, with both named."""
-    expected = to_dict(recipe)
-    changed = [f"{key} {saved['recipe'].get(key)}, expected {expected.get(key)}" for key in {**saved["recipe"], **expected}
-               if saved["recipe"].get(key) != expected.get(key)]
+    """Refuse a checkpoint of another recipe than is expected, with both named; older versions' are read as `from_dict` does."""
+    try:
+        found = to_dict(from_dict(saved["recipe"]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {TRAIN_AGAIN}") from None
+    changed = [f"{key} {found[key]}, expected {value}" for key, value in to_dict(recipe).items() if found[key] != value]
     if changed:
         raise UserError(f"{path} was trained with another recipe: {'; '.join(changed)}; train the fold again with --force")
 

@@ -271,19 +271,27 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
     """
     from common import exposure, images, sources
     from common.hashing import hash_planes
-    from common.preprocess import HASH_SIZE
-    from common.recipes import fit_to_source, get_recipe
+    from common.preprocess import HASH_SIZE, cure_small, fit_recipes
+    from common.recipes import describe_fit, get_recipes
 
     if not sides:
         return None
-    smallest = min(sides.values())
-    recipes = {name: fit_to_source(get_recipe(name, args.settings), smallest) for name in args.recipes}
-    small = str(min(HASH_SIZE, smallest))
+    notes = []
+    asked = get_recipes(args.recipes, args.settings, notes.append)
+    yield from (Check("settings", WARNING, note) for note in notes)
+    recipes, too_small = fit_recipes(asked, sides)
+    if too_small:
+        state = WARNING if args.keep_going else FAILS
+        yield Check("images", state, f"{len(too_small)} samples have fewer pixels than the recipes use", cure_small(asked, sides))
+    bad.update(too_small)
+    sides = {sample: side for sample, side in sides.items() if sample not in too_small}
+    small = str(min(HASH_SIZE, *sides.values()))
     stores = sorted({small, *(recipe.store for recipe in recipes.values())})
     levels = exposure.Levels(args.black_level, args.white_level)
     seconds, exposed, reading = [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for sample in while_time_lasts(list(dict.fromkeys([*doubtful, *sides]))[:DECODED], SECONDS / 2, "decoding"):
+        first = [sample for sample in doubtful if sample in sides]
+        for sample in while_time_lasts(list(dict.fromkeys([*first, *sides]))[:DECODED], SECONDS / 2, "decoding"):
             started = time.perf_counter()
             made = images.attempt(images.store_sample, sample.Id, sample.files, sample.rgb_coded, stores, Path(folder), levels,
                                   args.store == "raw")
@@ -299,8 +307,8 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
         return None
     yield Check("images", FINE, f"{len(seconds)} samples, drawn at random, were decoded wholly and stored for trial")
     for name, recipe in recipes.items():
-        if recipe != get_recipe(name, args.settings):
-            yield Check("images", FINE, f"{name} uses {recipe.size} px with crops of {recipe.crop}: sources have no more")
+        if recipe != asked[name]:
+            yield Check("images", FINE, describe_fit(name, asked[name], recipe))
     for line in exposure.describe(exposure.judge([sample.part for sample in exposed], list(exposed.values()), levels)):
         yield Check("images", WARNING, line)
     return Seen(samples, bad, sides, recipes, median(seconds), {name: median(values) for name, values in reading.items()})
@@ -396,15 +404,16 @@ def work_so_far(args, seen: Seen):
     from common.fold_data import training_inputs
     from common.folds import fold_numbers
     from common.preprocess import known_states, preprocess_stage, wanted_stores
-    from common.recipes import get_recipe, run_parameters
+    from common.recipes import current_fields, get_recipes, run_parameters
 
     if not (args.work / "samples.csv").is_file():
         return
     if line := exposure_warning(args.work):
         yield Check("work so far", WARNING, f"the images that are stored: {line.removeprefix('warning: ')}")
-    stores = wanted_stores(get_recipe(name, args.settings) for name in args.recipes)
+    stores = wanted_stores(get_recipes(args.recipes, args.settings, lambda note: None).values())
     reason = preprocess_stage(args.work, seen.samples, known_states(seen.samples, args.work, None), stores,
-                              Levels(args.black_level, args.white_level), args.keep_going, args.store == "raw").why_stale() or ""
+                              Levels(args.black_level, args.white_level), args.keep_going, args.store == "raw",
+                              any(recipe.enlarge for recipe in seen.recipes.values())).why_stale() or ""
     trained = []
     folds = read_table(args.work / "folds.csv", makes_folds(args)) if (args.work / "folds.csv").is_file() else None
     for name, recipe in seen.recipes.items() if folds is not None else ():
@@ -416,7 +425,7 @@ def work_so_far(args, seen: Seen):
             trained.append(f"{name} fold {fold}")
             kept = {key: value for key, value in begun["inputs"].items() if key == "weights"}
             stage = Stage("04_train", folder / "best.pt", run_parameters(recipe, fold, 0, FORMAT),
-                          {**training_inputs(args.work, folds, recipe), **kept})
+                          {**training_inputs(args.work, folds, recipe), **kept}, complete=current_fields)
             changes = stage.changes(begun)
             if changes:
                 yield Check("work so far", FAILS, f"{folder} was trained on something else ({changes})",

@@ -40,10 +40,11 @@ def command(script: str, *arguments) -> str:
     return shlex.join(["bash" if script.endswith(".sh") else "python", script, *map(str, arguments)])
 
 
-def nearest(word: str, known) -> str:
-    """Return ', did you mean X?' for the known word nearest to `word`, else a list of all."""
+def nearest(word: str, known, every: bool = False) -> str:
+    """Return 'did you mean X?' for the known word nearest to `word`, followed by all of them with `every`; else a list of all."""
     import difflib
 
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+    guess, listed = f"did you mean {close[0]}?" if close else "", f"known: {', '.join(known)}"
+    return f"{guess} {listed}".strip() if every or not guess else guess

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts import digest, stored_images
+from common.artifacts import images_digest, stored_images
 from common.data import STANDARD_DEVIATION, STANDARD_MEAN, ImageSet
 from common.errors import UserError
 from common.folds import class_counts, fold_numbers, training_rows
@@ -65,8 +65,7 @@ def measured_normalisation(statistics: pd.DataFrame) -> Normalisation:
 
 def training_inputs(work: Path, folds: pd.DataFrame, recipe: Recipe) -> dict:
     """Return the fingerprints of all that a training reads, but pretrained weights."""
-    return {"folds.csv": work / "folds.csv",
-            "images": digest(stored_images(work, recipe.store, folds["Id"]))}
+    return {"folds.csv": work / "folds.csv", "images": images_digest(work, recipe.store, folds["Id"])}
 
 
 def image_set(work: Path, recipe: Recipe, rows: pd.DataFrame) -> ImageSet:

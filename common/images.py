@@ -24,15 +24,14 @@ LEVEL = 8  # of deflate: 6 would take 6 % more bytes than with a predictor, 8 ta
 
 
 def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
-    """Shrink one channel to (size, size) by area averaging; 16 bit becomes 8 bit as round(255 * (value - black) / (white - black)).
+    """Bring one channel to (size, size); 16 bit becomes 8 bit as round(255 * (value - black) / (white - black)).
 
-    Averaging happens in the source's depth, so 16-bit data is rounded once; what is below black becomes 0, above white 255.
-    Raises ValueError for enlarging.
+    It is made smaller by area averaging, larger by linear interpolation, in the source's depth, so 16-bit data is rounded once;
+    what is below black becomes 0, above white 255.
     """
-    if plane.shape[0] < size:
-        raise ValueError(f"would enlarge {plane.shape[0]} px to {size} px")
-    if plane.shape[0] > size:
-        plane = cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA)
+    if plane.shape[0] != size:
+        method = cv2.INTER_AREA if plane.shape[0] > size else cv2.INTER_LINEAR
+        plane = cv2.resize(plane, (size, size), interpolation=method)
     if plane.dtype == np.uint8:
         return plane
     values, span = plane.astype(np.uint32).clip(*levels) - levels.black, levels.white - levels.black

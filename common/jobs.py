@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from common.artifacts import Stage, digest, prediction_file, read_table, save_predictions, stored_images
+from common.artifacts import Stage, images_digest, prediction_file, read_table, save_predictions, sidecar
 from common.checkpoints import (FORMAT, check_recipe, check_unfinished, finished_checkpoint, load_checkpoint, load_network,
                                 made_from, restoring)
 from common.distributed import Team
-from common.errors import command
+from common.errors import UserError, command
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, image_set, load_fold, training_inputs
+from common.folds import fold_numbers
 from common.hardware import Hardware, HardwareOptions, batch_bytes, choose_hardware, fit_shared_memory
 from common.inference import Fitting, Normalisation, mean_probabilities, predict_logits, views
-from common.recipes import Recipe, run_parameters
+from common.recipes import Recipe, current_fields, run_parameters
 from common.scalars import scalars
 from common.start import Start, start_from
 from common.training import Run, check_team, lr_range_test, new_run, train_fold
@@ -49,7 +50,7 @@ def plan(work: Path, recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: l
                 start = fresh_start(recipe)
                 began_with = start.inputs()
             stage = Stage("04_train", folder / "best.pt", run_parameters(recipe, fold, seed, FORMAT), {**inputs, **began_with},
-                          whole=folder)
+                          whole=folder, complete=current_fields)
             if force or not stage.is_current(rebuilds=False):
                 jobs.append((stage, recipe, fold, start, f"{name} fold {fold}"))
     return jobs
@@ -118,12 +119,12 @@ def found_rates(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware
     if not math.isfinite(losses[0]):  # training meets the same batch first, and deals with it
         print(f"{label}: the loss is not finite from the very first batch, so there is no learning rate to be found", flush=True)
         return groups
-    suggestion = hardware.team.agree(save_lr_curve(folder, rates, losses) if hardware.team.is_main else None)
+    suggestion, steepest = hardware.team.agree(save_lr_curve(folder, rates, losses) if hardware.team.is_main else None)
     if recipe.finder == "use":
         groups = tuple(suggestion * rate / groups[-1] for rate in groups)
-    print(f"{label}: highest learning rate at which the loss still falls: {suggestion:.2g}; learning rates "
-          f"{', '.join(f'{rate:.2g}' for rate in groups)} ({'by that' if recipe.finder == 'use' else 'of the recipe'}); "
-          f"curve: {folder / 'lr_find.png'}", flush=True)
+    used, of = ", ".join(f"{rate:.2g}" for rate in groups), "by that" if recipe.finder == "use" else "of the recipe"
+    print(f"{label}: highest learning rate at which the loss still falls: {suggestion:.2g}, at which it falls fastest: "
+          f"{steepest:.2g}; learning rates {used} ({of}); curve: {folder / 'lr_find.png'}", flush=True)
     return groups
 
 
@@ -137,15 +138,56 @@ def find_lr(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, w
         found_rates(stage.artifact.parent, data, recipe, hardware, fold, seed, start.read(), label)
 
 
+def prediction_stage(work: Path, recipe_name: str, fold: int, part: str, rows: pd.DataFrame, settings: dict, network: Path,
+                     recipe: Recipe) -> Stage:
+    """Return what stage 05 makes for one part of the samples with the network of one fold."""
+    return Stage("05_predict_oof", prediction_file(work, recipe_name, part, fold), settings,
+                 {"network": network, "images": images_digest(work, recipe.store, rows["Id"])})
+
+
+def predicted_folds(work: Path, recipe_name: str, numbers: list[int], folds: pd.DataFrame, parts_of,
+                    settings: dict) -> dict[str, list[int]]:
+    """Return for each part of the samples the folds whose predictions belong together: `numbers`, and the others that are
+    predicted and up to date. Says which predictions of other folds are left out, and why.
+
+    parts_of : function of the fold -> part -> table of its samples
+    """
+    found = {part: list(numbers) for part in parts_of(numbers[0])}
+    recipe = finished_checkpoint(work, recipe_name, numbers[0], folds, settings["checkpoint"])[1]
+    for fold in (fold for fold in fold_numbers(folds) if fold not in numbers):
+        files = {part: prediction_file(work, recipe_name, part, fold) for part in found}
+        made = {part: rows for part, rows in parts_of(fold).items() if sidecar(files[part]).is_file()}
+        for part, reason in why_not_current(work, recipe_name, fold, folds, made, settings, recipe).items():
+            if reason:
+                print(f"05_predict_oof: {files[part]} is left out of {part}.npz: {reason}")
+            else:
+                found[part].append(fold)
+    return {part: sorted(some) for part, some in found.items()}
+
+
+def why_not_current(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame], settings: dict,
+                    recipe: Recipe) -> dict[str, str | None]:
+    """Return for each part why a fold's predictions are not those that stage 05 would make now with a network of this recipe;
+    None where they are."""
+    if not parts:
+        return {}
+    try:
+        path, own = finished_checkpoint(work, recipe_name, fold, folds, settings["checkpoint"])
+    except UserError as error:
+        return dict.fromkeys(parts, str(error))
+    if own != recipe:
+        return dict.fromkeys(parts, f"fold {fold} was trained with another recipe")
+    return {part: prediction_stage(work, recipe_name, fold, part, rows, settings, path, own).why_stale()
+            for part, rows in parts.items()}
+
+
 def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame], settings: dict,
                 batch_size: int, options: HardwareOptions) -> None:
     """Write a fold's probabilities for each part of the samples, where they are not up to date: one job of stage 05."""
     path, recipe = finished_checkpoint(work, recipe_name, fold, folds, settings["checkpoint"])
     network, fitting = None, Fitting()
     for part, rows in parts.items():
-        images = digest(stored_images(work, recipe.store, rows["Id"]))
-        stage = Stage("05_predict_oof", prediction_file(work, recipe_name, part, fold), settings,
-                      {"network": path, "images": images})
+        stage = prediction_stage(work, recipe_name, fold, part, rows, settings, path, recipe)
         if stage.is_current():
             continue
         with stage.lock(wait=True):

@@ -30,7 +30,8 @@ def describe(recipe: Recipe) -> dict:
             "batch": recipe.batch_size,
             "learning rates": ", ".join(f"{rate:.2g}" for rate in recipe.group_learning_rates),
             "at most": {"cycles": f"{recipe.max_cycles} cycles of {recipe.cycle_epochs} epochs",
-                        "plateau": f"{epochs} epochs, halving", "one-cycle": f"{epochs} epochs, one cycle",
+                        "plateau": f"{epochs} epochs, halving" + f" {recipe.max_halvings} times" * (recipe.max_halvings > 0),
+                        "one-cycle": f"{epochs} epochs, one cycle",
                         "constant": f"{epochs} epochs"}[recipe.schedule],
             "weight decay": f"{recipe.weight_decay:g}" + (f", L1 {recipe.l1:g}" if recipe.l1 else ""),
             "parameters": sum(parameter.numel() for parameter in model.parameters())}

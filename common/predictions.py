@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from common.arrays import read_arrays
-from common.artifacts import check_probabilities, load_predictions, prediction_file, read_sidecar, sidecar
+from common.artifacts import check_probabilities, load_predictions, prediction_file, read_sidecar, read_table, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.errors import UserError, listing
-from common.folds import HOLD_OUT
+from common.errors import UserError, command, listing
+from common.folds import HOLD_OUT, fold_numbers
 from common.labels import check_samples, read_csv
 from common.text_tables import BadTable, read_text_table
 
@@ -46,6 +46,35 @@ def check_networks(work: Path, recipes: list[str], part: str, made_by: str) -> N
         these, those = (set(read_sidecar(file).get("networks", ())) if sidecar(file).is_file() else set() for file in (path, oof))
         if these and those and not (these <= those or those <= these):
             raise UserError(f"{path} was predicted by other networks than {oof}: a fold has been trained anew since; run: {made_by}")
+
+
+def folds_behind(work: Path, recipes: list[str], part: str) -> dict:
+    """Return which folds the recipes' predictions of a part stand on, and how many there are, as plain types for JSON files:
+    {"folds": {recipe: [numbers]}, "n_folds": number}."""
+    folds = read_table(work / "folds.csv", command("03_make_folds.py", "--work", work))
+    files = {name: prediction_file(work, name, part) for name in recipes}
+    return {"folds": {name: read_sidecar(path)["parameters"].get("folds", []) if sidecar(path).is_file() else []
+                      for name, path in files.items()}, "n_folds": len(fold_numbers(folds))}
+
+
+def describe_folds(numbers: list[int], n_folds: int) -> str:
+    """Say how many folds of how many a file stands on."""
+    share = "all" if len(numbers) == n_folds else f"{len(numbers)} of"
+    return f"stands on {share} {n_folds} folds ({', '.join(map(str, numbers))})"
+
+
+def describe_missing_folds(behind: dict, work: Path) -> list[str]:
+    """Return a line for each recipe whose predictions do not stand on all folds, or one that says that all do.
+
+    behind : see `folds_behind`
+    """
+    lines = []
+    for name, numbers in behind["folds"].items():
+        if len(numbers) < behind["n_folds"]:
+            missing = f"--work {work} --folds {','.join(str(fold) for fold in range(behind['n_folds']) if fold not in numbers)}"
+            lines.append(f"warning: {name} {describe_folds(numbers, behind['n_folds'])}; for the others run: "
+                         f"python 04_train.py {missing} --recipe {name} && python 05_predict_oof.py {missing} --recipes {name}")
+    return lines or [f"each recipe stands on all {behind['n_folds']} folds"]
 
 
 def held_out_files(work: Path, recipes: list[str], folds: pd.DataFrame, made_by: str) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from common.exposure import WHOLE, Levels
 from common.files import clear_leftovers, crc32, csv_files, naming
 from common.labels import absent_classes, parse_targets, read_csv, read_labels
 from common.parallel import run_parallel
-from common.recipes import stored_size
+from common.recipes import Recipe, describe_fit, fit_to_source, is_too_small, stored_size, to_dict
 from common.text_tables import composed
 
 HASH_SIZE = 128  # pixels; every sample is stored at this size too, for stage 02
@@ -111,6 +111,35 @@ def wanted_stores(recipes) -> list[str]:
     return sorted({str(HASH_SIZE), *(recipe.store for recipe in recipes)})
 
 
+def fit_recipes(recipes: dict[str, Recipe], sides: dict[Sample, int]) -> tuple[dict[str, Recipe], dict[Sample, str]]:
+    """Return the recipes as they fit the sources, and the samples that are too small for them, with the reason.
+
+    sides : of the sources in pixels
+    A recipe keeps its size where at least three quarters of the sources have it; else it gets the largest that three quarters
+    have. So one small image does not make all others smaller, and a set of small images is used as it is.
+    """
+    common = sorted(sides.values())[len(sides) // 4]
+    fitted = {name: fit_to_source(recipe, common) for name, recipe in recipes.items()}
+    small = {}
+    for sample, side in sides.items():
+        needed = {name: stored_size(recipe.store, side) for name, recipe in fitted.items() if is_too_small(recipe, side)}
+        if needed:
+            sizes = ", ".join(map(str, needed.values()))
+            small[sample] = f"{sample.part}: {sample.Id} has {side} px, fewer than the {sizes} px of {', '.join(needed)}"
+    return fitted, small
+
+
+def cure_small(recipes: dict[str, Recipe], sides: dict[Sample, int]) -> str:
+    """Say what to give where samples are too small: enlarge them, or use all at a size that each of them has."""
+    cure, smallest = "enlarge those that are too small with --set enlarge=true", min(sides.values())
+    if smallest < 32:  # no recipe has such small crops
+        return f"{cure} (in stages 01 and 04)"
+    changes = {field: value for recipe in recipes.values() for field, value in to_dict(fit_to_source(recipe, smallest)).items()
+               if to_dict(recipe)[field] != value}
+    settings = " ".join(f"{field}={value}" for field, value in changes.items())
+    return f"{cure}, or use all at the size of the smallest with --set {settings} (in stages 01 and 04)"
+
+
 def kept_going(work: Path) -> bool:
     """Tell whether the run that made samples.csv was to leave out what cannot be used."""
     table = work / "samples.csv"
@@ -118,13 +147,13 @@ def kept_going(work: Path) -> bool:
 
 
 def preprocess_stage(work: Path, samples: list[Sample], states: dict[Sample, str], stores: list[str], levels: Levels,
-                     keep_going: bool, raw: bool = False) -> Stage:
+                     keep_going: bool, raw: bool = False, enlarge: bool = False) -> Stage:
     """Return stage 01 as it would be made from these samples, whose files are in these states."""
     listed = pd.DataFrame([(s.Id, s.part, s.Target) for s in samples])
     # Absent where they are as before there was a choice: what was made then is up to date.
     chosen = {**({"black_level": levels.black} if levels.black else {}), **({"store": "raw"} if raw else {})}
     return Stage("01_preprocess", work / "samples.csv",
-                 {"sizes": stores, "white_level": levels.white, **chosen, "keep_going": keep_going},
+                 {"sizes": stores, "white_level": levels.white, **chosen, "keep_going": keep_going, "enlarge": enlarge},
                  {"samples and labels": digest(listed), "image files": digest(list(states.values()))})
 
 
@@ -205,8 +234,8 @@ def bad_table(bad: dict[Sample, str], samples: list[Sample]) -> pd.DataFrame:
                         columns=["Id", "part", "Target", "place", "reason"])
 
 
-def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path) -> None:
-    """Write a table of the bad samples and raise a UserError that lists the first of them."""
+def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path, cure: str = "") -> None:
+    """Write a table of the bad samples and raise a UserError that lists the first of them; `cure` is added to it."""
     table = bad_table(bad, samples)
     write_csv(report, table)
     tests = [sample for sample in samples if sample.part == "test"]
@@ -214,7 +243,8 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path) -> N
     if tests and all(sample in bad and not sample.files for sample in tests):
         absent = "\nno test sample has its images: with --keep-going there is no submission"
     raise UserError(f"{len(bad)} samples cannot be used (all of them in {report}):\n{listing(table['reason'])}\n"
-                    f"mend or remove them and run this again, or leave them out with --keep-going{absent}")
+                    f"mend or remove them and run this again, or leave them out with --keep-going"
+                    f"{f'; {cure}' if cure else ''}{absent}")
 
 
 def space_needed(sides: list[int], raw: bool = False) -> float:
@@ -243,13 +273,13 @@ class Stored:
     bad: dict[Sample, str]
 
 
-def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample, str], stores_for, work: Path,
+def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample, str], recipes: dict[str, Recipe], work: Path,
               n_jobs: int, levels: Levels = WHOLE, keep_going: bool = False, raw: bool = False) -> Stored:
     """Check and store all samples, going on where an earlier run stopped.
 
     states : what the files of each sample were, as `source_state` says
     bad : samples known to be of no use; keep_going : leave these and what else is found out, rather than refuse
-    stores_for : function of the smallest source side in pixels -> list of stores to fill
+    recipes : name -> recipe whose images are stored, at sizes that fit the sources: see `fit_recipes`
     raw : store large images uncompressed; those of the other kind are made again
     """
     folder = work / "images"
@@ -265,13 +295,23 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
             known[new[k]] = result
     if not known:
         refuse_bad(bad, samples, work / "bad_files.csv")
+    sides = {s: known[s] for s in samples if s in known}
+    fitted, small = fit_recipes(recipes, sides)
+    if small and not keep_going:  # before hours of storing: what is chosen may be other sizes
+        refuse_bad(bad | small, samples, work / "bad_files.csv", cure_small(recipes, sides))
     if bad and not keep_going:
         print(f"warning: {len(bad)} samples cannot be used, the first: {next(iter(bad.values()))}; the others are stored, "
               "then all such samples are listed")
 
-    stores = stores_for(min(known[s] for s in samples if s in known))
+    bad |= small
+    sides = {s: side for s, side in sides.items() if s not in small}
+    for name, recipe in recipes.items():
+        if fitted[name] != recipe:
+            print(describe_fit(name, recipe, fitted[name]))
+    stores = {str(min(HASH_SIZE, *sides.values())), *(recipe.store for recipe in fitted.values())}
+    stores = sorted(stores, key=lambda store: (len(store), store))
     stored = {store: stored_ids(folder / store) for store in stores}
-    valid = {s: valid_stores(records.get(s.Id), states[s]) for s in samples if s in known}
+    valid = {s: valid_stores(records.get(s.Id), states[s]) for s in sides}
     done = {s: {store: values for store, values in made.items()
                 if s.Id in stored.get(store, ()) and is_of_kind(records[s.Id], store, raw)} for s, made in valid.items()}
     exposed = {s: exposure_in(records[s.Id]) for s in done if done[s]}

@@ -30,18 +30,26 @@ CHOICES = {
 
 
 BY_SOURCE = "by-source"
+OF_RUN = ("fold", "seed", "checkpoint_format")  # beside the recipe's fields: what makes a training another one
+BOOLEANS = {word: word in ("true", "yes", "1") for word in ("true", "yes", "1", "false", "no", "0")}
+OFF = (False, 0, "", "none", "off", None, [])  # values of fields that change nothing
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is built and trained; checked when made. Sizes in pixels, lengths in epochs."""
+    """How one network is built and trained; checked when made. Sizes in pixels, lengths in epochs.
+
+    The default of a new field is what this project did before it had the field: `current_fields` relies on that.
+    """
 
     # Images: random crops of `crop_size` from `image_size`, both divided by `size_divisor`.
     # By source: 768 from sources up to 2048 pixels, 1024 from larger ones, whatever `image_size` says.
+    # Sources with fewer pixels than that are refused or left out, or enlarged where asked; see `preprocess.fit_recipes`.
     size_rule: str = "fixed"
     image_size: int = 768
     crop_size: int = 512
     size_divisor: int = 1
+    enlarge: bool = False
 
     # Network: encoder, pooling (adaptive concat; global average; the encoder's own), buffering layers, 28 outputs.
     encoder: str = "resnet50"
@@ -82,12 +90,14 @@ class Recipe:
     clip_norm: float = 0.0  # largest norm of the gradient; 0 = any
     sync_batchnorm: bool = False  # several GPUs: normalise over the images of all of them, not of each alone
 
-    # Cosine cycles with restarts; a constant rate; one that halves after `patience` epochs without a better validation
-    # loss; or one cycle over all epochs: up for a `warmup_share` of it, down to 0. All in cycles of epochs, until one
-    # improves the validation loss by less than `min_cycle_gain`; one cycle goes to its end.
+    # Cosine cycles with restarts; a constant rate; one that halves after more than `patience` looks at the validation part
+    # without a better loss; or one cycle over all epochs: up for a `warmup_share` of it, down to 0. Training ends after
+    # cycle_epochs x max_cycles epochs; or with the first cycle that improves the validation loss by less than
+    # `min_cycle_gain` (cycles, constant); or on the plateau after `max_halvings` halvings (0: any number).
     schedule: str = "cycles"
     warmup_share: float = 0.25
     patience: int = 3
+    max_halvings: int = 0
     cycle_epochs: int = 4
     max_cycles: int = 4
     min_cycle_gain: float = 0.01
@@ -96,8 +106,8 @@ class Recipe:
 
     def __post_init__(self):
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"recipe field {name} is {getattr(self, name)!r}; {nearest(str(getattr(self, name)), known)}")
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"recipe field {name} is {value!r}; {nearest(str(value), known, every=True)}")
         checks = {
             "size_divisor": self.size_divisor >= 1,
             "crop_size": 32 <= self.crop <= self.size,
@@ -118,6 +128,7 @@ class Recipe:
             "clip_norm": self.clip_norm >= 0,
             "warmup_share": 0 <= self.warmup_share < 1,
             "patience": self.patience >= 0,
+            "max_halvings": self.max_halvings >= 0,
             "cycle_epochs": self.cycle_epochs >= 1,
             "max_cycles": self.max_cycles >= 1,
             "min_cycle_gain": 0 <= self.min_cycle_gain < 1,
@@ -191,7 +202,7 @@ DENSENET50 = replace(PAPER, encoder="densenet50", learning_rates=(2e-3, 4e-3), m
 # The baseline with its own head, regularisation and schedule (Rumetshofer et al. 2019), trained with the E-loss.
 GAPNET_PL = replace(PAPER, image_size=1024, crop_size=768, encoder="gapnet_pl", pooling="own", buffers=(256, 256),
                     dropouts=(0.3, 0.3), head_order="linear-selu-dropout", hard_share=1.0, batch_size=128, layer_groups=1,
-                    finder="off", weight_decay=1e-5, l1=1e-7, clip_norm=5.0, schedule="plateau", max_cycles=10)
+                    finder="off", weight_decay=1e-5, l1=1e-7, clip_norm=5.0, schedule="plateau", max_halvings=4, max_cycles=10)
 # For the demo data: the whole method at a quarter of the scale, on an encoder that learns from random weights on a
 # CPU in a minute. Small classes are common there, so alpha is the smaller of the paper's two examples; a look at the
 # validation part costs a third of an epoch.
@@ -286,18 +297,89 @@ def ablation_runs(name: str) -> dict[str, str]:
 
 
 def get_recipe(name: str, settings: list[str] = ()) -> Recipe:
-    """Return the recipe called 'name' or 'name-variant', changed by settings such as 'alpha=0.999'."""
+    """Return the recipe called 'name' or 'name-variant', changed by settings such as 'alpha=0.999'; see `get_recipes`."""
+    return get_recipes([name], settings)[name]
+
+
+def get_recipes(names: list[str], settings: list[str] = (), tell=print) -> dict[str, Recipe]:
+    """Return the recipes of these names, each changed by all settings.
+
+    tell : function that is given a note on each setting that has no effect on some of the recipes
+    Raises UserError for unknown names and fields, a field that is set twice, and a setting without effect on any recipe.
+    """
+    changes = [parse_setting(setting) for setting in settings]
+    for field, _ in changes:
+        if [name for name, _ in changes].count(field) > 1:
+            raise UserError(f"recipe field {field} is set twice; give it once")
+    recipes = {name: replace(named_recipe(name), **dict(changes)) for name in names}
+    for field, _ in changes:
+        idle = {name: idle_fields(recipe)[field] for name, recipe in recipes.items() if field in idle_fields(recipe)}
+        if idle and len(idle) == len(recipes):
+            name, (because, instead) = next(iter(idle.items()))
+            raise UserError(f"recipe field {field} has no effect on {name}, which has {because}; leave it out, or set {instead}")
+        if idle:
+            tell(f"note: {field} has no effect on {', '.join(f'{name} ({because})' for name, (because, _) in idle.items())}")
+    return recipes
+
+
+def idle_fields(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Return the fields that have no effect in a recipe: which setting is the reason, and what to set so that they have one."""
+    rates = ",".join(f"{rate:g}" for rate in recipe.learning_rates)
+    schedule = f"schedule={recipe.schedule}"
+    rules = [
+        (recipe.learning_rates, ("learning_rate", "layer_groups"), f"learning_rates={rates}",
+         "learning_rates: one rate for each layer group, first layers first"),
+        (recipe.size_rule == BY_SOURCE, ("image_size",), f"size_rule={BY_SOURCE}", "size_rule=fixed too"),
+        (recipe.encoder.startswith("gapnet"), ("fourth_channel", "sync_batchnorm"),
+         f"encoder={recipe.encoder}, made for four channels and without BatchNorm", "another encoder"),
+        (recipe.standardised, ("normalisation",), f"standardise={recipe.standardise}", "standardise=none too"),
+        (recipe.class_weights == "none", ("alpha", "weighted_part"), "class_weights=none", "class_weights=normalised too"),
+        (recipe.base_loss != "focal", ("focal_gamma",), f"base_loss={recipe.base_loss}", "base_loss=focal too"),
+        (recipe.hard_share == 1, ("hard_warmup_epochs",), "hard_share=1", "hard_share below 1 too"),
+        (recipe.schedule != "plateau", ("patience", "max_halvings"), schedule, "schedule=plateau too"),
+        (recipe.schedule != "one-cycle", ("warmup_share",), schedule, "schedule=one-cycle too"),
+        (recipe.max_cycles == 1, ("min_cycle_gain",), "max_cycles=1", "max_cycles above 1 too"),
+        (recipe.schedule in ("plateau", "one-cycle"), ("min_cycle_gain",), schedule, "schedule=cycles or constant too"),
+    ]
+    return {field: (because, instead) for applies, fields, because, instead in rules if applies for field in fields}
+
+
+def named_recipe(name: str) -> Recipe:
+    """Return the recipe called 'name' or 'name-variant'."""
     base, *variants = run_name(name).split("-")
     if base not in RECIPES:
-        raise UserError(f"unknown recipe {base!r}; {nearest(base, RECIPES)}")
+        raise UserError(f"unknown recipe {base!r}; {nearest(base, RECIPES, every=True)}")
     if len(set(variants) & set(ABLATION)) > 1:
         raise UserError(f"{name}: each variant of the ablation holds the ones before it, so name only one")
     recipe = RECIPES[base]
     for variant in variants:
         if variant not in VARIANTS:
-            raise UserError(f"unknown variant {variant!r} of recipe {base}; {nearest(variant, VARIANTS)}")
+            raise UserError(f"unknown variant {variant!r} of recipe {base}; {nearest(variant, VARIANTS, every=True)}")
         recipe = VARIANTS[variant](recipe)
-    return replace(recipe, **dict(parse_setting(setting) for setting in settings))
+    return recipe
+
+
+# Fields by other names, and what is no field of a recipe.
+WORDS = {
+    "learning_rates, or learning_rate for a recipe without them": "lr lrs rate rates",
+    "cycle_epochs or max_cycles, whose product is the number of epochs": "epoch epochs n_epochs num_epochs max_epochs",
+    "encoder": "backbone model arch architecture network net",
+    "batch_size": "bs batch batchsize",
+    "weight_decay": "wd decay l2",
+    "base_loss": "loss loss_fn criterion",
+    "focal_gamma": "gamma",
+    "image_size": "size img_size imsize resolution",
+    "crop_size": "crop patch patch_size",
+    "dropouts": "dropout drop drop_rate",
+    "buffers": "head hidden fc",
+    "optimizer": "opt optim",
+    "schedule": "scheduler sched lr_schedule",
+    "warmup_share": "warmup warmup_epochs",
+    "clip_norm": "clip grad_clip gradient_clip max_norm",
+    "hard_share": "ohem hard topk top_k",
+    **{f"the flag --{word.replace('_', '-')} of 04_train.py": word for word in (
+        "seed", "folds", "pretrained", "weights_dir", "device", "precision", "workers", "micro_batch", "compile")},
+}
 
 
 def parse_setting(setting: str) -> tuple[str, object]:
@@ -305,16 +387,21 @@ def parse_setting(setting: str) -> tuple[str, object]:
     name, equals, text = setting.partition("=")
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
     if name not in fields:
-        raise UserError(f"unknown recipe field {name!r}; {nearest(name, fields)}")
+        word = name.lower().replace("-", "_")
+        meant = next((field for field, words in WORDS.items() if word in words.split()), None)
+        guess = f"did you mean {meant}?" if meant else nearest(name, fields)
+        raise UserError(f"unknown recipe field {name!r}; {guess}")
     default = fields[name].default
     try:
         if not equals:
             raise ValueError
+        if isinstance(default, bool):
+            return name, BOOLEANS[text.lower()]
         if isinstance(default, tuple):
             return name, tuple(type((default or (0.1,))[0])(part) for part in text.split(",") if part)
         return name, type(default)(text)
-    except ValueError:
-        kind = "numbers separated by commas" if isinstance(default, tuple) else type(default).__name__
+    except (ValueError, KeyError):
+        kind = {tuple: "numbers separated by commas", bool: "true or false"}.get(type(default), type(default).__name__)
         raise UserError(f"cannot read the setting {setting!r}; expected {name}=<{kind}>") from None
 
 
@@ -325,30 +412,61 @@ def to_dict(recipe: Recipe) -> dict:
 
 
 def from_dict(values: dict) -> Recipe:
-    """Return the recipe that `to_dict` took apart; raises UserError where this version has other fields."""
-    unknown = values.keys() ^ {field.name for field in dataclasses.fields(Recipe)}
+    """Return the recipe that `to_dict` took apart, here or in another version; see `current_fields`.
+
+    Raises UserError for a field that this version does not know and that is not off.
+    """
+    fields = current_fields(values)
+    unknown = sorted(fields.keys() - to_dict(Recipe()).keys())
     if unknown:
-        raise UserError(f"the recipe was saved by another version of this project (differs in: {', '.join(sorted(unknown))})")
-    return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        found = ", ".join(f"{name}={fields[name]}" for name in unknown)
+        raise UserError(f"the recipe was saved by another version of this project, whose fields this one does not have: {found}")
+    try:
+        return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    except TypeError as error:
+        raise UserError(f"the recipe that was saved has a value of another kind ({error})") from None
+
+
+def current_fields(saved: dict) -> dict:
+    """Return saved fields of a recipe, or what `run_parameters` returned, as this version has them.
+
+    Missing fields get their defaults: a new field's default is what versions without it did. Unknown ones that are off
+    (0, false, empty, none) are left out, since they changed nothing.
+    """
+    defaults = to_dict(Recipe())
+    known = {*defaults, *OF_RUN}
+    return {**defaults, **{name: value for name, value in saved.items() if name in known or value not in OFF}}
 
 
 def run_parameters(recipe: Recipe, fold: int, seed: int, checkpoint_format: int) -> dict:
     """Return what stage 04 notes of a training: with other values it is another training."""
-    return {**to_dict(recipe), "fold": fold, "seed": seed, "checkpoint_format": checkpoint_format}
+    return {**to_dict(recipe), **dict(zip(OF_RUN, (fold, seed, checkpoint_format), strict=True))}
 
 
 def recipe_of_run(parameters: dict) -> Recipe:
     """Return the recipe that `run_parameters` took in."""
-    return from_dict({name: value for name, value in parameters.items() if name not in ("fold", "seed", "checkpoint_format")})
+    return from_dict({name: value for name, value in parameters.items() if name not in OF_RUN})
+
+
+def is_too_small(recipe: Recipe, side: int) -> bool:
+    """Tell whether a source of `side` pixels has fewer than the recipe's stored images, which may not be enlarged."""
+    return not recipe.enlarge and stored_size(recipe.store, side) > side
 
 
 def fit_to_source(recipe: Recipe, side: int) -> Recipe:
     """Return the recipe with sizes that a source of `side` pixels can give without enlarging.
 
     A 512 px source is used at 512 with crops of 384: the source's own size, and three quarters of it rounded
-    to a multiple of 32.
+    to a multiple of 32. A recipe that enlarges stays as it is.
     """
-    if (stored_size(recipe.store, side) if recipe.size_rule == BY_SOURCE else recipe.size) <= side:
+    if not is_too_small(recipe, side):
         return recipe
     return replace(recipe, size_rule="fixed", image_size=side, crop_size=min(side, max(32, side * 3 // 4 // 32 * 32)),
                    size_divisor=1)
+
+
+def describe_fit(name: str, recipe: Recipe, fitted: Recipe) -> str:
+    """Say what `fit_to_source` changed of a recipe, and what to give instead."""
+    return (f"the smallest source image has {fitted.size} px: {name} uses {fitted.size} px with crops of {fitted.crop} "
+            f"instead of {recipe.size} and {recipe.crop}; nothing is enlarged. To enlarge instead, give stages 01 and 04 "
+            "--set enlarge=true")

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 
 def cosine_with_restarts(step: int, cycle_steps: int) -> float:
     """Return the factor on the top learning rate: 1 at the start of each cycle, down a cosine towards 0."""
@@ -54,10 +56,41 @@ def has_diverged(losses: list[float]) -> bool:
     return not math.isfinite(curve[-1]) or curve[-1] > 4 * min(curve)
 
 
+def centred(losses: list[float], widths: tuple[float, ...] = (1, 1.5, 2, 3, 4, 6, 8)) -> np.ndarray:
+    """Return the losses smoothed without lag, up to the first that is not finite: (n,), n <= len(losses).
+
+    Each value is that of a parabola fitted to the logarithms around it with Gaussian weights. Of the `widths`, in steps, the
+    one is taken that best predicts each loss from the others: a small one for a clean curve, so that a sharp rise stays sharp.
+    """
+    finite = np.isfinite(losses)
+    n = len(losses) if finite.all() else int(finite.argmin())
+    values, steps = np.log(np.maximum(losses[:n], 1e-12)), np.arange(n)
+    best, least = values, math.inf
+    for width in widths:
+        near = (steps - steps[:, None]) / width  # (n, n): row = place of the parabola
+        powers = np.stack([near ** 0, near, near ** 2], axis=2)
+        weighted = powers * np.exp(-0.5 * near ** 2)[:, :, None]
+        smoother = np.linalg.pinv(powers.transpose(0, 2, 1) @ weighted)[:, :1] @ weighted.transpose(0, 2, 1)  # (n, 1, n)
+        curve = smoother[:, 0] @ values
+        left_out = (values - curve) / np.maximum(1 - np.diagonal(smoother[:, 0]), 1e-9)  # error without the value itself
+        if (error := float(np.square(left_out).sum())) < least:
+            best, least = curve, error
+    return np.exp(best)
+
+
 def suggest_learning_rate(rates: list[float], losses: list[float]) -> float:
     """Return the highest learning rate at which the smoothed loss still falls: where it is lowest."""
-    curve = [value if math.isfinite(value) else math.inf for value in smoothed(losses)]
-    return rates[curve.index(min(curve))]
+    return rates[int(centred(losses).argmin())]
+
+
+def steepest_learning_rate(rates: list[float], losses: list[float]) -> float:
+    """Return the learning rate at which the smoothed loss falls fastest on the way to its lowest point.
+
+    rates : growing exponentially, so that slopes are those over the logarithm of the rate
+    """
+    falls = slice(int(centred(losses).argmin()) + 1)
+    curve = centred(losses, (6,))  # slopes need more smoothing than values
+    return rates[int(np.gradient(curve)[falls].argmin())] if len(curve) > 1 else rates[0]
 
 
 def cycle_gain(losses: list[float], cycle_epochs: int) -> float:

@@ -86,6 +86,7 @@ class Run:
     TENSORS = ("model", "optimizer", "scaler")
     PLACE = ("ranking", "epoch", "step", "loss_sum", "skipped", "seconds", "best_score", "micro_batch", "start", "returns",
              "history", "class_mix")
+    LATER = ("skipped",)  # of PLACE: what checkpoints of earlier versions lack, and keeps its default when one is restored
 
     def state(self) -> dict:
         return {**self.network_state(), **{name: getattr(self, name).state_dict() for name in self.TENSORS},
@@ -96,7 +97,8 @@ class Run:
             if state[name] or name != "scaler":  # empty where another precision needed none
                 getattr(self, name).load_state_dict(state[name])
         for name in self.PLACE:
-            setattr(self, name, state[name])
+            if name in state or name not in self.LATER:
+                setattr(self, name, state[name])
         self.micro_batch = self.hardware.micro_batch or self.micro_batch
         self.ranking = self.ranking.to(self.hardware.device)
 
@@ -449,13 +451,18 @@ def evaluate(run: Run, data: FoldData, feed) -> tuple[float, float]:
 
 
 def is_finished(run: Run) -> bool:
-    """Tell whether the cycles are over: the recipe's maximum, or one that hardly improved the validation loss."""
+    """Tell whether training is over: at the recipe's maximum, or when it hardly improves the validation loss any more.
+
+    Cycles end with one that gains too little; halving ends on the plateau after the last of the halvings that the recipe allows.
+    """
     recipe = run.recipe
-    if run.epoch == 0 or run.epoch % recipe.cycle_epochs or run.step:
+    if run.epoch == 0 or run.step:
         return False
     if run.epoch == recipe.epochs:
         return True
-    if recipe.schedule == "one-cycle":
+    if recipe.schedule == "plateau":
+        return 0 < recipe.max_halvings < plateau_halvings(run.valid_losses, recipe.patience)
+    if recipe.schedule == "one-cycle" or run.epoch % recipe.cycle_epochs:
         return False
     return cycle_gain(run.valid_losses, evaluations_per_cycle(recipe)) < recipe.min_cycle_gain
 

@@ -78,6 +78,12 @@ def test_strange_names_come_back_from_a_dry_run(run_script, small_data, tmp_path
     assert read.split("\0").count(str(tmp_path / STRANGE).rstrip("\n")) == 8  # each of the eight stages
 
 
+def test_several_fields_are_set_at_once_as_in_stage_04(run_script, small_data, tmp_path):
+    out = run_script("run_all.sh", "--data", small_data, "--work", tmp_path, "--set", "alpha=0.9", "l1=0", "--quick",
+                     "--set", "batch_size=8", "--dry-run").stdout
+    assert out.count("--set alpha=0.9 l1=0 batch_size=8\n") == 2
+
+
 def test_the_tables_come_from_one_command_and_use_what_is_there(run_script, small_data, tmp_path):
     flags = ("--data", small_data, "--work", tmp_path, "--quick", "--recipes", "demo,demo_gapnet", "--folds", "0,1",
              "--set", "cycle_epochs=1", "--set", "max_cycles=1", "--pretrained", "none")
@@ -100,6 +106,8 @@ def test_the_tables_come_from_one_command_and_use_what_is_there(run_script, smal
     (["--fodls", "0"], "unknown argument --fodls; did you mean --folds?"),
     (["--folds", "0,5"], "--folds must be distinct numbers from 0 to 4"),
     (["--folds"], "--folds needs a value"), (["--work", ""], "--work needs a value"),
+    (["--set", "--quick"], "--set needs a value, found --quick"),
+    (["--recipes", "resnet50", "--set", "learning_rate=0.1"], "no effect on resnet50, which has learning_rates=0.01,0.02"),
     (["--folds", "0,0"], "--folds must be distinct numbers from 0 to 4 separated by commas, found 0,0"),
     (["--folds", "0,,1"], "--folds must be distinct numbers"), (["--pretrained", "/nowhere.pth"], "--pretrained /nowhere.pth: there is no such file"),
     (["--recipes", "resnet5"], "unknown recipe 'resnet5'; did you mean resnet50?"),

@@ -630,8 +630,8 @@ def test_one_sample_is_not_enough_to_train_on(tmp_path):
 
 def test_the_finder_saves_its_curve(tmp_path):
     rates, losses = lr_range_test(fold_data(tmp_path / "images", 16), SMALL, CPU, 0, 0, n_steps=20)
-    suggestion = save_lr_curve(tmp_path, rates, losses)
-    assert 1e-5 <= suggestion <= 10 and suggestion in rates
+    suggestion, steepest = save_lr_curve(tmp_path, rates, losses)
+    assert 1e-5 <= steepest <= suggestion <= 10 and {suggestion, steepest} <= set(rates)
     assert (tmp_path / "lr_find.csv").read_text().startswith("learning_rate,loss,smoothed\n")
     assert (tmp_path / "lr_find.png").read_bytes().startswith(b"\x89PNG")
 

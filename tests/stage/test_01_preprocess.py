@@ -163,8 +163,30 @@ def test_external_images_give_their_planes(make, small_data, tmp_path):
 
 def test_a_small_source_is_never_enlarged(run_script, small_data, tmp_path):
     out = run_script(SCRIPT, "--data", small_data, "--work", tmp_path / "work").stdout
-    assert "resnet50 uses 160 px with crops of 96 in place of 768 and 512; nothing is enlarged" in out
+    assert "resnet50 uses 160 px with crops of 96 instead of 768 and 512; nothing is enlarged" in out
     assert sorted(p.name for p in (tmp_path / "work" / "images").glob("*.csv")) == ["128.csv", "160.csv"]
+
+
+def test_one_small_image_is_refused_left_out_or_enlarged_and_changes_no_other(make, refuses, run_script, small_data, tmp_path):
+    make(small_data)
+    images = tmp_path / "work" / "images" / "96"
+    before = {path.name: path.read_bytes() for path in images.iterdir() if path.stem != "train-5"}
+    write_sample(small_data / "train_full_size", "train-5", size=64)
+    message = refuses(small_data)
+    assert "1 samples cannot be used" in message and "train: train-5 has 64 px, fewer than the 96 px of demo-quick" in message
+    smaller = "image_size=64 crop_size=32 size_divisor=1"
+    assert f"enlarge=true, or use all at the size of the smallest with --set {smaller} (in" in message
+    told = run_script(SCRIPT, "--check", "--data", small_data, "--work", tmp_path / "none", "--recipes", "demo-quick",
+                      "--pretrained", "none", check=False)
+    assert told.returncode == 2 and "train-5 has 64 px" in told.stdout and smaller in told.stdout
+
+    assert "1 samples are left out" in make(small_data, "--keep-going")
+    assert pd.read_csv(tmp_path / "work" / "left_out.csv")["Id"].tolist() == ["train-5"]
+    assert {path.name: path.read_bytes() for path in images.iterdir() if path.stem != "train-5"} == before
+
+    assert "12 train, 3 test samples at 64, 96 px" in make(small_data, "--set", "enlarge=true")
+    assert read_planes(images / "train-5.tif").shape == (4, 96, 96)
+    assert {path.name: path.read_bytes() for path in images.iterdir() if path.stem != "train-5"} == before
 
 
 def test_a_limit_keeps_the_same_samples_each_time(make, small_data, tmp_path):

@@ -44,8 +44,23 @@ def test_each_stage_names_the_one_that_is_missing_before_it(fails, stages, small
 def test_the_whole_row(stages, fails, small_data, tmp_path):
     """One training serves many checks: it is the slowest part of a stage test."""
     work = tmp_path / "work"
-    out = stages(small_data, range(1, 8))
-    assert "macro F1" in out and "cross-fitted" in out and "submission.csv: 3 rows" in out
+    stages(small_data, range(1, 5))
+
+    # One fold predicted: all that stands on it says so, with the commands for the other one.
+    assert "oof.npz stands on 1 of 2 folds (1)" in stages(small_data, [5], "--folds", "1")
+    out = stages(small_data, [6, 7])
+    told = (f"warning: {RECIPE} stands on 1 of 2 folds (1); for the others run: "
+            f"python 04_train.py --work {work} --folds 0 --recipe {RECIPE} && python 05_predict_oof.py --work {work} --folds 0 --recipes {RECIPE}\n")
+    assert out.count(told) == 2 and "6 out-of-fold samples" in out
+    few = {"folds": {RECIPE: [1]}, "n_folds": 2}
+    read = lambda name: {key: value for key, value in json.loads((work / name).read_text()).items() if key in few}
+    assert read("thresholds.json") == read("thresholds.json.meta.json") == read("submission.csv.meta.json") == few
+
+    # The other one later: both are put together.
+    assert "oof.npz stands on all 2 folds (0, 1)" in stages(small_data, [5], "--folds", "0")
+    out = stages(small_data, [6, 7])
+    assert "macro F1" in out and "12 out-of-fold samples" in out and "submission.csv: 3 rows" in out
+    assert out.count("each recipe stands on all 2 folds") == 2 and read("submission.csv.meta.json")["folds"] == {RECIPE: [0, 1]}
 
     # Out-of-fold: each kept sample once; test: in the order of sample_submission.csv.
     folds = pd.read_csv(work / "folds.csv", dtype=str)

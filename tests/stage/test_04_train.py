@@ -54,6 +54,12 @@ def test_class_weights_are_shown_before_training(train, work):
     assert not (work / "runs").exists()
 
 
+def test_smaller_sizes_than_the_recipes_are_said_here_too(run_script, work):
+    told = run_script("04_train.py", "--work", work, "--recipe", RECIPE, "--set", "image_size=1600", check=False)
+    assert told.returncode == 2 and "160.csv is missing" in told.stderr
+    assert "demo-quick uses 160 px with crops of 96 instead of 200 and 64; nothing is enlarged. To enlarge" in told.stdout
+
+
 def test_variants_have_runs_of_their_own_and_ta_is_the_recipe(train, run_script, work, fails):
     train(*TINY[:3], "--folds", "0", recipe="demo-original-quick,demo-ta-quick")
     assert sorted(path.name for path in (work / "runs").iterdir()) == ["demo-original-quick", "demo-quick"]

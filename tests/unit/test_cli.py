@@ -58,7 +58,8 @@ def test_lists_of_values():
 
 def test_the_nearest_word_or_all_of_them():
     assert nearest("resnet5", ["resnet50", "demo"]) == "did you mean resnet50?"
-    assert nearest("zzz", ["b", "a"]) == "known: a, b"
+    assert nearest("zzz", ["b", "a"]) == nearest("zzz", ["b", "a"], every=True) == "known: a, b"
+    assert nearest("resnet5", ["resnet50", "demo"], every=True) == "did you mean resnet50? known: demo, resnet50"
 
 
 def test_a_list_of_eleven_shows_ten():

@@ -10,7 +10,7 @@ from common.class_weights import draw_weights
 from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop, standardise, whole_batches
 from common.errors import UserError
 from common.fold_data import stored_images
-from common.images import checksum, read_planes, write_planes
+from common.images import CHANNELS, checksum, read_planes, write_planes
 
 RNG = np.random.default_rng(0)
 DRAWS = np.random.default_rng(1).random((6, 3))
@@ -62,11 +62,12 @@ def test_a_set_of_standardised_images_standardises_whole_images_before_crops_are
 
 def test_a_sample_that_is_not_stored_is_named_with_the_cure(tmp_path):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "96.csv").write_text("Id,side,crc\na,96,0\n")
+    (tmp_path / "images" / "96.csv").write_text("Id,side,crc" + "".join(f",{what}_{c}" for what in (
+        "mean", "std", "zeros", "saturated") for c in CHANNELS) + "\na,96,0" + ",0" * 16 + "\n")
     with pytest.raises(UserError) as error:
         stored_images(tmp_path, "96", ["a", "b", "c"])
-    assert str(error.value) == (f"{tmp_path}/images/96 lacks 2 samples, such as b; run: python 01_preprocess.py --work {tmp_path} "
-                                "--recipes RECIPE")
+    assert str(error.value) == (f"{tmp_path}/images/96 lacks 2 samples, such as b; run: python 01_preprocess.py --set "
+                                f"size_rule=fixed size_divisor=1 image_size=96 crop_size=96 --work {tmp_path}")
 
 
 def test_a_crop_is_the_window_of_its_draw_in_the_symmetry_of_its_draw():
@@ -183,8 +184,8 @@ def test_a_missing_image_is_one_message_also_from_a_worker_process(tmp_path, cap
 
 
 def test_a_missing_image_names_the_stage_that_makes_it(tmp_path):
-    with pytest.raises(UserError, match="x.tif cannot be read .*; delete it, and run: python 01_preprocess.py"):
-        ImageSet(tmp_path, np.array(["x"]), np.zeros((1, 28)))[0]
+    with pytest.raises(UserError, match="x.tif is missing; run: python 01_preprocess.py --set .* image_size=96 "):
+        ImageSet(tmp_path / "96", np.array(["x"]), np.zeros((1, 28)))[0]
 
 
 def test_whole_images_of_one_size_are_a_batch(tmp_path):

@@ -32,9 +32,10 @@ def test_16_bit_between_black_and_white_is_mapped_linearly_and_the_rest_is_cut_o
     np.testing.assert_array_equal(resize(eight, 16, levels), eight)
 
 
-def test_nothing_is_enlarged():
-    with pytest.raises(ValueError, match="would enlarge 8 px to 16 px"):
-        resize(np.zeros((8, 8), np.uint8), 16)
+def test_what_is_enlarged_is_interpolated_and_keeps_its_mean():
+    plane = np.array([[0, 200], [100, 40]], np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+    large = resize(plane, 16)
+    assert large.shape == (16, 16) and large.max() <= 200 and abs(large.mean() - plane.mean()) < 1 and len(np.unique(large)) > 4
 
 
 def test_stored_planes_come_back_and_the_statistics_are_theirs(tmp_path):

@@ -10,7 +10,13 @@ from common import doctor
 from common.exposure import WHOLE
 from common.images import read_planes
 from common.preprocess import list_samples, preprocess_stage, source_state, space_needed, statistics_table, store_all
+from common.recipes import Recipe
 from tests.conftest import write_sample
+
+
+def recipes_of(stores) -> dict[str, Recipe]:
+    """Return recipes whose images are stored at these sizes."""
+    return {store: Recipe(image_size=int(store), crop_size=32) for store in stores}
 
 
 @pytest.fixture
@@ -23,7 +29,7 @@ def make(tmp_path):
     def run(raw=False, stores=("128", "300")):
         samples, bad = list_samples(tmp_path / "data")
         states = {sample: source_state(sample) for sample in samples}
-        stored = store_all(samples, states, bad, lambda side: stores, tmp_path / "work", 1, raw=raw)
+        stored = store_all(samples, states, bad, recipes_of(stores), tmp_path / "work", 1, raw=raw)
         files = {f"{path.parent.name}/{path.stem}": path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.tif")}
         return {store: statistics_table(stored.samples, rows) for store, rows in stored.statistics.items()}, files
     return run
@@ -62,7 +68,7 @@ def test_stores_of_earlier_versions_are_taken_as_they_are(make, tmp_path):
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert make()[1] == files
     stage = preprocess_stage(tmp_path, [], {}, ["128"], WHOLE, False)
-    assert stage.parameters == {"sizes": ["128"], "white_level": 65535, "keep_going": False}
+    assert stage.parameters == {"sizes": ["128"], "white_level": 65535, "keep_going": False, "enlarge": False}
     raw = preprocess_stage(tmp_path, [], {}, ["128"], WHOLE, False, raw=True)
     assert raw.changes(stage.made_from()) == "store was absent, now raw"
 

@@ -1,5 +1,6 @@
 import pytest
 
+from common import recipes
 from common.errors import UserError
 from common.recipes import (ABLATION, RECIPES, Recipe, ablation_runs, fit_to_source, from_dict, get_recipe, run_name,
                             stored_size, to_dict)
@@ -127,6 +128,95 @@ def test_mistakes_name_the_nearest_known(name, settings, message):
         get_recipe(name, settings)
 
 
-def test_a_recipe_of_another_version_is_refused():
-    with pytest.raises(UserError, match="another version of this project .differs in: alpha, beta"):
-        from_dict({**{k: v for k, v in to_dict(Recipe()).items() if k != "alpha"}, "beta": 1})
+@pytest.mark.parametrize(("name", "settings", "message"), [
+    ("resnet50", ["learning_rate=0.001"], "learning_rate has no effect on resnet50, which has learning_rates=0.01,0.02; leave it "
+                                          "out, or set learning_rates: one rate for each layer group"),
+    ("demo-quick", ["layer_groups=1"], "layer_groups has no effect on demo-quick, which has learning_rates=0.01,0.01"),
+    ("resnet50", ["patience=5"], "patience has no effect on resnet50, which has schedule=cycles; leave it out, or set schedule"),
+    ("resnet50", ["max_halvings=2"], "max_halvings has no effect on resnet50, which has schedule=cycles"),
+    ("resnet50", ["warmup_share=0.1"], "warmup_share has no effect"),
+    ("resnet50", ["alpha=0.9", "class_weights=none"], "alpha has no effect on resnet50, which has class_weights=none"),
+    ("resnet50-hard", ["weighted_part=positives"], "weighted_part has no effect on resnet50-hard, which has class_weights=none"),
+    ("resnet50_plus", ["min_cycle_gain=0"], "min_cycle_gain has no effect on resnet50_plus, which has schedule=one-cycle"),
+    ("gapnet_pl", ["min_cycle_gain=0"], "min_cycle_gain has no effect on gapnet_pl, which has schedule=plateau"),
+    ("resnet50", ["max_cycles=1", "min_cycle_gain=0"], "min_cycle_gain has no effect on resnet50, which has max_cycles=1"),
+    ("resnet50_plus", ["focal_gamma=1"], "focal_gamma has no effect on resnet50_plus, which has base_loss=bce"),
+    ("gapnet_pl", ["hard_warmup_epochs=2"], "hard_warmup_epochs has no effect on gapnet_pl, which has hard_share=1"),
+    ("gapnet_pl", ["fourth_channel=mean"], "fourth_channel has no effect on gapnet_pl"),
+    ("small_plus", ["normalisation=data"], "normalisation has no effect on small_plus, which has standardise=sample"),
+    ("resnet50", ["size_rule=by-source", "image_size=800"], "image_size has no effect on resnet50, which has size_rule"),
+    ("resnet50", ["alpha=0.9", "alpha=0.99"], "recipe field alpha is set twice"),
+])
+def test_a_setting_without_effect_is_refused_by_name(name, settings, message):
+    with pytest.raises(UserError) as error:
+        get_recipe(name, settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("resnet50", ["learning_rates=", "learning_rate=0.001", "layer_groups=3"]), ("inceptionv4", ["learning_rate=0.001"]),
+    ("resnet50-eloss", ["learning_rate=0.001"]), ("resnet50", ["schedule=plateau", "patience=1", "max_halvings=2"]),
+    ("resnet50", ["schedule=one-cycle", "warmup_share=0.1"]), ("resnet50_plus", ["class_weights=raw", "alpha=0.9"]),
+    ("resnet50_plus", ["momentum=0.8"]), ("gapnet_pl", ["hard_share=0.7", "hard_warmup_epochs=2"])])
+def test_settings_that_act_together_are_taken(name, settings):
+    recipe = get_recipe(name, settings)
+    assert all(getattr(recipe, field) == value for field, value in map(recipes.parse_setting, settings))
+
+
+def test_of_several_recipes_one_that_the_setting_acts_on_will_do_and_the_others_are_named():
+    told = []
+    found = recipes.get_recipes(["resnet50-customised", "resnet50-hard", "resnet50"], ["alpha=0.9", "batch_size=8"], told.append)
+    assert [recipe.alpha for recipe in found.values()] == [0.9] * 3
+    assert told == ["note: alpha has no effect on resnet50-customised (class_weights=none), resnet50-hard (class_weights=none)"]
+    with pytest.raises(UserError, match="alpha has no effect on resnet50-hard"):
+        recipes.get_recipes(["resnet50-hard", "resnet50_plus"], ["alpha=0.9"])
+
+
+@pytest.mark.parametrize(("word", "field"), [
+    ("lr", "learning_rates"), ("epochs", "cycle_epochs or max_cycles"), ("backbone", "encoder"), ("bs", "batch_size"),
+    ("wd", "weight_decay"), ("loss", "base_loss"), ("Optim", "optimizer"), ("grad-clip", "clip_norm"),
+    ("seed", "the flag --seed of 04_train.py")])
+def test_other_words_for_fields_are_known(word, field):
+    with pytest.raises(UserError, match=f"unknown recipe field '{word}'; did you mean {field}"):
+        get_recipe("resnet50", [f"{word}=1"])
+
+
+def test_all_other_words_name_fields_and_are_none_themselves():
+    fields = set(to_dict(Recipe()))
+    words = " ".join(recipes.WORDS.values()).split()
+    assert len(words) == len(set(words)) and not fields & set(words)
+    assert all(text.split(",")[0].split()[0] in fields or text.startswith("the flag --") for text in recipes.WORDS)
+
+
+def test_a_wrong_choice_lists_the_right_ones():
+    for setting, right in (("schedule=cosine", recipes.CHOICES["schedule"]), ("encoder=vgg16", recipes.CHOICES["encoder"])):
+        with pytest.raises(UserError, match=f"known: {', '.join(sorted(right))}"):
+            get_recipe("resnet50", [setting])
+    with pytest.raises(UserError, match="did you mean senet. known: demo, .*small_plus"):
+        get_recipe("efficientnet")
+
+
+def test_a_recipe_of_another_version_is_read_where_only_defaults_differ():
+    saved = to_dict(get_recipe("demo"))
+    older = {name: value for name, value in saved.items() if name not in ("standardise", "clip_norm", "momentum")}
+    assert from_dict(older) == get_recipe("demo")
+    assert from_dict({**saved, "mixup": 0.0, "teacher": "none", "augmentations": [], "ema": False}) == get_recipe("demo")
+
+
+def test_a_field_of_another_version_that_is_on_is_refused_by_name():
+    with pytest.raises(UserError, match="another version of this project, whose fields this one does not have: ema=0.9, mixup=1"):
+        from_dict({**to_dict(Recipe()), "mixup": 1, "ema": 0.9, "teacher": ""})
+    with pytest.raises(UserError, match="the recipe that was saved has a value of another kind"):
+        from_dict({**to_dict(Recipe()), "alpha": "much"})
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("true", True), ("False", False), ("1", True), ("0", False), ("yes", True), ("no", False)])
+def test_fields_that_are_on_or_off_are_set_by_words(text, value):
+    assert get_recipe("resnet50", [f"enlarge={text}"]).enlarge is value
+
+
+@pytest.mark.parametrize("setting", ["enlarge=", "enlarge=maybe", "enlarge=2", "enlarge"])
+def test_other_words_for_on_or_off_are_refused(setting):
+    with pytest.raises(UserError, match=f"cannot read the setting '{setting}'; expected enlarge=<true or false>"):
+        get_recipe("resnet50", [setting])

@@ -1,11 +1,15 @@
 import math
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from common.schedules import (cosine_with_restarts, cycle_gain, exponential_range, has_diverged, one_cycle,
-                              plateau_halvings, smoothed, suggest_learning_rate)
+from common.recipes import get_recipe
+from common.schedules import (centred, cosine_with_restarts, cycle_gain, exponential_range, has_diverged, one_cycle,
+                              plateau_halvings, smoothed, steepest_learning_rate, suggest_learning_rate)
+from common.training import Run, is_evaluated, is_finished, learning_rate_factor
 
 
 def test_a_loss_of_zero_cannot_be_improved():
@@ -48,6 +52,41 @@ def test_halving_on_a_plateau_equals_torch(patience):
         assert optimizer.param_groups[0]["lr"] == max(0.5 ** plateau_halvings(losses, patience), 2 ** -26)
 
 
+def flattening(epoch):
+    """A validation loss that falls for 10 epochs and then stays as it is."""
+    return 1 / (1 + min(epoch, 9))
+
+
+def driven(recipe, loss):
+    """Return the factor on the learning rate in each epoch of a training whose validation losses are given, to its end."""
+    run = Run(recipe, *[None] * 9)
+    factors = []
+    while not is_finished(run):
+        factors.append(learning_rate_factor(run, run.epoch, 1))
+        if is_evaluated(recipe, run.epoch):
+            run.history.append({"valid_loss": loss(run.epoch)})
+        run.epoch += 1
+    return factors
+
+
+def test_gapnet_pl_halves_on_a_plateau_as_often_as_its_recipe_says_before_it_ends():
+    recipe = get_recipe("gapnet_pl")
+    assert driven(recipe, flattening) == [1] * 14 + [0.5] * 4 + [0.25] * 4 + [0.125] * 4 + [0.0625] * 4
+    assert driven(replace(recipe, max_halvings=1), flattening) == [1] * 14 + [0.5] * 4
+    assert len(driven(replace(recipe, max_halvings=0), flattening)) == recipe.epochs == 40
+    assert driven(recipe, lambda epoch: 1 / (1 + epoch)) == [1] * 40
+    assert driven(replace(recipe, cycle_epochs=3), flattening)[:18] == [1] * 14 + [0.5] * 4  # cycles do not count
+
+
+def test_patience_counts_looks_at_the_validation_part():
+    recipe = replace(get_recipe("gapnet_pl"), evaluate_epochs=2, patience=1, max_halvings=1)
+    assert driven(recipe, lambda epoch: 1.0) == [1] * 6 + [0.5] * 4
+
+
+def test_cycles_still_end_with_one_that_gains_nothing():
+    assert len(driven(replace(get_recipe("resnet50"), schedule="constant", max_cycles=10), flattening)) == 16
+
+
 def test_the_range_is_exponential():
     rates = [exponential_range(k, 4, 1e-5, 1e-2) for k in range(4)]
     assert rates == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2])
@@ -77,8 +116,57 @@ def test_the_finder_on_a_noisy_quadratic_stops_where_gradient_descent_diverges()
     assert 0.1 * 2 / a < suggest_learning_rate(rates, losses) < 2 / a
 
 
+def valley(lowest, rise):
+    """Return a function of log10 of the rate: a loss that falls along a logistic curve, fastest at `lowest` - 1.2, and rises as
+    a power of the rate, so that it is lowest at `lowest`."""
+    fall = lambda x: 1 - 0.7 / (1 + np.exp(-3 * (x - lowest + 1.2)))
+    slope = (fall(lowest - 1e-6) - fall(lowest + 1e-6)) / 2e-6  # that the rise must make good there
+    return lambda x: fall(x) + slope / (rise * math.log(10)) * 10 ** (rise * (x - lowest))
+
+
+def range_test(loss, noise, seed):
+    """Return the rates and losses of a range test, as far as it goes."""
+    rates = [exponential_range(k, 100, 1e-5, 10) for k in range(100)]
+    losses = (loss(np.log10(rates)) * (1 + noise * np.random.default_rng(seed).standard_normal(100))).tolist()
+    n = next((k for k in range(1, 101) if has_diverged(losses[:k])), 100)
+    return rates[:n], losses[:n]
+
+
+STEP = math.log(10 ** 6) / 99  # between two rates of a test
+
+
+@pytest.mark.parametrize("lowest", [-3, -2, -1.25])
+@pytest.mark.parametrize("loss", [
+    lambda m: valley(m, 2.5), lambda m: valley(m, 5), lambda m: valley(m, 10), lambda m: lambda x: 1 + (x - m) ** 2,
+    lambda m: lambda x: 1 + np.where(x < m, (m - x) / 5, 3 * (x - m))])
+def test_the_finder_suggests_the_lowest_point_without_the_lag_of_an_average(loss, lowest):
+    found = math.log(suggest_learning_rate(*range_test(loss(lowest), 0, 0)) / 10 ** lowest)
+    assert abs(found) <= 1.51 * STEP
+    # Noise of 3 % of each loss moves it by chance, not to one side.
+    errors = [math.log(suggest_learning_rate(*range_test(loss(lowest), 0.03, seed)) / 10 ** lowest) / STEP for seed in range(9)]
+    assert -3.1 <= np.median(errors) <= 1.1
+
+
+@pytest.mark.parametrize("rise", [2.5, 5, 10])
+def test_the_steepest_point_is_found_too(rise):
+    found = steepest_learning_rate(*range_test(valley(-1.5, rise), 0, 0))
+    assert abs(math.log(found / 10 ** -2.7)) <= 2 * STEP
+    rates, losses = range_test(valley(-1.5, rise), 0.02, 1)
+    steepest = steepest_learning_rate(rates, losses)
+    assert 0.5 < steepest / 10 ** -2.7 < 2 and steepest < suggest_learning_rate(rates, losses)
+
+
+def test_a_clean_curve_stays_sharp_and_a_noisy_one_is_smoothed():
+    clean = valley(-2, 10)(np.linspace(-5, -1.8, 54))
+    assert centred(clean.tolist()) == pytest.approx(clean, rel=0.03)
+    noisy = (1 + 0.1 * np.random.default_rng(0).standard_normal(60)).tolist()
+    assert centred(noisy).std() < 0.6 * np.std(noisy)
+
+
 def test_nan_does_not_mislead_the_finder():
     assert suggest_learning_rate([1, 2, 3, 4], [3.0, 2.0, 1.0, math.nan]) == 3
+    assert suggest_learning_rate([1, 2, 3, 4], [3.0, 2.0, math.inf, 1.0]) == 2
+    assert suggest_learning_rate([1], [3.0]) == steepest_learning_rate([1], [3.0]) == 1
 
 
 def test_the_gain_of_a_cycle_is_over_the_best_before_it():

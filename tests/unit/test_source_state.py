@@ -9,9 +9,11 @@ import tifffile
 
 from common.artifacts import Stage
 from common.errors import UserError
+from common.exposure import WHOLE
 from common.files import write_text
 from common.images import CHANNELS
 from common.preprocess import Sample, kept_going, known_states, preprocess_stage, refuse_bad, source_state, store_all
+from tests.unit.test_preprocess import recipes_of
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def stored(tmp_path):
 
 
 def store(samples, folder, stores=("64",)):
-    return store_all(samples, known_states(samples, folder / "work", 1), {}, lambda side: list(stores), folder / "work", 1)
+    return store_all(samples, known_states(samples, folder / "work", 1), {}, recipes_of(stores), folder / "work", 1)
 
 
 def journal(folder) -> list[str]:
@@ -97,7 +99,7 @@ def test_a_journal_of_an_older_version_is_read_as_before(stored, tmp_path):
 @pytest.mark.parametrize("keep_going", [True, False])
 def test_what_the_run_before_was_to_leave_out_is_known(tmp_path, keep_going):
     assert not kept_going(tmp_path)
-    stage = preprocess_stage(tmp_path, [Sample("a", "train", "0", ())], {}, ["128"], 65535, keep_going)
+    stage = preprocess_stage(tmp_path, [Sample("a", "train", "0", ())], {}, ["128"], WHOLE, keep_going)
     write_text(stage.artifact, "Id\n")
     stage.finish(rows=1)
     assert isinstance(stage, Stage) and kept_going(tmp_path) is keep_going
