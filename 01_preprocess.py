@@ -15,9 +15,12 @@ example python 01_preprocess.py --data data --work work --recipes resnet50
         python 01_preprocess.py --data data --work work --recipes resnet50 --check    what will fail, before days are spent
 """
 
-from common import cli  # first: from here on Ctrl+C is no traceback
-
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+
+from common import cli  # first: from here on Ctrl+C is no traceback
 
 from common.doctor import examine
 from common.errors import UserError

@@ -13,6 +13,10 @@ example python 02_dedup.py --work work --threshold 12,12,12
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
 from common import cli  # first: from here on Ctrl+C is no traceback
 

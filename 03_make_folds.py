@@ -10,6 +10,11 @@ Copies count in training only: a validation fold holds every sample once.
 example python 03_make_folds.py --work work --n-folds 5
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+
 from common import cli
 from common.artifacts import Stage, read_table, write_csv
 from common.files import write_json

@@ -17,9 +17,13 @@ example python 04_train.py --recipe resnet50 --folds 0,2 --set alpha=0.999 batch
         torchrun --nproc-per-node 4 04_train.py --recipe senet --folds 0
 """
 
+import sys
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
 from common import cli
 from common.artifacts import read_table

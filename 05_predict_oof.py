@@ -10,6 +10,11 @@ writes  WORK/predictions/<recipe>/fold<k>_oof.npz, fold<k>_test.npz   one fold's
 example python 05_predict_oof.py --work work --recipes resnet50 --folds 0,1,2,3,4
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+
 from common import cli  # first: from here on Ctrl+C is no traceback
 
 import numpy as np

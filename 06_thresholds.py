@@ -14,7 +14,10 @@ example python 06_thresholds.py --work work --recipes resnet50,senet
         python 06_thresholds.py --oof test.npy --ids sample_submission.csv --reproduce submission.csv --work work
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
 from common import cli
 from common.artifacts import Stage, read_table
@@ -23,7 +26,7 @@ from common.ensemble import (COMBINATIONS, align, combine, describe_ensemble, ev
 from common.errors import UserError
 from common.files import write_json
 from common.labels import parse_targets, read_labels
-from common.predictions import (check_there, describe_missing_folds, folds_behind, held_out_files, labelled_rows, member_files,
+from common.predictions import (check_origin, check_there, describe_missing_folds, folds_behind, held_out_files, labelled_rows, member_files,
                                 read_groups, read_members, read_predictions, short_names)
 from common.submission import check_submission, read_submission, recover
 from common.thresholds import METHODS, score_held_out
@@ -59,6 +62,8 @@ def main():
     hint = cli.other("05_predict_oof.py", args, "--recipes", ",".join(args.recipes))
     names, sources = member_files(args.oof, args.work, args.recipes, "oof")
     check_there(sources, None if args.oof else hint)
+    if not args.oof:
+        check_origin(args.work, args.recipes, "oof")
     labels = (args.labels or args.data / "train.csv") if args.oof else args.work / "folds.csv"
     labelled = read_labels(labels) if args.oof else read_table(labels, cli.other("03_make_folds.py", args))
     aside = {} if args.oof else held_out_files(args.work, args.recipes, labelled, hint)

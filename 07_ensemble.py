@@ -12,10 +12,13 @@ example python 07_ensemble.py --work work --recipes resnet50
         python 07_ensemble.py --test a.npz b.csv --thresholds work/thresholds.json --sample sample_submission.csv
 """
 
-from common import cli  # first: from here on Ctrl+C is no traceback
-
 import shlex
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+
+from common import cli  # first: from here on Ctrl+C is no traceback
 
 import numpy as np
 
@@ -24,7 +27,7 @@ from common.ensemble import combine, stack_members
 from common.errors import UserError
 from common.exposure import exposure_warning
 from common.labels import read_csv
-from common.predictions import check_networks, check_there, describe_missing_folds, folds_behind, member_files, read_members
+from common.predictions import check_networks, check_origin, check_there, describe_missing_folds, folds_behind, member_files, read_members
 from common.submission import (check_out, check_submission, decide, describe_submission, known_labels, left_out_samples, override,
                                read_submission, read_thresholds, remember_submission, submission_table, with_empty_rows)
 
@@ -75,6 +78,7 @@ def main():
     if own:
         if warning := exposure_warning(args.work):
             print(warning)
+        check_origin(args.work, args.recipes, "test")
         check_networks(args.work, args.recipes, "test", makes_members)
     fallback = args.fallback or thresholds.get("fallback", "argmax")
     also, known = {"ids": args.ids} if args.ids else {}, None

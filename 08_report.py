@@ -11,6 +11,11 @@ example python 08_report.py --work work
         python 08_report.py --work work --sample 004cd3ba-6269-4a57-9260-ae8a93bcdd47
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+
 from common import cli
 from common.errors import UserError, command
 

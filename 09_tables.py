@@ -9,6 +9,11 @@ writes  WORK/tables/tables.md    the three tables beside the paper's figures, ga
 example python 09_tables.py --work work --recipes resnet50,gapnet_pl
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+
 from common import cli, tables
 from common.artifacts import Stage, digest, read_table, write_csv
 from common.errors import UserError, command, listing

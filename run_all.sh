@@ -2,6 +2,9 @@
 # From raw images to submission.csv and a page to look at: all stages in order. What is up to date is left alone.
 # Without data at hand it makes demo data and runs on that.
 set -eo pipefail
+{ true >&1; } 2>/dev/null || exec >/dev/null  # where the output was closed, it goes nowhere
+{ true >&2; } 2>/dev/null || exec 2>/dev/null
+unset PYTHONSAFEPATH  # python -m needs the project's folder
 
 usage() {
     cat <<'TEXT'

@@ -56,6 +56,14 @@ def inflated_size(members: zipfile.ZipFile) -> int:
     return sum(info.file_size for info in members.infolist())
 
 
+def refuse_damaged(path: Path) -> None:
+    """Raise ValueError for an archive with a part that is not what was written, by the checksums that it holds."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as members:
+            if damaged := members.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
+
+
 def refuse_inflated(path: Path) -> None:
     """Raise ValueError for an archive that holds more than its own size: torch writes tensors as they are, a bomb does not."""
     if zipfile.is_zipfile(path):

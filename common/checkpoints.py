@@ -9,7 +9,7 @@ from textwrap import shorten
 import pandas as pd
 import torch
 
-from common.arrays import refuse_inflated
+from common.arrays import refuse_damaged, refuse_inflated
 from common.artifacts import Stage, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, command, first_line
@@ -78,6 +78,7 @@ def load_checkpoint(path: Path) -> dict:
     """
     try:
         refuse_inflated(path)
+        refuse_damaged(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise many kinds
         raise UserError(f"{path} is not a checkpoint that can be read ({first_line(error)}); "

@@ -193,13 +193,20 @@ def collate(items, pinned: bool = False):
     images, targets = zip(*items, strict=True)
     height, width = images[0].shape[1:]
     shape = len(images), height, width, len(images[0])
-    if get_worker_info():
-        pixels = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
-    else:
-        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+    pixels, labels = new_tensor(shape, torch.uint8, pinned), new_tensor((len(targets), len(targets[0])), torch.float32, pinned)
     # The four bytes of a pixel are copied as one number, which is five times as fast.
     np.stack([image.transpose(1, 2, 0).view(np.uint32) for image in images], out=pixels.numpy().view(np.uint32))
-    return pixels.permute(0, 3, 1, 2), torch.from_numpy(np.stack(targets).astype(np.float32))
+    np.stack(targets, out=labels.numpy(), casting="unsafe")
+    return pixels.permute(0, 3, 1, 2), labels
+
+
+def new_tensor(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
+    """Return an empty tensor: in shared memory in a loader process (where a lack of it is an error of this call, and does not hang a
+    thread that sends batches), elsewhere in pinned memory if asked to."""
+    if get_worker_info():
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+        return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    return torch.empty(shape, dtype=dtype, pin_memory=pinned)
 
 
 class Loader(DataLoader):
@@ -209,7 +216,7 @@ class Loader(DataLoader):
 
     def __iter__(self):
         set_forkserver_preload(PRELOADED)
-        with stopping.blocked({signal.SIGINT, signal.SIGTERM}), one_thread():
+        with stopping.blocked(stopping.SIGNALS), one_thread():
             return super().__iter__()
 
 
@@ -239,9 +246,10 @@ def loader(dataset: Dataset, workers: int, pinned: bool, batches):
 
 def begin_loading(_) -> None:
     """Let a loader process outlast what is sent to the whole process group: the process that it works for ends it when it can."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stopping.end_later())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
     cv2.setNumThreads(1)
 
 

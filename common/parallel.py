@@ -20,9 +20,10 @@ from common.progress import progress
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 SECONDS_TO_ANSWER = 20
+NOT_TERM = tuple(number for number in stopping.SIGNALS if number != signal.SIGTERM)  # by which a parent ends worker processes
 
 
-def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str = "samples", unseen=(signal.SIGINT,)):
+def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str = "samples", unseen=NOT_TERM):
     """Call `function(*job)` for each job; yield (index of the job, result) as they are done, with progress.
 
     Memory is bounded by the number of workers: jobs are handed out as others finish.
@@ -83,7 +84,7 @@ def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, labe
         return
     with workers(n_jobs, cluster) as n_workers, stopping.held(passed_on=True) if cluster is None else nullcontext():
         calls = [(os.getpid(), function, job) for job in jobs]
-        done = run_parallel(_stoppable, calls, n_workers, label, "folds", (signal.SIGINT, signal.SIGTERM))
+        done = run_parallel(_stoppable, calls, n_workers, label, "folds", stopping.SIGNALS)
         if any([was_stopped for _, was_stopped in done]) and not stopping.STATE.asked:
             raise UserError(f"{label}: {WORKER_LOST}")
         if cluster is None:  # idle ones would only note a SIGTERM, and be waited for

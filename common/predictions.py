@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from common.arrays import read_arrays
-from common.artifacts import check_probabilities, load_predictions, prediction_file, read_sidecar, read_table, sidecar
+from common.artifacts import check_probabilities, fingerprint, load_predictions, prediction_file, read_sidecar, read_table, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, command, listing
 from common.folds import HOLD_OUT, fold_numbers
@@ -46,6 +46,25 @@ def check_networks(work: Path, recipes: list[str], part: str, made_by: str) -> N
         these, those = (set(read_sidecar(file).get("networks", ())) if sidecar(file).is_file() else set() for file in (path, oof))
         if these and those and not (these <= those or those <= these):
             raise UserError(f"{path} was predicted by other networks than {oof}: a fold has been trained anew since; run: {made_by}")
+
+
+def check_origin(work: Path, recipes: list[str], part: str) -> None:
+    """Refuse stage 05's predictions of a part that are not what it wrote, or whose networks were trained on other folds or labels
+    than folds.csv has now: what they are scored on would not be out of fold."""
+    folds = work / "folds.csv"
+    for name in recipes:
+        path, again = prediction_file(work, name, part), command("05_predict_oof.py", "--work", work, "--recipes", name)
+        if not sidecar(path).is_file():
+            raise UserError(f"{path} has no record of what it was made from ({sidecar(path).name}); run: {again}")
+        meta = read_sidecar(path)
+        if fingerprint(path) != meta["outputs"].get(path.name):
+            raise UserError(f"{path} is not the file that stage 05 wrote; run: {again}")
+        for fold in meta["parameters"].get("folds", []):
+            network = work / "runs" / name / f"fold{fold}" / "best.pt"
+            trained = read_sidecar(network)["inputs"].get("folds.csv") if sidecar(network).is_file() else None
+            if trained and trained != fingerprint(folds):
+                train = command("04_train.py", "--work", work, "--recipe", name, "--folds", fold, "--force")
+                raise UserError(f"{path} is by networks that were trained on another {folds}, such as {network}; run: {train}, then {again}")
 
 
 def folds_behind(work: Path, recipes: list[str], part: str) -> dict:

@@ -1,5 +1,7 @@
-"""SIGTERM, as schedulers send it to jobs that must leave: end as after Ctrl+C, but first save what would be lost. Both wait
-for the end of an import."""
+"""The signals that ask a process to end: Ctrl+C, SIGTERM and SIGUSR1 as schedulers send them, SIGHUP as a closing terminal does.
+
+Each first saves what would be lost, and waits for the end of an import.
+"""
 
 import _thread
 import multiprocessing
@@ -12,19 +14,20 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 
 GRACE_SECONDS = 25  # that other processes get to save; schedulers kill what is left after 30
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SIGTERM_CODE = 128 + signal.SIGTERM
 
 
 class Stopped(BaseException):
-    """SIGTERM came: end now, as with a KeyboardInterrupt."""
+    """A signal asked for the end: end now, as with a KeyboardInterrupt."""
 
 
 @dataclass
 class State:
-    """The process that listens, whether SIGTERM has come to it, whether it waits there for the next `check`, and whether it
-    is passed on to worker processes meanwhile; whether no signal is heard, for a moment."""
+    """The process that listens, which signal has come to it (0 = none), whether that waits for the next `check`, and whether
+    worker processes are told meanwhile; whether no signal is heard, for a moment."""
     pid: int = 0
-    asked: bool = False
+    asked: int = 0
     held: bool = False
     passed_on: bool = False
     deaf: bool = False
@@ -39,9 +42,11 @@ def is_follower() -> bool:
 
 
 def listen() -> None:
-    """From here on SIGTERM raises Stopped in the main thread."""
-    STATE.pid, STATE.asked = os.getpid(), False
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    """From here on a signal that asks for the end raises Stopped in the main thread, Ctrl+C a KeyboardInterrupt."""
+    STATE.pid, STATE.asked = os.getpid(), 0
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
+            signal.signal(number, _on_signal)
 
 
 def spare_imports() -> None:
@@ -64,7 +69,7 @@ def blocked(signals):
 
 @contextmanager
 def undisturbed():
-    """Inside, for a moment, Ctrl+C and SIGTERM wait: what is begun, such as worker processes, must be whole."""
+    """Inside, for a moment, signals wait: what is begun, such as worker processes, must be whole."""
     STATE.deaf = True
     try:
         yield
@@ -89,7 +94,7 @@ def _must_wait(number, frame) -> bool:
 
 @contextmanager
 def held(passed_on: bool = False):
-    """Inside, SIGTERM waits for the next `check`, which stands where everything can be saved.
+    """Inside, a signal waits for the next `check`, which stands where everything can be saved; a second Ctrl+C does not.
 
     passed_on : worker processes are told at once, and save what they have; their jobs end as if they were done
     """
@@ -104,7 +109,7 @@ def held(passed_on: bool = False):
 
 @contextmanager
 def at_work():
-    """For a job of a worker process: inside, SIGTERM ends it; outside it is noted, and the next job ends as it begins."""
+    """For a job of a worker process: inside, a signal ends it; outside it is noted, and the next job ends as it begins."""
     STATE.held = False
     try:
         check()
@@ -114,7 +119,7 @@ def at_work():
 
 
 def check() -> None:
-    """Raise Stopped if SIGTERM has come. Of several processes the main one decides: it needs the others until it has saved."""
+    """Raise Stopped if a signal has come. Of several processes the main one decides: it needs the others until it has saved."""
     if STATE.asked and not is_follower():
         raise Stopped
 
@@ -129,12 +134,16 @@ def when_parent_ends(parent: int, act) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _on_sigterm(number, frame) -> None:
+def _on_signal(number, frame) -> None:
     if os.getpid() != STATE.pid:  # a forked process, which somebody ends
-        os._exit(SIGTERM_CODE)
+        os._exit(128 + number)
     if _must_wait(number, frame):
         return
-    again, STATE.asked = STATE.asked, True
+    if number == signal.SIGINT and (STATE.asked or not STATE.held):
+        raise KeyboardInterrupt
+    again, STATE.asked = STATE.asked, STATE.asked or number
+    if number == signal.SIGINT:
+        os.write(2, b"\nstopping when everything is saved; press Ctrl+C again to stop at once\n")
     if STATE.held and is_follower():  # it may wait for the main process for ever
         end_later()
     if again:

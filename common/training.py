@@ -93,6 +93,8 @@ class Run:
                 **{name: getattr(self, name) for name in self.PLACE}}
 
     def restore(self, state: dict) -> None:
+        """Take over a saved state; raises KeyError, RuntimeError or ValueError where it is another network's or lacks parts."""
+        rows = self.ranking.shape
         for name in self.TENSORS:
             if state[name] or name != "scaler":  # empty where another precision needed none
                 getattr(self, name).load_state_dict(state[name])
@@ -100,6 +102,11 @@ class Run:
             if name in state or name not in self.LATER:
                 setattr(self, name, state[name])
         self.micro_batch = self.hardware.micro_batch or self.micro_batch
+        for parameter, values in self.optimizer.state.items():  # torch looks at neither, and ends the process later
+            if any(value.ndim and value.shape != parameter.shape for value in values.values() if torch.is_tensor(value)):
+                raise ValueError("its optimizer is another network's")
+        if self.ranking.shape != rows:
+            raise ValueError(f"its ranking has the shape {tuple(self.ranking.shape)}, expected {tuple(rows)}")
         self.ranking = self.ranking.to(self.hardware.device)
 
     @property
