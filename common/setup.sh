@@ -1,6 +1,7 @@
 # Sourced by run_all.sh and tests/run.sh: sets PYTHON to one that satisfies the given requirement files,
 # the active python where it does, else .venv beside this project, made and filled where need be.
 # usage: source common/setup.sh [--dry-run] requirements.txt ...
+# `bash common/setup.sh requirements.txt` makes .venv and no more.
 
 setup() {
     local dry=false
@@ -43,7 +44,7 @@ setup() {
         echo "error: the packages could not be installed into .venv; these are missing:" >&2
         if [ ! -x "$PYTHON" ]; then PYTHON=$base; fi
         "$PYTHON" common/environment.py "$@" >&2 || true
-        echo "install these by hand (without internet: from wheels), then run this again" >&2
+        echo "run this again with internet, or with their wheels in a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER bash run_all.sh" >&2
         exit 2
     fi
     exec 9>&-

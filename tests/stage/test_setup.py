@@ -90,7 +90,7 @@ def test_one_at_a_time_and_packages_that_cannot_be_had(setup, tmp_path):
     assert process.returncode == 2 and error.startswith("setting up .venv once (several GB, mostly torch)\n")
     assert "error: the packages could not be installed into .venv; these are missing:\n" in error
     assert "no-such-package-anywhere: expected >=1, found nothing\n" in error
-    assert error.endswith("install these by hand (without internet: from wheels), then run this again\n")
+    assert error.endswith("with internet, or with their wheels in a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER bash run_all.sh\n")
 
 
 def test_a_torch_in_range_is_kept_and_only_what_it_lacks_is_installed(setup, notebook, tmp_path):
