@@ -168,7 +168,7 @@ def clear(folder: Path) -> None:
         pass
     except OSError as error:
         raise UserError(f"{folder} cannot be deleted, which --force asks for ({error.filename or folder}: "
-                        f"{error.strerror or error}); get the right to delete it or have its owner do so, or "
+                        f"{error.strerror or error.args[0]}); get the right to delete it or have its owner do so, or "
                         "give another --work") from None
 
 

@@ -16,6 +16,7 @@ from common.labels import parse_targets
 HASHED = CHANNELS[:3]  # red, green, blue; yellow is missing from some collections
 FLAT_STD = 0.5  # grey levels; a channel that varies less is black or constant, and its hash says nothing
 BLOCK = 8192  # hashes searched at once
+ONES = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)  # set bits of each byte
 
 
 def hash_planes(planes: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -48,7 +49,7 @@ def find_pairs(hashes: np.ndarray, flat: np.ndarray, thresholds: tuple[int, int,
         limits, _, others = index.range_search(block, thresholds[1] + 1)
         second = np.repeat(np.arange(start, start + len(block)), np.diff(limits.astype(np.int64)))
         pairs = np.stack([usable[others], usable[second]], axis=1)[others < second]
-        distances = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]).sum(axis=2, dtype=np.int64)
+        distances = ONES[hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]].sum(axis=2, dtype=np.int64)
         near = (distances <= thresholds).all(axis=1)
         found.append(np.hstack([pairs[near], distances[near]]))
     table = np.concatenate(found) if found else np.empty((0, 5), dtype=np.int64)

@@ -130,6 +130,9 @@ def densenet50() -> nn.Module:
 
 def backbone(name: str) -> tuple[nn.Sequential, int]:
     """Return the convolutional part of a three-channel network, under its own parameter names, and its feature count."""
+    with torch.device("cpu"):  # torch before 2.7 cannot load what torchvision needs of it under the meta device
+        import torchvision  # noqa: F401
+
     own = {"resnet10_narrow": resnet10_narrow, "densenet50": densenet50}
     network = own[name]() if name in own else pretrainedmodel(name)
     features = next(module for module in reversed(list(network.modules())) if isinstance(module, nn.Linear)).in_features

@@ -1,6 +1,7 @@
 # Sourced by run_all.sh and tests/run.sh: sets PYTHON to one that satisfies the given requirement files,
 # the active python where it does, else .venv beside this project, made and filled where need be.
 # usage: source common/setup.sh [--dry-run] requirements.txt ...
+# `bash common/setup.sh requirements.txt` makes .venv and no more.
 
 setup() {
     local dry=false
@@ -15,8 +16,8 @@ setup() {
     if [ -x "$PYTHON" ] && "$PYTHON" common/environment.py "$@" >/dev/null 2>&1; then
         return
     fi
-    local base='' candidate file
-    for candidate in python3 python python3.14 python3.13 python3.12 python3.11; do
+    local base='' candidate
+    for candidate in python python3 python3.14 python3.13 python3.12 python3.11; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
             base=$candidate
             break
@@ -26,11 +27,8 @@ setup() {
         echo "error: Python 3.11 or later is needed and was not found; install it, then run this again" >&2
         exit 2
     fi
-    local install=("$PYTHON" -m pip install --disable-pip-version-check)
-    for file in "$@"; do install+=(-r "$file"); done
     if $dry; then
-        echo "$base -m venv .venv"
-        echo "${install[*]}"
+        echo "bash common/setup.sh $*"
         return
     fi
     { exec 9>.venv.lock; } 2>/dev/null || exec 9>/dev/null
@@ -42,14 +40,45 @@ setup() {
             return
         fi
     fi
-    echo "setting up .venv once (several GB, mostly torch)" >&2
-    if ! "$base" -m venv .venv || ! "${install[@]}" --quiet; then
-        echo "error: the packages could not be installed into .venv; this is what the active Python lacks:" >&2
-        "$base" common/environment.py "$@" >&2 || true
-        echo "install these by hand (without internet: from wheels), then run this again" >&2
+    if ! make_venv "$base" "$@" || ! fill_venv "$@"; then
+        echo "error: the packages could not be installed into .venv; these are missing:" >&2
+        if [ ! -x "$PYTHON" ]; then PYTHON=$base; fi
+        "$PYTHON" common/environment.py "$@" >&2 || true
+        echo "run this again with internet, or with their wheels in a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER bash run_all.sh" >&2
         exit 2
     fi
     exec 9>&-
+}
+
+# Make .venv. Where the active Python has torch in range, .venv sees all its packages, and only what is missing is installed.
+make_venv() {
+    local base=$1 options=(); shift
+    if [ "$("$base" -c 'import sys; print(sys.prefix)')" -ef .venv ]; then return; fi
+    if [[ $("$base" common/environment.py --next-install "$@") = -r* ]]; then
+        echo "setting up .venv once (several GB, mostly torch)" >&2
+        rm -f .venv/lib/python*/site-packages/active.pth
+        "$base" -m venv .venv
+        return
+    fi
+    echo "setting up .venv once: small packages that the active Python lacks (its torch is used)" >&2
+    # Hosted notebooks have pip, but not what venv needs to install another.
+    if "$base" -c 'import pip' 2>/dev/null; then options=(--without-pip); fi
+    "$base" -m venv "${options[@]}" .venv || return
+    # Unlike --system-site-packages this also works where the active Python is that of a virtual environment.
+    "$base" -c 'import sys; print(*filter(None, sys.path), sep="\n")' \
+        > "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/active.pth"
+}
+
+# Install what .venv lacks; a package that is installed may need others in turn.
+fill_venv() {
+    local call _
+    for _ in 1 2 3; do
+        call=$("$PYTHON" common/environment.py --next-install "$@")
+        [ -n "$call" ] || break
+        "$PYTHON" common/environment.py --pins "$@" > .venv/constraints.txt
+        eval "\"\$PYTHON\" -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt $call" || return
+    done
+    "$PYTHON" common/environment.py "$@" >&2
 }
 
 setup "$@"

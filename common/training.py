@@ -121,7 +121,7 @@ class Run:
 
 def seed_torch(*numbers: int) -> None:
     """Seed torch from several numbers: random draws (weights, dropout) become a function of them."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
     # torch.manual_seed without a GPU notes a traceback at each call, for a GPU that may yet come.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():

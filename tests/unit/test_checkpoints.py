@@ -1,6 +1,7 @@
 """Checkpoints that are not this version's: each is one message with the file and the cure; --force clears or says why not."""
 
 import hashlib
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -166,7 +167,8 @@ def network_digest(encoder: str) -> str:
     with torch.device("meta"):
         model = build_model(Recipe(encoder=encoder, buffers=(64,), dropouts=(0.5,), **own), 28)
     shapes = [(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
-    return hashlib.sha256(f"{model!r}{shapes}".encode()).hexdigest()[:16]
+    printed = re.sub(r"affine=True, (?!bias)", "affine=True, bias=True, ", f"{model!r}")  # older releases of torch leave it out
+    return hashlib.sha256(f"{printed}{shapes}".encode()).hexdigest()[:16]
 
 
 def test_a_network_that_changes_has_checkpoints_of_a_new_format():

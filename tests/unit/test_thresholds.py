@@ -24,6 +24,7 @@ def test_the_grid_is_the_papers():
 def test_curves_equal_scikit_learn_also_on_the_thresholds_themselves():
     targets, probs = simulated(100)
     probs[:30] = np.round(probs[:30] * 20) / 20
+    probs = probs.astype(float)  # NumPy 1 would round each threshold to 32 bits
     curves = f1_curves(targets, probs)
     for k, threshold in enumerate(GRID):
         np.testing.assert_allclose(curves[:, k], f1_score(targets, probs >= threshold, average=None, zero_division=0))
@@ -54,7 +55,7 @@ def test_a_class_without_positives_keeps_the_single_threshold():
 
 def test_exact_equals_a_slow_search_of_every_distinct_probability():
     targets, probs = simulated(40)
-    probs = np.round(probs, 2)
+    probs = np.round(probs, 2).astype(float)  # NumPy 1 would round each threshold to 32 bits
     targets[:, 3] = False
     found = exact_thresholds(targets, probs)
     assert found[3] == single_threshold(targets, probs)
