@@ -66,10 +66,12 @@ def test_only_a_changed_sample_is_made_again(make, small_data, tmp_path):
     make(small_data)
     images = tmp_path / "work" / "images" / "96"
     before = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
-    write_sample(small_data / "train_full_size", "train-3", seed=9)
+    write_sample(small_data / "train_full_size", "train-3", size=240, seed=9)
     assert "changed: image files" in make(small_data)
     after = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
     assert [name for name in before if before[name] != after[name]] == ["train-3.tif"]
+    sides = pd.read_csv(tmp_path / "work" / "samples.csv").set_index("Id")["side"]
+    assert sides["train-3"] == 240 and (sides.drop("train-3") == 160).all()
 
 
 def test_an_interrupted_run_repeats_only_what_was_not_finished(make, small_data, tmp_path):

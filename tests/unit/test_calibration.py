@@ -79,3 +79,16 @@ def test_a_class_without_positives_takes_what_the_others_have():
     targets[:, 3] = False
     found = calibrated_thresholds(targets, probs)
     assert found[3] == pytest.approx(found.mean(), abs=0.05)
+
+
+def test_without_samples_the_calibration_is_the_identity():
+    nothing = np.zeros((28, len(CENTRES)))
+    coefs, mean = fit_calibration(nothing, nothing)
+    np.testing.assert_allclose(mean, [0, 1, 1], atol=1e-9)
+    np.testing.assert_allclose(coefs, np.tile([0, 1, 1], (28, 1)), atol=1e-9)
+
+
+def test_a_class_whose_probabilities_mean_their_opposite_is_predicted_throughout():
+    targets, probs = calibrated_world(2000, share=0.5)
+    targets[:, 3] = ~targets[:, 3]  # the lower, the likelier
+    assert calibrated_thresholds(targets, probs)[3] <= probs[:, 3].min()

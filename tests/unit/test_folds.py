@@ -2,9 +2,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from common.classes import CLASS_NAMES
 from common.errors import UserError
-from common.folds import (HOLD_OUT, audit, audit_table, describe_audit, fold_numbers, make_folds, oversampling_copies,
-                          stratified_group_folds)
+from common.folds import (HOLD_OUT, audit, audit_table, class_counts, describe_audit, fold_numbers, make_folds,
+                          oversampling_copies, stratified_group_folds, training_rows)
 from common.labels import format_targets, parse_targets, read_labels
 
 RNG = np.random.default_rng(0)
@@ -118,3 +119,23 @@ def test_the_share_that_is_held_out_is_the_one_asked_for(share):
     table = pd.DataFrame({"Id": ids, "part": "train", "Target": [str(i % 5) for i in range(200)], "group": ids, "kept": 1})
     folds = make_folds(table, 2, 1, 0, hold_out=share)
     assert (folds["fold"] == HOLD_OUT).mean() == pytest.approx(share, abs=0.02)
+
+
+def made_of(folds, targets):
+    return pd.DataFrame({"Id": [f"s{i}" for i in range(len(folds))], "Target": targets, "part": "train", "fold": folds,
+                         "group": [f"g{i}" for i in range(len(folds))], "copies": 1})
+
+
+def test_the_audit_names_the_class_that_is_spread_worst():
+    # class 3: 3 and 1 of 4; class 5: 1 and 1; class 7: 1 and 0; all others have none
+    found = audit(made_of([0, 0, 0, 1, 1, 1], ["3", "3 5", "3 7", "3", "5", ""]))
+    assert (found["worst_class"], found["worst_deviation"]) == (CLASS_NAMES[3], 1.0)
+    assert found["classes_missing_folds"] == {CLASS_NAMES[7]: [1]}
+    assert found["copies_outside_training"] == found["groups_split"] == 0
+
+
+def test_samples_for_training_only_and_those_held_out_are_no_fold():
+    folds = made_of([1, -1, 0, -2], ["0", "1", "2", "3"])
+    assert fold_numbers(folds) == [0, 1]
+    assert training_rows(folds, 0).tolist() == [True, True, False, False]
+    assert np.flatnonzero(class_counts(folds, 0)).tolist() == [0, 1]

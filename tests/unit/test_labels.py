@@ -1,8 +1,10 @@
+import os
+
 import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.labels import absent_classes, format_targets, parse_targets, read_csv, read_labels
+from common.labels import MAX_BYTES, absent_classes, check_csv, format_targets, parse_targets, read_csv, read_labels
 
 
 def table(tmp_path, text):
@@ -27,16 +29,21 @@ def test_ids_stay_text(tmp_path):
     assert list(read_labels(table(tmp_path, "Id,Target\n001,1\n1e5,2\n"))["Id"]) == ["001", "1e5"]
 
 
+@pytest.mark.parametrize("Id", ["NA", "nan", "null"])
+def test_words_for_missing_values_are_ids_too(tmp_path, Id):
+    assert list(read_labels(table(tmp_path, f"Id,Target\na,1\n{Id},2\n"))["Id"]) == ["a", Id]
+
+
 @pytest.mark.parametrize("Id", ["../x", "a/b", "/etc/passwd", "..", ".hidden", "a\\b", "", "c:d", "x" * 201])
 def test_an_id_with_a_path_in_it_is_refused(tmp_path, Id):
     with pytest.raises(UserError, match="not plain file names"):
-        read_labels(table(tmp_path, f'Id,Target\n"{Id}",1\n'))
+        read_labels(table(tmp_path, f'Id,Target\ngood-id,1\n"{Id}",1\nbetter-id,1\n'))
 
 
 @pytest.mark.parametrize("target", ["28", "x", "-1", "1,2", "", "1 x", "٣", "1.0", "001"])
 def test_a_wrong_label_is_refused_with_its_id(tmp_path, target):
     with pytest.raises(UserError, match=r"labels 0 to 27 separated by spaces, found:\n  good-id: "):
-        read_labels(table(tmp_path, f'Id,Target\ngood-id,"{target}"\n'))
+        read_labels(table(tmp_path, f'Id,Target\nfirst,1\ngood-id,"{target}"\nlast,2 3\n'))
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -68,3 +75,12 @@ def test_the_real_labels_have_the_published_counts(real_data):
     counts = parse_targets(read_labels(real_data / "labels" / "train.csv")["Target"]).sum(axis=0)
     assert counts.tolist() == [12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530,
                                210, 902, 1482, 172, 3777, 802, 2965, 322, 8228, 328, 11]
+
+
+def test_a_file_may_have_64_mib_and_not_a_byte_more(tmp_path):
+    path = table(tmp_path, "Id,Target\n")
+    os.truncate(path, 2 ** 26)  # sparse: nothing is written
+    check_csv(path, MAX_BYTES)
+    os.truncate(path, 2 ** 26 + 1)
+    with pytest.raises(UserError, match="train.csv has 67 MB; expected a CSV file of at most 67 MB"):
+        read_labels(path)

@@ -14,6 +14,7 @@ from common.training import Run, is_evaluated, is_finished, learning_rate_factor
 
 def test_a_loss_of_zero_cannot_be_improved():
     assert cycle_gain([0.0, 0.0, 0.0], 1) == 0.0
+    assert cycle_gain([1.0, 0.0, 0.5, 0.5], 2) == 0.0
 
 
 def test_start_middle_end_and_restart_of_a_cycle():
@@ -85,6 +86,12 @@ def test_patience_counts_looks_at_the_validation_part():
 
 def test_cycles_still_end_with_one_that_gains_nothing():
     assert len(driven(replace(get_recipe("resnet50"), schedule="constant", max_cycles=10), flattening)) == 16
+
+
+def test_equal_losses_are_not_better():
+    assert plateau_halvings([1.0] * 10, patience=2) == 3
+    assert plateau_halvings([1 - 1e-5 * k for k in range(10)], patience=2) == 3  # each better by less than the threshold
+    assert plateau_halvings([0.999 ** k for k in range(10)], patience=2) == 0
 
 
 def test_the_range_is_exponential():
