@@ -44,6 +44,9 @@ def test_copies_follow_the_rarest_class():
     copies = oversampling_copies(targets, max_copies=3)
     assert copies[[0, 1, 105, 110]].tolist() == [1, 1, 1, 3]
     assert oversampling_copies(targets, max_copies=10)[110] == 4  # ceil(sqrt(11 / 1))
+    more = np.hstack([targets, np.zeros((111, 25), dtype=bool)])  # classes without samples count for nothing
+    assert (oversampling_copies(more, max_copies=10) == oversampling_copies(targets, max_copies=10)).all()
+    assert oversampling_copies(targets & False, max_copies=10).tolist() == [1] * 111
 
 
 def test_external_samples_are_for_training_only_unless_they_share_a_group():
@@ -132,6 +135,32 @@ def test_the_audit_names_the_class_that_is_spread_worst():
     assert (found["worst_class"], found["worst_deviation"]) == (CLASS_NAMES[3], 1.0)
     assert found["classes_missing_folds"] == {CLASS_NAMES[7]: [1]}
     assert found["copies_outside_training"] == found["groups_split"] == 0
+    assert found["samples"] == {"0": 3, "1": 3} and found["copies"] == {"1": 6}
+    assert found["positives"][CLASS_NAMES[3]] == {"0": 3, "1": 1}
+
+
+def test_each_place_is_counted_and_described():
+    folds = made_of([0, 1, 1, -1, -1, -2], ["0", "0", "1", "2", "2", "0"])
+    folds["copies"] = [1, 3, 1, 2, 1, 2]
+    folds.loc[2, "group"] = "g0"
+    found = audit(folds)
+    assert found["samples"] == {"0": 1, "1": 2, "-1": 2, "-2": 1} and found["copies"] == {"1": 3, "2": 2, "3": 1}
+    assert (found["groups_split"], found["copies_outside_training"]) == (1, 1)
+    lines = describe_audit(found)
+    assert "1, 2" in lines[0] and "2 for training only" in lines[0] and "1 held out" in lines[0]
+    assert "3 1x, 2 2x, 1 3x" in lines[2] and "groups split: 1" in lines[2] and "copies outside training: 1" in lines[2]
+    table = audit_table(found)
+    assert list(table.columns) == ["class", "fold0", "fold1", "training_only", "held_out", "all"]
+    assert table.loc[[0, 2], ["fold0", "fold1", "training_only", "held_out", "all"]].to_numpy().tolist() == [[1, 1, 0, 1, 3], [0, 0, 2, 0, 2]]
+
+
+@pytest.mark.parametrize(("n", "share", "message"), [(30, 0.001, "--hold-out 0.001 of 30 distinct samples is none; give a larger share"),
+                                                     (300, 0.001, "--hold-out 0.001: the smallest share is 0.01")])
+def test_a_share_that_holds_nothing_out_is_refused(n, share, message):
+    data = table(n)
+    data["group"] = data["Id"]
+    with pytest.raises(UserError, match=message):
+        make_folds(data, 2, 1, 0, hold_out=share)
 
 
 def test_samples_for_training_only_and_those_held_out_are_no_fold():

@@ -69,6 +69,20 @@ def test_no_class_falls_below_the_floor():
     assert choose_kept(np.zeros(10), targets, floor=50).sum() == 10
 
 
+def test_one_rare_class_among_common_ones_keeps_a_sample():
+    targets = np.zeros((6, 2), dtype=bool)
+    targets[:, 0] = targets[:3, 1] = True  # class 0 has six samples, class 1 three
+    assert choose_kept(np.zeros(6), targets, floor=3).tolist() == [True, True, True, True, False, False]
+    assert choose_kept(np.zeros(6), targets, floor=2).tolist() == [True, False, True, True, False, False]
+
+
+@pytest.mark.parametrize(("high", "flat"), [(100, True), (101, False), (102, False)])  # deviations of 0, 0.5 and 1 grey levels
+def test_a_channel_that_varies_by_half_a_grey_level_is_not_flat(high, flat):
+    planes = RNG.integers(0, 256, (4, 64, 64), dtype=np.uint8)
+    planes[1], planes[1, ::2] = 100, high
+    assert hash_planes(planes)[1] == flat
+
+
 def test_test_samples_are_listed_and_never_grouped():
     hashes = np.repeat(random_hashes(1), 3, axis=0)
     samples = pd.DataFrame({"Id": ["a", "b", "c"], "part": ["train", "test", "external"], "Target": ["1", "", "1"]})
@@ -93,6 +107,7 @@ def test_labels_agree_by_what_both_have():
     a, b = np.zeros((3, 4), dtype=bool), np.zeros((3, 4), dtype=bool)
     a[0, :2] = b[0, :2] = a[1, 0] = b[1, 1] = a[2, :3] = b[2, 2:] = True
     assert agreement(a, b).tolist() == [1, 0, 0.25]
+    assert agreement(a & False, b & False).tolist() == [0, 0, 0]
 
 
 def test_doubtful_pairs_are_those_just_outside():
@@ -102,3 +117,17 @@ def test_doubtful_pairs_are_those_just_outside():
     samples = pd.DataFrame({"Id": list("abc"), "part": "train", "Target": "0"})
     pairs = doubtful_pairs(samples, hashes, np.zeros(3, dtype=bool), (3, 3, 3), beyond=3, n=9)
     assert pairs[["Id", "other_Id", "green"]].values.tolist() == [["a", "b", 4], ["b", "c", 4]]
+    flat = np.zeros(3, dtype=bool)
+    assert doubtful_pairs(samples, hashes, flat, (3, 3, 3), beyond=3, n=1)["other_Id"].tolist() == ["b"]
+    assert doubtful_pairs(samples, hashes, flat, (3, 4, 3), beyond=3, n=9).empty  # 4 is within, 8 is one bit too far
+    nearest = doubtful_pairs(samples, hashes, flat, (3, 3, 3), beyond=5, n=9)
+    assert nearest[["Id", "other_Id", "green"]].values.tolist() == [["a", "b", 4], ["b", "c", 4], ["a", "c", 8]]
+
+
+def test_a_pair_is_described_by_its_parts_its_distances_and_its_labels():
+    hashes = np.zeros((2, 3, 8), dtype=np.uint8)
+    hashes[1, :, 0] = [0b1, 0b11, 0b111]
+    samples = pd.DataFrame({"Id": ["a", "b"], "part": ["train", "external"], "Target": ["1 2", "2 3 4"]})
+    _, pairs = duplicate_tables(samples, hashes, np.zeros(2, dtype=bool), (3, 3, 3), floor=0)
+    assert pairs.to_dict("records") == [{"Id": "a", "part": "train", "other_Id": "b", "other_part": "external", "red": 1, "green": 2,
+                                         "blue": 3, "Target": "1 2", "other_Target": "2 3 4", "agreement": "0.25"}]

@@ -23,6 +23,7 @@ def test_absent_classes_are_named():
     targets = np.ones((1, 28), dtype=bool)
     targets[0, 27] = False
     assert absent_classes(targets) == ["Rods & rings"]
+    assert absent_classes(np.vstack([targets, np.eye(1, 28, 3, dtype=bool)])) == ["Rods & rings"]  # one sample is enough
 
 
 def test_ids_stay_text(tmp_path):
@@ -50,6 +51,8 @@ def test_a_wrong_label_is_refused_with_its_id(tmp_path, target):
     ("", "is not a CSV file but empty"),
     ("Id,Target\n", "has no rows"),
     ("Id,Label\na,1\n", "has no column Target; its columns are 'Id', 'Label'"),
+    ("Id,Target,Target\na,1,2\n", "has the column 'Target' 2 times; expected once"),
+    ("Id,Target," + "x" * 10_000, "has a first line of over 10000 characters"),
     ("Id,Target\na,1\nb,2\na,3\n", "appear more than once:\n  a"),
     ("Id,Target\na,1,2,3,4\nb,1\nc,1,2,3,4,5,6\n", "."),
 ])

@@ -35,6 +35,7 @@ def test_the_draws_equal_a_slow_bootstrap():
 @pytest.mark.parametrize("n_draws", [1, 50, 51, 120])
 def test_there_are_as_many_draws_as_are_asked_for(n_draws):
     assert bootstrap_f1(TARGETS, [PREDICTED], n_draws=n_draws).shape == (n_draws, 28)
+    assert len(bootstrap_f1(TARGETS[:9, :2], [PREDICTED[:9, :2]])) == 1000
 
 
 def test_groups_are_drawn_whole():

@@ -92,6 +92,7 @@ def test_equal_losses_are_not_better():
     assert plateau_halvings([1.0] * 10, patience=2) == 3
     assert plateau_halvings([1 - 1e-5 * k for k in range(10)], patience=2) == 3  # each better by less than the threshold
     assert plateau_halvings([0.999 ** k for k in range(10)], patience=2) == 0
+    assert plateau_halvings([1.0, 0.99989], patience=0) == 0 and plateau_halvings([1.0, 0.99991], patience=0) == 1
 
 
 def test_the_range_is_exponential():
@@ -101,12 +102,18 @@ def test_the_range_is_exponential():
 
 def test_smoothing_has_no_bias_at_its_start():
     assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert smoothed([1.0, 2.0]) == pytest.approx([1.0, (0.09 * 1 + 0.1 * 2) / 0.19])
+
+
+def test_a_range_of_one_step_is_its_low_end():
+    assert exponential_range(0, 1, 1e-5, 10.0) == 1e-5
 
 
 def test_divergence():
     assert not has_diverged([1.0, 2.0, 3.0])
     assert has_diverged([1.0, math.nan])
     assert has_diverged([1.0] * 5 + [100.0])
+    assert not has_diverged([1.0, 6.6]) and has_diverged([1.0, 6.8])  # smoothed 3.95 and 4.05 times the best
 
 
 def test_the_finder_on_a_noisy_quadratic_stops_where_gradient_descent_diverges():
