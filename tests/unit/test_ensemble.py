@@ -6,7 +6,7 @@ from common.ensemble import (align, combine, describe_classes, describe_ensemble
                              mean_predictions, stack_members)
 from common.errors import UserError
 from common.metrics import macro_f1
-from common.thresholds import find_thresholds
+from common.thresholds import evaluate_thresholds, find_thresholds
 from tests.unit.test_thresholds import simulated
 
 
@@ -18,6 +18,8 @@ def test_the_mean_is_taken_by_id():
     ids, mean = mean_predictions([(np.array(["a", "b"]), probs(0.2, 0.4)), (np.array(["b", "a"]), probs(0.8, 0.6))], ["x", "y"])
     assert ids.tolist() == ["a", "b"]
     np.testing.assert_allclose(mean[:, 0], [0.4, 0.6])
+    double = stack_members([(ids, probs(0.2, 0.4).astype(np.float64))] * 2, ["x", "y"])
+    assert double.shape == (2, 2, 28) and double.dtype == mean.dtype == np.float32
 
 
 def test_missing_and_further_ids_are_named():
@@ -25,6 +27,11 @@ def test_missing_and_further_ids_are_named():
         align(np.array(["a"]), probs(1), np.array(["a", "b"]), "y.npz")
     with pytest.raises(UserError, match="y.npz has unexpected 1 Ids:\n  c"):
         align(np.array(["a", "c"]), probs(1, 1), np.array(["a"]), "y.npz")
+    ids = np.array([f"s{i}" for i in range(9)])
+    with pytest.raises(UserError, match="has unexpected 8 Ids; CURE:\n  s1\n  s2\n  s3\n  s4"):
+        align(ids[::-1], probs(*range(9)), ids[:1], "y.npz", "; CURE")
+    with pytest.raises(UserError, match="lacks 8 Ids; CURE:\n  s1\n  s2\n  s3\n  s4"):
+        align(ids[:1], probs(1), ids, "y.npz", "; CURE")
 
 
 def test_ranks_count_the_order_only_and_ties_alike():
@@ -108,7 +115,7 @@ def test_one_member_is_the_whole():
     targets, good = simulated(40)
     result = evaluate_ensemble(targets, good[None], ["good"], np.arange(40), "half", "mean")
     assert result["members"] == [{"name": "good", "score_cross_fitted": result["score_cross_fitted"], "weight": 1.0, "leave_one_out": None}]
-    assert result["combinations"] == []
+    assert result["combinations"] == [] and result.items() >= evaluate_thresholds(targets, good, np.arange(40), "half").items()
     text = "\n".join(describe_ensemble({"recipes": ["good"], **result}))
     assert "without it" not in text and text.count("<- used") == 1
 
@@ -119,6 +126,7 @@ def test_weights_do_not_depend_on_classes_without_samples_and_many_samples_are_t
     targets[:, 5] = False
     present = targets.any(axis=0)
     assert find_weights(targets, stack) == pytest.approx(find_weights(targets[:, present], stack[:, :, present]), abs=1e-4)
+    assert find_weights(targets & False, stack) == pytest.approx([0.5, 0.5])  # which nothing speaks for or against
     monkeypatch.setattr("common.ensemble.N_WEIGHED", 60)
     assert find_weights(targets, stack) == pytest.approx(find_weights(targets[::2], stack[:, ::2]), abs=1e-6)
 

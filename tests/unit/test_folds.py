@@ -165,6 +165,6 @@ def test_a_share_that_holds_nothing_out_is_refused(n, share, message):
 
 def test_samples_for_training_only_and_those_held_out_are_no_fold():
     folds = made_of([1, -1, 0, -2], ["0", "1", "2", "3"])
-    assert fold_numbers(folds) == [0, 1]
+    assert fold_numbers(folds) == [0, 1] and fold_numbers(made_of([8, 1, 0, 9], ["0"] * 4)) == [0, 1, 8, 9]
     assert training_rows(folds, 0).tolist() == [True, True, False, False]
     assert np.flatnonzero(class_counts(folds, 0)).tolist() == [0, 1]

@@ -23,7 +23,7 @@ def brute_force(hashes, flat, thresholds):
 
 
 @pytest.mark.parametrize("block", [8192, 50, 7])
-@pytest.mark.parametrize("thresholds", [(20, 20, 20), (30, 24, 28), (64, 0, 64)])
+@pytest.mark.parametrize("thresholds", [(20, 20, 20), (30, 24, 28), (24, 30, 28), (64, 0, 64), (0, 64, 64)])
 def test_pairs_equal_brute_force(thresholds, block, monkeypatch):
     monkeypatch.setattr(hashing, "BLOCK", block)
     hashes = random_hashes(120)
@@ -34,6 +34,12 @@ def test_pairs_equal_brute_force(thresholds, block, monkeypatch):
     pairs, distances = find_pairs(hashes, flat, thresholds)
     assert [tuple(pair) for pair in pairs] == brute_force(hashes, flat, thresholds)
     assert (distances <= thresholds).all()
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_where_nothing_can_match_there_are_no_pairs(n):
+    pairs, distances = find_pairs(random_hashes(n), np.ones(n, dtype=bool), (64, 64, 64))
+    assert pairs.shape == (0, 2) and distances.shape == (0, 3)
 
 
 def test_hashes_are_imagehashs():

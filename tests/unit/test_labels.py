@@ -19,6 +19,14 @@ def test_labels_and_texts_are_inverse():
     assert format_targets(targets) == ["2 22", "0", "1 27"]
 
 
+@pytest.mark.parametrize("text", ["28", "x", "-1", "1 x", "1,2", "1.0", " ", "٣"])
+def test_one_wrong_text_among_good_ones_is_not_parsed(text):
+    with pytest.raises(UserError, match="expected labels 0 to 27 separated by spaces, found:") as error:
+        parse_targets(["1", text, "", "2 3"])
+    assert repr(text) in str(error.value)
+    assert parse_targets(["", "3"]).sum(axis=1).tolist() == [0, 1]
+
+
 def test_absent_classes_are_named():
     targets = np.ones((1, 28), dtype=bool)
     targets[0, 27] = False

@@ -4,6 +4,7 @@ from sklearn.metrics import f1_score
 
 from common.classes import CLASS_NAMES
 from common.errors import UserError
+from common.folds import stratified_group_folds
 from common.thresholds import (GRID, METHODS, cross_fit, evaluate_thresholds, exact_thresholds, f1_curves, find_thresholds,
                                greedy_thresholds, ratio_thresholds, repeated_folds, score_held_out, single_threshold)
 
@@ -143,7 +144,8 @@ def test_repeats_are_three_of_five_folds_or_of_as_many_as_there_are_groups():
     targets, _ = simulated(40)
     folds = repeated_folds(targets, np.arange(40))
     assert [sorted(set(fold)) for fold in folds] == [[0, 1, 2, 3, 4]] * 3
-    assert not (folds[0] == folds[1]).all() and not (folds[1] == folds[2]).all()
+    for repeat, fold in enumerate(folds):
+        np.testing.assert_array_equal(fold, stratified_group_folds(targets, np.arange(40), 5, seed=repeat))
     assert [sorted(set(fold)) for fold in repeated_folds(targets, np.arange(40) % 2, repeats=1)] == [[0, 1]]
     with pytest.raises(UserError, match="40 samples in 1 groups leave none to try thresholds on; give at least 2 groups"):
         repeated_folds(targets, np.zeros(40))
