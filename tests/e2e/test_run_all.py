@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from common.artifacts import load_predictions
+from tests.browser import check_page
 from tests.conftest import ROOT
 
 TINY = ("--quick", "--recipes", "demo", "--set", "cycle_epochs=3", "--set", "max_cycles=1", "--set", "buffers=16")
@@ -131,3 +132,10 @@ def test_the_real_63_samples_end_in_a_valid_submission(real_run, real_data):
     assert all(0 <= int(label) <= 27 for text in submission["Predicted"] for label in text.split())
     ids, _ = load_predictions(work / "predictions" / "resnet50-quick" / "oof.npz", "")
     assert len(set(ids)) == 50
+
+
+def test_the_page_of_the_real_samples_in_a_browser(real_run, browser):  # here, so that no second process makes that run too
+    folder, _ = real_run
+    check_page(browser, folder / "report.html")
+    assert browser.execute_script("return document.querySelectorAll('main > section').length") == 9
+    assert not browser.execute_script("return document.querySelectorAll('.left-out-note').length")

@@ -35,7 +35,7 @@ def replace_csv(data, text, name="train.csv"):
 
 
 def test_every_sample_is_stored_at_every_size(make, small_data, tmp_path):
-    out = make(small_data)
+    out = make(small_data, "--jobs", "2")
     assert "12 train, 3 test samples at 96, 128 px" in out
     assert "25 classes have no training sample: Nuclear membrane" in out
     samples = pd.read_csv(tmp_path / "work" / "samples.csv", dtype=str, keep_default_na=False)
@@ -286,7 +286,7 @@ def test_missing_damaged_and_undecodable_files_come_in_one_list_after_the_good_o
     (folder / "train-2_green.tif").write_bytes(b"")
     whole = (folder / "train-5_green.tif").read_bytes()
     (folder / "train-5_green.tif").write_bytes(whole[:9000])  # a whole header: found out when it is decoded
-    error = refuses(small_data)
+    error = refuses(small_data, "--jobs", "2")
     assert "3 samples cannot be used" in error and error.count("cannot be used") == 1
     assert list(pd.read_csv(tmp_path / "work" / "bad_files.csv")["Id"]) == ["train-1", "train-2", "train-5"]
     assert len(list((tmp_path / "work" / "images" / "96").iterdir())) == 12

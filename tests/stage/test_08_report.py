@@ -71,13 +71,6 @@ def test_dark_readers_get_a_dark_page(work, browser):
     assert colours("dark") == ["rgb(26, 29, 33)", "rgb(232, 234, 237)"]
 
 
-def test_the_real_samples_in_a_browser(real_run, browser):
-    folder, _ = real_run
-    check_page(browser, folder / "report.html")
-    assert browser.execute_script("return document.querySelectorAll('main > section').length") == len(SECTIONS)
-    assert not browser.execute_script("return document.querySelectorAll('.left-out-note').length")
-
-
 def test_one_sample_in_a_browser(work, run_script, browser, tmp_path):
     samples = pd.read_csv(work / "samples.csv", dtype=str)
     for part in ("train", "test", "external"):
