@@ -19,8 +19,8 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("faiss", "imagehash", "iterstrat.ml_stratifiers", "joblib", "matplotlib.figure", "pandas", "scipy.optimize", "scipy.stats",
-            "scipy.sparse.csgraph", "tifffile", "torch", "torch.utils.data", "torchvision.models", "tqdm")  # nothing of the project's
+PACKAGES = ("faiss", "imagehash", "iterstrat.ml_stratifiers", "joblib", "matplotlib.figure", "pandas", "scipy.optimize",
+            "scipy.stats", "scipy.sparse.csgraph", "tifffile", "torch", "torch.utils.data", "torchvision.models", "tqdm")
 
 
 class Warm:
@@ -34,8 +34,8 @@ class Warm:
         """Run `command`, a script of the project and its arguments; `folder` is where its output is kept for a moment."""
         if self.process is None:
             self.start_environment = settings_of_python(environment)
-            self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE)
+            self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=environment, text=True,
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if settings_of_python(environment) != self.start_environment:  # which Python reads when it starts
             return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
         places = [folder / name for name in ("stdout", "stderr")]

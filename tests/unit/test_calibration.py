@@ -132,8 +132,8 @@ def test_newtons_steps_climb_to_the_maximum_and_give_its_curvature():
         p = expit(CENTRES)
         features = np.stack([np.ones(len(p)), np.log(p), -np.log1p(-p)])
         q = expit(coefs[c] @ features)
-        np.testing.assert_allclose(np.linalg.inv(covariances[c]), (features * (everything[c] * q * (1 - q))) @ features.T + precision,
-                                   rtol=1e-4)
+        curvature = (features * (everything[c] * q * (1 - q))) @ features.T + precision
+        np.testing.assert_allclose(np.linalg.inv(covariances[c]), curvature, rtol=1e-4)
 
 
 def test_the_prior_is_that_of_all_classes():

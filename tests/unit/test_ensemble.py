@@ -108,13 +108,15 @@ def test_weights_that_are_found_make_the_thresholds_too():
     weights = find_weights(targets, stack)
     assert result["combine"] == "weighted" and result["weights"] == pytest.approx(weights)
     assert result["score_in_sample"] == pytest.approx(macro_f1(targets, combine(stack, "weighted", weights) >= 0.5))
-    assert {row["combine"]: row["score_cross_fitted"] for row in result["combinations"]}["weighted"] == result["score_cross_fitted"]
+    scores = {row["combine"]: row["score_cross_fitted"] for row in result["combinations"]}
+    assert scores["weighted"] == result["score_cross_fitted"]
 
 
 def test_one_member_is_the_whole():
     targets, good = simulated(40)
     result = evaluate_ensemble(targets, good[None], ["good"], np.arange(40), "half", "mean")
-    assert result["members"] == [{"name": "good", "score_cross_fitted": result["score_cross_fitted"], "weight": 1.0, "leave_one_out": None}]
+    assert result["members"] == [{"name": "good", "weight": 1.0, "leave_one_out": None,
+                                  "score_cross_fitted": result["score_cross_fitted"]}]
     assert result["combinations"] == [] and result.items() >= evaluate_thresholds(targets, good, np.arange(40), "half").items()
     text = "\n".join(describe_ensemble({"recipes": ["good"], **result}))
     assert "without it" not in text and text.count("<- used") == 1

@@ -135,5 +135,6 @@ def test_a_pair_is_described_by_its_parts_its_distances_and_its_labels():
     hashes[1, :, 0] = [0b1, 0b11, 0b111]
     samples = pd.DataFrame({"Id": ["a", "b"], "part": ["train", "external"], "Target": ["1 2", "2 3 4"]})
     _, pairs = duplicate_tables(samples, hashes, np.zeros(2, dtype=bool), (3, 3, 3), floor=0)
-    assert pairs.to_dict("records") == [{"Id": "a", "part": "train", "other_Id": "b", "other_part": "external", "red": 1, "green": 2,
-                                         "blue": 3, "Target": "1 2", "other_Target": "2 3 4", "agreement": "0.25"}]
+    assert pairs.to_dict("records") == [{
+        "Id": "a", "part": "train", "other_Id": "b", "other_part": "external", "red": 1, "green": 2, "blue": 3, "Target": "1 2",
+        "other_Target": "2 3 4", "agreement": "0.25"}]

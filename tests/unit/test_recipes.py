@@ -234,7 +234,8 @@ LIMITS = {
     "size_divisor": ([1], [-1]), "crop_size": ([32, 768], [31, 769]), "class_balance": ([0.0, 1.0], [-0.01, 1.01]),
     "buffers": ([(1,)], [(0,)]), "dropouts": ([(0.0,), (0.99,)], [(-0.01,), (1.0,), (), (0.5, 0.5)]),
     "focal_gamma": ([0.0], [-0.01]), "alpha": ([0.0, 0.9999], [-0.01, 1.0]), "hard_share": ([0.01, 1.0], [0.0, 1.01]),
-    "hard_warmup_epochs": ([0], [-1]), "batch_size": ([2], [1]), "learning_rate": ([1e-9], [0.0]), "layer_groups": ([1, 3], [0, 4]),
+    "hard_warmup_epochs": ([0], [-1]), "batch_size": ([2], [1]), "learning_rate": ([1e-9], [0.0]),
+    "layer_groups": ([1, 3], [0, 4]),
     "learning_rates": ([(), (1e-9,) * 3], [(0.1,) * 4, (0.1, 0.0), (0.1, math.inf)]), "momentum": ([0.0, 0.99], [-0.01, 1.0]),
     "weight_decay": ([0.0], [-1e-9, math.inf]), "l1": ([0.0], [-1e-9, math.nan]), "clip_norm": ([0.0], [-1e-9]),
     "warmup_share": ([0.0, 0.99], [-0.01, 1.0]), "patience": ([0], [-1]), "cycle_epochs": ([1], [0]), "max_cycles": ([1], [0]),
@@ -278,9 +279,9 @@ def test_fields_that_do_not_fit_each_other_are_refused():
 # What the paper does not say, and our own recipes: numbers that measured scores rest on.
 OURS = {
     "resnet101": {"batch_size": 64}, "densenet50": {"batch_size": 64}, "densenet121": {"batch_size": 64},
-    "resnet50_plus": {"encoder": "resnet50", "batch_size": 64, "learning_rates": [2e-4, 1e-3], "cycle_epochs": 24, "max_cycles": 1,
-                      "evaluate_epochs": 2, "optimizer": "adamw", "weight_decay": 0.05, "schedule": "one-cycle", "base_loss": "bce",
-                      "class_weights": "none", "class_reduction": "mean", "hard_share": 1.0, "finder": "off"},
+    "resnet50_plus": {"encoder": "resnet50", "batch_size": 64, "learning_rates": [2e-4, 1e-3], "cycle_epochs": 24,
+                      "max_cycles": 1, "evaluate_epochs": 2, "optimizer": "adamw", "weight_decay": 0.05, "schedule": "one-cycle",
+                      "base_loss": "bce", "class_weights": "none", "class_reduction": "mean", "hard_share": 1.0, "finder": "off"},
     "senet_plus": {"encoder": "se_resnext50_32x4d", "batch_size": 64, "learning_rates": [2e-4, 5e-4, 1e-3], "cycle_epochs": 24},
     "small_plus": {"encoder": "resnet10_narrow", "size_divisor": 4, "buffers": [256], "dropouts": [0.5], "batch_size": 32,
                    "learning_rates": [2e-2, 1e-2], "cycle_epochs": 80, "max_cycles": 1, "evaluate_epochs": 8, "optimizer": "muon",

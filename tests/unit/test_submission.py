@@ -23,6 +23,7 @@ def test_a_probability_at_its_threshold_passes():
     assert decide(probs(0.5), np.full(28, 0.5), "empty").all()
 
 
+ROW = {"class": "a", "positives": 1}
 GOOD = {"recipes": ["a", "b"], "combine": "mean", "weights": [0.5, 0.5], "thresholds": [0.5] * 28}
 
 
@@ -38,15 +39,15 @@ GOOD = {"recipes": ["a", "b"], "combine": "mean", "weights": [0.5, 0.5], "thresh
     (GOOD | {"interval": [0.1, 20], "score_cross_fitted": 0.5}, "interval"),
     (GOOD | {"interval": [0.1, 0.2], "score_cross_fitted": 50}, "interval"),
     (GOOD | {"interval": [0.1, 0.2, 0.3], "score_cross_fitted": 0.2}, "interval"),
-    (GOOD | {"per_class": [*[{"class": "a", "positives": 1}] * 27, {"class": "a"}], "n_samples": 3}, "of 28 classes"),
-    (GOOD | {"per_class": [*[{"class": "a", "positives": 1}] * 27, {"class": 3, "positives": 1}], "n_samples": 3}, "of 28 classes"),
-    (GOOD | {"per_class": [*[{"class": "a", "positives": 1}] * 27, {"class": "a", "positives": -1}], "n_samples": 3}, "28 classes"),
-    (GOOD | {"per_class": [{"class": "a", "positives": 1}] * 27, "n_samples": 3}, "of 28 classes"),
+    (GOOD | {"per_class": [*[ROW] * 27, {"class": "a"}], "n_samples": 3}, "of 28 classes"),
+    (GOOD | {"per_class": [*[ROW] * 27, {"class": 3, "positives": 1}], "n_samples": 3}, "of 28 classes"),
+    (GOOD | {"per_class": [*[ROW] * 27, {"class": "a", "positives": -1}], "n_samples": 3}, "28 classes"),
+    (GOOD | {"per_class": [ROW] * 27, "n_samples": 3}, "of 28 classes"),
     (GOOD | {"recipes": "ab"}, "names of networks"), (GOOD | {"fallback": "none"}, "argmax or empty as fallback"),
     (GOOD | {"interval": [0.1, 0.2]}, "score_cross_fitted and its interval"), (GOOD | {"interval": 3, "score_cross_fitted": 0.5}, "interval"),
     (GOOD | {"per_class": [{"class": "a"}] * 28, "n_samples": 3}, "class and positives of 28 classes"),
-    (GOOD | {"per_class": [{"class": "a", "positives": 1}] * 28, "n_samples": 0}, "and n_samples"),
-    (GOOD | {"per_class": [{"class": "a", "positives": 1}] * 28, "n_samples": 1.5}, "and n_samples"),
+    (GOOD | {"per_class": [ROW] * 28, "n_samples": 0}, "and n_samples"),
+    (GOOD | {"per_class": [ROW] * 28, "n_samples": 1.5}, "and n_samples"),
     ({key: GOOD[key] for key in ("recipes", "thresholds")}, "has no combine, weights"), (GOOD, None),
     (GOOD | {"per_class": [{"class": "a", "positives": 0}] * 28, "n_samples": 1, "interval": [0, 1], "score_cross_fitted": 1,
              "fallback": "empty", "weights": [0.0, 1.0], "thresholds": [0, 1, *[0.5] * 26]}, None)])
@@ -195,7 +196,8 @@ def test_what_was_written_is_described_with_all_that_is_no_prediction(tmp_path):
 
 def test_samples_that_stage_01_left_out_are_the_test_ones_of_its_list(tmp_path):
     assert left_out_samples(tmp_path / "none.csv").empty
-    pd.DataFrame({"Id": ["a", "b"], "part": ["train", "test"], "place": [3, 1], "reason": "cut"}).to_csv(tmp_path / "l.csv", index=False)
+    table = pd.DataFrame({"Id": ["a", "b"], "part": ["train", "test"], "place": [3, 1], "reason": "cut"})
+    table.to_csv(tmp_path / "l.csv", index=False)
     assert left_out_samples(tmp_path / "l.csv").astype(str).to_numpy().tolist() == [["b", "1"]]
 
 
