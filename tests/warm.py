@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("faiss", "imagehash", "iterstrat.ml_stratifiers", "joblib", "matplotlib.figure", "pandas", "scipy.optimize",
             "scipy.stats", "scipy.sparse.csgraph", "tifffile", "torch", "torch.utils.data", "torchvision.models", "tqdm")
+# but none of the project's, nor OpenCV, which reads the project's limits when it is loaded
 
 
 class Warm:

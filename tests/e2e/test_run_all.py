@@ -17,11 +17,11 @@ from tests.conftest import ROOT
 TINY = ("--quick", "--recipes", "demo", "--set", "cycle_epochs=3", "--set", "max_cycles=1", "--set", "buffers=16")
 
 
-def test_killed_at_any_time_it_ends_in_the_same_submission(run_script, small_data, tmp_path):
+def test_killed_at_any_time_it_ends_in_the_same_submission(run_script, run_stages, small_data, tmp_path):
     def run(work):
         return run_script("run_all.sh", "--data", small_data, "--work", tmp_path / work, *TINY).stdout
 
-    run("whole")
+    run_stages("--data", small_data, "--work", tmp_path / "whole", *TINY)
     checkpoint = tmp_path / "killed" / "runs" / "demo-quick" / "fold0" / "last.pt"
     command = ["bash", str(ROOT / "run_all.sh"), "--data", str(small_data), "--work", str(tmp_path / "killed"), *TINY]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
