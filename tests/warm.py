@@ -22,23 +22,23 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("faiss", "imagehash", "iterstrat.ml_stratifiers", "joblib", "matplotlib.figure", "pandas", "scipy.optimize",
             "scipy.stats", "scipy.sparse.csgraph", "tifffile", "torch", "torch.utils.data", "torchvision.models", "tqdm")
 # but none of the project's, nor OpenCV, which reads the project's limits when it is loaded
+READ_AT_START = ("PYTHON", "LANG", "LC_", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")  # by Python and these packages
 
 
 class Warm:
-    """The other end: starts such a Python with the first script and ends it with `close`."""
+    """The other end: starts such a Python with the first script, in the environment of now, and ends it with `close`."""
 
     def __init__(self):
         self.process = None
-        self.start_environment = None
+        self.environment = dict(os.environ)
 
     def run(self, command: list[str], environment: dict, cwd: Path, folder: Path) -> subprocess.CompletedProcess:
         """Run `command`, a script of the project and its arguments; `folder` is where its output is kept for a moment."""
-        if self.process is None:
-            self.start_environment = settings_of_python(environment)
-            self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=environment, text=True,
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        if settings_of_python(environment) != self.start_environment:  # which Python reads when it starts
+        if settings_at_start(environment) != settings_at_start(self.environment):  # it must be another one
             return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+        if self.process is None:
+            self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=self.environment, text=True,
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         places = [folder / name for name in ("stdout", "stderr")]
         request = {"command": command, "environment": environment, "cwd": str(cwd), "output": list(map(str, places))}
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -52,8 +52,8 @@ class Warm:
             self.process.wait()
 
 
-def settings_of_python(environment: dict) -> dict:
-    return {name: value for name, value in environment.items() if name.startswith("PYTHON")}
+def settings_at_start(environment: dict) -> dict:
+    return {name: value for name, value in environment.items() if name.startswith(READ_AT_START)}
 
 
 def next_script() -> dict:
