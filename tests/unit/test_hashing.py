@@ -97,6 +97,15 @@ def test_test_samples_are_listed_and_never_grouped():
     assert pairs[["Id", "other_Id", "agreement"]].values.tolist() == [["a", "b", ""], ["a", "c", "1.00"], ["b", "c", ""]]
 
 
+def test_a_test_sample_joins_no_labelled_ones():
+    hashes = random_hashes(4)
+    hashes[2:] = hashes[0]  # two test samples are as the first one
+    samples = pd.DataFrame({"Id": list("abcd"), "part": ["train", "train", "test", "test"], "Target": ["1", "1", "", ""]})
+    duplicates, pairs = duplicate_tables(samples, hashes, np.zeros(4, dtype=bool), (5, 5, 5), floor=0)
+    assert duplicates[["Id", "group", "kept"]].values.tolist() == [["a", "a", 1], ["b", "b", 1]]
+    assert pairs[["Id", "other_Id"]].values.tolist() == [["a", "c"], ["a", "d"], ["c", "d"]]
+
+
 def test_fields_of_one_antibody_are_a_group_but_do_not_replace_each_other():
     samples = pd.DataFrame({"Id": ["a", "77_1_A_1", "77_2_B_9", "8_1_A_1"], "part": ["train", *["external"] * 3], "Target": "1"})
     hashes = random_hashes(4)
