@@ -157,6 +157,14 @@ def test_thresholds_of_a_submission_make_it_again(fallback):
     assert ((low < thresholds) & (thresholds <= high)).all()
 
 
+def test_a_class_that_is_never_predicted_has_a_threshold_above_all_and_of_1_at_most():
+    values, _, frame = random_submission("empty")
+    values[:, 3], values[0, 3] = 0.25, 0.5
+    frame["Predicted"] = [" ".join(label for label in text.split() if label != "3") for text in frame["Predicted"]]
+    found = recover(values, frame)
+    assert found["limits"][3] == [0.5, 1.0] and found["thresholds"][3] == 1.0
+
+
 def test_a_submission_that_no_thresholds_make_is_refused():
     values, _, frame = random_submission("argmax")
     frame.loc[values[:, 5].argmax(), "Predicted"] = "7 9"
