@@ -224,11 +224,6 @@ def test_other_words_for_on_or_off_are_refused(setting):
         get_recipe("resnet50", [setting])
 
 
-def test_a_recipe_of_another_version_is_refused():
-    with pytest.raises(UserError, match="another version of this project .differs in: alpha, beta"):
-        from_dict({**{k: v for k, v in to_dict(Recipe()).items() if k != "alpha"}, "beta": 1})
-
-
 # Field: values at the ends of what is possible, and the first ones beyond; one bad number among good ones is enough.
 LIMITS = {
     "size_divisor": ([1], [-1]), "crop_size": ([32, 768], [31, 769]), "class_balance": ([0.0, 1.0], [-0.01, 1.01]),
