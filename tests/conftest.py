@@ -1,6 +1,7 @@
 """Shared by all tests: the project on the path, real data where the environment names it, small input folders."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.browser import CHROMIUM, DRIVER, open_browser  # noqa: E402
+from tests.warm import Warm  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +29,28 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_script():
-    """Run a script of the project in its own process; returns the finished process with its output as text."""
+def warm():
+    """A Python for scripts, with the large packages loaded."""
+    python = Warm()
+    yield python
+    python.close()
+
+
+@pytest.fixture(scope="session")
+def run_script(warm, tmp_path_factory):
+    """Run a script of the project in its own process; returns the finished process with its output as text.
+
+    A Python script has one core, so that its default number of jobs is one: a test of several says --jobs 2.
+    """
+    folder = tmp_path_factory.mktemp("output")
+
     def run(script, *arguments, check=True, env=None, **kwargs):
-        command = ["bash" if script.endswith(".sh") else sys.executable, str(ROOT / script), *map(str, arguments)]
+        command = [str(ROOT / script), *map(str, arguments)]
         environment = {**(env or os.environ), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)
+        if script.endswith(".sh"):
+            result = subprocess.run(["bash", *command], cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)
+        else:
+            result = warm.run(command, {**environment, "LOKY_MAX_CPU_COUNT": "1"}, ROOT, folder)
         if check:
             assert result.returncode == 0, result.stdout + result.stderr
         return result
@@ -40,11 +58,20 @@ def run_script():
 
 
 @pytest.fixture(scope="session")
-def real_run(run_script, real_data, tmp_path_factory):
+def run_stages(run_script):
+    """Run the commands that `run_all.sh --dry-run` prints, without the time that run_all.sh's own need to start; returns
+    what they print."""
+    def run(*flags):
+        commands = run_script("run_all.sh", *flags, "--dry-run").stdout.splitlines()
+        return "".join(run_script(*shlex.split(command)[1:]).stdout for command in commands)
+    return run
+
+
+@pytest.fixture(scope="session")
+def real_run(run_stages, real_data, tmp_path_factory):
     """The work folder of a quick run on the 63 real samples, and what the run said."""
     work = tmp_path_factory.mktemp("real")
-    return work, run_script("run_all.sh", "--data", real_data / "kaggle_png", "--work", work, "--quick", "--pretrained", "none",
-                            timeout=600).stdout
+    return work, run_stages("--data", real_data / "kaggle_png", "--work", work, "--quick", "--pretrained", "none")
 
 
 @pytest.fixture(scope="session")

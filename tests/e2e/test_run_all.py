@@ -11,16 +11,17 @@ import pandas as pd
 import pytest
 
 from common.artifacts import load_predictions
+from tests.browser import check_page
 from tests.conftest import ROOT
 
 TINY = ("--quick", "--recipes", "demo", "--set", "cycle_epochs=3", "--set", "max_cycles=1", "--set", "buffers=16")
 
 
-def test_killed_at_any_time_it_ends_in_the_same_submission(run_script, small_data, tmp_path):
+def test_killed_at_any_time_it_ends_in_the_same_submission(run_script, run_stages, small_data, tmp_path):
     def run(work):
         return run_script("run_all.sh", "--data", small_data, "--work", tmp_path / work, *TINY).stdout
 
-    run("whole")
+    run_stages("--data", small_data, "--work", tmp_path / "whole", *TINY)
     checkpoint = tmp_path / "killed" / "runs" / "demo-quick" / "fold0" / "last.pt"
     command = ["bash", str(ROOT / "run_all.sh"), "--data", str(small_data), "--work", str(tmp_path / "killed"), *TINY]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -131,3 +132,10 @@ def test_the_real_63_samples_end_in_a_valid_submission(real_run, real_data):
     assert all(0 <= int(label) <= 27 for text in submission["Predicted"] for label in text.split())
     ids, _ = load_predictions(work / "predictions" / "resnet50-quick" / "oof.npz", "")
     assert len(set(ids)) == 50
+
+
+def test_the_page_of_the_real_samples_in_a_browser(real_run, browser):  # here, so that no second process makes that run too
+    folder, _ = real_run
+    check_page(browser, folder / "report.html")
+    assert browser.execute_script("return document.querySelectorAll('main > section').length") == 9
+    assert not browser.execute_script("return document.querySelectorAll('.left-out-note').length")

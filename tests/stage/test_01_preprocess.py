@@ -35,7 +35,7 @@ def replace_csv(data, text, name="train.csv"):
 
 
 def test_every_sample_is_stored_at_every_size(make, small_data, tmp_path):
-    out = make(small_data)
+    out = make(small_data, "--jobs", "2")
     assert "12 train, 3 test samples at 96, 128 px" in out
     assert "25 classes have no training sample: Nuclear membrane" in out
     samples = pd.read_csv(tmp_path / "work" / "samples.csv", dtype=str, keep_default_na=False)
@@ -66,10 +66,12 @@ def test_only_a_changed_sample_is_made_again(make, small_data, tmp_path):
     make(small_data)
     images = tmp_path / "work" / "images" / "96"
     before = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
-    write_sample(small_data / "train_full_size", "train-3", seed=9)
+    write_sample(small_data / "train_full_size", "train-3", size=240, seed=9)
     assert "changed: image files" in make(small_data)
     after = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
     assert [name for name in before if before[name] != after[name]] == ["train-3.tif"]
+    sides = pd.read_csv(tmp_path / "work" / "samples.csv").set_index("Id")["side"]
+    assert sides["train-3"] == 240 and (sides.drop("train-3") == 160).all()
 
 
 def test_an_interrupted_run_repeats_only_what_was_not_finished(make, small_data, tmp_path):
@@ -284,7 +286,7 @@ def test_missing_damaged_and_undecodable_files_come_in_one_list_after_the_good_o
     (folder / "train-2_green.tif").write_bytes(b"")
     whole = (folder / "train-5_green.tif").read_bytes()
     (folder / "train-5_green.tif").write_bytes(whole[:9000])  # a whole header: found out when it is decoded
-    error = refuses(small_data)
+    error = refuses(small_data, "--jobs", "2")
     assert "3 samples cannot be used" in error and error.count("cannot be used") == 1
     assert list(pd.read_csv(tmp_path / "work" / "bad_files.csv")["Id"]) == ["train-1", "train-2", "train-5"]
     assert len(list((tmp_path / "work" / "images" / "96").iterdir())) == 12

@@ -25,13 +25,13 @@ ATTACK = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
-def work(run_script, tmp_path_factory):
+def work(run_stages, tmp_path_factory):
     """A work folder of all stages on a small demo, with the page; read only."""
     folder = tmp_path_factory.mktemp("report")
     make_demo_data(folder / "data", n_train=60, n_test=10)
     places = ("--data", folder / "data", "--work", folder / "work")
-    out = run_script("run_all.sh", *places, "--quick", "--recipes", "demo", "--set", "cycle_epochs=2", "--set", "buffers=16",
-                     "--set", "finder=record", "--set", "min_cycle_gain=0").stdout
+    out = run_stages(*places, "--quick", "--recipes", "demo", "--set", "cycle_epochs=2", "--set", "buffers=16",
+                     "--set", "finder=record", "--set", "min_cycle_gain=0")
     assert re.fullmatch(rf"08_report: \d\.\d MB, open it in a browser: {re.escape(str(folder / 'work' / 'report.html'))}",
                         out.splitlines()[-1])
     return folder / "work"
@@ -69,13 +69,6 @@ def test_dark_readers_get_a_dark_page(work, browser):
     show(browser, work / "report.html")
     assert colours("light") == ["rgb(255, 255, 255)", "rgb(27, 31, 36)"]
     assert colours("dark") == ["rgb(26, 29, 33)", "rgb(232, 234, 237)"]
-
-
-def test_the_real_samples_in_a_browser(real_run, browser):
-    folder, _ = real_run
-    check_page(browser, folder / "report.html")
-    assert browser.execute_script("return document.querySelectorAll('main > section').length") == len(SECTIONS)
-    assert not browser.execute_script("return document.querySelectorAll('.left-out-note').length")
 
 
 def test_one_sample_in_a_browser(work, run_script, browser, tmp_path):

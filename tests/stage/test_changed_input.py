@@ -6,6 +6,7 @@ import pytest
 from common.artifacts import read_table, sidecar
 from common.distributed import Team
 from common.errors import UserError
+from common.hardware import HardwareOptions
 from common.jobs import plan, train_job
 from common.recipes import get_recipe
 from tests.conftest import write_sample
@@ -79,5 +80,5 @@ def test_a_fold_that_had_to_wait_is_not_trained_on_other_folds_than_its_record_n
     job, = plan(work, recipes, read_table(work / "folds.csv", ""), [0], 0, False, "none", None, Team())
     run_script("03_make_folds.py", *places, "--n-folds", 3)
     with pytest.raises(UserError, match=r"another process wrote its inputs anew since this command began \(changed: folds.csv\); run it again"):
-        train_job(*job, work, 0, ("cpu", "fp32", 0, None, False))
+        train_job(*job, work, 0, HardwareOptions("cpu", "fp32", 0))
     assert not (work / "runs" / RECIPE / "fold0" / "best.pt").exists()

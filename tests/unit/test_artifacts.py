@@ -98,6 +98,18 @@ def test_a_damaged_sidecar_is_an_error_with_its_name(tmp_path):
         stage.why_stale()
 
 
+@pytest.mark.parametrize("changes", [
+    {"parameters": None}, {"inputs": ["in.txt"]}, {"outputs": "out.txt"}, {"outputs": {"out.txt": "x", "/etc/passwd": "x"}},
+    {"outputs": {"/etc/passwd": "x", "out.txt": "x"}}, {"outputs": {"out.txt": "x", "a\0b": "x"}}])
+def test_one_wrong_part_of_a_sidecar_is_enough(tmp_path, changes):
+    stage = make_stage(tmp_path)
+    write_text(stage.artifact, "made")
+    stage.finish(rows=1)
+    write_json(stage.sidecar, json.loads(stage.sidecar.read_text()) | changes)
+    with pytest.raises(UserError, match="out.txt.meta.json is not a record that a stage wrote; delete it"):
+        stage.why_stale()
+
+
 def test_inputs_that_another_process_wrote_anew_are_noticed(tmp_path):
     stage = make_stage(tmp_path)
     inputs = {name: tmp_path / name for name in stage.inputs}

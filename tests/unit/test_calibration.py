@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from common.calibration import CENTRES, calibrated_thresholds, expected_f1_curves, fit_calibration, logit_counts
+from common.calibration import (CENTRES, calibrated_thresholds, expected_f1_curves, fit_calibration, log_posterior, logit_counts,
+                                newton_step)
 from common.metrics import class_f1
 from common.thresholds import exact_thresholds, greedy_thresholds
 
@@ -79,3 +81,75 @@ def test_a_class_without_positives_takes_what_the_others_have():
     targets[:, 3] = False
     found = calibrated_thresholds(targets, probs)
     assert found[3] == pytest.approx(found.mean(), abs=0.05)
+
+
+def test_without_samples_the_calibration_is_the_identity():
+    nothing = np.zeros((28, len(CENTRES)))
+    coefs, mean = fit_calibration(nothing, nothing)
+    np.testing.assert_allclose(mean, [0, 1, 1], atol=1e-9)
+    np.testing.assert_allclose(coefs, np.tile([0, 1, 1], (28, 1)), atol=1e-9)
+
+
+def test_a_class_whose_probabilities_mean_their_opposite_is_predicted_throughout():
+    targets, probs = calibrated_world(2000, share=0.5)
+    targets[:, 3] = ~targets[:, 3]  # the lower, the likelier
+    assert calibrated_thresholds(targets, probs)[3] <= probs[:, 3].min()
+
+
+def small_fit(seed=0):
+    """Counts of two classes, of which the second has few samples, and a prior."""
+    rng = np.random.default_rng(seed)
+    everything = rng.integers(0, 3, (2, len(CENTRES))).astype(float)
+    everything[1, 50:] = 0
+    positives = np.floor(everything * rng.random(everything.shape) + 0.5)
+    return positives, everything, np.array([0.1, 0.9, 1.2]), np.array([[2.0, 0.3, 0.0], [0.3, 1.0, 0.1], [0.0, 0.1, 3.0]])
+
+
+def slow_log_posterior(coefs, positives, everything, mean, precision):
+    p = expit(CENTRES)
+    q = expit(coefs[0] + coefs[1] * np.log(p) - coefs[2] * np.log1p(-p))
+    likelihood = sum(k * np.log(x) + (n - k) * np.log1p(-x) for k, n, x in zip(positives, everything, q, strict=True) if n)
+    return likelihood - (coefs - mean) @ precision @ (coefs - mean) / 2
+
+
+def test_the_log_posterior_equals_a_plain_sum():
+    positives, everything, mean, precision = small_fit()
+    coefs = np.array([[0.2, 0.3, 0.4], [-0.1, 1.0, 0.5]])
+    expected = [slow_log_posterior(*row, mean, precision) for row in zip(coefs, positives, everything, strict=True)]
+    np.testing.assert_allclose(log_posterior(coefs, positives, everything, mean, precision), expected, rtol=1e-9)
+
+
+def test_newtons_steps_climb_to_the_maximum_and_give_its_curvature():
+    positives, everything, mean, precision = small_fit()
+    coefs, values = np.array([[8.0, -5.0, 9.0], [0.0, 1.0, 1.0]]), []  # from the first of these a whole step overshoots
+    for _ in range(60):
+        coefs, covariances = newton_step(coefs, positives, everything, mean, precision)
+        values.append(log_posterior(coefs, positives, everything, mean, precision))
+    assert (np.diff(values, axis=0) >= -1e-9).all()
+    for c in range(2):
+        found = minimize(lambda x, c=c: -slow_log_posterior(x, positives[c], everything[c], mean, precision), mean, tol=1e-12)
+        np.testing.assert_allclose(coefs[c], found.x, atol=1e-3)
+        p = expit(CENTRES)
+        features = np.stack([np.ones(len(p)), np.log(p), -np.log1p(-p)])
+        q = expit(coefs[c] @ features)
+        curvature = (features * (everything[c] * q * (1 - q))) @ features.T + precision
+        np.testing.assert_allclose(np.linalg.inv(covariances[c]), curvature, rtol=1e-4)
+
+
+def test_the_prior_is_that_of_all_classes():
+    """A class without samples has the others' calibration, not the identity."""
+    targets, probs = calibrated_world(2000)
+    positives, everything = logit_counts(targets, (probs.astype(np.float64) ** 2).astype(np.float32))
+    positives[0] = everything[0] = 0
+    coefs, mean = fit_calibration(positives, everything)
+    np.testing.assert_allclose(coefs[0], mean, atol=1e-3)
+    np.testing.assert_allclose(mean, coefs[1:].mean(axis=0), atol=0.02)
+    assert abs(mean[1] - 0.5) < 0.15
+
+
+def test_thresholds_without_any_positive_are_there_and_a_sharp_class_is_cut_in_its_gap():
+    targets, probs = np.zeros((400, 28), dtype=bool), np.full((400, 28), 0.01, dtype=np.float32)
+    assert np.isfinite(calibrated_thresholds(targets, probs)).all()
+    targets[:100], probs[:100] = True, 0.9
+    found = calibrated_thresholds(targets, probs)
+    assert ((0.01 < found) & (found <= 0.9)).all()

@@ -3,6 +3,7 @@
 import hashlib
 import re
 import shutil
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,7 +58,8 @@ def test_what_every_checkpoint_has_must_be_there(tmp_path, state, key):
 
 
 @pytest.mark.parametrize("changes", [
-    {"model": [1]}, {"mean": 0.5}, {"mean": [0.5]}, {"std": ["a"] * 4}, {"classes": "Nucleoplasm"}, {"recipe": []},
+    {"model": [1]}, {"mean": 0.5}, {"mean": [0.5]}, {"std": ["a"] * 4}, {"std": [0.5, "a", 0.5, 0.5]},
+    {"mean": [0.5, 0.5, 0.5, None]}, {"mean": [0.5] * 5}, {"classes": "Nucleoplasm"}, {"recipe": []},
     {"made_from": "x"}, {"epoch": "1"}, {"ranking": [1]}, {"history": {}}, {"optimizer": 3}])
 def test_values_must_be_of_the_kind_that_is_written(tmp_path, state, changes):
     path = written(tmp_path, state, **changes)
@@ -116,6 +118,35 @@ def test_parts_of_a_training_that_are_missing_are_one_message(tmp_path, state, c
     with pytest.raises(UserError, match="last.pt does not fit the network of this version") as error:
         begin_fold(tmp_path, DATA, RECIPE, CPU, 0, 0, Start(), "test")
     assert told in str(error.value)
+
+
+class Malicious:
+    """What a stranger's pickle can do."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_no_code_in_a_checkpoint_is_run(tmp_path, legacy):
+    torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "last.pt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match="is not a checkpoint that can be read"):
+        load_checkpoint(tmp_path / "last.pt")
+    assert not (tmp_path / "owned").exists()
+    torch.load(tmp_path / "last.pt", weights_only=False)  # it would have
+    assert (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_that_claims_more_than_its_size_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", {"model": torch.zeros(10 ** 7)})
+    with zipfile.ZipFile(tmp_path / "a.pt") as whole, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in whole.namelist():
+            small.writestr(name, whole.read(name))
+    with pytest.raises(UserError, match=r"b.pt is not a checkpoint that can be read .claims 40,\d{3},\d{3} bytes in \d\d,\d{3}"):
+        load_checkpoint(tmp_path / "b.pt")
 
 
 # --- clearing ----------------------------------------------------------------------------------------------

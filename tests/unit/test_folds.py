@@ -2,9 +2,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from common.classes import CLASS_NAMES
 from common.errors import UserError
-from common.folds import (HOLD_OUT, audit, audit_table, describe_audit, fold_numbers, make_folds, oversampling_copies,
-                          stratified_group_folds)
+from common.folds import (HOLD_OUT, audit, audit_table, class_counts, describe_audit, fold_numbers, make_folds,
+                          oversampling_copies, stratified_group_folds, training_rows)
 from common.labels import format_targets, parse_targets, read_labels
 
 RNG = np.random.default_rng(0)
@@ -43,6 +44,9 @@ def test_copies_follow_the_rarest_class():
     copies = oversampling_copies(targets, max_copies=3)
     assert copies[[0, 1, 105, 110]].tolist() == [1, 1, 1, 3]
     assert oversampling_copies(targets, max_copies=10)[110] == 4  # ceil(sqrt(11 / 1))
+    more = np.hstack([targets, np.zeros((111, 25), dtype=bool)])  # classes without samples count for nothing
+    assert (oversampling_copies(more, max_copies=10) == oversampling_copies(targets, max_copies=10)).all()
+    assert oversampling_copies(targets & False, max_copies=10).tolist() == [1] * 111
 
 
 def test_external_samples_are_for_training_only_unless_they_share_a_group():
@@ -118,3 +122,50 @@ def test_the_share_that_is_held_out_is_the_one_asked_for(share):
     table = pd.DataFrame({"Id": ids, "part": "train", "Target": [str(i % 5) for i in range(200)], "group": ids, "kept": 1})
     folds = make_folds(table, 2, 1, 0, hold_out=share)
     assert (folds["fold"] == HOLD_OUT).mean() == pytest.approx(share, abs=0.02)
+
+
+def made_of(folds, targets):
+    return pd.DataFrame({"Id": [f"s{i}" for i in range(len(folds))], "Target": targets, "part": "train", "fold": folds,
+                         "group": [f"g{i}" for i in range(len(folds))], "copies": 1})
+
+
+def test_the_audit_names_the_class_that_is_spread_worst():
+    # class 3: 3 and 1 of 4; class 5: 1 and 1; class 7: 1 and 0; all others have none
+    found = audit(made_of([0, 0, 0, 1, 1, 1], ["3", "3 5", "3 7", "3", "5", ""]))
+    assert (found["worst_class"], found["worst_deviation"]) == (CLASS_NAMES[3], 1.0)
+    assert found["classes_missing_folds"] == {CLASS_NAMES[7]: [1]}
+    assert found["copies_outside_training"] == found["groups_split"] == 0
+    assert found["samples"] == {"0": 3, "1": 3} and found["copies"] == {"1": 6}
+    assert found["positives"][CLASS_NAMES[3]] == {"0": 3, "1": 1}
+
+
+def test_each_place_is_counted_and_described():
+    folds = made_of([0, 1, 1, -1, -1, -2], ["0", "0", "1", "2", "2", "0"])
+    folds["copies"] = [1, 3, 1, 2, 1, 2]
+    folds.loc[2, "group"] = "g0"
+    found = audit(folds)
+    assert found["samples"] == {"0": 1, "1": 2, "-1": 2, "-2": 1} and found["copies"] == {"1": 3, "2": 2, "3": 1}
+    assert (found["groups_split"], found["copies_outside_training"]) == (1, 1)
+    lines = describe_audit(found)
+    assert "1, 2" in lines[0] and "2 for training only" in lines[0] and "1 held out" in lines[0]
+    assert "3 1x, 2 2x, 1 3x" in lines[2] and "groups split: 1" in lines[2] and "copies outside training: 1" in lines[2]
+    counts = audit_table(found)
+    assert list(counts.columns) == ["class", "fold0", "fold1", "training_only", "held_out", "all"]
+    assert counts.iloc[[0, 2], 1:].to_numpy().tolist() == [[1, 1, 0, 1, 3], [0, 0, 2, 0, 2]]
+
+
+@pytest.mark.parametrize(("n", "share", "message"), [
+    (30, 0.001, "--hold-out 0.001 of 30 distinct samples is none; give a larger share"),
+    (300, 0.001, "--hold-out 0.001: the smallest share is 0.01")])
+def test_a_share_that_holds_nothing_out_is_refused(n, share, message):
+    data = table(n)
+    data["group"] = data["Id"]
+    with pytest.raises(UserError, match=message):
+        make_folds(data, 2, 1, 0, hold_out=share)
+
+
+def test_samples_for_training_only_and_those_held_out_are_no_fold():
+    folds = made_of([1, -1, 0, -2], ["0", "1", "2", "3"])
+    assert fold_numbers(folds) == [0, 1] and fold_numbers(made_of([8, 1, 0, 9], ["0"] * 4)) == [0, 1, 8, 9]
+    assert training_rows(folds, 0).tolist() == [True, True, False, False]
+    assert np.flatnonzero(class_counts(folds, 0)).tolist() == [0, 1]

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -17,32 +19,48 @@ def test_labels_and_texts_are_inverse():
     assert format_targets(targets) == ["2 22", "0", "1 27"]
 
 
+@pytest.mark.parametrize("text", ["28", "x", "-1", "1 x", "1,2", "1.0", " ", "٣"])
+def test_one_wrong_text_among_good_ones_is_not_parsed(text):
+    with pytest.raises(UserError, match="expected labels 0 to 27 separated by spaces, found:") as error:
+        parse_targets(["1", text, "", "2 3"])
+    assert repr(text) in str(error.value)
+    assert parse_targets(["", "3"]).sum(axis=1).tolist() == [0, 1]
+
+
 def test_absent_classes_are_named():
     targets = np.ones((1, 28), dtype=bool)
     targets[0, 27] = False
     assert absent_classes(targets) == ["Rods & rings"]
+    assert absent_classes(np.vstack([targets, np.eye(1, 28, 3, dtype=bool)])) == ["Rods & rings"]  # one sample is enough
 
 
 def test_ids_stay_text(tmp_path):
     assert list(read_labels(table(tmp_path, "Id,Target\n001,1\n1e5,2\n"))["Id"]) == ["001", "1e5"]
 
 
+@pytest.mark.parametrize("Id", ["NA", "nan", "null"])
+def test_words_for_missing_values_are_ids_too(tmp_path, Id):
+    assert list(read_labels(table(tmp_path, f"Id,Target\na,1\n{Id},2\n"))["Id"]) == ["a", Id]
+
+
 @pytest.mark.parametrize("Id", ["../x", "a/b", "/etc/passwd", "..", ".hidden", "a\\b", "", "c:d", "x" * 201])
 def test_an_id_with_a_path_in_it_is_refused(tmp_path, Id):
     with pytest.raises(UserError, match="not plain file names"):
-        read_labels(table(tmp_path, f'Id,Target\n"{Id}",1\n'))
+        read_labels(table(tmp_path, f'Id,Target\ngood-id,1\n"{Id}",1\nbetter-id,1\n'))
 
 
 @pytest.mark.parametrize("target", ["28", "x", "-1", "1,2", "", "1 x", "٣", "1.0", "001"])
 def test_a_wrong_label_is_refused_with_its_id(tmp_path, target):
     with pytest.raises(UserError, match=r"labels 0 to 27 separated by spaces, found:\n  good-id: "):
-        read_labels(table(tmp_path, f'Id,Target\ngood-id,"{target}"\n'))
+        read_labels(table(tmp_path, f'Id,Target\nfirst,1\ngood-id,"{target}"\nlast,2 3\n'))
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "is not a CSV file but empty"),
     ("Id,Target\n", "has no rows"),
     ("Id,Label\na,1\n", "has no column Target; its columns are 'Id', 'Label'"),
+    ("Id,Target,Target\na,1,2\n", "has the column 'Target' 2 times; expected once"),
+    ("Id,Target," + "x" * 10_000, "has a first line of over 10000 characters"),
     ("Id,Target\na,1\nb,2\na,3\n", "appear more than once:\n  a"),
     ("Id,Target\na,1,2,3,4\nb,1\nc,1,2,3,4,5,6\n", "."),
 ])
@@ -68,3 +86,13 @@ def test_the_real_labels_have_the_published_counts(real_data):
     counts = parse_targets(read_labels(real_data / "labels" / "train.csv")["Target"]).sum(axis=0)
     assert counts.tolist() == [12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530,
                                210, 902, 1482, 172, 3777, 802, 2965, 322, 8228, 328, 11]
+
+
+def test_a_file_may_have_128_mib_and_not_a_byte_more(tmp_path):
+    path = table(tmp_path, "Id,Target\n")
+    os.truncate(path, 2 ** 27)  # sparse: nothing is written
+    with pytest.raises(UserError, match="^(?!.*MB)"):  # for its content, not for its size
+        read_labels(path)
+    os.truncate(path, 2 ** 27 + 1)
+    with pytest.raises(UserError, match="train.csv has 134 MB; expected a CSV file of at most 134 MB"):
+        read_labels(path)

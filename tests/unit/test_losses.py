@@ -40,6 +40,8 @@ def test_a_class_without_samples_gets_the_smallest_weight():
     weights = effective_number_weights(np.array([0, 10, 100]), 0.99)
     assert np.isfinite(weights).all() and weights[0] == weights[2] == weights.min()
     assert effective_number_weights(np.zeros(3), 0.99).tolist() == [1, 1, 1]
+    common, absent, rare, middle = effective_number_weights(np.array([1000, 0, 3, 40]), 0.99)
+    assert rare > middle > common == absent
 
 
 def test_the_loss_is_the_weighted_sum_of_focal_losses():

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from sklearn.metrics import f1_score
 
 from common.metrics import (bootstrap_f1, bootstrap_macro_f1, class_f1, class_intervals, f1_from_counts, macro_f1,
@@ -29,6 +30,12 @@ def test_the_draws_equal_a_slow_bootstrap():
         expected = f1_score(TARGETS[rows], PREDICTED[rows], average=None, zero_division=0)
         missed = TARGETS.any(axis=0) & ~TARGETS[rows].any(axis=0)
         np.testing.assert_allclose(draw, np.where(missed, np.nan, expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_draws", [1, 50, 51, 120])
+def test_there_are_as_many_draws_as_are_asked_for(n_draws):
+    assert bootstrap_f1(TARGETS, [PREDICTED], n_draws=n_draws).shape == (n_draws, 28)
+    assert len(bootstrap_f1(TARGETS[:9, :2], [PREDICTED[:9, :2]])) == 1000
 
 
 def test_groups_are_drawn_whole():
@@ -66,6 +73,15 @@ def test_a_class_that_is_always_right_on_three_samples_is_not_certain():
     # Jeffreys interval of 3 of 3: from .466; 2 J / (1 + J) = .635
     np.testing.assert_allclose(intervals[:, 0], [0.635, 0.975], atol=0.001)
     assert (intervals[:, 1] > 0.999).all()
+
+
+def test_a_class_interval_holds_the_percentiles_of_wide_draws():
+    targets = np.arange(4000)[:, None] < 2000  # so many that the Jeffreys interval is narrow
+    predicted = np.roll(targets, 1000, axis=0)  # half of them right: F1 = .5
+    draws = np.linspace(0.1, 0.9, 201)[:, None]
+    np.testing.assert_allclose(class_intervals(targets, [predicted], draws), [[0.12, 0.88]])
+    low, high = class_intervals(targets, [predicted], np.full((9, 1), 0.5))[0]
+    assert 0.45 < low < 0.5 < high < 0.55  # of draws that all agree the Jeffreys interval is left
 
 
 def test_the_interval_of_a_known_truth_covers_it():

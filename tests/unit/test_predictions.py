@@ -41,6 +41,13 @@ def test_columns_are_put_in_the_order_of_the_labels(tmp_path, columns):
     np.testing.assert_array_equal(read_predictions(written(tmp_path, frame))[1], PROBS)
 
 
+@pytest.mark.parametrize("Id", ["NA", "nan", "null", "None", "001", "1e5", "TRUE"])
+def test_ids_stay_text(tmp_path, Id):
+    ids, probs = read_predictions(written(tmp_path, table(ids=["a", Id, "c"])))
+    assert ids.tolist() == ["a", Id, "c"]
+    np.testing.assert_array_equal(probs, PROBS)
+
+
 def changed(row, column, value):
     frame = table().astype({"3": object})
     frame.loc[row, column] = value

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 
 from common import recipes
 from common.errors import UserError
-from common.recipes import (ABLATION, RECIPES, Recipe, ablation_runs, fit_to_source, from_dict, get_recipe, run_name,
+from common.recipes import (ABLATION, CHOICES, RECIPES, Recipe, ablation_runs, fit_to_source, from_dict, get_recipe, run_name,
                             stored_size, to_dict)
 
 
@@ -220,3 +222,95 @@ def test_fields_that_are_on_or_off_are_set_by_words(text, value):
 def test_other_words_for_on_or_off_are_refused(setting):
     with pytest.raises(UserError, match=f"cannot read the setting '{setting}'; expected enlarge=<true or false>"):
         get_recipe("resnet50", [setting])
+
+
+# Field: values at the ends of what is possible, and the first ones beyond; one bad number among good ones is enough.
+LIMITS = {
+    "size_divisor": ([1], [-1]), "crop_size": ([32, 768], [31, 769]), "class_balance": ([0.0, 1.0], [-0.01, 1.01]),
+    "buffers": ([(1,)], [(0,)]), "dropouts": ([(0.0,), (0.99,)], [(-0.01,), (1.0,), (), (0.5, 0.5)]),
+    "focal_gamma": ([0.0], [-0.01]), "alpha": ([0.0, 0.9999], [-0.01, 1.0]), "hard_share": ([0.01, 1.0], [0.0, 1.01]),
+    "hard_warmup_epochs": ([0], [-1]), "batch_size": ([2], [1]), "learning_rate": ([1e-9], [0.0]),
+    "layer_groups": ([1, 3], [0, 4]),
+    "learning_rates": ([(), (1e-9,) * 3], [(0.1,) * 4, (0.1, 0.0), (0.1, math.inf)]), "momentum": ([0.0, 0.99], [-0.01, 1.0]),
+    "weight_decay": ([0.0], [-1e-9, math.inf]), "l1": ([0.0], [-1e-9, math.nan]), "clip_norm": ([0.0], [-1e-9]),
+    "warmup_share": ([0.0, 0.99], [-0.01, 1.0]), "patience": ([0], [-1]), "cycle_epochs": ([1], [0]), "max_cycles": ([1], [0]),
+    "min_cycle_gain": ([0.0, 0.99], [-0.01, 1.0]), "evaluate_epochs": ([1], [0]),
+}
+
+
+@pytest.mark.parametrize("field", LIMITS)
+def test_numbers_are_taken_up_to_their_limits_and_no_further(field):
+    possible, impossible = LIMITS[field]
+    for value in possible:
+        assert getattr(Recipe(**{field: value}), field) == value
+    for value in impossible:
+        with pytest.raises(UserError, match=f"recipe field {field} has an impossible value"):
+            Recipe(**{field: value})
+
+
+def test_one_impossible_layer_among_good_ones_is_refused():
+    assert Recipe(buffers=(64, 8), dropouts=(0.5, 0.0)).buffers == (64, 8)
+    with pytest.raises(UserError, match="buffers"):
+        Recipe(buffers=(64, 0), dropouts=(0.5, 0.5))
+    with pytest.raises(UserError, match="dropouts"):
+        Recipe(buffers=(64, 8), dropouts=(0.5, 1.0))
+
+
+@pytest.mark.parametrize("field", CHOICES)
+def test_a_choice_is_one_of_its_list(field):
+    with pytest.raises(UserError, match=f"recipe field {field} is 'nothing'"):
+        Recipe(**{field: "nothing"})
+
+
+def test_fields_that_do_not_fit_each_other_are_refused():
+    for settings in ({"pooling": "own"}, {"encoder": "gapnet_pl"}, {"encoder": "gapnet_pl_plus", "pooling": "average"}):
+        with pytest.raises(UserError, match="recipe fields do not fit: pooling"):
+            Recipe(**settings)
+    assert Recipe(size_rule="by-source", image_size=1024, crop_size=768).crop == 768
+    with pytest.raises(UserError, match="crops of 800 px from images that are stored at 768 px"):
+        Recipe(size_rule="by-source", image_size=1024, crop_size=800)
+
+
+# What the paper does not say, and our own recipes: numbers that measured scores rest on.
+OURS = {
+    "resnet101": {"batch_size": 64}, "densenet50": {"batch_size": 64}, "densenet121": {"batch_size": 64},
+    "resnet50_plus": {"encoder": "resnet50", "batch_size": 64, "learning_rates": [2e-4, 1e-3], "cycle_epochs": 24,
+                      "max_cycles": 1, "evaluate_epochs": 2, "optimizer": "adamw", "weight_decay": 0.05, "schedule": "one-cycle",
+                      "base_loss": "bce", "class_weights": "none", "class_reduction": "mean", "hard_share": 1.0, "finder": "off"},
+    "senet_plus": {"encoder": "se_resnext50_32x4d", "batch_size": 64, "learning_rates": [2e-4, 5e-4, 1e-3], "cycle_epochs": 24},
+    "small_plus": {"encoder": "resnet10_narrow", "size_divisor": 4, "buffers": [256], "dropouts": [0.5], "batch_size": 32,
+                   "learning_rates": [2e-2, 1e-2], "cycle_epochs": 80, "max_cycles": 1, "evaluate_epochs": 8, "optimizer": "muon",
+                   "weight_decay": 0.3, "standardise": "sample", "class_balance": 0.5},
+    "demo": {"encoder": "resnet10_narrow", "size_divisor": 4, "buffers": [256], "dropouts": [0.1], "alpha": 0.9, "batch_size": 16,
+             "learning_rates": [2e-2, 2e-2], "cycle_epochs": 12, "max_cycles": 2, "evaluate_epochs": 3},
+    "demo_large": {"image_size": 1024, "crop_size": 768, "cycle_epochs": 8, "max_cycles": 2, "size_divisor": 4},
+    "demo_gapnet": {"encoder": "gapnet_pl", "size_divisor": 8, "batch_size": 16, "cycle_epochs": 16, "max_cycles": 2,
+                    "head_order": "linear-selu-dropout", "layer_groups": 1, "hard_share": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_own_recipes_have_the_numbers_that_were_measured(name):
+    assert to_dict(get_recipe(name)).items() >= OURS[name].items()
+
+
+def test_the_defaults_are_the_papers_or_neutral():
+    assert to_dict(Recipe()).items() >= {
+        "base_loss": "focal", "focal_gamma": 2.0, "alpha": 0.99, "hard_share": 0.7, "hard_warmup_epochs": 1, "batch_size": 64,
+        "learning_rate": 0.01, "layer_groups": 2, "momentum": 0.9, "weight_decay": 1e-6, "l1": 0.0, "clip_norm": 0.0,
+        "class_balance": 0.0, "warmup_share": 0.25, "patience": 3, "cycle_epochs": 4, "max_cycles": 4, "min_cycle_gain": 0.01,
+        "evaluate_epochs": 1}.items()
+
+
+def test_quick_is_of_minutes_whatever_the_batch():
+    quick = get_recipe("resnet50-quick")
+    assert (quick.batch_size, quick.cycle_epochs, quick.max_cycles, quick.epochs, quick.finder) == (8, 4, 2, 8, "off")
+    small = recipes.quick(Recipe(batch_size=4, learning_rates=(0.1, 0.2)))
+    assert (small.batch_size, small.group_learning_rates) == (4, (0.1, 0.2))
+
+
+def test_sizes_change_just_beyond_their_limits():
+    assert [stored_size("by-source-1", side) for side in (2048, 2049)] == [768, 1024]
+    assert fit_to_source(Recipe(), 768) == Recipe() and fit_to_source(Recipe(size_rule="by-source"), 768).store == "by-source-1"
+    assert [(fit_to_source(Recipe(), side).size, fit_to_source(Recipe(), side).crop) for side in (767, 160, 40)] == [
+        (767, 544), (160, 96), (40, 32)]

@@ -14,6 +14,7 @@ from common.training import Run, is_evaluated, is_finished, learning_rate_factor
 
 def test_a_loss_of_zero_cannot_be_improved():
     assert cycle_gain([0.0, 0.0, 0.0], 1) == 0.0
+    assert cycle_gain([1.0, 0.0, 0.5, 0.5], 2) == 0.0
 
 
 def test_start_middle_end_and_restart_of_a_cycle():
@@ -87,6 +88,13 @@ def test_cycles_still_end_with_one_that_gains_nothing():
     assert len(driven(replace(get_recipe("resnet50"), schedule="constant", max_cycles=10), flattening)) == 16
 
 
+def test_equal_losses_are_not_better():
+    assert plateau_halvings([1.0] * 10, patience=2) == 3
+    assert plateau_halvings([1 - 1e-5 * k for k in range(10)], patience=2) == 3  # each better by less than the threshold
+    assert plateau_halvings([0.999 ** k for k in range(10)], patience=2) == 0
+    assert plateau_halvings([1.0, 0.99989], patience=0) == 0 and plateau_halvings([1.0, 0.99991], patience=0) == 1
+
+
 def test_the_range_is_exponential():
     rates = [exponential_range(k, 4, 1e-5, 1e-2) for k in range(4)]
     assert rates == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2])
@@ -94,12 +102,18 @@ def test_the_range_is_exponential():
 
 def test_smoothing_has_no_bias_at_its_start():
     assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert smoothed([1.0, 2.0]) == pytest.approx([1.0, (0.09 * 1 + 0.1 * 2) / 0.19])
+
+
+def test_a_range_of_one_step_is_its_low_end():
+    assert exponential_range(0, 1, 1e-5, 10.0) == 1e-5
 
 
 def test_divergence():
     assert not has_diverged([1.0, 2.0, 3.0])
     assert has_diverged([1.0, math.nan])
     assert has_diverged([1.0] * 5 + [100.0])
+    assert not has_diverged([1.0, 6.6]) and has_diverged([1.0, 6.8])  # smoothed 3.95 and 4.05 times the best
 
 
 def test_the_finder_on_a_noisy_quadratic_stops_where_gradient_descent_diverges():

@@ -78,6 +78,13 @@ def test_channels_of_rgb_coded_images_are_their_planes(tmp_path):
         np.testing.assert_allclose(read, max(colour), atol=2)
 
 
+@pytest.mark.parametrize(("colour", "expected"), [((90, 91, 0), 91), ((91, 90, 7), 91), ((90, 90, 9), 90), ((255, 254, 0), 255),
+                                                  ((0, 1, 255), 1), ((0, 0, 255), 0)])
+def test_the_mean_of_two_planes_is_rounded_half_up(tmp_path, colour, expected):
+    Image.new("RGB", (8, 8), colour).save(tmp_path / "a.png")
+    assert set(read_channel(tmp_path / "a.png", "yellow", rgb_coded=True).ravel()) == {expected}
+
+
 def test_tiff_is_preferred_over_png_and_whole_samples_over_parts(tmp_path):
     full, small = tmp_path / "full", tmp_path / "small"
     for folder in (full, small):

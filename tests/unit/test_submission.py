@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 
 from common.errors import UserError
-from common.submission import (check_submission, decide, frequency_table, known_labels, override, read_submission, read_thresholds,
-                               recover, remember_submission, remembered_submissions, shortest_decimal, submission_table,
-                               with_empty_rows)
+from common.submission import (check_out, check_submission, decide, describe_submission, frequency_table, known_labels,
+                               left_out_samples, override, read_submission, read_thresholds, recover, remember_submission,
+                               remembered_submissions, shortest_decimal, submission_table, with_empty_rows)
 from tests.unit.test_ensemble import probs
 
 
@@ -23,6 +23,7 @@ def test_a_probability_at_its_threshold_passes():
     assert decide(probs(0.5), np.full(28, 0.5), "empty").all()
 
 
+ROW = {"class": "a", "positives": 1}
 GOOD = {"recipes": ["a", "b"], "combine": "mean", "weights": [0.5, 0.5], "thresholds": [0.5] * 28}
 
 
@@ -31,10 +32,25 @@ GOOD = {"recipes": ["a", "b"], "combine": "mean", "weights": [0.5, 0.5], "thresh
     (GOOD | {"thresholds": [float("nan")] * 28}, "28 thresholds"), (GOOD | {"thresholds": [0.5] * 27}, "28 thresholds"),
     (GOOD | {"thresholds": ["0.5"] * 28}, "28 thresholds"), (GOOD | {"combine": "sum"}, "combine to be one of mean, weighted, rank"),
     (GOOD | {"weights": [1]}, "one weight from 0 to 1 a network, 1 in all"), (GOOD | {"weights": [1, 1]}, "one weight"),
+    (GOOD | {"thresholds": [*[0.5] * 27, 50]}, "28 thresholds"), (GOOD | {"thresholds": [*[0.5] * 27, "0.5"]}, "28 thresholds"),
+    (GOOD | {"thresholds": [-0.1, *[0.5] * 27]}, "28 thresholds"), (GOOD | {"recipes": ["a", 3]}, "names of networks"),
+    (GOOD | {"weights": [1.5, -0.5]}, "one weight"), (GOOD | {"weights": [1, "0"]}, "one weight"),
+    (GOOD | {"weights": [0.5, 0.499]}, "one weight"), (GOOD | {"weights": [1], "recipes": ["a", "b"]}, "one weight"),
+    (GOOD | {"interval": [0.1, 20], "score_cross_fitted": 0.5}, "interval"),
+    (GOOD | {"interval": [0.1, 0.2], "score_cross_fitted": 50}, "interval"),
+    (GOOD | {"interval": [0.1, 0.2, 0.3], "score_cross_fitted": 0.2}, "interval"),
+    (GOOD | {"per_class": [*[ROW] * 27, {"class": "a"}], "n_samples": 3}, "of 28 classes"),
+    (GOOD | {"per_class": [*[ROW] * 27, {"class": 3, "positives": 1}], "n_samples": 3}, "of 28 classes"),
+    (GOOD | {"per_class": [*[ROW] * 27, {"class": "a", "positives": -1}], "n_samples": 3}, "28 classes"),
+    (GOOD | {"per_class": [ROW] * 27, "n_samples": 3}, "of 28 classes"),
     (GOOD | {"recipes": "ab"}, "names of networks"), (GOOD | {"fallback": "none"}, "argmax or empty as fallback"),
     (GOOD | {"interval": [0.1, 0.2]}, "score_cross_fitted and its interval"), (GOOD | {"interval": 3, "score_cross_fitted": 0.5}, "interval"),
     (GOOD | {"per_class": [{"class": "a"}] * 28, "n_samples": 3}, "class and positives of 28 classes"),
-    (GOOD | {"per_class": [{"class": "a", "positives": 1}] * 28, "n_samples": 0}, "and n_samples"), (GOOD, None)])
+    (GOOD | {"per_class": [ROW] * 28, "n_samples": 0}, "and n_samples"),
+    (GOOD | {"per_class": [ROW] * 28, "n_samples": 1.5}, "and n_samples"),
+    ({key: GOOD[key] for key in ("recipes", "thresholds")}, "has no combine, weights"), (GOOD, None),
+    (GOOD | {"per_class": [{"class": "a", "positives": 0}] * 28, "n_samples": 1, "interval": [0, 1], "score_cross_fitted": 1,
+             "fallback": "empty", "weights": [0.0, 1.0], "thresholds": [0, 1, *[0.5] * 26]}, None)])
 def test_thresholds_that_cannot_be_are_refused(tmp_path, found, expected):
     (tmp_path / "t.json").write_text(json.dumps(found))
     if expected is None:
@@ -113,7 +129,14 @@ def test_frequencies_beside_those_of_the_labels():
     per_class = [{"class": f"class {c}", "positives": positives} for c, positives in enumerate([0, 5, 20] + [0] * 25)]
     lines = frequency_table(predicted, per_class, 100).splitlines()
     assert lines[1].split() == ["class", "1", "5", "50.00%", "5.00%", "10.00"]
-    assert lines[2].split()[:5] == ["class", "0", "0", "0.00%", "0.00%"] or lines[2].split()[-1] == "1.00"
+    assert lines[0].split() == ["class", "predicted", "share", "labelled", "ratio"] and len(lines) == 29
+    assert lines[2].split() == ["class", "0", "0", "0.00%", "0.00%", "1.00"]  # as often as it is to be
+    assert lines[3].split() == ["class", "2", "2", "20.00%", "20.00%", "1.00"]
+    predicted[:3, 7] = True  # of a class that no labelled sample has
+    predicted[:, 2] = False
+    first, second = frequency_table(predicted, per_class, 100).splitlines()[1:3]
+    assert first.split() == ["class", "2", "0", "0.00%", "20.00%", "0.00"]
+    assert second.split() == ["class", "7", "3", "30.00%", "0.00%", "inf"]
 
 
 def random_submission(fallback, seed=0, n=500):
@@ -134,6 +157,14 @@ def test_thresholds_of_a_submission_make_it_again(fallback):
     assert ((low < thresholds) & (thresholds <= high)).all()
 
 
+def test_a_class_that_is_never_predicted_has_a_threshold_above_all_and_of_1_at_most():
+    values, _, frame = random_submission("empty")
+    values[:, 3], values[0, 3] = 0.25, 0.5
+    frame["Predicted"] = [" ".join(label for label in text.split() if label != "3") for text in frame["Predicted"]]
+    found = recover(values, frame)
+    assert found["limits"][3] == [0.5, 1.0] and found["thresholds"][3] == 1.0
+
+
 def test_a_submission_that_no_thresholds_make_is_refused():
     values, _, frame = random_submission("argmax")
     frame.loc[values[:, 5].argmax(), "Predicted"] = "7 9"
@@ -144,6 +175,47 @@ def test_a_submission_that_no_thresholds_make_is_refused():
 def test_the_shortest_decimal_between_two_limits():
     assert shortest_decimal(0.1478, 0.1503) == 0.15 and shortest_decimal(0.2, 0.3) == 0.3 and shortest_decimal(0.1, 1.0) == 1
     assert shortest_decimal(0.5, 0.5) == 0.5
+    assert shortest_decimal(0.2, 0.35) == 0.3 and shortest_decimal(0.3, 0.35) == 0.35 and shortest_decimal(0.29, 0.3) == 0.3
+    assert shortest_decimal(0.1 - 1e-10, 0.1) == 0.1 and shortest_decimal(0.25 - 1e-12, 0.25 - 1e-13) == 0.25 - 1e-13
+
+
+def test_thresholds_found_for_other_recipes_are_refused(tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps(GOOD))
+    for recipes in (["a"], ["b", "a"]):
+        with pytest.raises(UserError, match="t.json was made for a,b; run: python 06_thresholds.py CURE"):
+            read_thresholds(tmp_path / "t.json", recipes, "CURE")
+    with pytest.raises(UserError, match="none.json is missing; run: python 06_thresholds.py CURE"):
+        read_thresholds(tmp_path / "none.json", None, "CURE")
+
+
+def test_what_was_written_is_described_with_all_that_is_no_prediction(tmp_path):
+    predicted = np.zeros((4, 28), dtype=bool)
+    predicted[0, :3] = predicted[1, 0] = predicted[2, 0] = True
+    thresholds = GOOD | {"interval": [0.1, 0.3], "score_cross_fitted": 0.2, "n_samples": 10,
+                         "per_class": [{"class": f"class {c}", "positives": 1} for c in range(28)]}
+    known = pd.DataFrame({"Id": ["t1"], "other_Id": ["s1"], "bits": [1], "Target": ["4"]})
+    lost = pd.DataFrame({"Id": ["t9"], "place": [0]})
+    text = "\n".join(describe_submission(tmp_path / "s.csv", predicted, thresholds, ["a", "b"], known, lost))
+    assert "s.csv: 5 rows, 1.25 labels a row, 3 classes; mean of a, b" in text and "0.200 [0.100, 0.300]" in text
+    assert "class 0" in text and "t1  <-  s1  4" in text and "1 test samples were left out" in text and "t9" in text
+    plain = describe_submission(tmp_path / "s.csv", predicted, GOOD, ["a", "b"], None, [])
+    assert len(plain) == 1 and "4 rows" in plain[0] and "[" not in plain[0]
+
+
+def test_samples_that_stage_01_left_out_are_the_test_ones_of_its_list(tmp_path):
+    assert left_out_samples(tmp_path / "none.csv").empty
+    table = pd.DataFrame({"Id": ["a", "b"], "part": ["train", "test"], "place": [3, 1], "reason": "cut"})
+    table.to_csv(tmp_path / "l.csv", index=False)
+    assert left_out_samples(tmp_path / "l.csv").astype(str).to_numpy().tolist() == [["b", "1"]]
+
+
+def test_a_submission_is_not_written_over_what_it_is_made_from(tmp_path):
+    (tmp_path / "a.npz").touch()
+    check_out(tmp_path / "out.csv", [tmp_path / "a.npz"])
+    with pytest.raises(UserError, match="is one of the inputs; give another file"):
+        check_out(tmp_path / "x" / ".." / "a.npz", [tmp_path / "b.npz", tmp_path / "a.npz"])
+    with pytest.raises(UserError, match="is a folder; give another file"):
+        check_out(tmp_path, [])
 
 
 def test_the_published_submissions_of_three_networks_come_out_cell_by_cell(real_data):

@@ -2,8 +2,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
+from common.classes import CLASS_NAMES
+from common.errors import UserError
+from common.folds import stratified_group_folds
 from common.thresholds import (GRID, METHODS, cross_fit, evaluate_thresholds, exact_thresholds, f1_curves, find_thresholds,
-                               greedy_thresholds, ratio_thresholds, single_threshold)
+                               greedy_thresholds, ratio_thresholds, repeated_folds, score_held_out, single_threshold)
 
 
 def simulated(n=300, classes=28, seed=0):
@@ -116,6 +119,67 @@ def test_the_report_has_the_contracts_fields_and_no_flattery_on_noise():
     assert result["score_in_sample"] > result["score_cross_fitted"]
     low, high = result["interval"]
     assert low < result["score_cross_fitted"] < high
+
+
+def test_the_reports_figures_are_those_of_its_parts():
+    targets, probs = simulated(80)
+    probs[:40] = np.round(probs[:40], 1)  # some of them at 0.5
+    groups = np.arange(80) // 2
+    result = evaluate_thresholds(targets, probs, groups, "exact")
+    thresholds, unseen = exact_thresholds(targets, probs), cross_fit(targets, probs, groups, "exact")
+    assert len(unseen) == 3
+    assert (result["method"], result["n_samples"], result["n_present"]) == ("exact", 80, int(targets.any(axis=0).sum()))
+    assert result["thresholds"] == thresholds.tolist() and result["single"] == single_threshold(targets, probs)
+    assert result["score_cross_fitted"] == pytest.approx(np.mean([macro(targets, predicted) for predicted in unseen]))
+    assert result["score_in_sample"] == pytest.approx(macro(targets, probs >= thresholds))
+    assert result["score_at_half"] == pytest.approx(macro(targets, probs >= 0.5))
+    row, c = result["per_class"][20], 20
+    assert row.keys() == {"class", "threshold", "positives", "f1_cross_fitted", "interval", "f1_in_sample"}
+    assert (row["class"], row["threshold"], row["positives"]) == (CLASS_NAMES[c], thresholds[c], targets[:, c].sum())
+    assert row["f1_cross_fitted"] == pytest.approx(np.mean([f1_score(targets[:, c], p[:, c]) for p in unseen]))
+    assert row["f1_in_sample"] == pytest.approx(f1_score(targets[:, c], probs[:, c] >= thresholds[c]))
+    low, high = row["interval"]
+    assert 0 <= low < row["f1_cross_fitted"] < high <= 1
+
+
+def test_repeats_are_three_of_five_folds_or_of_as_many_as_there_are_groups():
+    targets, _ = simulated(40)
+    folds = repeated_folds(targets, np.arange(40))
+    assert [sorted(set(fold)) for fold in folds] == [[0, 1, 2, 3, 4]] * 3
+    for repeat, fold in enumerate(folds):
+        np.testing.assert_array_equal(fold, stratified_group_folds(targets, np.arange(40), 5, seed=repeat))
+    assert [sorted(set(fold)) for fold in repeated_folds(targets, np.arange(40) % 2, repeats=1)] == [[0, 1]]
+    with pytest.raises(UserError, match="40 samples in 1 groups leave none to try thresholds on; give at least 2 groups"):
+        repeated_folds(targets, np.zeros(40))
+
+
+def test_held_out_samples_are_scored_with_the_thresholds_as_they_are():
+    targets, probs = simulated(60)
+    thresholds = probs[0].tolist()  # one sample lies on each of them
+    result = score_held_out(targets, probs, np.arange(60), thresholds)
+    assert result.keys() == {"score_held_out", "interval_held_out", "n_held_out"} and result["n_held_out"] == 60
+    assert result["score_held_out"] == pytest.approx(macro(targets, probs >= np.array(thresholds, dtype=np.float32)))
+    low, high = result["interval_held_out"]
+    assert low < result["score_held_out"] < high
+
+
+def test_equal_scores_keep_the_lower_threshold_and_the_single_one():
+    targets, probs = np.zeros((6, 2), dtype=bool), np.zeros((6, 2))
+    targets[:3, 0], probs[:3, 0], probs[3:, 0] = True, 0.62, 0.38  # every threshold from .4 to .6 is right
+    targets[:3, 1], probs[:3, 1], probs[3:, 1] = True, 0.82, 0.48  # from .5 to .8
+    assert single_threshold(targets, probs) == 0.5
+    assert greedy_thresholds(targets, probs).tolist() == [0.5, 0.5]  # .4 would be as good for the first class
+    assert exact_thresholds(targets, probs).tolist() == [0.5, 0.5]
+    assert ratio_thresholds(targets, probs).tolist() == pytest.approx([0.5, 0.65])
+
+
+def test_the_methods_have_their_names():
+    assert list(METHODS) == ["half", "single", "greedy", "exact", "ratio", "calibrated"]
+    targets, probs = simulated(60)
+    assert find_thresholds(targets, probs, "half").tolist() == [0.5] * 28
+    assert find_thresholds(targets, probs, "single").tolist() == [single_threshold(targets, probs)] * 28
+    for name, search in (("greedy", greedy_thresholds), ("exact", exact_thresholds), ("ratio", ratio_thresholds)):
+        np.testing.assert_array_equal(find_thresholds(targets, probs, name), search(targets, probs))
 
 
 def test_absent_classes_count_as_zero_and_are_left_out_of_the_second_score():

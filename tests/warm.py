@@ -1,0 +1,109 @@
+"""A Python that has loaded the large packages once and runs the project's scripts in forks of itself.
+
+Each script is a process of its own, as it is for a user: its own __main__, arguments, environment and output, Python's own
+hooks and its own end. Only the seconds are saved that torch and its like take to load and to be freed. conftest.py starts
+this file; each line of its input is a request, each line of its output an exit code.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("faiss", "imagehash", "iterstrat.ml_stratifiers", "joblib", "matplotlib.figure", "pandas", "scipy.optimize",
+            "scipy.stats", "scipy.sparse.csgraph", "tifffile", "torch", "torch.utils.data", "torchvision.models", "tqdm")
+# but none of the project's, nor OpenCV, which reads the project's limits when it is loaded
+READ_AT_START = ("PYTHON", "LANG", "LC_", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")  # by Python and these packages
+
+
+class Warm:
+    """The other end: starts such a Python with the first script, in the environment of now, and ends it with `close`."""
+
+    def __init__(self):
+        self.process = None
+        self.environment = dict(os.environ)
+
+    def run(self, command: list[str], environment: dict, cwd: Path, folder: Path) -> subprocess.CompletedProcess:
+        """Run `command`, a script of the project and its arguments; `folder` is where its output is kept for a moment."""
+        if settings_at_start(environment) != settings_at_start(self.environment):  # it must be another one
+            return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+        if self.process is None:
+            self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=self.environment, text=True,
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        places = [folder / name for name in ("stdout", "stderr")]
+        request = {"command": command, "environment": environment, "cwd": str(cwd), "output": list(map(str, places))}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        code = int(self.process.stdout.readline())
+        return subprocess.CompletedProcess(command, code, *(place.read_text() for place in places))
+
+    def close(self) -> None:
+        if self.process:
+            self.process.stdin.close()
+            self.process.wait()
+
+
+def settings_at_start(environment: dict) -> dict:
+    return {name: value for name, value in environment.items() if name.startswith(READ_AT_START)}
+
+
+def next_script() -> dict:
+    """Answer requests until the input ends; in each fork return the request that it is for."""
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    for line in requests:
+        process = os.fork()
+        if not process:
+            return json.loads(line)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers, flush=True)
+    sys.exit()
+
+
+def become(request: dict) -> None:
+    """Make this process what a new Python is that begins with a script."""
+    for number, name in enumerate((os.devnull, *request["output"])):
+        file = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+        os.close(file)
+    os.closerange(3, 64)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    sys.argv[:] = request["command"]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run() -> None:
+    """Run the script and end as Python does, but for freeing what it would free one by one."""
+    code = 1
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+if __name__ == "__main__":
+    for package in PACKAGES:
+        importlib.import_module(package)
+    assert threading.active_count() == 1, threading.enumerate()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of a fork where a library has threads
+    gc.freeze()  # forks share these objects and need not look through them
+    become(next_script())
+    run()
