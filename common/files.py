@@ -15,11 +15,15 @@ SECONDS_UNTIL_LEFT = 3600
 
 @contextlib.contextmanager
 def naming(path: Path):
-    """Let an OSError that names no file, such as that of a full disk, name this one."""
+    """Let an OSError that names no file, such as that of a full disk, name this one; also where another error hides it."""
     try:
         yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
+    except Exception as error:
+        cause = error
+        while cause is not None:
+            if isinstance(cause, OSError):
+                cause.filename = cause.filename or str(path)
+            cause = cause.__cause__ or cause.__context__
         raise
 
 

@@ -108,8 +108,9 @@ class Recipe:
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"recipe field {name} is {value!r}; {nearest(str(value), known, every=True)}")
+        if self.size_divisor < 1:  # sizes are divided by it
+            raise UserError(f"recipe field size_divisor has an impossible value: {self.size_divisor!r}")
         checks = {
-            "size_divisor": self.size_divisor >= 1,
             "crop_size": 32 <= self.crop <= self.size,
             "dropouts": len(self.dropouts) == len(self.buffers) and all(0 <= p < 1 for p in self.dropouts),
             "buffers": all(width > 0 for width in self.buffers),

@@ -146,10 +146,10 @@ def test_texts_of_flags(monkeypatch, capsys, script, arguments, message):
      "error: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, if need be "
      "with a lower --jobs\n"),
     (MemoryError("Unable to allocate 3 GiB"), 2,
-     "error: memory does not do (Unable to allocate 3 GiB); finished work is kept: take a smaller batch (04_train.py --micro-batch), a "
+     "error: out of memory (Unable to allocate 3 GiB); finished work is kept: take a smaller batch (04_train.py --micro-batch), a "
      "smaller crop, or a smaller network\n"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory\nmore"), 2,
-     "error: memory does not do ([enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory); finished work is kept: take "
+     "error: out of memory ([enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory); finished work is kept: take "
      "a smaller batch (04_train.py --micro-batch), a smaller crop, or a smaller network\n"),
     (KeyboardInterrupt(), 130, "\nstopped; finished work is kept. To go on: python 04_train.py --jobs 2\n"),
 ])
