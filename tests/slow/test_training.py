@@ -471,6 +471,24 @@ def test_every_network_trains_goes_on_from_a_checkpoint_and_predicts(tmp_path, n
     assert predict_logits(whole.model, data.normalisation, data.valid, CPU, views("none")).shape == (1, 4, 28)
 
 
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda saved: saved.pop("ranking"), "lacks 'ranking'"),
+    (lambda saved: saved.update(ranking=torch.zeros(2, 3, 3)), "its ranking has the shape"),
+    (lambda saved: saved["model"].pop("head.0.weight"), "Missing key"),
+    (lambda saved: saved["model"].update({"head.0.weight": torch.zeros(3)}), "size mismatch"),
+    (lambda saved: saved["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(5)), "its optimizer is another network's"),
+    (lambda saved: saved["optimizer"]["param_groups"].pop(), "different number of parameter groups")])
+def test_a_checkpoint_with_parts_missing_or_of_other_shapes_is_one_message(tmp_path, change, reason):
+    data = fold_data(tmp_path / "images", 8)
+    run = new_run(SMALL, data, CPU, 0, 0)
+    train_step(run, *batch(4), 4, 1.0, 0)
+    saved = copy.deepcopy(run.state())
+    change(saved)
+    save_checkpoint(tmp_path / "last.pt", saved)
+    with pytest.raises(UserError, match=reason):
+        begin_fold(tmp_path, data, SMALL, CPU, 0, 0, Start(), "test")
+
+
 def test_a_loss_that_is_not_finite_ends_training_with_advice(tmp_path):
     with pytest.raises(UserError, match="the loss is not finite in epoch .*; lower the learning rates"):
         train(tmp_path / "run", fold_data(tmp_path / "images", 16), replace(SMALL, learning_rates=(1e20, 1e20)))

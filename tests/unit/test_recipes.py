@@ -226,7 +226,7 @@ def test_other_words_for_on_or_off_are_refused(setting):
 
 # Field: values at the ends of what is possible, and the first ones beyond; one bad number among good ones is enough.
 LIMITS = {
-    "size_divisor": ([1], [-1]), "crop_size": ([32, 768], [31, 769]), "class_balance": ([0.0, 1.0], [-0.01, 1.01]),
+    "size_divisor": ([1], [0, -1]), "crop_size": ([32, 768], [31, 769]), "class_balance": ([0.0, 1.0], [-0.01, 1.01]),
     "buffers": ([(1,)], [(0,)]), "dropouts": ([(0.0,), (0.99,)], [(-0.01,), (1.0,), (), (0.5, 0.5)]),
     "focal_gamma": ([0.0], [-0.01]), "alpha": ([0.0, 0.9999], [-0.01, 1.0]), "hard_share": ([0.01, 1.0], [0.0, 1.01]),
     "hard_warmup_epochs": ([0], [-1]), "batch_size": ([2], [1]), "learning_rate": ([1e-9], [0.0]),
