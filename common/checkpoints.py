@@ -15,7 +15,8 @@ from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, command, first_line
 from common.files import writing
 from common.fold_data import training_inputs
-from common.inference import Hardware, Normalisation
+from common.hardware import Hardware, set_kernels
+from common.inference import Normalisation
 from common.models import build_model
 from common.recipes import Recipe, from_dict, recipe_of_run, to_dict
 
@@ -223,7 +224,8 @@ def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, w
 
 
 def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.nn.Module, Normalisation]:
-    """Return a trained network on the device, and the normalisation it was trained with."""
+    """Return a trained network on the device, and the normalisation it was trained with; chooses this process's kernels."""
+    set_kernels(hardware)
     saved = load_checkpoint(path)
     check_recipe(path, saved, recipe)
     model = build_model(recipe, N_CLASSES)

@@ -158,7 +158,6 @@ def run(main) -> None:
     # Waiting OpenMP threads spin for microseconds, not milliseconds, before they sleep: nothing is lost by that on
     # a quiet machine, and on a shared one torch is ten times faster. Set before torch is loaded, which `main` does.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it a GPU's matrix products vary between runs
     open_streams()
     for stream in (sys.stdout, sys.stderr):  # paths may have names that are no text
         stream.reconfigure(errors="backslashreplace")

@@ -1,6 +1,6 @@
 """Five steps of GapNet-PL (it has no BatchNorm, whose statistics are each process's own) on one or several processes.
 
-Started by test_distributed.py, alone or through torchrun; saves weights, losses and the hard sampler's choices.
+Started by test_distributed.py, alone or through torchrun, on the CPU or on GPUs; saves weights, losses and the hard sampler's choices.
 """
 
 import sys
@@ -23,8 +23,8 @@ from common.training import new_run, train_step
 BATCH = 11  # odd, so that two processes have parts of different size
 
 
-def main(path: str, micro_batch: str) -> None:
-    hardware = choose_hardware(HardwareOptions("cpu", "fp32", 0, int(micro_batch) or None))
+def main(path: str, micro_batch: str, device: str) -> None:
+    hardware = choose_hardware(HardwareOptions(device, "fp32", 0, int(micro_batch) or None))
     team = hardware.team
     recipe = replace(GAPNET_PL, size_divisor=8, dropouts=(0.0, 0.0), hard_share=0.6, batch_size=BATCH)
     empty = ImageSet(Path(), np.array([str(i) for i in range(BATCH)]), np.zeros((BATCH, 28), dtype=bool))

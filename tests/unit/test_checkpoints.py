@@ -4,6 +4,7 @@ import hashlib
 import re
 import shutil
 import zipfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,6 +48,12 @@ def test_a_checkpoint_as_it_is_written_is_read(tmp_path, state):
     assert load_checkpoint(path).keys() == state.keys()
     assert load_network(path, RECIPE, CPU)[1] == DATA.normalisation and made_from(tmp_path) == state["made_from"]
     assert begin_fold(tmp_path, DATA, RECIPE, CPU, 0, 0, Start(), "test").epoch == 0
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_network_that_predicts_runs_on_the_kernels_that_were_asked_for(tmp_path, state, fast):
+    load_network(written(tmp_path, state), RECIPE, replace(CPU, fast=fast))
+    assert torch.are_deterministic_algorithms_enabled() != fast and torch.backends.cudnn.allow_tf32 == fast
 
 
 @pytest.mark.parametrize("key", ["model", "mean", "std", "classes", "recipe"])

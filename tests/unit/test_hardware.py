@@ -68,6 +68,13 @@ def test_a_gpu_by_number_is_the_only_one_that_this_process_uses(gpus):
     assert chosen == [torch.device("cuda", 1)]
 
 
+def test_products_repeat_their_bits_in_whatever_process_takes_a_gpu(gpus, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    gpus(kernel=lambda device: os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" or pytest.fail("set too late"))
+    choose_hardware()
+
+
 @pytest.mark.parametrize(("device", "numbers"), [("auto", [0, 1, 0]), ("cuda", [0, 1, 0]), ("cuda:1", [1, 1, 1])])
 def test_worker_processes_take_turns_at_the_gpus(gpus, monkeypatch, device, numbers):
     gpus(count=2)
