@@ -7,6 +7,7 @@ and a resumed run draws what an undisturbed one would have drawn.
 import math
 import os
 import signal
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context, set_forkserver_preload
@@ -25,6 +26,7 @@ from common.images import corner, read_planes
 BATCH = 32  # whole images at once
 CACHE_BYTES = 2 ** 29  # of decoded images that a set keeps
 PRELOADED = ["torch", "pandas", "cv2", "tifffile"]  # by the server of loader processes, which share their memory
+AHEAD = 3  # steps that may wait for a GPU at once
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 STANDARD_MEAN, STANDARD_DEVIATION = 64, 24  # of each channel of a standardised image, in grey levels
 
@@ -258,7 +260,7 @@ def on_device(batches, device: torch.device):
     if device.type != "cuda":
         yield from batches
         return
-    copying = torch.cuda.Stream(device)
+    copying, steps = torch.cuda.Stream(device), deque()
     for batch in batches:  # asked for when the step before is under way
         with torch.cuda.stream(copying):
             batch = [part.to(device, non_blocking=True) for part in batch]
@@ -267,3 +269,6 @@ def on_device(batches, device: torch.device):
         for part in batch:
             part.record_stream(computing)  # its memory is not used again before the step is over
         yield batch
+        steps.append(computing.record_event())
+        if len(steps) > AHEAD:  # each batch that is ahead holds memory
+            steps.popleft().synchronize()

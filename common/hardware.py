@@ -136,7 +136,7 @@ def try_device(device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; without it they vary between runs
         torch.cuda.set_device(device)  # from here on this process seeds and allocates there only
         run_kernel(device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:  # AssertionError: a torch without CUDA
         text = first_line(error)
         if "no kernel image" not in text:
             raise unusable(str(device), text) from None

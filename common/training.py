@@ -265,7 +265,7 @@ def gradients(run: Run, images, targets, n: int, share: float, step: int) -> tup
     if share < 1:
         if whole is None:
             with torch.no_grad(), frozen_statistics(run.model):
-                ranked = torch.cat([losses_of(k, run.model) for k in range(len(parts))])
+                ranked = torch.cat([losses_of(k, run.model if team.size > 1 else run.network) for k in range(len(parts))])
         else:
             ranked = whole.detach()
         kept = hard_samples(team.gather(ranked, n), share)
