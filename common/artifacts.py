@@ -9,6 +9,7 @@ import json
 import os
 import re
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +86,14 @@ def preprocess_command(work: Path, store: str | None = None) -> str:
     samples = work / "samples.csv"
     record = read_sidecar(samples) if sidecar(samples).is_file() else {"outputs": {}}
     made = store is None or f"images/{store}.csv" in record["outputs"]
-    size = [] if made else ["--set", *store_settings(store)]
-    return command("01_preprocess.py", *record.get("arguments", []), *size, "--work", work)
+    arguments = record.get("arguments", [])
+    if not made:
+        settings, fields = store_settings(store), ("size_rule", "size_divisor", "image_size", "crop_size")
+        kept = [argument for argument in arguments if argument.partition("=")[0] not in fields]
+        arguments = [argument for argument, after in pairwise([*kept, "--"])
+                     if argument != "--set" or not after.startswith("--")]
+        arguments += ["--set", *settings]
+    return command("01_preprocess.py", *arguments, "--work", work)
 
 
 def stored_images(work: Path, store: str, ids) -> pd.DataFrame:

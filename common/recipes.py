@@ -191,7 +191,8 @@ def stored_size(store: str, side: int) -> int:
 def store_settings(store: str) -> list[str]:
     """Return the settings with which any recipe asks for a folder of stored images."""
     if store.startswith(BY_SOURCE):
-        return [f"size_rule={BY_SOURCE}", f"size_divisor={store.rsplit('-', 1)[1]}", "image_size=768", "crop_size=768"]
+        divisor = int(store.rsplit("-", 1)[1])
+        return [f"size_rule={BY_SOURCE}", f"size_divisor={divisor}", f"crop_size={32 * divisor}"]
     return ["size_rule=fixed", "size_divisor=1", f"image_size={store}", f"crop_size={store}"]
 
 

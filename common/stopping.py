@@ -45,7 +45,8 @@ def listen() -> None:
     """From here on a signal that asks for the end raises Stopped in the main thread, Ctrl+C a KeyboardInterrupt."""
     STATE.pid, STATE.asked = os.getpid(), 0
     for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does with SIGHUP
+        # nohup has SIGHUP ignored, and a shell Ctrl+C for what runs in its background.
+        if number not in (signal.SIGHUP, signal.SIGINT) or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
 
 
@@ -59,8 +60,10 @@ def spare_imports() -> None:
 @contextmanager
 def blocked(signals):
     """Hold signals back; processes that are started inside never see them: their parent tells or ends them."""
-    resource_tracker.ensure_running()  # before: Python lets signals through again once it has started this helper
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    # Before: Python lets Ctrl+C and SIGTERM through again once it has started this helper, which knows no other signals.
+    outer = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals) - ({signal.SIGHUP, signal.SIGUSR1} - outer)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,15 @@ sys.path.insert(0, str(ROOT))
 
 from tests.browser import CHROMIUM, DRIVER, open_browser  # noqa: E402
 from tests.warm import Warm  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def same_signals():
+    """Give every test the signals that pytest had: what a script did in this process would pass on to others."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

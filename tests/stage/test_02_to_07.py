@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tifffile
 
-from common.artifacts import load_predictions, read_json, save_predictions, sidecar
+from common.artifacts import Stage, load_predictions, read_json, save_predictions, sidecar
 from common.demo_data import make_demo_data
 from common.exposure import WHOLE, judge
 from common.files import write_json
@@ -192,14 +192,20 @@ def test_fewer_samples_than_folds(stages, fails, small_data, tmp_path):
     assert "12 distinct samples cannot make 13 folds" in message
 
 
+def predicted(path, ids, probs):
+    """Write predictions as stage 05 does, with its record."""
+    save_predictions(path, ids, probs)
+    Stage("05_predict_oof", path, {"folds": []}, {}).finish(rows=len(ids))
+
+
 def test_thresholds_are_for_the_recipes_they_were_found_on(stages, run_script, fails, small_data, tmp_path):
     work = tmp_path / "work"
     stages(small_data, [1, 2, 3])
     folds = pd.read_csv(work / "folds.csv", dtype=str)
     rng = np.random.default_rng(0)
     for recipe in ("a", "b"):
-        save_predictions(work / "predictions" / recipe / "oof.npz", folds["Id"], rng.random((12, 28)))
-        save_predictions(work / "predictions" / recipe / "test.npz", ["test-0", "test-1", "test-2"], rng.random((3, 28)))
+        predicted(work / "predictions" / recipe / "oof.npz", folds["Id"], rng.random((12, 28)))
+        predicted(work / "predictions" / recipe / "test.npz", ["test-0", "test-1", "test-2"], rng.random((3, 28)))
     out = run_script("06_thresholds.py", "--work", work, "--recipes", "a,b").stdout
     assert "mean of a, b" in out
     assert "was made for a,b; run: python 06_thresholds.py" in fails("07_ensemble.py", "--work", work, "--recipes", "a")
@@ -214,8 +220,8 @@ def test_test_samples_that_were_left_out_have_empty_rows_in_their_places(stages,
     stages(small_data, [2, 3])
     rng = np.random.default_rng(0)
     ids = pd.read_csv(work / "folds.csv", dtype=str)["Id"]
-    save_predictions(work / "predictions" / RECIPE / "oof.npz", ids, rng.random((12, 28)))
-    save_predictions(work / "predictions" / RECIPE / "test.npz", ["test-1", "test-2"], rng.random((2, 28)))
+    predicted(work / "predictions" / RECIPE / "oof.npz", ids, rng.random((12, 28)))
+    predicted(work / "predictions" / RECIPE / "test.npz", ["test-1", "test-2"], rng.random((2, 28)))
     assert "1 test samples were left out by stage 01 and have empty rows:\n  test-0" in stages(small_data, [6, 7])
     submission = pd.read_csv(work / "submission.csv", dtype=str, keep_default_na=False)
     assert list(submission["Id"]) == ["test-2", "test-0", "test-1"]

@@ -141,7 +141,7 @@ def test_the_page_says_what_is_older_and_what_is_damaged(work, tmp_path):
     (tmp_path / "runs" / RECIPE / "fold0" / "log.jsonl").write_text('{"epoch": 1, "tr')
     notes = {key: section.note for key, section in sections_of(tmp_path).items() if section.note}
     assert "the predictions are for other samples than folds.csv has; run: python 05" in notes["predictions"]
-    assert "duplicates.csv is not the table that its stage wrote" in notes["duplicates"]
+    assert "duplicates.csv has no column Target, which its stage writes" in notes["duplicates"]
     assert "run: python 02_dedup.py" in notes["duplicates"]
     assert "log.jsonl is damaged" in notes["training"] and "train its fold again" in notes["training"]
 

@@ -67,7 +67,7 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     told = check()
     assert told.returncode == 2 and told.stdout.count("will fail") == 1
     assert "fold0 was trained on something else (changed: folds.csv)" in told.stdout
-    assert f"python 04_train.py --work {work} --recipe {RECIPE} --folds 0 --force" in told.stdout
+    assert f"python 04_train.py --data {small_data} --work {work} --recipe {RECIPE} --folds 0 --force" in told.stdout
 
 
 def test_a_fold_that_had_to_wait_is_not_trained_on_other_folds_than_its_record_names(run_script, small_data, tmp_path):

@@ -163,7 +163,8 @@ def test_folders_that_cannot_be_written_and_input_that_goes_away(call, small_dat
         image.unlink() if content is None else image.write_bytes(content)
         shutil.rmtree(work / "runs", ignore_errors=True)
         code, error = call("04_train.py", small_data, work)
-        assert code == 2 and f"{image} cannot be read (" in error and "delete it, and run: python 01_preprocess.py" in error, error
+        told = f"{image} is missing; run: python 01" if content is None else f"{image} cannot be read ("
+        assert code == 2 and told in error and "run: python 01_preprocess.py" in error, error
         image.unlink(missing_ok=True)
         assert call("01_preprocess.py", small_data, work) == (0, "")
         assert image.read_bytes() == planes

@@ -165,11 +165,11 @@ class Slow:
         return i
 
 def main():
-    from common.data import Loader, leave_signals
+    from common.data import Loader, begin_loading
 
     def begin(worker):
         time.sleep(SECONDS)
-        leave_signals(worker)
+        begin_loading(worker)
 
     with stopping.HELD:
         batches = iter(Loader(Slow(), num_workers=2, worker_init_fn=begin))

@@ -176,7 +176,7 @@ def test_a_signal_while_a_module_in_c_is_imported_is_no_traceback(capsys, stop, 
 
 def test_after_sigterm_any_error_is_the_end_that_was_asked_for(capsys, monkeypatch):
     def main():
-        monkeypatch.setattr(stopping.STATE, "asked", True)
+        monkeypatch.setattr(stopping.STATE, "asked", signal.SIGTERM)
         raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
     with pytest.raises(SystemExit) as end:
         cli.run(main)
