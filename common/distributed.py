@@ -50,12 +50,15 @@ class Team:
                 distributed.broadcast(buffer, 0)
 
     def leave(self) -> None:
-        """End this process of several, as the last thing that it does.
+        """End this process of several, as the last thing that it does, when the others have come so far too.
 
-        Python does not clear up: gloo's threads may still hold tensors then, and one process in eight aborts.
+        Python does not clear up: gloo's threads may still hold tensors then, and one process in eight aborts. Nor is gloo's group
+        destroyed: with torch 2.6 that may wait for ever.
         """
         if self.size > 1:
-            distributed.destroy_process_group()
+            distributed.barrier()
+            if distributed.get_backend() == "nccl":
+                distributed.destroy_process_group()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)

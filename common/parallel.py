@@ -9,10 +9,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import count
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import joblib
 from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.backend import resource_tracker as loky_tracker
 
 from common import stopping
 from common.errors import WORKER_LOST, UserError
@@ -30,7 +32,8 @@ def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str
     unseen : signals that worker processes do not see, unless a job lets them through
     """
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
-    with stopping.blocked(unseen) if n_jobs != 1 else nullcontext(), stopping.undisturbed():
+    helpers = resource_tracker, loky_tracker
+    with stopping.blocked(unseen, helpers) if n_jobs != 1 else nullcontext(), stopping.undisturbed():
         results = parallel(joblib.delayed(_indexed)(index, function, job, os.getpid()) for index, job in enumerate(jobs))
     try:
         yield from progress(results, len(jobs), label, unit)

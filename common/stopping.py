@@ -58,11 +58,15 @@ def spare_imports() -> None:
 
 
 @contextmanager
-def blocked(signals):
-    """Hold signals back; processes that are started inside never see them: their parent tells or ends them."""
-    # Before: Python lets Ctrl+C and SIGTERM through again once it has started this helper, which knows no other signals.
+def blocked(signals, helpers=(resource_tracker,)):
+    """Hold signals back; processes that are started inside never see them: their parent tells or ends them.
+
+    helpers : modules whose `ensure_running` starts a process that the others need
+    """
+    # Before: Ctrl+C and SIGTERM are let through again when a helper has been started. They know no other signals.
     outer = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
-    resource_tracker.ensure_running()
+    for helper in helpers:
+        helper.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals) - ({signal.SIGHUP, signal.SIGUSR1} - outer)
     try:
         yield

@@ -57,7 +57,7 @@ def test_folds_are_trained_side_by_side_and_each_thing_by_one_process(run_script
 
     train = ("04_train.py", "--work", work, "--recipe", RECIPE, "--set", "max_cycles=1", "buffers=16")
     runs = work / "runs" / RECIPE
-    long = start(*train, "cycle_epochs=2000", "--folds", "0")
+    long = start(*train, "cycle_epochs=30000", "--folds", "0")
     wait_for(runs / "fold0" / "last.pt", long)
     short = (*train, "cycle_epochs=2", "--folds")
     run_script(*short, "1")
