@@ -104,7 +104,7 @@ def plan_external(rng, first_index, n_antibodies=8, n_fields=3):
         well = f"{rng.choice(list('ABCDEFGH'))}{rng.integers(1, 13)}"
         name = f"{rng.integers(1000, 70000)}_{rng.integers(1, 1500)}_{well}"
         samples += [Sample(f"{name}_{field}", "external", first_index + len(samples) + field - 1, labels,
-                           int(rng.choice([216, 256, 384]))) for field in range(1, n_fields + 1)]
+                           int(rng.choice([256, 288, 384]))) for field in range(1, n_fields + 1)]
     return samples
 
 
