@@ -197,7 +197,7 @@ def check_alike(work: Path, name: str, numbers: list[int]) -> None:
         changed = [f"{key} {first[1][key]} and {value}" for key, value in recipe.items() if value != first[1][key]]
         if changed:
             raise UserError(f"folds {first[0]} and {fold} of {name} were trained with different recipes: {'; '.join(changed)}; train one "
-                            f"of them anew: {command('04_train.py', '--work', work, '--recipe', name, '--folds', fold, '--force')}")
+                            f"of them again: {command('04_train.py', '--work', work, '--recipe', name, '--folds', fold, '--force')}")
 
 
 def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, which: str) -> tuple[Path, Recipe]:

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and how long lists and commands are told."""
+"""The one exception for what a user can fix, and how long lists and commands are printed."""
 
 import shlex
 

@@ -64,7 +64,7 @@ def predict_logits(model, normalise: Normalisation, dataset: ImageSet, hardware:
     Images are decoded once for all views.
     label : shown with a progress bar
     feed : iterator that has the batches of `whole_batches` next, on the device; None to load them
-    fitting : what is known of the memory; prediction goes on with the size that fitted
+    fitting : what is known of the memory; prediction continues with the size that fitted
     """
     model.eval()
     fitting = fitting or Fitting()

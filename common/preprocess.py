@@ -243,7 +243,7 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path, cure
     if tests and all(sample in bad and not sample.files for sample in tests):
         absent = "\nno test sample has its images: with --keep-going there is no submission"
     raise UserError(f"{len(bad)} samples cannot be used (all of them in {report}):\n{listing(table['reason'])}\n"
-                    f"mend or remove them and run this again, or leave them out with --keep-going"
+                    "mend or remove them and run this again, or leave them out with --keep-going"
                     f"{f'; {cure}' if cure else ''}{absent}")
 
 
