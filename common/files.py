@@ -1,12 +1,10 @@
 """Files written whole or not at all."""
 
 import contextlib
-import functools
 import json
 import os
 import re
 import time
-import zlib
 from pathlib import Path
 
 LEFTOVER = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")
@@ -52,12 +50,6 @@ def clear_leftovers(folder: Path) -> None:
         with contextlib.suppress(OSError):  # another process was faster, or another user's file must stay
             if time.time() - os.stat(name).st_mtime > SECONDS_UNTIL_LEFT:
                 os.unlink(name)
-
-
-def crc32(path: Path) -> int:
-    """Return the CRC-32 of a file's bytes; it takes a quarter of the time of a SHA-256."""
-    with open(path, "rb") as file:
-        return functools.reduce(lambda crc, part: zlib.crc32(part, crc), iter(lambda: file.read(2 ** 20), b""), 0)
 
 
 def csv_files(folder: Path) -> list[Path]:

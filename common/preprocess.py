@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common import exposure, images, sources
+from common import exposure, images, sources, tiff
 from common.artifacts import Stage, check_ids, digest, preprocess_command, read_sidecar, read_table, sidecar, write_csv
 from common.errors import UserError, listing
 from common.exposure import WHOLE, Levels
-from common.files import clear_leftovers, crc32, csv_files, naming
+from common.files import clear_leftovers, csv_files, naming
 from common.labels import absent_classes, parse_targets, read_csv, read_labels
 from common.parallel import run_parallel
 from common.recipes import Recipe, describe_fit, fit_to_source, is_too_small, stored_size, to_dict
@@ -101,7 +101,7 @@ def source_state(sample: Sample, entry: bool = True) -> str:
 def content(files: tuple[Path, ...]) -> list[int] | None:
     """Return the CRC-32 of each file's bytes, None where one cannot be read."""
     try:
-        return [crc32(path) for path in files]
+        return [tiff.crc32(tiff.read_bytes(path)) for path in files]
     except OSError:
         return None
 

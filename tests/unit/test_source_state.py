@@ -84,7 +84,7 @@ def test_a_file_that_can_no_longer_be_read_is_a_changed_one(stored, tmp_path, mo
 
     def refused(*_):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr("common.preprocess.crc32", refused)
+    monkeypatch.setattr("common.preprocess.tiff.read_bytes", refused)
     assert known_states(stored, tmp_path / "work", 1)[stored[0]] != states[stored[0]]
 
 
