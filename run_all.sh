@@ -10,7 +10,7 @@ usage() {
     cat <<'TEXT'
 usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,3,4] [--set FIELD=VALUE ...]
                        [--pretrained auto|none|FILE] [--weights-dir DIR] [--device D] [--precision P] [--jobs N]
-                       [--workers N] [--fast] [--white-level V] [--black-level V] [--quick] [--tables]
+                       [--workers N] [--fast] [--white-level V] [--black-level V] [--store raw] [--quick] [--tables]
                        [--keep-going] [--dry-run] [--check]
 
   --data DIR     input in the competition's layout (default: data; where that is missing, demo data is made)
@@ -32,6 +32,7 @@ usage: bash run_all.sh [--data DIR] [--work DIR] [--recipes a,b] [--folds 0,1,2,
   --workers N    loader processes of each of them (default: its share of the cores on a GPU, 0 on a CPU)
   --fast         the fastest kernels of a GPU, whose last digits differ from run to run
   --white-level V, --black-level V  values of 16-bit files that become 255 and 0 (stage 01 warns where they are needed)
+  --store raw    store large images uncompressed: four times the room, read three times as fast by stages 04 and 05
   --dry-run      print the commands, each one pasteable, and run nothing
   --check        make nothing: say what will fail and how to mend it, and what time and room the run will take
 
@@ -44,7 +45,7 @@ caller=$PWD
 data='' work=work recipes='' folds='' quick=false tables=false dry=false check=false keep_going=() settings=() pretrained='' weights_dir=''
 weights=() hardware=() jobs=() levels=()
 flags=(--data --work --recipes --folds --set --quick --pretrained --weights-dir --device --precision --jobs --workers --fast --tables
-    --white-level --black-level --keep-going --dry-run --check --help)
+    --white-level --black-level --store --keep-going --dry-run --check --help)
 
 fail() { echo "error: $1" >&2; exit 2; }
 
@@ -56,7 +57,7 @@ trap '[ $? -ne 130 ] || printf "\nstopped; finished work is kept. To go on: %s\n
 
 while [ $# -gt 0 ]; do
     case $1 in
-        --data | --work | --recipes | --folds | --set | --pretrained | --weights-dir | --device | --precision | --jobs | --workers | --white-level | --black-level) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
+        --data | --work | --recipes | --folds | --set | --pretrained | --weights-dir | --device | --precision | --jobs | --workers | --white-level | --black-level | --store) [ -n "${2:-}" ] || fail "$1 needs a value" ;;
     esac
     case $1 in
         --data) data=$2; shift 2 ;;
@@ -73,7 +74,7 @@ while [ $# -gt 0 ]; do
         --device | --precision | --workers) hardware+=("$1" "$2"); shift 2 ;;
         --jobs) jobs=("$1" "$2"); shift 2 ;;
         --fast) hardware+=("$1"); shift ;;
-        --white-level | --black-level) levels+=("$1" "$2"); shift 2 ;;
+        --white-level | --black-level | --store) levels+=("$1" "$2"); shift 2 ;;
         --quick) quick=true; shift ;;
         --tables) tables=true; shift ;;
         --keep-going) keep_going=(--keep-going); shift ;;

@@ -45,7 +45,7 @@ def test_killed_at_any_time_it_ends_in_the_same_submission(run_script, run_stage
 def test_dry_run_prints_commands_that_can_be_pasted(run_script, small_data, tmp_path):
     strange = tmp_path / "my data's"
     shutil.copytree(small_data, strange)
-    out = run_script("run_all.sh", "--data", strange, "--work", tmp_path / "work", "--quick", "--black-level", "5",
+    out = run_script("run_all.sh", "--data", strange, "--work", tmp_path / "work", "--quick", "--black-level", "5", "--store", "raw",
                      "--dry-run").stdout
     assert not (tmp_path / "work").exists()
     lines = out.splitlines()
@@ -55,7 +55,7 @@ def test_dry_run_prints_commands_that_can_be_pasted(run_script, small_data, tmp_
     hardware = ("--device", "cuda:1", "--precision", "fp16", "--workers", "3", "--fast", "--jobs", "4")
     out = run_script("run_all.sh", "--data", strange, "--work", tmp_path / "work", "--dry-run", *hardware).stdout
     assert [" ".join(hardware) in line for line in out.splitlines()] == [False] * 3 + [True] * 2 + [False] * 3
-    assert "--black-level 5" in lines[0] and "--black-level" not in "".join(lines[1:])
+    assert "--black-level 5 --store raw" in lines[0] and "--black-level" not in "".join(lines[1:])
     subprocess.run(["bash", "-c", lines[0]], cwd=ROOT, check=True, capture_output=True)
     assert (tmp_path / "work" / "samples.csv").is_file()
 
