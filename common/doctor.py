@@ -429,7 +429,7 @@ def work_so_far(args, seen: Seen):
             changes = stage.changes(begun)
             if changes:
                 yield Check("work so far", FAILS, f"{folder} was trained on something else ({changes})",
-                            f"{cli.other('04_train.py', args, '--recipe', name, '--folds', fold, '--force')} trains it anew; or "
+                            f"{cli.other('04_train.py', args, '--recipe', name, '--folds', fold, '--force')} trains it again; or "
                             "give another --work")
     if "changed" in reason and trained:
         yield Check("work so far", WARNING, f"stage 01 will run again ({reason}); trained already: {', '.join(trained)}",
@@ -457,7 +457,7 @@ def memory(name: str, recipe, folders=()):
         cure = "use a smaller crop: --set crop_size=..., or another machine"
         if fits >= 2:
             train = command("04_train.py", *folders, "--recipe", name, "--micro-batch", fits)
-            cure = f"train with: {train}, then go on with run_all.sh"
+            cure = f"train with: {train}, then continue with run_all.sh"
         yield Check(f"memory, {name}", FAILS, f"a batch of {recipe.batch_size} does not fit: {each}, {what}", cure)
     if hardware.workers:
         yield shared_memory(recipe, hardware.workers, shutil.disk_usage("/dev/shm").free, name)

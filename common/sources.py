@@ -5,7 +5,6 @@ name; what does not (resolution, damaged EXIF data, other metadata) is ignored. 
 """
 
 import os
-import unicodedata
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from PIL import Image
 
 from common import exposure
 from common.errors import first_line
+from common.text_tables import composed
 
 CHANNELS = ("red", "green", "blue", "yellow")
 TIFF = (".tif", ".tiff")
@@ -78,7 +78,7 @@ def list_files(folder: Path) -> Files:
 
 def add_entry(files: Files, ranks: dict, entry: os.DirEntry) -> None:
     """Put one entry of a folder where it belongs; ranks : stem -> rank of the file that was found for it so far."""
-    name = unicodedata.normalize("NFC", entry.name)
+    name = composed(entry.name)
     stem, suffix = os.path.splitext(name)
     suffix = suffix.lower()
     if suffix not in SUFFIXES or not entry.is_file():  # a folder, or a pipe that would be waited for
@@ -106,7 +106,7 @@ def why_not(entry: os.DirEntry, suffix: str) -> str:
 
 def channel_files(Id: str, folders: list[Files]) -> tuple[list[Path], list[str]]:
     """Return a sample's four files from the first folder that has all of them, and what is missing otherwise."""
-    wanted = [unicodedata.normalize("NFC", f"{Id}_{channel}") for channel in CHANNELS]
+    wanted = [composed(f"{Id}_{channel}") for channel in CHANNELS]
     for files in folders:
         if all(stem in files for stem in wanted):
             return [files[stem] for stem in wanted], []
