@@ -37,9 +37,9 @@ def parse_args():
                         help="leave out samples with missing or bad files, by name, in place of an error at the end")
     parser.add_argument("--white-level", type=cli.white_level, default=65535, metavar="V",
                         help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)")
-    parser.add_argument("--store", choices=("deflate", "raw"), default="deflate",
+    parser.add_argument("--store", choices=("zstd", "raw"), default="zstd",
                         help="how images above 256 px are stored: compressed, or raw in about four times the room, which "
-                             "stages 04 and 05 read three times as fast (default: deflate)")
+                             "stages 04 and 05 read three times as fast (default: zstd)")
     parser.add_argument("--black-level", type=cli.black_level, default=0, metavar="V",
                         help="value of 16-bit files that becomes 0, such as 32768 where a microscope adds that to all (default: 0)")
     parser.add_argument("--jobs", type=cli.jobs, default=-1, metavar="N", help="worker processes (default: all cores)")

@@ -353,7 +353,7 @@ def no_images():
     return SimpleNamespace(counts=np.arange(28) + 1, train=range(2), normalisation=Normalisation((0.1,) * 4, (0.1,) * 4))
 
 
-def stored_images(bench, recipe: Recipe, n: int, store: str = "deflate"):
+def stored_images(bench, recipe: Recipe, n: int, store: str = "zstd"):
     """Return n rows of a few drawn samples, which are stored for the first call, as the data of a fold, `whole` being all of them
     as whole images."""
     from common.data import ImageSet
@@ -386,7 +386,7 @@ def write_store(path: Path, planes: np.ndarray, raw: bool) -> None:
         images.write_planes(path, planes)
 
 
-STORES = {"deflate": partial(write_store, raw=False), "raw": partial(write_store, raw=True)}
+STORES = {"zstd": partial(write_store, raw=False), "raw": partial(write_store, raw=True)}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from common.errors import UserError
 from real_data import real
 
 CHANNELS = ("red", "green", "blue", "yellow")
-LEVEL, STRIP = 8, 96  # as stage 01 stores large images
+LEVEL = 6  # of zstd, as stage 01 stores large images
 SIZES = (128, 768)
 SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -150,8 +150,8 @@ def bare(job):
     planes = [tifffile.imread(source / f"{Id}_{channel}.tif") for channel in CHANNELS]
     for size in SIZES:
         small = np.stack([cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in planes])
-        tifffile.imwrite(target / f"{Id}_{size}.tif", small, photometric="minisblack", compression="zlib", rowsperstrip=STRIP,
-                         compressionargs={"level": LEVEL})
+        tifffile.imwrite(target / f"{Id}_{size}.tif", small, photometric="minisblack", compression="zstd",
+                         rowsperstrip=size, compressionargs={"level": LEVEL})
 
 
 def usual(job):

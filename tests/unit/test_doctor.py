@@ -100,7 +100,7 @@ FOLDS = pd.DataFrame({"Id": [f"s{k}" for k in range(1, 10)], "Target": "0", "fol
 def test_the_disk_must_hold_images_and_networks(monkeypatch, tmp_path, free, state):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free * GB))
-    args = SimpleNamespace(work=tmp_path / "not" / "yet", folds=None, store="deflate", black_level=0, white_level=65535)
+    args = SimpleNamespace(work=tmp_path / "not" / "yet", folds=None, store="zstd", black_level=0, white_level=65535)
     (line,), _ = found(doctor.disk(args, input_of(), FOLDS, {"resnet50": COST}))
     assert line.state == state and "stored images 9 MB, networks 60 MB" in line.found, line
     assert line.found.endswith(f"free in {tmp_path}")

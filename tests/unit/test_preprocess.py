@@ -81,6 +81,6 @@ def test_the_disk_is_asked_for_the_room_of_the_kind(make, tmp_path):
     samples = list_samples(tmp_path / "data")[0]
     seen = SimpleNamespace(sides=dict.fromkeys(samples, 304), side=lambda sample: 304, usable=samples,
                            recipes={"a": SimpleNamespace(store="300")})
-    for store, found in (("deflate", "stored images 0 MB"), ("raw", "stored images 1 MB")):
+    for store, found in (("zstd", "stored images 0 MB"), ("raw", "stored images 1 MB")):
         line, = doctor.disk(SimpleNamespace(work=tmp_path / "work", folds=[0], store=store, black_level=0, white_level=65535), seen, [], {})
         assert found in line.found
