@@ -37,12 +37,9 @@ class Muon(torch.optim.AdamW):
     """Muon with Nesterov's momentum for the groups of parameters that say `muon`, AdamW for the others.
 
     Weights (m, ...) count as matrices (m, n); a Muon group's momentum is its first beta. Steps are as large as AdamW's, so
-    rates and decay mean the same for both.
+    rates and decay mean the same for both. Where AdamW is `fused`, a gradient scaler leaves its scale and whether anything
+    overflowed to the step, as attributes `grad_scale` and `found_inf`, so that nothing waits for the GPU.
     """
-
-    def __init__(self, groups: list[dict], **settings):
-        super().__init__(groups, **settings)
-        self._step_supports_amp_scaling = False  # the scaler undoes its scale before the step
 
     __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's looks for its own state in every parameter
 
@@ -63,7 +60,13 @@ class Muon(torch.optim.AdamW):
         state, momentum = self.state[parameter], group["betas"][0]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        average = state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        update = orthogonalised(parameter.grad.lerp(average, momentum).flatten(1))
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        gradient = parameter.grad if scale is None else parameter.grad / scale
+        changed = (parameter, state["momentum"])
+        before = [] if found_inf is None else [tensor.clone() for tensor in changed]
+        average = state["momentum"].lerp_(gradient, 1 - momentum)
+        update = orthogonalised(gradient.lerp(average, momentum).flatten(1))
         size = group["lr"] * RMS * math.sqrt(max(update.shape))
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(parameter), alpha=-size)
+        for tensor, old in zip(changed, before):
+            tensor.copy_(torch.where(found_inf > 0, old, tensor))

@@ -35,12 +35,14 @@ def parameters(*shapes):
     return made, copy.deepcopy(made)
 
 
-def steps(optimizer, held, n=5, scaler=None):
+def steps(optimizer, held, n=5, scaler=None, unscaled=False):
     for step in range(n):
         for i, parameter in enumerate(held):
             parameter.grad = random(*parameter.shape, seed=100 * step + i)
             if scaler:
                 parameter.grad *= scaler.scale(torch.ones(()))
+        if unscaled:
+            scaler.unscale_(optimizer)
         if scaler:
             scaler.step(optimizer)
             scaler.update()
@@ -95,15 +97,20 @@ def test_it_goes_on_from_its_state_exactly():
     assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
 
 
-def test_a_scaled_loss_gives_the_same_steps_and_one_that_overflows_none():
+@pytest.mark.parametrize("unscaled", [False, True])  # before the step, as for clipping
+def test_a_scaled_loss_gives_the_same_steps_and_one_that_overflows_none(unscaled, monkeypatch):
+    # A step that the scaler decides upon, not the optimizer, waits for the GPU.
+    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", lambda *_: pytest.fail("the scaler reads what overflowed"))
     ours, scaled = parameters((8, 4, 3, 3), (5, 7))
     steps(muon(ours[:1], ours[1:]), ours)
     optimizer, scaler = muon(scaled[:1], scaled[1:]), torch.amp.GradScaler("cpu")
-    steps(optimizer, scaled, scaler=scaler)
+    steps(optimizer, scaled, scaler=scaler, unscaled=unscaled)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, scaled, strict=True))
-    before = [parameter.detach().clone() for parameter in scaled]
+    before = copy.deepcopy(([parameter.detach() for parameter in scaled], optimizer.state_dict()["state"]))
     scaler.scale(torch.ones(()))
     for parameter in scaled:
         parameter.grad = torch.full_like(parameter, torch.inf)
+    if unscaled:
+        scaler.unscale_(optimizer)
     scaler.step(optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(before, scaled, strict=True))
+    torch.testing.assert_close(([parameter.detach() for parameter in scaled], optimizer.state_dict()["state"]), before, rtol=0, atol=0)
