@@ -21,7 +21,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
 from common import cli  # first: from here on Ctrl+C is no traceback
-
 from common.doctor import examine
 from common.errors import UserError
 
@@ -64,8 +63,20 @@ def main():
     from common.artifacts import read_table, write_csv
     from common.exposure import Levels
     from common.parallel import workers
-    from common.preprocess import (all_stored, bad_table, describe, drop_outdated, kept_going, known_states, list_samples,
-                                   preprocess_stage, sample_table, statistics_table, store_all, wanted_stores)
+    from common.preprocess import (
+        all_stored,
+        bad_table,
+        describe,
+        drop_outdated,
+        kept_going,
+        known_states,
+        list_samples,
+        preprocess_stage,
+        sample_table,
+        statistics_table,
+        store_all,
+        wanted_stores,
+    )
     from common.recipes import get_recipes
 
     levels = Levels(args.black_level, args.white_level)

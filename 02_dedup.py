@@ -18,10 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common import cli  # first: from here on Ctrl+C is no traceback
-
 import numpy as np
 
+from common import cli  # first: from here on Ctrl+C is no traceback
 from common.artifacts import Stage, read_table, stored_images, write_csv
 from common.contact_sheet import SHOWN, save_contact_sheet
 from common.errors import listing

@@ -15,10 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common import cli  # first: from here on Ctrl+C is no traceback
-
 import numpy as np
 
+from common import cli  # first: from here on Ctrl+C is no traceback
 from common.artifacts import Stage, load_predictions, prediction_file, read_sidecar, read_table, save_predictions
 from common.ensemble import mean_predictions
 from common.parallel import run_jobs

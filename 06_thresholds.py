@@ -21,13 +21,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs wi
 
 from common import cli
 from common.artifacts import Stage, read_table
-from common.ensemble import (COMBINATIONS, align, combine, describe_ensemble, evaluate_ensemble, keep_common,
-                             stack_members)
+from common.ensemble import (
+    COMBINATIONS,
+    align,
+    combine,
+    describe_ensemble,
+    evaluate_ensemble,
+    keep_common,
+    stack_members,
+)
 from common.errors import UserError
 from common.files import write_json
 from common.labels import parse_targets, read_labels
-from common.predictions import (check_origin, check_there, describe_missing_folds, folds_behind, held_out_files, labelled_rows, member_files,
-                                read_groups, read_members, read_predictions, short_names)
+from common.predictions import (
+    check_origin,
+    check_there,
+    describe_missing_folds,
+    folds_behind,
+    held_out_files,
+    labelled_rows,
+    member_files,
+    read_groups,
+    read_members,
+    read_predictions,
+    short_names,
+)
 from common.submission import check_submission, read_submission, recover
 from common.thresholds import METHODS, score_held_out
 

@@ -18,18 +18,37 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common import cli  # first: from here on Ctrl+C is no traceback
-
 import numpy as np
 
+from common import cli  # first: from here on Ctrl+C is no traceback
 from common.artifacts import Stage, read_table, write_csv
 from common.ensemble import combine, stack_members
 from common.errors import UserError
 from common.exposure import exposure_warning
 from common.labels import read_csv
-from common.predictions import check_networks, check_origin, check_there, describe_missing_folds, folds_behind, member_files, read_members
-from common.submission import (check_out, check_submission, decide, describe_submission, known_labels, left_out_samples, override,
-                               read_submission, read_thresholds, remember_submission, submission_table, with_empty_rows)
+from common.predictions import (
+    check_networks,
+    check_origin,
+    check_there,
+    describe_missing_folds,
+    folds_behind,
+    member_files,
+    read_members,
+)
+from common.submission import (
+    check_out,
+    check_submission,
+    decide,
+    describe_submission,
+    known_labels,
+    left_out_samples,
+    override,
+    read_submission,
+    read_thresholds,
+    remember_submission,
+    submission_table,
+    with_empty_rows,
+)
 
 
 def parse_args():

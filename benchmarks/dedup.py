@@ -25,11 +25,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from real_data import real
+
 from common import cli
 from common.hashing import find_pairs, hash_planes
 from common.images import read_planes, resize, write_planes
 from common.sources import channel_files, list_files, read_sample
-from real_data import real
 
 ORACLE_LIMIT = 42774  # hashes; beyond that NumPy takes minutes
 THRESHOLD = (12, 12, 12)

@@ -17,12 +17,13 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from real_data import real
+
 from common import cli
 from common.classes import CLASS_NAMES
 from common.folds import make_folds
 from common.hashing import antibodies, connect
 from common.labels import parse_targets, read_labels
-from real_data import real
 
 N_FOLDS, MAX_COPIES, SEED = 5, 4, 0
 

@@ -33,9 +33,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from train_step import bare_step, new_run
+
 from common import cli
 from common.recipes import RECIPES, Recipe, get_recipe
-from train_step import bare_step, new_run
 
 RATIO, WAITING = 1.03, 0.02  # wanted: of stage 04 to the bare loop, and of its time
 SAMPLES = 16  # different images that are stored; epochs repeat them

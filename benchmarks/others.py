@@ -74,8 +74,16 @@ def fastai(args, recipe, data):
     from dataclasses import replace
 
     import torch
-    from fastai.vision.all import (BCEWithLogitsLossFlat, DataLoaders, Dihedral, Learner, TensorImage, create_vision_model,
-                                   resnet18, resnet34)
+    from fastai.vision.all import (
+        BCEWithLogitsLossFlat,
+        DataLoaders,
+        Dihedral,
+        Learner,
+        TensorImage,
+        create_vision_model,
+        resnet18,
+        resnet34,
+    )
 
     def items(images):
         x = tensors(replace(images, crop=None), data.normalisation)

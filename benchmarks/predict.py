@@ -18,9 +18,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from in_turn import InTurn
+
 from common import cli
 from common.recipes import get_recipe
-from in_turn import InTurn
 
 # name -> recipe, images
 NETWORKS = {"tiny": (get_recipe("demo"), 256), "tiny+": (get_recipe("small_plus"), 256),
@@ -47,8 +48,8 @@ def measure(name: str, repeats: int) -> dict:
     import torch
 
     from common.data import BATCH, ImageSet, loader, whole_batches
-    from common.images import write_planes
     from common.hardware import HardwareOptions, choose_hardware
+    from common.images import write_planes
     from common.inference import Normalisation, predict_logits, views
     from common.models import build_model
 

@@ -24,9 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from real_data import real
+
 from common import cli
 from common.errors import UserError
-from real_data import real
 
 CHANNELS = ("red", "green", "blue", "yellow")
 LEVEL = 6  # of zstd, as stage 01 stores large images

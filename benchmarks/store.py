@@ -32,10 +32,11 @@ import tifffile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from real_data import real
+
 from common import cli, images, sources
 from common.data import Cache, EpochBatches, ImageSet, loader
 from common.files import writing
-from real_data import real
 
 EARLIER, OURS, RAW = "TIFF deflate+predictor, zlib.crc32", "TIFF (ours)", "TIFF raw (ours)"
 BATCH = 16

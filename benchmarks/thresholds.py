@@ -27,12 +27,13 @@ from sklearn.metrics import f1_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from real_data import real
+
 from common import cli
 from common.labels import parse_targets, read_labels
 from common.metrics import bootstrap_macro_f1, class_f1, f1_from_counts, macro_f1
 from common.progress import progress
 from common.thresholds import GRID, METHODS, cross_fit, find_thresholds, greedy_thresholds, repeated_folds
-from real_data import real
 
 NETWORKS = ("inceptionv3_650", "inceptionv4_800", "xception_512")
 WITH_INTERVAL = ("greedy", "calibrated")

@@ -28,9 +28,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from in_turn import InTurn, timed
+
 from common import cli
 from common.recipes import get_recipe
-from in_turn import InTurn, timed
 
 # name -> recipe, samples in an epoch: networks that cost two, twenty and fifty milliseconds a sample; tiny is `demo` as it is,
 # tiny+ our own training of its network, small is `demo` with ResNet-18 in place of it

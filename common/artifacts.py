@@ -23,7 +23,6 @@ from common.locks import Lock
 from common.recipes import store_settings
 from common.text_tables import BadTable, composed, read_text_table
 
-
 STATISTICS = " ".join(f"{value}_{channel}~" for value in ("mean", "std", "zeros", "saturated")
                       for channel in ("red", "green", "blue", "yellow"))
 # What stages write into their tables: text, whole numbers (#), and numbers (~), which may be unknown.

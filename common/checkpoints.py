@@ -20,7 +20,6 @@ from common.inference import Normalisation
 from common.models import build_model
 from common.recipes import Recipe, from_dict, recipe_of_run, to_dict
 
-
 FORMAT = 4  # of checkpoints; one more whenever older ones could be misread, as after each change of a network
 TRAIN_AGAIN = "train the fold again with --force, or use the version that wrote it"
 

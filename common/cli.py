@@ -16,7 +16,6 @@ from common.errors import WORKER_LOST, UserError, is_out_of_memory, nearest
 from common.errors import command as command_line
 from common.recipes import run_name
 
-
 DATA = Path("data")
 OUT_OF_MEMORY = ("the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, or "
                  "try --device cpu")
@@ -162,7 +161,7 @@ def run(main) -> None:
     for stream in (sys.stdout, sys.stderr):  # paths may have names that are no text
         stream.reconfigure(errors="backslashreplace")
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started one talks
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     stopping.listen()
     if "RUN_ALL_COMMAND" in os.environ:  # bash does not pass on the SIGTERM that ends it
         stopping.when_parent_ends(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -196,7 +195,7 @@ def open_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
 def stop_behind(error: BaseException) -> BaseException | None:

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common import stopping
-from common.distributed import Team
+from common.distributed import ALONE, Team
 from common.errors import UserError
 from common.images import corner, read_planes
 
@@ -160,7 +160,7 @@ class EpochBatches:
     weights : (n_rows,) how often rows are drawn, relative to each other; each comes up as often as that says, rounded up or down
     """
 
-    def __init__(self, n_rows: int, batch_size: int, seed: int, epoch: int, start: int = 0, team: Team = Team(),
+    def __init__(self, n_rows: int, batch_size: int, seed: int, epoch: int, start: int = 0, team: Team = ALONE,
                  weights: np.ndarray | None = None):
         self.batch = min(batch_size, n_rows)
         self.steps = n_rows // self.batch

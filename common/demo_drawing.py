@@ -110,7 +110,7 @@ def territories(rng, cells, size):
     dx, dy = (7 * smooth_noise(rng, GRID, 6) + 3 * smooth_noise(rng, GRID, 16) for _ in range(2))
     cores = [ellipse_norm(x + dx / 6, y + dy / 6, c.nucleus_centre, c.nucleus_axes, c.angle) for c in cells]
     bodies = [np.minimum(ellipse_norm(x + dx, y + dy, c.centre, c.axes, c.angle), core - 0.6)
-              for c, core in zip(cells, cores)]  # the nucleus always belongs to its own cell
+              for c, core in zip(cells, cores, strict=True)]  # the nucleus always belongs to its own cell
     owner, nearest = np.zeros((size, size), np.uint8), np.ones((size, size), np.float32)
     for k, body in enumerate(bodies, 1):
         body = cv2.resize(body, (size, size))
@@ -173,7 +173,7 @@ def dots(field, rng, points, smallest, largest, hollow=0):
     thickness = max(1, round(hollow * field.size / UNIT)) if hollow else -1
     points = np.concatenate(points)
     radii = fixed_point(field, rng.uniform(smallest, largest, len(points)))
-    for point, radius in zip(fixed_point(field, points).tolist(), radii.tolist()):
+    for point, radius in zip(fixed_point(field, points).tolist(), radii.tolist(), strict=True):
         cv2.circle(canvas, point, radius, 255, thickness, cv2.LINE_AA, SHIFT)
     return canvas.astype(np.float32) / 255
 
@@ -206,7 +206,7 @@ def places(field, rng, where, fewest, most, gap):
 def dashes(field, rng, points, origins, shortest, longest, width):
     """Draw at each point (n, 2) of a cell a dash that leads away from the cell's origin (2,)."""
     paths = []
-    for start, origin in zip(points, origins):
+    for start, origin in zip(points, origins, strict=True):
         dx, dy = (start - origin).T
         paths.append(wander(rng, start, np.arctan2(dy, dx), rng.uniform(shortest, longest, len(start))))
     return strokes(field, paths, width)
@@ -218,7 +218,7 @@ def arcs(field, rng, around, farthest, waviness, width):
     around : one array of directions from the nucleus, of shape (n_lines, n_points), a cell
     """
     paths = []
-    for cell, directions in zip(field.cells, around):
+    for cell, directions in zip(field.cells, around, strict=True):
         n = len(directions)
         waves = waviness * np.sin(6 * directions + rng.uniform(0, 2 * np.pi, (n, 1)))
         radius = ellipse_radius(directions, cell.nucleus_axes, cell.angle) + rng.uniform(3, farthest, (n, 1)) + waves
@@ -354,7 +354,7 @@ def organizing_center(field, rng):
 
 def centrosome(field, rng):
     offsets = 6.5 * unit_vector(rng.uniform(0, 2 * np.pi, len(field.cells)))
-    return 1.3 * dots(field, rng, [c.mtoc + [[1], [-1]] * offset for c, offset in zip(field.cells, offsets)], 5, 5.6)
+    return 1.3 * dots(field, rng, [c.mtoc + [[1], [-1]] * offset for c, offset in zip(field.cells, offsets, strict=True)], 5, 5.6)
 
 
 def lipid_droplets(field, rng):

@@ -72,6 +72,8 @@ class Team:
         return box[0]
 
 
+ALONE = Team()
+
 def local_rank() -> int | None:
     """Return this process's number on its machine, None where torchrun did not start several."""
     return int(os.environ["LOCAL_RANK"]) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
@@ -85,7 +87,7 @@ def local_size() -> int:
 def join_team(device: torch.device) -> Team:
     """Join the processes that torchrun started: over NCCL on GPUs, over gloo on CPUs; alone without torchrun."""
     if local_rank() is None:
-        return Team()
+        return ALONE
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Team(distributed.get_rank(), distributed.get_world_size())

@@ -2,7 +2,6 @@
 
 import shlex
 
-
 WORKER_LOST = ("a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, "
                "if need be with a lower --jobs")
 

@@ -13,7 +13,7 @@ import joblib
 import torch
 
 from common.data import BATCH
-from common.distributed import Team, join_team, local_rank, local_size
+from common.distributed import ALONE, Team, join_team, local_rank, local_size
 from common.errors import UserError, first_line
 from common.images import CHANNELS, MAX_SIDE
 from common.parallel import worker_number
@@ -53,7 +53,7 @@ class Hardware:
     device: torch.device
     autocast: torch.dtype | None = None
     workers: int = 0
-    team: Team = Team()
+    team: Team = ALONE
     micro_batch: int | None = None
     compiled: bool = False
     memory_format: torch.memory_format = torch.channels_last

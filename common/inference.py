@@ -14,6 +14,7 @@ from common.errors import UserError, is_out_of_memory
 from common.hardware import Hardware
 from common.progress import progress
 
+
 @dataclass(frozen=True)
 class Normalisation:
     """Mean and standard deviation of each channel on the 0-1 scale, (4,) each."""
@@ -28,7 +29,7 @@ class Normalisation:
         torch.addcmul(shift, rows, scale, out=rows)
         return rows.unflatten(2, (-1, 4)).permute(0, 3, 1, 2)
 
-    @cache
+    @cache  # noqa: B019 - one normalisation lives as long as its network
     def factors(self, device: torch.device, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return shift and scale of 8-bit values for a row of pixels, (4 width,) each, on the device."""
         mean, std = (torch.tensor(values, device=device).repeat(width) for values in (self.mean, self.std))

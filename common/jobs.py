@@ -8,8 +8,16 @@ from pathlib import Path
 import pandas as pd
 
 from common.artifacts import Stage, images_digest, prediction_file, read_table, save_predictions, sidecar
-from common.checkpoints import (FORMAT, check_recipe, check_unfinished, finished_checkpoint, load_checkpoint, load_network,
-                                made_from, restoring)
+from common.checkpoints import (
+    FORMAT,
+    check_recipe,
+    check_unfinished,
+    finished_checkpoint,
+    load_checkpoint,
+    load_network,
+    made_from,
+    restoring,
+)
 from common.distributed import Team
 from common.errors import UserError, command
 from common.finder import save_lr_curve

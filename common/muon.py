@@ -68,5 +68,5 @@ class Muon(torch.optim.AdamW):
         update = orthogonalised(gradient.lerp(average, momentum).flatten(1))
         size = group["lr"] * RMS * math.sqrt(max(update.shape))
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(parameter), alpha=-size)
-        for tensor, old in zip(changed, before):
+        for tensor, old in zip(changed, before, strict=False):
             tensor.copy_(torch.where(found_inf > 0, old, tensor))

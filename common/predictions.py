@@ -8,7 +8,15 @@ import numpy as np
 import pandas as pd
 
 from common.arrays import read_arrays
-from common.artifacts import check_probabilities, fingerprint, load_predictions, prediction_file, read_sidecar, read_table, sidecar
+from common.artifacts import (
+    check_probabilities,
+    fingerprint,
+    load_predictions,
+    prediction_file,
+    read_sidecar,
+    read_table,
+    sidecar,
+)
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, command, listing
 from common.folds import HOLD_OUT, fold_numbers

@@ -63,7 +63,7 @@ def class_figure(name: str, target: np.ndarray, prob: np.ndarray, threshold: flo
     precision, recall, _ = precision_recall_curve(target, prob)
     precision, recall = (values[np.diff(recall, prepend=2.0) != 0] for values in (precision, recall))  # where it changes
     some = np.unique(np.linspace(0, len(recall) - 1, 80).round().astype(int))
-    called, right = ((GRID <= values[:, None]).sum(axis=0) for values in (prob, prob[target]))
+    called, right = ((values[:, None] >= GRID).sum(axis=0) for values in (prob, prob[target]))
     curves = {"precision": np.divide(right, called, out=np.full(len(GRID), np.nan), where=called > 0),
               "recall": right / target.sum(), "F1": 2 * right / (called + target.sum())}
     predicted = prob >= threshold

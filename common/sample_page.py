@@ -135,8 +135,8 @@ def probabilities(work: Work, Id: str) -> list:
 def submitted(work: Work, Id: str) -> dict[str, str]:
     """Return what the submission says of a test sample: where no class passes, its most probable one by default."""
     table = there(lambda: work.submission)
-    rows = [] if table is None else table.loc[table["Id"] == Id, "Predicted"]
-    return {"in the submission": class_names(target) if target else "none" for target in rows}
+    rows = [] if table is None else list(table.loc[table["Id"] == Id, "Predicted"])
+    return {"in the submission": class_names(rows[-1]) if rows[-1] else "none"} if rows else {}
 
 
 def twins(work: Work, Id: str) -> list:

@@ -9,8 +9,15 @@ from common.calibration import calibrated_thresholds
 from common.classes import CLASS_NAMES
 from common.errors import UserError
 from common.folds import stratified_group_folds
-from common.metrics import (bootstrap_f1, bootstrap_macro_f1, class_f1, class_intervals, f1_from_counts, macro_f1,
-                            macro_interval)
+from common.metrics import (
+    bootstrap_f1,
+    bootstrap_macro_f1,
+    class_f1,
+    class_intervals,
+    f1_from_counts,
+    macro_f1,
+    macro_interval,
+)
 
 GRID = np.round(np.arange(0.10, 0.901, 0.05), 2)  # 0.1 to 0.9 by 0.05, as in the paper
 FEW = 10  # positives below which a threshold is warned of

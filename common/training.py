@@ -33,7 +33,14 @@ from common.models import build_model, param_groups
 from common.muon import Muon
 from common.progress import progress
 from common.recipes import Recipe, to_dict
-from common.schedules import cosine_with_restarts, cycle_gain, exponential_range, has_diverged, one_cycle, plateau_halvings
+from common.schedules import (
+    cosine_with_restarts,
+    cycle_gain,
+    exponential_range,
+    has_diverged,
+    one_cycle,
+    plateau_halvings,
+)
 from common.telemetry import class_mix, sample_table, save_telemetry
 
 CHECKPOINT_SECONDS = 300  # between checkpoints within an epoch

@@ -7,8 +7,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts import (fingerprint, load_predictions, prediction_file, preprocess_command, read_lines, read_sidecar,
-                              read_table, sidecar)
+from common.artifacts import (
+    fingerprint,
+    load_predictions,
+    prediction_file,
+    preprocess_command,
+    read_lines,
+    read_sidecar,
+    read_table,
+    sidecar,
+)
 from common.classes import CLASS_NAMES
 from common.contact_sheet import composite, jpeg, small_planes
 from common.ensemble import combine, stack_members

@@ -7,8 +7,21 @@ from torch import nn
 from torchvision.models import resnet18
 
 from common.errors import UserError
-from common.models import (AdaptiveConcatPool2d, GapNetEncoder, PadTo, backbone, build_encoder, build_head, build_model,
-                           count_parameters, densenet50, param_groups, pretrainedmodel, stem, widen_stem)
+from common.models import (
+    AdaptiveConcatPool2d,
+    GapNetEncoder,
+    PadTo,
+    backbone,
+    build_encoder,
+    build_head,
+    build_model,
+    count_parameters,
+    densenet50,
+    param_groups,
+    pretrainedmodel,
+    stem,
+    widen_stem,
+)
 from common.recipes import CHOICES, RECIPES, Recipe, get_recipe
 from tests.conftest import ROOT
 

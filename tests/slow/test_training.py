@@ -20,8 +20,8 @@ from common.errors import UserError
 from common.files import write_text
 from common.finder import save_lr_curve
 from common.fold_data import FoldData, load_fold
-from common.images import write_planes
 from common.hardware import PRECISIONS, Hardware, HardwareOptions, choose_hardware
+from common.images import write_planes
 from common.inference import Fitting, Normalisation, mean_probabilities, predict_logits, views
 from common.jobs import begin_fold
 from common.losses import sample_losses

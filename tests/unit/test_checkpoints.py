@@ -12,8 +12,16 @@ import pytest
 import torch
 
 from common.artifacts import Stage, sidecar
-from common.checkpoints import (FORMAT, check_alike, check_unfinished, load_checkpoint, load_network, made_from, prepare,
-                                save_checkpoint)
+from common.checkpoints import (
+    FORMAT,
+    check_alike,
+    check_unfinished,
+    load_checkpoint,
+    load_network,
+    made_from,
+    prepare,
+    save_checkpoint,
+)
 from common.classes import CLASS_NAMES
 from common.errors import UserError
 from common.files import write_json

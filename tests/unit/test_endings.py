@@ -20,7 +20,6 @@ from common.files import naming, write_text
 from common.predictions import check_origin
 from tests.conftest import ROOT
 
-
 # --- signals -----------------------------------------------------------------------------------------------
 
 @pytest.fixture

@@ -1,9 +1,17 @@
 import numpy as np
-import pandas as pd
 import pytest
 
-from common.ensemble import (align, combine, describe_classes, describe_ensemble, evaluate_ensemble, find_weights, keep_common,
-                             mean_predictions, stack_members)
+from common.ensemble import (
+    align,
+    combine,
+    describe_classes,
+    describe_ensemble,
+    evaluate_ensemble,
+    find_weights,
+    keep_common,
+    mean_predictions,
+    stack_members,
+)
 from common.errors import UserError
 from common.metrics import macro_f1
 from common.thresholds import evaluate_thresholds, find_thresholds

@@ -28,7 +28,7 @@ def test_the_heat_lies_on_what_the_class_is_made_of():
     images = torch.stack([dihedral(image, view) for view in VIEWS])
     for c, (row, column) in enumerate([(5.5, 21.5), (25.5, 9.5)]):
         heat = heat_map([(camera, images)], c, 32)
-        assert heat.shape == (32, 32) and 0 <= heat.min() and heat.max() <= 1
+        assert heat.shape == (32, 32) and heat.min() >= 0 and heat.max() <= 1
         place = np.argwhere(heat == heat.max()).mean(axis=0)
         np.testing.assert_allclose(place, (row, column), atol=1)
 

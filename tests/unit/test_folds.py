@@ -4,8 +4,18 @@ import pytest
 
 from common.classes import CLASS_NAMES
 from common.errors import UserError
-from common.folds import (HOLD_OUT, audit, audit_table, class_counts, describe_audit, fold_numbers, make_folds,
-                          oversampling_copies, stratified_group_folds, training_rows)
+from common.folds import (
+    HOLD_OUT,
+    audit,
+    audit_table,
+    class_counts,
+    describe_audit,
+    fold_numbers,
+    make_folds,
+    oversampling_copies,
+    stratified_group_folds,
+    training_rows,
+)
 from common.labels import format_targets, parse_targets, read_labels
 
 RNG = np.random.default_rng(0)

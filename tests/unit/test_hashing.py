@@ -5,8 +5,7 @@ import pytest
 from PIL import Image
 
 from common import hashing
-from common.hashing import (agreement, choose_kept, connect, doubtful_pairs, duplicate_tables, find_pairs,
-                            hash_planes)
+from common.hashing import agreement, choose_kept, connect, doubtful_pairs, duplicate_tables, find_pairs, hash_planes
 
 RNG = np.random.default_rng(0)
 

@@ -19,6 +19,7 @@ from common.errors import UserError
 from common.locks import Lock, holders, is_gone, read_record, this_process
 from tests.conftest import ROOT
 
+
 @pytest.fixture(autouse=True)
 def no_grace(monkeypatch):
     monkeypatch.setattr(locks, "SECONDS_OF_GRACE", 0)

@@ -17,14 +17,14 @@ from common import cli, parallel, stopping, text_tables
 from common.artifacts import Stage, check_probabilities, load_predictions, read_json, read_sidecar, read_table
 from common.errors import UserError
 from common.files import write_json, write_text
-from common.sources import BadImage, read_channel
-from common.labels import parse_targets, read_csv, read_labels
-from common.parallel import run_parallel, workers
 from common.folds import make_folds
 from common.hardware import HardwareOptions, choose_hardware
+from common.labels import parse_targets, read_csv, read_labels
+from common.parallel import run_parallel, workers
 from common.predictions import check_there, labelled_rows, read_groups
 from common.preprocess import Sample, refuse_bad
 from common.recipes import get_recipe
+from common.sources import BadImage, read_channel
 from common.thresholds import repeated_folds
 from tests.conftest import ROOT
 

@@ -2,8 +2,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from common.metrics import (bootstrap_f1, bootstrap_macro_f1, class_f1, class_intervals, f1_from_counts, macro_f1,
-                            macro_interval)
+from common.metrics import (
+    bootstrap_f1,
+    bootstrap_macro_f1,
+    class_f1,
+    class_intervals,
+    f1_from_counts,
+    macro_f1,
+    macro_interval,
+)
 
 RNG = np.random.default_rng(0)
 TARGETS, PREDICTED = RNG.random((2, 200, 28)) < 0.2

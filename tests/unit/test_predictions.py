@@ -15,7 +15,10 @@ IDS = np.array(["a", "b", "c"])
 PROBS = np.random.default_rng(0).random((3, 28)).astype(np.float32)
 
 
-def table(columns=tuple(map(str, range(28))), probs=PROBS, ids=IDS):
+COLUMNS = tuple(map(str, range(28)))
+
+
+def table(columns=COLUMNS, probs=PROBS, ids=IDS):
     return pd.DataFrame(probs, columns=columns).assign(Id=ids)
 
 

@@ -4,8 +4,19 @@ import pytest
 
 from common import recipes
 from common.errors import UserError
-from common.recipes import (ABLATION, CHOICES, RECIPES, Recipe, ablation_runs, fit_to_source, from_dict, get_recipe, run_name,
-                            stored_size, to_dict)
+from common.recipes import (
+    ABLATION,
+    CHOICES,
+    RECIPES,
+    Recipe,
+    ablation_runs,
+    fit_to_source,
+    from_dict,
+    get_recipe,
+    run_name,
+    stored_size,
+    to_dict,
+)
 
 
 def test_resnet50_has_the_papers_numbers():

@@ -7,8 +7,18 @@ import pytest
 import torch
 
 from common.recipes import get_recipe
-from common.schedules import (centred, cosine_with_restarts, cycle_gain, exponential_range, has_diverged, one_cycle,
-                              plateau_halvings, smoothed, steepest_learning_rate, suggest_learning_rate)
+from common.schedules import (
+    centred,
+    cosine_with_restarts,
+    cycle_gain,
+    exponential_range,
+    has_diverged,
+    one_cycle,
+    plateau_halvings,
+    smoothed,
+    steepest_learning_rate,
+    suggest_learning_rate,
+)
 from common.training import Run, is_evaluated, is_finished, learning_rate_factor
 
 

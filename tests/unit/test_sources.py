@@ -7,8 +7,16 @@ import tifffile
 from PIL import Image
 
 from common import sources
-from common.sources import (BadImage, channel_files, examine_sample, list_files, not_found, read_channel, read_sample,
-                            read_side)
+from common.sources import (
+    BadImage,
+    channel_files,
+    examine_sample,
+    list_files,
+    not_found,
+    read_channel,
+    read_sample,
+    read_side,
+)
 from tests.tiffs import TURNS, agreed, stretched, turned, write_tiff
 
 RNG = np.random.default_rng(0)

@@ -5,9 +5,24 @@ import pandas as pd
 import pytest
 
 from common.errors import UserError
-from common.submission import (check_out, check_submission, decide, describe_submission, frequency_table, known_labels,
-                               left_out_samples, override, read_submission, read_thresholds, recover, remember_submission,
-                               remembered_submissions, shortest_decimal, submission_table, with_empty_rows)
+from common.submission import (
+    check_out,
+    check_submission,
+    decide,
+    describe_submission,
+    frequency_table,
+    known_labels,
+    left_out_samples,
+    override,
+    read_submission,
+    read_thresholds,
+    recover,
+    remember_submission,
+    remembered_submissions,
+    shortest_decimal,
+    submission_table,
+    with_empty_rows,
+)
 from tests.unit.test_ensemble import probs
 
 

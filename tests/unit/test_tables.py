@@ -22,7 +22,10 @@ def macro(targets, predicted):
     return f1_score(targets, predicted, average="macro", zero_division=0)
 
 
-def make_work(work, n=120, n_folds=3, seed=0, skill=np.linspace(1, 2.5, len(RUNS))):
+SKILL = np.linspace(1, 2.5, len(RUNS))
+
+
+def make_work(work, n=120, n_folds=3, seed=0, skill=SKILL):
     """Write folds.csv and each run's out-of-fold files, rows in another order; later runs are better."""
     rng = np.random.default_rng(seed)
     targets = rng.random((n, 28)) < np.linspace(0.02, 0.4, 28)

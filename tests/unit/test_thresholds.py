@@ -5,8 +5,20 @@ from sklearn.metrics import f1_score
 from common.classes import CLASS_NAMES
 from common.errors import UserError
 from common.folds import stratified_group_folds
-from common.thresholds import (GRID, METHODS, cross_fit, evaluate_thresholds, exact_thresholds, f1_curves, find_thresholds,
-                               greedy_thresholds, ratio_thresholds, repeated_folds, score_held_out, single_threshold)
+from common.thresholds import (
+    GRID,
+    METHODS,
+    cross_fit,
+    evaluate_thresholds,
+    exact_thresholds,
+    f1_curves,
+    find_thresholds,
+    greedy_thresholds,
+    ratio_thresholds,
+    repeated_folds,
+    score_held_out,
+    single_threshold,
+)
 
 
 def simulated(n=300, classes=28, seed=0):

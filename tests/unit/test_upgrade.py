@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from common.artifacts import Stage, read_json, read_table, sidecar
-from common.checkpoints import FORMAT, check_unfinished, finished_checkpoint, load_checkpoint, load_network, save_checkpoint
+from common.checkpoints import (
+    FORMAT,
+    check_unfinished,
+    finished_checkpoint,
+    load_checkpoint,
+    load_network,
+    save_checkpoint,
+)
 from common.distributed import Team
 from common.errors import UserError
 from common.hardware import Hardware, HardwareOptions
