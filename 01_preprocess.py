@@ -27,25 +27,57 @@ from common.errors import UserError
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
-                        help="make the image sizes of these recipes (default: resnet50)")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
-                        help="change a field of the recipes, as in stage 04")
+    parser.add_argument(
+        "--recipes",
+        type=cli.recipe_names,
+        default=["resnet50"],
+        metavar="A,B",
+        help="make the image sizes of these recipes (default: resnet50)",
+    )
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="settings",
+        help="change a field of the recipes, as in stage 04",
+    )
     parser.add_argument("--limit", type=cli.positive, metavar="N", help="use only N training samples, drawn at random")
-    parser.add_argument("--keep-going", action="store_true",
-                        help="leave out samples with missing or bad files, by name, in place of an error at the end")
-    parser.add_argument("--white-level", type=cli.white_level, default=65535, metavar="V",
-                        help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)")
-    parser.add_argument("--store", choices=("zstd", "raw"), default="zstd",
-                        help="how images above 256 px are stored: compressed, or raw in about four times the room, which "
-                             "stages 04 and 05 read three times as fast (default: zstd)")
-    parser.add_argument("--black-level", type=cli.black_level, default=0, metavar="V",
-                        help="value of 16-bit files that becomes 0, such as 32768 where a microscope adds that to all (default: 0)")
+    parser.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="leave out samples with missing or bad files, by name, in place of an error at the end",
+    )
+    parser.add_argument(
+        "--white-level",
+        type=cli.white_level,
+        default=65535,
+        metavar="V",
+        help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)",
+    )
+    parser.add_argument(
+        "--store",
+        choices=("zstd", "raw"),
+        default="zstd",
+        help="how images above 256 px are stored: compressed, or raw in about four times the room, which "
+        "stages 04 and 05 read three times as fast (default: zstd)",
+    )
+    parser.add_argument(
+        "--black-level",
+        type=cli.black_level,
+        default=0,
+        metavar="V",
+        help="value of 16-bit files that becomes 0, such as 32768 where a microscope adds that to all (default: 0)",
+    )
     parser.add_argument("--jobs", type=cli.jobs, default=-1, metavar="N", help="worker processes (default: all cores)")
     cli.add_cluster_flag(parser)
-    parser.add_argument("--check", action="store_true",
-                        help="make nothing: look at machine, input, labels, weights, room and time of a whole run, and say what "
-                             "will fail and how to mend it (its own flags: --check --help)")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="make nothing: look at machine, input, labels, weights, room and time of a whole run, and say what "
+        "will fail and how to mend it (its own flags: --check --help)",
+    )
     if "--check" in sys.argv:
         cli.add_check_flags(parser)
     args = parser.parse_args()
@@ -91,21 +123,36 @@ def main():
     with workers(args.jobs, args.cluster) as n_jobs:
         states = known_states(samples, work, n_jobs)
 
-    stage = preprocess_stage(args.work, samples, states, wanted_stores(recipes.values()), levels, args.keep_going, raw,
-                             any(recipe.enlarge for recipe in recipes.values()))
+    stage = preprocess_stage(
+        args.work,
+        samples,
+        states,
+        wanted_stores(recipes.values()),
+        levels,
+        args.keep_going,
+        raw,
+        any(recipe.enlarge for recipe in recipes.values()),
+    )
     if stage.is_current() and all_stored(read_table(stage.artifact, cli.command())["Id"], args.work / "images"):
         return
     stage.begin()
     with workers(args.jobs, args.cluster) as n_jobs:
         stored = store_all(samples, states, bad, recipes, work, n_jobs, levels, args.keep_going, raw)
-    tables, left_out = {store: args.work / "images" / f"{store}.csv" for store in stored.statistics}, args.work / "left_out.csv"
+    tables, left_out = (
+        {store: args.work / "images" / f"{store}.csv" for store in stored.statistics},
+        args.work / "left_out.csv",
+    )
     for store, path in tables.items():
         write_csv(path, statistics_table(stored.samples, stored.statistics[store]))
     drop_outdated(args.work / "images", stored.statistics, stored.samples, states, levels)
     write_csv(left_out, bad_table(stored.bad, samples))
     write_csv(stage.artifact, sample_table(stored.samples, stored.sides))
-    stage.finish(rows=len(stored.samples), also=[left_out, *tables.values()], exposure=stored.exposure,
-                 arguments=cli.arguments_without("--work"))
+    stage.finish(
+        rows=len(stored.samples),
+        also=[left_out, *tables.values()],
+        exposure=stored.exposure,
+        arguments=cli.arguments_without("--work"),
+    )
     print("01_preprocess: " + "\n".join(describe(stored, args.work)))
 
 

@@ -33,12 +33,22 @@ BEYOND = 6  # bits outside the thresholds in which the contact sheet looks for d
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--threshold", type=thresholds, default=(12, 12, 12), metavar="R,G,B",
-                        help="largest distance in bits of 64 per channel, or one for all (default: 12)")
-    parser.add_argument("--floor", type=int, default=50, metavar="N",
-                        help="take no class below N kept samples (default: 50)")
-    parser.add_argument("--external-groups", default="antibody", choices=("antibody", "none"),
-                        help="keep external fields of one antibody in one fold (default), or treat each by itself")
+    parser.add_argument(
+        "--threshold",
+        type=thresholds,
+        default=(12, 12, 12),
+        metavar="R,G,B",
+        help="largest distance in bits of 64 per channel, or one for all (default: 12)",
+    )
+    parser.add_argument(
+        "--floor", type=int, default=50, metavar="N", help="take no class below N kept samples (default: 50)"
+    )
+    parser.add_argument(
+        "--external-groups",
+        default="antibody",
+        choices=("antibody", "none"),
+        help="keep external fields of one antibody in one fold (default), or treat each by itself",
+    )
     parser.add_argument("--jobs", type=cli.jobs, default=-1, metavar="N", help="worker processes (default: all cores)")
     cli.add_cluster_flag(parser)
     return parser.parse_args()
@@ -56,9 +66,12 @@ def main():
     samples = read_table(args.work / "samples.csv", cli.other("01_preprocess.py", args))
     folder = args.work / "images" / str(min(HASH_SIZE, samples["side"].min()))
     table, pair_file = args.work / "duplicates.csv", args.work / "duplicate_pairs.csv"
-    stage = Stage("02_dedup", table,
-                  {"thresholds": args.threshold, "floor": args.floor, "external_groups": args.external_groups},
-                  {"samples.csv": args.work / "samples.csv", "images": folder.with_suffix(".csv")})
+    stage = Stage(
+        "02_dedup",
+        table,
+        {"thresholds": args.threshold, "floor": args.floor, "external_groups": args.external_groups},
+        {"samples.csv": args.work / "samples.csv", "images": folder.with_suffix(".csv")},
+    )
     if stage.is_current():
         return
     crcs = stored_images(args.work, folder.name, samples["Id"])["crc"]
@@ -68,14 +81,21 @@ def main():
     with workers(args.jobs, args.cluster) as n_jobs:
         for i, result in run_parallel(hash_file, jobs, n_jobs, "hashing"):
             hashes[i], flat[i] = result
-    duplicates, pairs = duplicate_tables(samples, hashes, flat, args.threshold, args.floor,
-                                         by_antibody=args.external_groups == "antibody")
+    duplicates, pairs = duplicate_tables(
+        samples, hashes, flat, args.threshold, args.floor, by_antibody=args.external_groups == "antibody"
+    )
     write_csv(pair_file, pairs)
     sheet = pair_file.with_suffix(".png")
     far = pairs[list(HASHED)].sum(axis=1).sort_values(kind="stable")
-    save_contact_sheet(sheet, folder, {
-        "closest pairs": pairs.loc[far.index], "farthest pairs that count as duplicates": pairs.loc[far.index[::-1]],
-        "nearest pairs that do not": doubtful_pairs(samples, hashes, flat, args.threshold, BEYOND, SHOWN)})
+    save_contact_sheet(
+        sheet,
+        folder,
+        {
+            "closest pairs": pairs.loc[far.index],
+            "farthest pairs that count as duplicates": pairs.loc[far.index[::-1]],
+            "nearest pairs that do not": doubtful_pairs(samples, hashes, flat, args.threshold, BEYOND, SHOWN),
+        },
+    )
     write_csv(table, duplicates)
     stage.finish(rows=len(duplicates), also=[pair_file, sheet])
     report(samples, flat, duplicates, pairs, pair_file)
@@ -84,19 +104,24 @@ def main():
 def report(samples, flat, duplicates, pairs, pair_file):
     """Print how many there are, what happened to them, and the matches with test and external samples."""
     groups = duplicates["near_group"].value_counts()
-    print(f"02_dedup: {(groups > 1).sum()} groups of near-identical samples; {(duplicates['kept'] == 0).sum()} of "
-          f"{len(duplicates)} labelled samples are left out of training")
+    print(
+        f"02_dedup: {(groups > 1).sum()} groups of near-identical samples; {(duplicates['kept'] == 0).sum()} of "
+        f"{len(duplicates)} labelled samples are left out of training"
+    )
     if flat.any():
-        print(f"{flat.sum()} samples have a black or constant channel and match nothing:\n"
-              f"{listing(samples['Id'][flat])}")
+        print(
+            f"{flat.sum()} samples have a black or constant channel and match nothing:\n{listing(samples['Id'][flat])}"
+        )
     parts = pairs[["part", "other_part"]].apply(frozenset, axis=1) if len(pairs) else pairs["part"]
     for part in ("test", "external"):
         some = pairs[[len(both) == 2 and part in both for both in parts]]
         if len(some):
             bits = some[list(HASHED)].astype(str).agg("/".join, axis=1)
             agreed = some["agreement"].where(some["agreement"] == "", "  labels agree " + some["agreement"])
-            print(f"{len(some)} pairs join {part} samples with other parts (kept; listed in {pair_file}); bits apart:\n"
-                  f"{listing(some['Id'] + '  ~  ' + some['other_Id'] + '  ' + bits + agreed)}")
+            print(
+                f"{len(some)} pairs join {part} samples with other parts (kept; listed in {pair_file}); bits apart:\n"
+                f"{listing(some['Id'] + '  ~  ' + some['other_Id'] + '  ' + bits + agreed)}"
+            )
 
 
 if __name__ == "__main__":

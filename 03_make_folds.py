@@ -24,12 +24,26 @@ from common.folds import audit, audit_table, describe_audit, make_folds
 def parse_args():
     parser = cli.parser(__doc__)
     parser.add_argument("--n-folds", type=int, default=5, metavar="N", help="number of folds (default: 5)")
-    parser.add_argument("--max-copies", type=int, default=4, metavar="N",
-                        help="copies of the rarest classes' samples; 1 = no oversampling (default: 4)")
-    parser.add_argument("--external", default="train", choices=("train", "stratified"),
-                        help="external samples are for training only (default), or are split into folds as the others")
-    parser.add_argument("--hold-out", type=float, default=0.0, metavar="SHARE",
-                        help="set this share of the samples aside, neither trained on nor validated on (default: none)")
+    parser.add_argument(
+        "--max-copies",
+        type=int,
+        default=4,
+        metavar="N",
+        help="copies of the rarest classes' samples; 1 = no oversampling (default: 4)",
+    )
+    parser.add_argument(
+        "--external",
+        default="train",
+        choices=("train", "stratified"),
+        help="external samples are for training only (default), or are split into folds as the others",
+    )
+    parser.add_argument(
+        "--hold-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="set this share of the samples aside, neither trained on nor validated on (default: none)",
+    )
     parser.add_argument("--seed", type=cli.not_negative, default=0, help="seed of the split (default: 0)")
     args = parser.parse_args()
     if args.n_folds < 2:

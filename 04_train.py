@@ -33,31 +33,64 @@ from common.recipes import describe_fit, fit_to_source, get_recipes
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipe", type=cli.recipe_names, default=["resnet50"], metavar="NAME",
-                        help="recipe to train, or several: a,b (default: resnet50)")
+    parser.add_argument(
+        "--recipe",
+        type=cli.recipe_names,
+        default=["resnet50"],
+        metavar="NAME",
+        help="recipe to train, or several: a,b (default: resnet50)",
+    )
     parser.add_argument("--folds", type=cli.fold_numbers, metavar="0,2", help="folds to train (default: all)")
     parser.add_argument("--force", action="store_true", help="throw away what these folds have and train anew")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings",
-                        help="change fields of the recipe")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="settings",
+        help="change fields of the recipe",
+    )
     cli.add_weight_flags(parser)
     parser.add_argument("--list-recipes", action="store_true", help="only print the recipes and their networks")
     parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
     parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
     parser.add_argument("--find-lr", action="store_true", help="only run the learning rate finder and save its curve")
-    parser.add_argument("--seed", type=cli.not_negative, default=0, help="seed of weights, order, crops and dropout (default: 0)")
-    parser.add_argument("--micro-batch", type=cli.positive, metavar="N",
-                        help="images in memory at once; a batch is accumulated from several (default: the whole batch, "
-                             "halved when a GPU runs out of memory)")
-    parser.add_argument("--on-nan", default="stop", choices=("stop", "back"),
-                        help="when the loss is no longer finite: stop (default), or go back to the beginning of the epoch with "
-                             "half the learning rates, at most three times")
-    parser.add_argument("--compile", action="store_true", dest="compiled",
-                        help="compile the network with torch.compile before it is trained (default: off, since on CPUs it takes a "
-                             "minute and gains nothing)")
-    parser.add_argument("--memory-format", default="channels-last", choices=("channels-last", "contiguous"),
-                        help="how tensors lie in memory while training (default: channels-last, the faster one)")
-    parser.add_argument("--tensorboard", action="store_true",
-                        help="write the log as scalars for TensorBoard too, an epoch at a time: tensorboard --logdir WORK/runs")
+    parser.add_argument(
+        "--seed", type=cli.not_negative, default=0, help="seed of weights, order, crops and dropout (default: 0)"
+    )
+    parser.add_argument(
+        "--micro-batch",
+        type=cli.positive,
+        metavar="N",
+        help="images in memory at once; a batch is accumulated from several (default: the whole batch, "
+        "halved when a GPU runs out of memory)",
+    )
+    parser.add_argument(
+        "--on-nan",
+        default="stop",
+        choices=("stop", "back"),
+        help="when the loss is no longer finite: stop (default), or go back to the beginning of the epoch with "
+        "half the learning rates, at most three times",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        dest="compiled",
+        help="compile the network with torch.compile before it is trained (default: off, since on CPUs it takes a "
+        "minute and gains nothing)",
+    )
+    parser.add_argument(
+        "--memory-format",
+        default="channels-last",
+        choices=("channels-last", "contiguous"),
+        help="how tensors lie in memory while training (default: channels-last, the faster one)",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write the log as scalars for TensorBoard too, an epoch at a time: tensorboard --logdir WORK/runs",
+    )
     cli.add_hardware_flags(parser)
     cli.add_cluster_flag(parser)
     return parser.parse_args()
@@ -97,8 +130,17 @@ def main():
             print(describe_fit(name, recipe, fitted[name]))
     options, hardware = plan_hardware(args, "04_train", len(recipes) * len(numbers))
     team = hardware.team
-    jobs = plan(args.work, fitted, folds, numbers, args.seed, args.force or args.find_lr, args.pretrained,
-                args.weights_dir, team)
+    jobs = plan(
+        args.work,
+        fitted,
+        folds,
+        numbers,
+        args.seed,
+        args.force or args.find_lr,
+        args.pretrained,
+        args.weights_dir,
+        team,
+    )
     if not args.find_lr:
         # Every refusal comes before the first training, and before --force throws anything away.
         if team.is_main:

@@ -26,15 +26,32 @@ from common.predictions import describe_folds
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
-                        help="recipes to predict with (default: resnet50)")
+    parser.add_argument(
+        "--recipes",
+        type=cli.recipe_names,
+        default=["resnet50"],
+        metavar="A,B",
+        help="recipes to predict with (default: resnet50)",
+    )
     parser.add_argument("--folds", type=cli.fold_numbers, metavar="0,2", help="folds to predict (default: all)")
-    parser.add_argument("--tta", default="dihedral", choices=("none", "dihedral"),
-                        help="average over the 8 symmetries of each image (default) or not")
-    parser.add_argument("--view", default="whole", choices=("whole", "crops"),
-                        help="predict whole images (default) or the mean of five crops")
-    parser.add_argument("--checkpoint", default="best", choices=("best", "last"),
-                        help="network of the best validation epoch (default) or of the last epoch")
+    parser.add_argument(
+        "--tta",
+        default="dihedral",
+        choices=("none", "dihedral"),
+        help="average over the 8 symmetries of each image (default) or not",
+    )
+    parser.add_argument(
+        "--view",
+        default="whole",
+        choices=("whole", "crops"),
+        help="predict whole images (default) or the mean of five crops",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        choices=("best", "last"),
+        help="network of the best validation epoch (default) or of the last epoch",
+    )
     parser.add_argument("--no-test", action="store_true", help="predict the validation samples only")
     parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at once (default: 32)")
     cli.add_hardware_flags(parser)
@@ -55,8 +72,10 @@ def main():
     if warning := exposure_warning(args.work):
         print(warning)
 
-    means = {"held_out": folds[folds["fold"] == HOLD_OUT],
-             "test": samples[(samples["part"] == "test") & (not args.no_test)]}
+    means = {
+        "held_out": folds[folds["fold"] == HOLD_OUT],
+        "test": samples[(samples["part"] == "test") & (not args.no_test)],
+    }
     means = {part: rows for part, rows in means.items() if len(rows)}
     numbers = args.folds if args.folds is not None else fold_numbers(folds)
     settings = {"tta": args.tta, "view": args.view, "checkpoint": args.checkpoint}
@@ -69,22 +88,31 @@ def main():
         return {"oof": folds[folds["fold"] == fold], **means}
 
     options, _ = plan_hardware(args, "05_predict_oof", len(args.recipes) * len(numbers), training=False)
-    jobs = [(args.work, recipe, fold, folds, parts_of(fold), settings, args.batch_size, options)
-            for recipe in args.recipes for fold in numbers]
+    jobs = [
+        (args.work, recipe, fold, folds, parts_of(fold), settings, args.batch_size, options)
+        for recipe in args.recipes
+        for fold in numbers
+    ]
     for recipe in args.recipes:
         check_alike(args.work, recipe, numbers)
     run_jobs(predict_job, jobs, options.jobs, args.cluster, "predicting")
     for recipe in args.recipes:
         for part, some in predicted_folds(args.work, recipe, numbers, folds, parts_of, settings).items():
             combine(args, recipe, some, part, mean_predictions if part in means else join_folds)
-            print(f"05_predict_oof: {prediction_file(args.work, recipe, part)} {describe_folds(some, len(fold_numbers(folds)))}")
+            print(
+                f"05_predict_oof: {prediction_file(args.work, recipe, part)} {describe_folds(some, len(fold_numbers(folds)))}"
+            )
 
 
 def combine(args, recipe_name, numbers, part, how):
     """Write the folds' predictions of one part as one file."""
     sources = [prediction_file(args.work, recipe_name, part, fold) for fold in numbers]
-    stage = Stage("05_predict_oof", prediction_file(args.work, recipe_name, part), {"folds": numbers},
-                  {path.name: path for path in sources})
+    stage = Stage(
+        "05_predict_oof",
+        prediction_file(args.work, recipe_name, part),
+        {"folds": numbers},
+        {path.name: path for path in sources},
+    )
     if stage.is_current():
         return
     stage.begin(wait=True)  # it takes a second

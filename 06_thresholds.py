@@ -52,24 +52,57 @@ from common.thresholds import METHODS, score_held_out
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
-                        help="recipes whose probabilities are combined (default: resnet50)")
-    parser.add_argument("--method", default="calibrated", choices=METHODS,
-                        help="calibrated (default): highest expected F1 after calibration, rare classes lean on the others; "
-                             "half: 0.5; single: one for all; greedy: the paper's search; exact: every distinct probability; "
-                             "ratio: predict each class as often as it is to be expected")
-    parser.add_argument("--combine", default="mean", choices=COMBINATIONS,
-                        help="plain mean of the members (default), mean with weights found out of fold, mean of ranks")
-    parser.add_argument("--prior", type=Path, metavar="CSV", help="labels (Id,Target) whose class shares --method ratio is to "
-                                                                  "match (default: those of the out-of-fold samples)")
-    parser.add_argument("--oof", type=Path, nargs="+", metavar="FILE", help="predictions to use in place of the recipes'")
+    parser.add_argument(
+        "--recipes",
+        type=cli.recipe_names,
+        default=["resnet50"],
+        metavar="A,B",
+        help="recipes whose probabilities are combined (default: resnet50)",
+    )
+    parser.add_argument(
+        "--method",
+        default="calibrated",
+        choices=METHODS,
+        help="calibrated (default): highest expected F1 after calibration, rare classes lean on the others; "
+        "half: 0.5; single: one for all; greedy: the paper's search; exact: every distinct probability; "
+        "ratio: predict each class as often as it is to be expected",
+    )
+    parser.add_argument(
+        "--combine",
+        default="mean",
+        choices=COMBINATIONS,
+        help="plain mean of the members (default), mean with weights found out of fold, mean of ranks",
+    )
+    parser.add_argument(
+        "--prior",
+        type=Path,
+        metavar="CSV",
+        help="labels (Id,Target) whose class shares --method ratio is to "
+        "match (default: those of the out-of-fold samples)",
+    )
+    parser.add_argument(
+        "--oof", type=Path, nargs="+", metavar="FILE", help="predictions to use in place of the recipes'"
+    )
     parser.add_argument("--ids", type=Path, metavar="CSV", help="Ids of the rows of .npy files")
-    parser.add_argument("--labels", type=Path, metavar="CSV", help="Id,Target of the --oof samples (default: DATA/train.csv)")
-    parser.add_argument("--groups", type=Path, metavar="CSV", help="Id,group of the --oof samples, such as WORK/duplicates.csv: "
-                                                                   "a group is never split (default: each sample by itself)")
-    parser.add_argument("--common-ids", action="store_true", help="leave out samples that some file lacks (default: refuse)")
-    parser.add_argument("--reproduce", type=Path, metavar="CSV",
-                        help="find the thresholds that make this submission of the one --oof file")
+    parser.add_argument(
+        "--labels", type=Path, metavar="CSV", help="Id,Target of the --oof samples (default: DATA/train.csv)"
+    )
+    parser.add_argument(
+        "--groups",
+        type=Path,
+        metavar="CSV",
+        help="Id,group of the --oof samples, such as WORK/duplicates.csv: "
+        "a group is never split (default: each sample by itself)",
+    )
+    parser.add_argument(
+        "--common-ids", action="store_true", help="leave out samples that some file lacks (default: refuse)"
+    )
+    parser.add_argument(
+        "--reproduce",
+        type=Path,
+        metavar="CSV",
+        help="find the thresholds that make this submission of the one --oof file",
+    )
     return parser.parse_args()
 
 
@@ -86,9 +119,12 @@ def main():
     labelled = read_labels(labels) if args.oof else read_table(labels, cli.other("03_make_folds.py", args))
     aside = {} if args.oof else held_out_files(args.work, args.recipes, labelled, hint)
     also = {name: path for name, path in {"prior": args.prior, "groups": args.groups, "ids": args.ids}.items() if path}
-    stage = Stage("06_thresholds", args.work / "thresholds.json",
-                  {"method": args.method, "combine": args.combine, "recipes": names, "common_ids": args.common_ids},
-                  {"labels" if args.oof else "folds.csv": labels, **dict(zip(names, sources, strict=True)), **aside, **also})
+    stage = Stage(
+        "06_thresholds",
+        args.work / "thresholds.json",
+        {"method": args.method, "combine": args.combine, "recipes": names, "common_ids": args.common_ids},
+        {"labels" if args.oof else "folds.csv": labels, **dict(zip(names, sources, strict=True)), **aside, **also},
+    )
     if stage.is_current():
         return
     members = read_members(sources, args.ids, None if args.oof else hint)
@@ -97,7 +133,9 @@ def main():
         members, wanted = keep_common(members, wanted)
     stack = stack_members(members, names, wanted, cure=" (--common-ids leaves them out)" if args.oof else "")
     rows = labelled_rows(labelled, wanted, hint)
-    groups = read_groups(args.groups, wanted) if args.groups else rows["group"].to_numpy() if "group" in rows else wanted
+    groups = (
+        read_groups(args.groups, wanted) if args.groups else rows["group"].to_numpy() if "group" in rows else wanted
+    )
     targets = parse_targets(rows["Target"])
     prior = parse_targets(read_labels(args.prior)["Target"]).mean(axis=0) if args.prior else None
     result = {"recipes": names, **evaluate_ensemble(targets, stack, names, groups, args.method, args.combine, prior)}
@@ -123,16 +161,22 @@ def reproduce(args):
     check_submission(submission, submission["Id"])
     ids, probs = read_predictions(args.oof[0], args.ids)
     (name,) = short_names(args.oof)
-    stage = Stage("06_thresholds", args.work / "thresholds.json", {"reproduce": True},
-                  {name: args.oof[0], "submission": args.reproduce, **({"ids": args.ids} if args.ids else {})})
+    stage = Stage(
+        "06_thresholds",
+        args.work / "thresholds.json",
+        {"reproduce": True},
+        {name: args.oof[0], "submission": args.reproduce, **({"ids": args.ids} if args.ids else {})},
+    )
     if stage.is_current():
         return
     result = recover(align(ids, probs, submission["Id"], str(args.oof[0])), submission)
     stage.begin()
     write_json(stage.artifact, {"recipes": [name], "combine": "mean", "weights": [1.0], **result})
     stage.finish(rows=len(ids))
-    print(f"06_thresholds: {stage.artifact}: with these thresholds and the fallback {result['fallback']} all {len(ids)} rows of "
-          f"{args.reproduce} come out the same\n  " + " ".join(f"{value:g}" for value in result["thresholds"]))
+    print(
+        f"06_thresholds: {stage.artifact}: with these thresholds and the fallback {result['fallback']} all {len(ids)} rows of "
+        f"{args.reproduce} come out the same\n  " + " ".join(f"{value:g}" for value in result["thresholds"])
+    )
 
 
 if __name__ == "__main__":

@@ -53,20 +53,37 @@ from common.submission import (
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
-                        help="recipes whose probabilities are combined (default: resnet50)")
-    parser.add_argument("--fallback", choices=("argmax", "empty"),
-                        help="where no class passes its threshold: the most probable one (default) or none")
-    parser.add_argument("--test", type=Path, nargs="+", metavar="FILE", help="predictions to use in place of the recipes'")
+    parser.add_argument(
+        "--recipes",
+        type=cli.recipe_names,
+        default=["resnet50"],
+        metavar="A,B",
+        help="recipes whose probabilities are combined (default: resnet50)",
+    )
+    parser.add_argument(
+        "--fallback",
+        choices=("argmax", "empty"),
+        help="where no class passes its threshold: the most probable one (default) or none",
+    )
+    parser.add_argument(
+        "--test", type=Path, nargs="+", metavar="FILE", help="predictions to use in place of the recipes'"
+    )
     parser.add_argument("--ids", type=Path, metavar="CSV", help="Ids of the rows of .npy files")
     parser.add_argument("--thresholds", type=Path, metavar="JSON", help="default: WORK/thresholds.json")
-    parser.add_argument("--sample", type=Path, metavar="CSV",
-                        help="with --test: the submission's Ids in their order (default: DATA/sample_submission.csv)")
+    parser.add_argument(
+        "--sample",
+        type=Path,
+        metavar="CSV",
+        help="with --test: the submission's Ids in their order (default: DATA/sample_submission.csv)",
+    )
     parser.add_argument("--out", type=Path, metavar="CSV", help="default: WORK/submission.csv")
     parser.add_argument("--check", type=Path, metavar="CSV", help="only check this submission against --sample")
-    parser.add_argument("--override-duplicates", action="store_true",
-                        help="give test samples that are near-identical to labelled ones (WORK/duplicate_pairs.csv) their "
-                             "labels in place of the predicted ones; against the spirit of a test, so off by default")
+    parser.add_argument(
+        "--override-duplicates",
+        action="store_true",
+        help="give test samples that are near-identical to labelled ones (WORK/duplicate_pairs.csv) their "
+        "labels in place of the predicted ones; against the spirit of a test, so off by default",
+    )
     return parser.parse_args()
 
 
@@ -82,16 +99,20 @@ def main():
         return
     if len(wanted) == 0:
         lost = left_out_samples(args.work / "left_out.csv") if own else ()
-        print(f"07_ensemble: {f'stage 01 left out all {len(lost)} test samples' if len(lost) else 'the data has no test samples'}, "
-              "so there is no submission to make")
+        print(
+            f"07_ensemble: {f'stage 01 left out all {len(lost)} test samples' if len(lost) else 'the data has no test samples'}, "
+            "so there is no submission to make"
+        )
         return
     found = args.thresholds or args.work / "thresholds.json"
     makes = "--oof FILES --labels CSV" if args.test else shlex.join([*cli.folders(args), "--recipes", recipes])
     thresholds = read_thresholds(found, None if args.test else args.recipes, makes)
     names, sources = member_files(args.test, args.work, args.recipes, "test")
     if len(names) != len(thresholds["weights"]):
-        raise UserError(f"{found} is for {len(thresholds['weights'])} members ({', '.join(thresholds['recipes'])}), found "
-                        f"{len(names)}: {', '.join(names)}; give the same networks in the same order")
+        raise UserError(
+            f"{found} is for {len(thresholds['weights'])} members ({', '.join(thresholds['recipes'])}), found "
+            f"{len(names)}: {', '.join(names)}; give the same networks in the same order"
+        )
     makes_members = None if args.test else cli.other("05_predict_oof.py", args, "--recipes", recipes)
     check_there(sources, makes_members)
     if own:
@@ -107,10 +128,20 @@ def main():
     left_out = args.work / "left_out.csv"
     if own and left_out.is_file():
         also["left_out.csv"] = left_out
-    inputs = {"samples.csv" if own else "order": order, "thresholds.json": found, **dict(zip(names, sources, strict=True)), **also}
+    inputs = {
+        "samples.csv" if own else "order": order,
+        "thresholds.json": found,
+        **dict(zip(names, sources, strict=True)),
+        **also,
+    }
     out = args.out or args.work / "submission.csv"
     check_out(out, inputs.values())
-    stage = Stage("07_ensemble", out, {"fallback": fallback, "recipes": names, "override_duplicates": args.override_duplicates}, inputs)
+    stage = Stage(
+        "07_ensemble",
+        out,
+        {"fallback": fallback, "recipes": names, "override_duplicates": args.override_duplicates},
+        inputs,
+    )
     remember_submission(args.work if own else found.parent, out)
     if stage.is_current():
         return

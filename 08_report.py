@@ -23,8 +23,12 @@ from common.errors import UserError, command
 def parse_args():
     parser = cli.parser(__doc__)
     parser.add_argument("--sample", metavar="ID", help="make the page of one sample in place of the whole one")
-    parser.add_argument("--recipe", type=cli.recipe_names, metavar="NAME",
-                        help="with --sample: whose network the heat maps are of (default: the first of thresholds.json)")
+    parser.add_argument(
+        "--recipe",
+        type=cli.recipe_names,
+        metavar="NAME",
+        help="with --sample: whose network the heat maps are of (default: the first of thresholds.json)",
+    )
     return parser.parse_args()
 
 

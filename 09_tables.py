@@ -23,8 +23,13 @@ from common.recipes import ablation_runs
 
 def parse_args():
     parser = cli.parser(__doc__)
-    parser.add_argument("--recipes", type=cli.recipe_names, default=["resnet50"], metavar="A,B",
-                        help="systems to show (default: resnet50)")
+    parser.add_argument(
+        "--recipes",
+        type=cli.recipe_names,
+        default=["resnet50"],
+        metavar="A,B",
+        help="systems to show (default: resnet50)",
+    )
     parser.add_argument("--folds", type=cli.fold_numbers, metavar="0,2", help="folds to score (default: all)")
     parser.add_argument("--partial", action="store_true", help="show '-' where a run has no predictions")
     return parser.parse_args()
@@ -35,18 +40,27 @@ def main():
     systems = {recipe: ablation_runs(recipe) for recipe in args.recipes}
     source = args.work / "folds.csv"
     rows = tables.validation_rows(read_table(source, cli.other("03_make_folds.py", args)), args.folds)
-    files = tables.prediction_files(args.work, {run for runs in systems.values() for run in runs.values()},
-                                    sorted(set(rows["fold"])))
+    files = tables.prediction_files(
+        args.work, {run for runs in systems.values() for run in runs.values()}, sorted(set(rows["fold"]))
+    )
     missing = tables.missing_runs(systems, files)
     if missing and not args.partial:
-        raise UserError(f"runs are missing; run: {rerun(args, missing)}\n"
-                        f"or give --partial to leave these columns empty:\n{listing(sum(missing.values(), []))}")
+        raise UserError(
+            f"runs are missing; run: {rerun(args, missing)}\n"
+            f"or give --partial to leave these columns empty:\n{listing(sum(missing.values(), []))}"
+        )
     files = {run: paths for run, paths in sorted(files.items()) if all(path.is_file() for path in paths.values())}
     tables.check_same_views(files)
-    stage = Stage("09_tables", args.work / "tables" / "tables.md",
-                  {"recipes": args.recipes, "folds": sorted(map(int, set(rows["fold"])))},
-                  {"folds.csv": source, "missing runs": digest(missing),
-                   **{f"{run}/{path.name}": path for run, paths in files.items() for path in paths.values()}})
+    stage = Stage(
+        "09_tables",
+        args.work / "tables" / "tables.md",
+        {"recipes": args.recipes, "folds": sorted(map(int, set(rows["fold"])))},
+        {
+            "folds.csv": source,
+            "missing runs": digest(missing),
+            **{f"{run}/{path.name}": path for run, paths in files.items() for path in paths.values()},
+        },
+    )
     if not stage.is_current():
         stage.begin()
         probs = {run: tables.load_run(paths, rows, rerun(args, args.recipes)) for run, paths in files.items()}
@@ -61,8 +75,11 @@ def rerun(args, recipes):
 def write(stage, scores, gains, remarks):
     """Write the tables in all their forms."""
     folder = stage.artifact.parent
-    frames = {"tables.csv": scores, "gains.csv": gains,
-              **{f"table{table}.csv": tables.wide_table(scores, gains, table) for table in tables.HEADINGS}}
+    frames = {
+        "tables.csv": scores,
+        "gains.csv": gains,
+        **{f"table{table}.csv": tables.wide_table(scores, gains, table) for table in tables.HEADINGS},
+    }
     for name, frame in frames.items():
         write_csv(folder / name, frame.round(6))
     write_text(stage.artifact, tables.markdown(scores, gains, remarks))

@@ -40,12 +40,20 @@ def main():
     for fold in sorted(folds["fold"].unique()):
         rows = (folds["fold"] == fold).to_numpy()
         data = load_fold(args.work, folds, fold, recipe)
-        logits = predict_logits(new_run(recipe, data, hardware, fold, 0).model, data.normalisation,
-                                image_set(args.work, recipe, folds[rows]), hardware, views("none"))
+        logits = predict_logits(
+            new_run(recipe, data, hardware, fold, 0).model,
+            data.normalisation,
+            image_set(args.work, recipe, folds[rows]),
+            hardware,
+            views("none"),
+        )
         probs[rows] = mean_probabilities(logits)
     untrained = evaluate_thresholds(targets, probs, folds["group"].to_numpy(), "greedy")
-    figures = {"constant_all_classes": everything, "untrained_cross_fitted": untrained["score_cross_fitted"],
-               "untrained_interval": untrained["interval"]}
+    figures = {
+        "constant_all_classes": everything,
+        "untrained_cross_fitted": untrained["score_cross_fitted"],
+        "untrained_interval": untrained["interval"],
+    }
     found = args.work / "thresholds.json"
     if found.is_file():
         trained = read_json(found)

@@ -39,11 +39,23 @@ THRESHOLDS = (4, 6, 8, 10, 12, 14, 16)
 
 def parse_args():
     parser = cli.Parser(__doc__)
-    parser.add_argument("--sizes", type=lambda text: [cli.positive(n) for n in text.split(",")], metavar="N,N",
-                        default=[10000, 42774, 117000, 1000000], help="hashes (default: 10000,42774,117000,1000000)")
-    parser.add_argument("--repeats", type=cli.positive, default=3, metavar="N",
-                        help="runs of hashing (the median counts) and of searches that NumPy does too (the fastest; default: 3)")
-    parser.add_argument("--search", nargs=2, metavar=("WHO", "N"), help="do one search in this process and print its JSON")
+    parser.add_argument(
+        "--sizes",
+        type=lambda text: [cli.positive(n) for n in text.split(",")],
+        metavar="N,N",
+        default=[10000, 42774, 117000, 1000000],
+        help="hashes (default: 10000,42774,117000,1000000)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=cli.positive,
+        default=3,
+        metavar="N",
+        help="runs of hashing (the median counts) and of searches that NumPy does too (the fastest; default: 3)",
+    )
+    parser.add_argument(
+        "--search", nargs=2, metavar=("WHO", "N"), help="do one search in this process and print its JSON"
+    )
     args = parser.parse_args()
     if min(args.sizes) < 1000:
         parser.error("--sizes must be at least 1000")
@@ -56,7 +68,10 @@ def main():
         print(json.dumps(search(args.search[0], int(args.search[1]))))
         return
     samples, full = read_samples(real("kaggle_png")), read_samples(real("kaggle_tiff"))
-    print(f"{'search':>10s} {'pairs':>8s} {'planted':>8s} {'s':>8s} {'MiB':>6s} {'NumPy s':>8s} {'MiB':>6s} same", flush=True)
+    print(
+        f"{'search':>10s} {'pairs':>8s} {'planted':>8s} {'s':>8s} {'MiB':>6s} {'NumPy s':>8s} {'MiB':>6s} same",
+        flush=True,
+    )
     searches = [compare_search(n, args.repeats) for n in args.sizes]
     print(json.dumps({"hash": hash_speed(samples, full, args.repeats), "search": searches, "recall": recall(samples)}))
 
@@ -73,19 +88,28 @@ def read_samples(data: Path) -> list:
 
 # --- hashes per second -------------------------------------------------------------------------------------
 
+
 def hash_speed(samples: list, full: list, repeats: int) -> dict:
     """Time hashing of stored images on one core, with and without reading them, and print both."""
     cv2.setNumThreads(1)
     figures = {}
-    print(f"\n{'samples/s on one core':24s} {'128 px, ours':>14s} {'whole image':>14s} {'ratio':>7s} {'bits apart':>11s}")
+    print(
+        f"\n{'samples/s on one core':24s} {'128 px, ours':>14s} {'whole image':>14s} {'ratio':>7s} {'bits apart':>11s}"
+    )
     for stored in (samples, [np.stack([resize(plane, 768) for plane in planes]) for planes in full] * 4):
         seconds, apart = time_hashing(stored, repeats)
         for what in ("hash", "read and hash"):
             name = f"{what}, {len(stored[0][0])} px"
             ours, whole = (1 / median(seconds[who, what]) for who in ("ours", "whole"))
-            figures[name] = {"ours": round(ours, 1), "whole": round(whole, 1), "ratio": round(ours / whole, 2),
-                             "mean_bits_apart": round(apart, 2)}
-            print("{0:24s} {ours:14.1f} {whole:14.1f} {ratio:7.2f} {mean_bits_apart:11.2f}".format(name, **figures[name]))
+            figures[name] = {
+                "ours": round(ours, 1),
+                "whole": round(whole, 1),
+                "ratio": round(ours / whole, 2),
+                "mean_bits_apart": round(apart, 2),
+            }
+            print(
+                "{0:24s} {ours:14.1f} {whole:14.1f} {ratio:7.2f} {mean_bits_apart:11.2f}".format(name, **figures[name])
+            )
     return figures
 
 
@@ -116,6 +140,7 @@ def plain_hashes(planes):
 
 # --- search among all pairs --------------------------------------------------------------------------------
 
+
 def compare_search(n: int, repeats: int) -> dict:
     """Run the searches in turns and print the fastest of each."""
     who = ("ours", "numpy") if n <= ORACLE_LIMIT else ("ours",)
@@ -127,10 +152,18 @@ def compare_search(n: int, repeats: int) -> dict:
             runs[name].append(json.loads(result.stdout.splitlines()[-1]))
     best = {name: min(results, key=lambda run: run["seconds"]) for name, results in runs.items()}
     ours, numpy = best["ours"], best.get("numpy")
-    row = {"n": n, **ours, "numpy_seconds": numpy and numpy["seconds"], "numpy_mib": numpy and numpy["mib"],
-           "identical": numpy and ours["digest"] == numpy["digest"]}
-    print("{n:10,d} {pairs:8,d} {planted_found:8.3f} {seconds:8.2f} {mib:6.0f}".format(**row)
-          + (" {numpy_seconds:8.2f} {numpy_mib:6.0f} {identical}".format(**row) if numpy else "        -      - -"), flush=True)
+    row = {
+        "n": n,
+        **ours,
+        "numpy_seconds": numpy and numpy["seconds"],
+        "numpy_mib": numpy and numpy["mib"],
+        "identical": numpy and ours["digest"] == numpy["digest"],
+    }
+    print(
+        "{n:10,d} {pairs:8,d} {planted_found:8.3f} {seconds:8.2f} {mib:6.0f}".format(**row)
+        + (" {numpy_seconds:8.2f} {numpy_mib:6.0f} {identical}".format(**row) if numpy else "        -      - -"),
+        flush=True,
+    )
     return row
 
 
@@ -143,9 +176,13 @@ def search(who: str, n: int) -> dict:
     seconds = time.perf_counter() - started
     grown = memory("VmHWM") - before
     found = planted[np.isin(planted @ [n, 1], pairs @ [n, 1])]
-    return {"seconds": round(seconds, 3), "mib": round(grown), "pairs": len(pairs),
-            "planted_found": round(len(found) / len(planted), 4),
-            "digest": hashlib.sha256(np.hstack([pairs, distances]).astype(np.int64).tobytes()).hexdigest()}
+    return {
+        "seconds": round(seconds, 3),
+        "mib": round(grown),
+        "pairs": len(pairs),
+        "planted_found": round(len(found) / len(planted), 4),
+        "digest": hashlib.sha256(np.hstack([pairs, distances]).astype(np.int64).tobytes()).hexdigest(),
+    }
 
 
 def plant(n: int):
@@ -155,7 +192,7 @@ def plant(n: int):
     """
     rng = np.random.default_rng(n)
     hashes = rng.integers(256, size=(n, 3, 8), dtype=np.uint8)
-    rows = rng.permutation(n)[:n // 100 * 4].reshape(-1, 2)
+    rows = rng.permutation(n)[: n // 100 * 4].reshape(-1, 2)
     for i, (first, second) in enumerate(rows):
         flips = rng.integers(THRESHOLD[0] + 1, size=3)
         if i % 2:
@@ -172,7 +209,7 @@ def blocked_search(hashes, flat, thresholds, block: int = 64):
     words = np.ascontiguousarray(hashes).view(np.uint64)[:, :, 0].T.copy()  # (3, n)
     found = []
     for start in range(0, len(hashes), block):
-        near = np.bitwise_count(words[1, start:start + block, None] ^ words[1, None, start:]) <= thresholds[1]
+        near = np.bitwise_count(words[1, start : start + block, None] ^ words[1, None, start:]) <= thresholds[1]
         first, second = np.nonzero(np.triu(near, 1))
         distances = np.bitwise_count(words[:, start + first] ^ words[:, start + second]).T.astype(np.int64)
         keep = (distances <= thresholds).all(axis=1)
@@ -189,12 +226,15 @@ def memory(what: str) -> float:
 
 # --- recall on planted duplicates --------------------------------------------------------------------------
 
+
 def changes() -> dict:
     """Return name -> function of a plane (uint8) that makes a near-duplicate of it."""
     rng = np.random.default_rng(0)
 
     def jpeg(quality):
-        return lambda p: cv2.imdecode(cv2.imencode(".jpg", p, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_GRAYSCALE)
+        return lambda p: cv2.imdecode(
+            cv2.imencode(".jpg", p, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_GRAYSCALE
+        )
 
     def to_8_bit(values):
         return np.clip(np.rint(values), 0, 255).astype(np.uint8)
@@ -203,15 +243,20 @@ def changes() -> dict:
         small = cv2.resize(p, None, fx=0.75, fy=0.75, interpolation=cv2.INTER_AREA)
         return cv2.resize(small, p.shape[::-1], interpolation=cv2.INTER_LINEAR)
 
-    return {"JPEG quality 90": jpeg(90), "JPEG quality 70": jpeg(70),
-            "brightness +10 %": lambda p: to_8_bit(p * 1.1), "brightness -10 %": lambda p: to_8_bit(p * 0.9),
-            "2 % Gaussian noise": lambda p: to_8_bit(p + rng.normal(0, 0.02 * 255, p.shape)),
-            "1 px shift": lambda p: np.pad(p, ((1, 0), (1, 0)), mode="edge")[:-1, :-1],
-            "to 3/4 and back": smaller_and_back}
+    return {
+        "JPEG quality 90": jpeg(90),
+        "JPEG quality 70": jpeg(70),
+        "brightness +10 %": lambda p: to_8_bit(p * 1.1),
+        "brightness -10 %": lambda p: to_8_bit(p * 0.9),
+        "2 % Gaussian noise": lambda p: to_8_bit(p + rng.normal(0, 0.02 * 255, p.shape)),
+        "1 px shift": lambda p: np.pad(p, ((1, 0), (1, 0)), mode="edge")[:-1, :-1],
+        "to 3/4 and back": smaller_and_back,
+    }
 
 
 def recall(samples: list) -> dict:
     """Print and return the share of changed copies found by threshold, and the false matches among different samples."""
+
     def hashed(planes):
         return hash_planes(np.stack([resize(plane, 128) for plane in planes]))
 
@@ -225,8 +270,11 @@ def recall(samples: list) -> dict:
         figures[name] = [round(float((bits[~flat] <= t).mean()), 4) for t in limits]
         print(f"{name:24s}" + "".join(f"{share:7.3f}" for share in figures[name]) + f"{bits[~flat].max():11d}")
     figures["false_matches"] = [len(find_pairs(originals, flat, (t, t, t))[0]) for t in THRESHOLDS]
-    print(f"{'false matches':24s}" + "".join(f"{n:7d}" for n in figures["false_matches"])
-          + f"   of {len(samples) * (len(samples) - 1) // 2} pairs; {flat.sum()} samples have a flat channel and match nothing")
+    print(
+        f"{'false matches':24s}"
+        + "".join(f"{n:7d}" for n in figures["false_matches"])
+        + f"   of {len(samples) * (len(samples) - 1) // 2} pairs; {flat.sum()} samples have a flat channel and match nothing"
+    )
     return figures
 
 

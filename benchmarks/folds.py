@@ -30,7 +30,9 @@ N_FOLDS, MAX_COPIES, SEED = 5, 4, 0
 
 def parse_args():
     parser = cli.Parser(__doc__)
-    parser.add_argument("--repeats", type=cli.positive, default=3, metavar="N", help="runs; the fastest counts (default: 3)")
+    parser.add_argument(
+        "--repeats", type=cli.positive, default=3, metavar="N", help="runs; the fastest counts (default: 3)"
+    )
     return parser.parse_args()
 
 
@@ -39,8 +41,11 @@ def main():
     labels = real("labels")
     train = table(labels / "train.csv", "train")
     both = pd.concat([train, table(labels / "HPAv18RBGY_wodpl.csv", "external")], ignore_index=True)
-    cases = {"train": (train, "train"), "both, external=train": (both, "train"),
-             "both, external=stratified": (both, "stratified")}
+    cases = {
+        "train": (train, "train"),
+        "both, external=train": (both, "train"),
+        "both, external=stratified": (both, "stratified"),
+    }
     seconds, folds = {name: [] for name in cases}, {}
     for _ in range(args.repeats):
         for name, (duplicates, external) in cases.items():
@@ -64,13 +69,20 @@ def spread(folds: pd.DataFrame) -> dict:
     positives = np.stack([targets[inner["fold"] == k].sum(axis=0) for k in range(N_FOLDS)])
     n_groups = np.array([inner["group"][has].nunique() for has in targets.T])
     off = np.abs(positives - positives.sum(axis=0) / N_FOLDS).max(axis=0)
-    return {"rows": len(folds), "validated_rows": len(inner), "groups": int(inner["group"].nunique()),
-            "worst_deviation": round(float(off.max()), 1), "worst_class": CLASS_NAMES[off.argmax()],
-            "worst_share": round(float((off * N_FOLDS / positives.sum(axis=0)).max()), 3),
-            "classes_that_miss_a_fold": int(((n_groups >= N_FOLDS) & (positives == 0).any(axis=0)).sum()),
-            "groups_split": int((folds.groupby("group")["fold"].nunique() > 1).sum()),
-            "class_positives": positives.sum(axis=0).tolist(), "class_groups": n_groups.tolist(),
-            "class_deviation": off.round(1).tolist(), "class_least": positives.min(axis=0).tolist()}
+    return {
+        "rows": len(folds),
+        "validated_rows": len(inner),
+        "groups": int(inner["group"].nunique()),
+        "worst_deviation": round(float(off.max()), 1),
+        "worst_class": CLASS_NAMES[off.argmax()],
+        "worst_share": round(float((off * N_FOLDS / positives.sum(axis=0)).max()), 3),
+        "classes_that_miss_a_fold": int(((n_groups >= N_FOLDS) & (positives == 0).any(axis=0)).sum()),
+        "groups_split": int((folds.groupby("group")["fold"].nunique() > 1).sum()),
+        "class_positives": positives.sum(axis=0).tolist(),
+        "class_groups": n_groups.tolist(),
+        "class_deviation": off.round(1).tolist(),
+        "class_least": positives.min(axis=0).tolist(),
+    }
 
 
 def report(figures: dict) -> None:
@@ -82,9 +94,11 @@ def report(figures: dict) -> None:
         cells = ([case[column][c] for column in columns] for case in figures.values())
         print(f"{name:30s}" + "".join(" | {:6d} {:7d} {:7.1f} {:7d}".format(*values) for values in cells))
     for name, case in figures.items():
-        print("{0}: {rows} rows in {seconds} s; {validated_rows} in folds, {groups} groups; worst deviation {worst_deviation} "
-              "({worst_class}), at most {worst_share:.1%} of a class's n / 5; classes of at least 5 groups that miss a fold: "
-              "{classes_that_miss_a_fold}; groups split: {groups_split}".format(name, **case))
+        print(
+            "{0}: {rows} rows in {seconds} s; {validated_rows} in folds, {groups} groups; worst deviation {worst_deviation} "
+            "({worst_class}), at most {worst_share:.1%} of a class's n / 5; classes of at least 5 groups that miss a fold: "
+            "{classes_that_miss_a_fold}; groups split: {groups_split}".format(name, **case)
+        )
     print(json.dumps(figures))
 
 

@@ -47,12 +47,22 @@ ENOUGH = 1.03  # between a batch that fits and one that does not
 
 def parse_args():
     parser = cli.Parser(__doc__)
-    parser.add_argument("--recipes", type=cli.recipe_names, metavar="A,B",
-                        help="of `steps` and `largest` (default: one for each network)")
+    parser.add_argument(
+        "--recipes",
+        type=cli.recipe_names,
+        metavar="A,B",
+        help="of `steps` and `largest` (default: one for each network)",
+    )
     parser.add_argument("--fed", default="resnet50", metavar="RECIPE", help="of the other parts (default: resnet50)")
-    parser.add_argument("--parts", type=cli.names, default=list(PARTS), metavar="A,B", help=f"default: {','.join(PARTS)}")
-    parser.add_argument("--seconds", type=cli.positive, default=3, metavar="S", help="of each measurement, about (default: 3)")
-    parser.add_argument("--memory", type=cli.positive, default=15, metavar="GB", help="that `largest` may take (default: 15)")
+    parser.add_argument(
+        "--parts", type=cli.names, default=list(PARTS), metavar="A,B", help=f"default: {','.join(PARTS)}"
+    )
+    parser.add_argument(
+        "--seconds", type=cli.positive, default=3, metavar="S", help="of each measurement, about (default: 3)"
+    )
+    parser.add_argument(
+        "--memory", type=cli.positive, default=15, metavar="GB", help="that `largest` may take (default: 15)"
+    )
     parser.add_argument("--small", action="store_true", help="small networks, images and batches")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
@@ -72,9 +82,15 @@ def main():
 
     options = HardwareOptions(args.device, args.precision)
     with tempfile.TemporaryDirectory() as folder:
-        bench = SimpleNamespace(args=args, seconds=args.seconds, folder=Path(folder), drawn={},
-                                fed=get_recipe(args.fed, ["finder=off"]), training=choose_hardware(options),
-                                predicting=choose_hardware(options, training=False))
+        bench = SimpleNamespace(
+            args=args,
+            seconds=args.seconds,
+            folder=Path(folder),
+            drawn={},
+            fed=get_recipe(args.fed, ["finder=off"]),
+            training=choose_hardware(options),
+            predicting=choose_hardware(options, training=False),
+        )
         print(bench.training, flush=True)
         figures, started = {"hardware": bench.training.record(), "fed": args.fed}, time.monotonic()
         for part in args.parts:
@@ -86,6 +102,7 @@ def main():
 
 # --- the parts ---------------------------------------------------------------------------------------------
 
+
 def steps(bench) -> dict:
     rows = {}
     print(f"{'recipe':16s} {'crop':>5s} {'batch':>6s} {'at once':>8s} {'kernels':>14s} {'images/s':>9s} {'GB':>6s}")
@@ -93,8 +110,11 @@ def steps(bench) -> dict:
         recipe = get_recipe(name)
         for kernels in ("deterministic", "fast"):
             row = step_speed(recipe, replace(bench.training, fast=kernels == "fast"), bench.seconds)
-            print(f"{name:16s} {recipe.crop:5d} {recipe.batch_size:6d} {row['at_once']:8d} {kernels:>14s} "
-                  f"{row['images_per_s']:9.1f} {row['peak_gb']:6.2f}", flush=True)
+            print(
+                f"{name:16s} {recipe.crop:5d} {recipe.batch_size:6d} {row['at_once']:8d} {kernels:>14s} "
+                f"{row['images_per_s']:9.1f} {row['peak_gb']:6.2f}",
+                flush=True,
+            )
             rows[f"{name}, {kernels}"] = row
             tidy(bench.training)
     return rows
@@ -106,7 +126,11 @@ def step_speed(recipe: Recipe, hardware, seconds: float) -> dict:
     run, n = new_run(recipe, no_images(), hardware), recipe.batch_size
     images, targets = random_batch(n, recipe.crop, hardware.device)
     each = seconds_of(lambda: train_step(run, images, targets, n, recipe.hard_share, 0), seconds, hardware)
-    return {"images_per_s": round(n / each, 1), "at_once": run.micro_batch or n, "peak_gb": round(peak_bytes(hardware) / 1e9, 2)}
+    return {
+        "images_per_s": round(n / each, 1),
+        "at_once": run.micro_batch or n,
+        "peak_gb": round(peak_bytes(hardware) / 1e9, 2),
+    }
 
 
 def stage04(bench) -> dict:
@@ -138,11 +162,18 @@ def stage04(bench) -> dict:
     wait_for(hardware)
     stage = time.perf_counter() - clock.started
     bare.append(seconds_of(lambda: bare_step(run, inputs, targets), bench.seconds, hardware))
-    row = {"bare_images_per_s": round(recipe.batch_size / np.mean(bare), 1), "steps": counted,
-           "images_per_s": round(counted * recipe.batch_size / stage, 1), "ratio": round(stage / counted / np.mean(bare), 3),
-           "waiting": round(clock.waited / stage, 4)}
-    print("bare {bare_images_per_s} images/s, stage 04 {images_per_s}: ratio {ratio} (wanted: {0}), waiting for data "
-          "{waiting:.1%} (wanted: {1:.0%}), {steps} steps".format(RATIO, WAITING, **row), flush=True)
+    row = {
+        "bare_images_per_s": round(recipe.batch_size / np.mean(bare), 1),
+        "steps": counted,
+        "images_per_s": round(counted * recipe.batch_size / stage, 1),
+        "ratio": round(stage / counted / np.mean(bare), 3),
+        "waiting": round(clock.waited / stage, 4),
+    }
+    print(
+        "bare {bare_images_per_s} images/s, stage 04 {images_per_s}: ratio {ratio} (wanted: {0}), waiting for data "
+        "{waiting:.1%} (wanted: {1:.0%}), {steps} steps".format(RATIO, WAITING, **row),
+        flush=True,
+    )
     return row
 
 
@@ -153,8 +184,10 @@ def loader_alone(bench) -> dict:
 
     recipe, rows = bench.fed, {}
     numbers = [workers for workers in WORKERS if workers <= cpu_count()]
-    print(f"{cpu_count()} cores; crops a second with this many loader processes\n{'store':10s}"
-          + "".join(f"{workers:>9d}" for workers in numbers))
+    print(
+        f"{cpu_count()} cores; crops a second with this many loader processes\n{'store':10s}"
+        + "".join(f"{workers:>9d}" for workers in numbers)
+    )
     for store in STORES:
         data = stored_images(bench, recipe, 64 * SAMPLES, store)
         print(f"{store:10s}", end="", flush=True)
@@ -176,9 +209,11 @@ def loader_alone(bench) -> dict:
 
 def stalls(bench) -> dict:
     """A training of a few epochs without checkpoints, and one with a checkpoint after each epoch."""
-    rows = {what: epoch_gap(bench, seconds) for what, seconds in (("epoch", 10 ** 9), ("epoch and checkpoint", 0))}
-    print(f"seconds without a step: {rows['epoch']:.3f} between epochs, {rows['epoch and checkpoint']:.3f} with a checkpoint",
-          flush=True)
+    rows = {what: epoch_gap(bench, seconds) for what, seconds in (("epoch", 10**9), ("epoch and checkpoint", 0))}
+    print(
+        f"seconds without a step: {rows['epoch']:.3f} between epochs, {rows['epoch and checkpoint']:.3f} with a checkpoint",
+        flush=True,
+    )
     return rows
 
 
@@ -200,8 +235,11 @@ def epoch_gap(bench, epoch_seconds: float) -> float:
     n_steps = 2 * hardware.workers + 10  # more than are ready before they are asked for
     data = stored_images(bench, recipe, n_steps * recipe.batch_size)
     run = new_run(recipe, data, hardware)
-    with patch.object(training, "train_step", watched), patch.object(training, "EPOCH_SECONDS", epoch_seconds), \
-            redirect_stdout(StringIO()):
+    with (
+        patch.object(training, "train_step", watched),
+        patch.object(training, "EPOCH_SECONDS", epoch_seconds),
+        redirect_stdout(StringIO()),
+    ):
         training.train_fold(run, Path(tempfile.mkdtemp(dir=bench.folder)), data, {}, "stalls")
     return round(float(np.median(gaps)), 4)
 
@@ -230,30 +268,42 @@ def stage05(bench) -> dict:
     n = max(3, round(2 * bench.seconds / each[0]))
     images = stored_images(bench, recipe, n * BATCH).whole
     parts, skipped = whole_batches(images, BATCH), 2 * hardware.workers
-    feed = on_device(loader(images, hardware.workers, hardware.is_gpu, (parts * (skipped + 1))[:n + skipped]), hardware.device)
+    feed = on_device(
+        loader(images, hardware.workers, hardware.is_gpu, (parts * (skipped + 1))[: n + skipped]), hardware.device
+    )
     for _ in islice(feed, skipped):
         pass
     started = time.perf_counter()
     predict_logits(model, normalise, images, hardware, looks, feed=feed)
     stage = time.perf_counter() - started
     each.append(seconds_of(bare, bench.seconds, hardware))
-    row = {"bare_images_per_s": round(BATCH / np.mean(each), 1), "images_per_s": round(n * BATCH / stage, 1),
-           "ratio": round(stage / n / np.mean(each), 3)}
-    print("bare {bare_images_per_s} images/s under 8 views, stage 05 {images_per_s}: ratio {ratio}".format(**row), flush=True)
+    row = {
+        "bare_images_per_s": round(BATCH / np.mean(each), 1),
+        "images_per_s": round(n * BATCH / stage, 1),
+        "ratio": round(stage / n / np.mean(each), 3),
+    }
+    print(
+        "bare {bare_images_per_s} images/s under 8 views, stage 05 {images_per_s}: ratio {ratio}".format(**row),
+        flush=True,
+    )
     return row
 
 
 def largest(bench) -> dict:
     from common import estimate
 
-    rows, free = {}, bench.args.memory * 10 ** 9
+    rows, free = {}, bench.args.memory * 10**9
     print(f"{'recipe':16s} {'expected':>9s} {'fits':>6s} {'ratio':>6s}   images of one batch in {free / 1e9:.0f} GB")
     for name in bench.args.recipes:
         recipe = get_recipe(name)
         with patch.object(estimate, "SECONDS", bench.seconds / 2), patch.object(estimate, "ENOUGH", bench.seconds / 10):
             expected = estimate.batch_that_fits(estimate.measure_here(recipe), free)
         tidy(bench.training)
-        fits = largest_batch(recipe, bench.training, free - estimate.LIBRARIES, expected) if bench.training.is_gpu else None
+        fits = (
+            largest_batch(recipe, bench.training, free - estimate.LIBRARIES, expected)
+            if bench.training.is_gpu
+            else None
+        )
         rows[name] = {"expected": expected, "fits": fits, "ratio": fits and round(expected / fits, 2)}
         print(f"{name:16s} {expected:9d} {fits or '-':>6} {rows[name]['ratio'] or '-':>6}", flush=True)
         tidy(bench.training)
@@ -266,7 +316,9 @@ def largest_batch(recipe: Recipe, hardware, room: int, guess: int) -> int:
 
     run = new_run(recipe, no_images(), hardware)
     low, high, n = 1, None, max(2, guess)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, room / torch.cuda.get_device_properties(hardware.device).total_memory))
+    torch.cuda.set_per_process_memory_fraction(
+        min(1.0, room / torch.cuda.get_device_properties(hardware.device).total_memory)
+    )
     try:
         while high is None or high > max(low + 1, low * ENOUGH):
             if step_fits(run, n):
@@ -297,10 +349,18 @@ def step_fits(run, n: int) -> bool:
         return False
 
 
-PARTS = {"steps": steps, "stage04": stage04, "loader": loader_alone, "stalls": stalls, "stage05": stage05, "largest": largest}
+PARTS = {
+    "steps": steps,
+    "stage04": stage04,
+    "loader": loader_alone,
+    "stalls": stalls,
+    "stage05": stage05,
+    "largest": largest,
+}
 
 
 # --- shared ------------------------------------------------------------------------------------------------
+
 
 def wait_for(hardware) -> None:
     if hardware.is_gpu:
@@ -351,7 +411,9 @@ def no_images():
     """Return what a run needs to know of its data where it gets batches of noise."""
     from common.inference import Normalisation
 
-    return SimpleNamespace(counts=np.arange(28) + 1, train=range(2), normalisation=Normalisation((0.1,) * 4, (0.1,) * 4))
+    return SimpleNamespace(
+        counts=np.arange(28) + 1, train=range(2), normalisation=Normalisation((0.1,) * 4, (0.1,) * 4)
+    )
 
 
 def stored_images(bench, recipe: Recipe, n: int, store: str = "zstd"):
@@ -373,11 +435,18 @@ def stored_images(bench, recipe: Recipe, n: int, store: str = "zstd"):
     rows = np.arange(n) % SAMPLES
     targets = np.random.default_rng(0).random((SAMPLES, 28)) < 0.06
     crcs = {name: checksum(planes) for name, planes in zip(names, bench.drawn[recipe.size], strict=True)}
-    train = ImageSet(folder, np.array(names)[rows], targets[rows], recipe.crop, crcs=crcs, standardised=recipe.standardised)
+    train = ImageSet(
+        folder, np.array(names)[rows], targets[rows], recipe.crop, crcs=crcs, standardised=recipe.standardised
+    )
     whole = replace(train, crop=None)
     valid = replace(whole, ids=whole.ids[:SAMPLES], targets=whole.targets[:SAMPLES])
-    return SimpleNamespace(train=train, whole=whole, valid=valid, counts=targets.sum(axis=0) + 1,
-                           normalisation=Normalisation((0.1,) * 4, (0.1,) * 4))
+    return SimpleNamespace(
+        train=train,
+        whole=whole,
+        valid=valid,
+        counts=targets.sum(axis=0) + 1,
+        normalisation=Normalisation((0.1,) * 4, (0.1,) * 4),
+    )
 
 
 def write_store(path: Path, planes: np.ndarray, raw: bool) -> None:

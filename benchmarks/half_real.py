@@ -34,13 +34,20 @@ def main():
     args = parser.parse_args()
     folder = real("kaggle_png")
     fields = sorted({path.with_name(path.stem.rsplit("_", 1)[0]) for path in folder.glob("*/*.png")})
-    sets = [text for text in read_labels(real("labels") / "train.csv")["Target"] if set(map(int, text.split())) <= PATTERNS.keys()]
+    sets = [
+        text
+        for text in read_labels(real("labels") / "train.csv")["Target"]
+        if set(map(int, text.split())) <= PATTERNS.keys()
+    ]
     rng = np.random.default_rng(1)
     rows = []
     (args.out / "train").mkdir(parents=True, exist_ok=True)
     for k in range(args.n_samples):
         Id, target = f"half-real-{k:04d}", sets[rng.integers(len(sets))]
-        planes = {channel: cv2.imread(f"{fields[k % len(fields)]}_{channel}.png", cv2.IMREAD_GRAYSCALE) for channel in CHANNELS}
+        planes = {
+            channel: cv2.imread(f"{fields[k % len(fields)]}_{channel}.png", cv2.IMREAD_GRAYSCALE)
+            for channel in CHANNELS
+        }
         rows.append((Id, target))
         for channel, plane in window(draw(planes, target, rng), rng).items():
             cv2.imwrite(str(args.out / "train" / f"{Id}_{channel}.png"), plane)
@@ -52,10 +59,14 @@ def window(planes: dict, rng) -> dict:
     """Cut the same random window out of all planes and turn it."""
     top, left = (rng.integers(side - SIDE + 1) for side in planes["red"].shape)
     which = int(rng.integers(8))
-    return {channel: np.ascontiguousarray(dihedral(plane[top:top + SIDE, left:left + SIDE], which)) for channel, plane in planes.items()}
+    return {
+        channel: np.ascontiguousarray(dihedral(plane[top : top + SIDE, left : left + SIDE], which))
+        for channel, plane in planes.items()
+    }
 
 
 # --- drawing: (h, w) floats, about 0 to 1 -------------------------------------------------------------------
+
 
 def blur(plane, sigma: float):
     return cv2.GaussianBlur(plane, (0, 0), sigma)
@@ -79,7 +90,9 @@ PATTERNS = {
     0: lambda nuclei, soft, cell, rng: soft * (0.7 + 0.2 * texture(cell, 2, rng)),
     1: lambda nuclei, soft, cell, rng: rim(nuclei, 7, 1),
     2: lambda nuclei, soft, cell, rng: soft * np.clip(texture(cell, 4, rng) - 1.3, 0, 1) * 1.5,
-    7: lambda nuclei, soft, cell, rng: np.clip(blur(nuclei, 7) - soft, 0, 1) * np.clip(texture(cell, 3, rng) - 1, 0, 1) * 4,
+    7: lambda nuclei, soft, cell, rng: (
+        np.clip(blur(nuclei, 7) - soft, 0, 1) * np.clip(texture(cell, 3, rng) - 1, 0, 1) * 4
+    ),
     21: lambda nuclei, soft, cell, rng: rim((cell > 0.3).astype(np.float32), 9, 1.5) + 0.15 * cell * (1 - soft),
     23: lambda nuclei, soft, cell, rng: cell * (1 - soft) * np.clip(0.5 * texture(cell, 1.2, rng) + 0.1, 0, 1),
     25: lambda nuclei, soft, cell, rng: cell * (1 - soft) * (0.6 + 0.15 * texture(cell, 1.5, rng)),
@@ -97,8 +110,12 @@ def draw(planes: dict, target: str, rng) -> dict:
     green = stretched(green) * rng.uniform(0.25, 1)
     green = green + rng.normal(0, 0.04, green.shape) * np.sqrt(np.clip(green, 0.02, None))
     light = rng.uniform(0.7, 1.2)
-    return {channel: (255 * np.clip(green, 0, 1)).astype(np.uint8) if channel == "green"
-            else np.clip(plane * light, 0, 255).astype(np.uint8) for channel, plane in planes.items()}
+    return {
+        channel: (255 * np.clip(green, 0, 1)).astype(np.uint8)
+        if channel == "green"
+        else np.clip(plane * light, 0, 255).astype(np.uint8)
+        for channel, plane in planes.items()
+    }
 
 
 if __name__ == "__main__":

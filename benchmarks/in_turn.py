@@ -41,8 +41,14 @@ class InTurn:
         bare, stage, waiting = np.array(seconds[1:]).T
         drawn = np.random.default_rng(0).choice(stage / bare, (2000, repeats))
         low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
-        figures = {"bare_ms": 1000 * np.median(bare) / n, "stage_ms": 1000 * np.median(stage) / n,
-                   "ratio": np.median(stage / bare), "low": low, "high": high, "waiting": np.median(waiting / stage)}
+        figures = {
+            "bare_ms": 1000 * np.median(bare) / n,
+            "stage_ms": 1000 * np.median(stage) / n,
+            "ratio": np.median(stage / bare),
+            "low": low,
+            "high": high,
+            "waiting": np.median(waiting / stage),
+        }
         return {key: round(float(value), 4) for key, value in figures.items()}
 
 

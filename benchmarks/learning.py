@@ -36,8 +36,16 @@ from common.thresholds import cross_fit
 
 SHARE = 0.97  # of the seconds that the epochs are planned for
 CALIBRATION_SECONDS = 25
-OTHERS = ("fastai-resnet18@0.001", "fastai-resnet18@0.003", "fastai-resnet18@0.01", "fastai-resnet34@0.003",
-          "plain-resnet18@0.001", "plain-resnet18@0.003", "plain-ours@0.003", "plain-ours@0.006")
+OTHERS = (
+    "fastai-resnet18@0.001",
+    "fastai-resnet18@0.003",
+    "fastai-resnet18@0.01",
+    "fastai-resnet34@0.003",
+    "plain-resnet18@0.001",
+    "plain-resnet18@0.003",
+    "plain-ours@0.003",
+    "plain-ours@0.006",
+)
 
 
 def numbers(kind):
@@ -46,17 +54,36 @@ def numbers(kind):
 
 def parse_args():
     parser = cli.Parser(__doc__)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="input in the competition's layout (default: demo data)")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="input in the competition's layout (default: demo data)"
+    )
     parser.add_argument("--out", type=Path, default=Path("learning"), metavar="DIR", help="where runs are kept")
-    parser.add_argument("--minutes", type=numbers(float), default=[2.0, 5.0], metavar="A,B", help="for each run (default: 2,5)")
+    parser.add_argument(
+        "--minutes", type=numbers(float), default=[2.0, 5.0], metavar="A,B", help="for each run (default: 2,5)"
+    )
     parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2], metavar="A,B", help="seeds (default: 0,1,2)")
     parser.add_argument("--n-folds", type=int, default=3, metavar="N", help="folds (default: 3)")
-    parser.add_argument("--ours", type=cli.names, default=["demo", "small_plus"], metavar="A,B", help="recipes; field changes "
-                        "after colons, such as small_plus:batch_size=64 (default: demo,small_plus)")
-    parser.add_argument("--others", type=cli.names, default=list(OTHERS), metavar="A@RATE,B@RATE",
-                        help=f"contestants of benchmarks/others.py and their learning rates; none (default: {','.join(OTHERS)})")
-    parser.add_argument("--at-once", type=cli.positive, default=1, metavar="N", help="runs at once, each with its share of "
-                        "the cores (default: 1)")
+    parser.add_argument(
+        "--ours",
+        type=cli.names,
+        default=["demo", "small_plus"],
+        metavar="A,B",
+        help="recipes; field changes after colons, such as small_plus:batch_size=64 (default: demo,small_plus)",
+    )
+    parser.add_argument(
+        "--others",
+        type=cli.names,
+        default=list(OTHERS),
+        metavar="A@RATE,B@RATE",
+        help=f"contestants of benchmarks/others.py and their learning rates; none (default: {','.join(OTHERS)})",
+    )
+    parser.add_argument(
+        "--at-once",
+        type=cli.positive,
+        default=1,
+        metavar="N",
+        help="runs at once, each with its share of the cores (default: 1)",
+    )
     return parser.parse_args()
 
 
@@ -66,16 +93,26 @@ def main():
     prepare(args)
     arms = args.ours + [name for name in args.others if name != "none"]
     folds = read_table(args.out / "work" / "folds.csv", "03_make_folds.py")
-    jobs = [(arm, minutes, seed, fold) for minutes in args.minutes for arm in arms for seed in args.seeds
-            for fold in range(args.n_folds)]
+    jobs = [
+        (arm, minutes, seed, fold)
+        for minutes in args.minutes
+        for arm in arms
+        for seed in args.seeds
+        for fold in range(args.n_folds)
+    ]
     todo = [job for job in jobs if not place(args, *job).is_file()]
     for arm in dict.fromkeys(job[0] for job in todo):
         calibrate(args, arm)
     started = time.monotonic()
     with ThreadPoolExecutor(args.at_once) as pool:
-        for done, (arm, minutes, seed, fold) in enumerate(pool.map(lambda job: (run(args, *job), job)[1], todo), start=1):
+        for done, (arm, minutes, seed, fold) in enumerate(
+            pool.map(lambda job: (run(args, *job), job)[1], todo), start=1
+        ):
             left = (time.monotonic() - started) / done * (len(todo) - done)
-            print(f"{done}/{len(todo)} runs: {arm}, {minutes:g} min, seed {seed}, fold {fold}; {left / 60:.0f} min left", flush=True)
+            print(
+                f"{done}/{len(todo)} runs: {arm}, {minutes:g} min, seed {seed}, fold {fold}; {left / 60:.0f} min left",
+                flush=True,
+            )
     report(args, arms, folds)
 
 
@@ -87,8 +124,12 @@ def prepare(args):
         if not (data / "train.csv").is_file():
             call(args, sys.executable, "-m", "common.demo_data", "--data", data)
     stores = ",".join(dict.fromkeys([*(recipe_of(arm)[0] for arm in args.ours), "demo"]))
-    for script in (("01_preprocess.py", "--recipes", stores), ("01_preprocess.py", "--recipes", "demo", "--set", "size_divisor=8"),
-                   ("02_dedup.py",), ("03_make_folds.py", "--n-folds", args.n_folds)):
+    for script in (
+        ("01_preprocess.py", "--recipes", stores),
+        ("01_preprocess.py", "--recipes", "demo", "--set", "size_divisor=8"),
+        ("02_dedup.py",),
+        ("03_make_folds.py", "--n-folds", args.n_folds),
+    ):
         call(args, sys.executable, *script, "--data", data.resolve(), "--work", work)
 
 
@@ -101,8 +142,13 @@ def call(args, *command) -> tuple[float, str]:
     """Run a command on its share of the cores; returns seconds and what it printed. Raises UserError where it fails."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // args.at_once))
     started = time.monotonic()
-    result = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+    )
     if result.returncode:
         raise UserError(f"{' '.join(map(str, command))}\n{result.stderr[-2000:]}")
     return time.monotonic() - started, result.stdout
@@ -121,18 +167,65 @@ def train(args, arm, seed, fold, epochs, target: Path) -> dict:
         (scratch / name).symlink_to(work / name)
     contestant, _, rate = arm.partition("@")
     if rate:
-        seconds, output = call(args, sys.executable, "benchmarks/others.py", "--contestant", contestant, "--work", scratch,
-                               "--fold", fold, "--seed", seed, "--epochs", epochs, "--rate", rate, "--out", target)
+        seconds, output = call(
+            args,
+            sys.executable,
+            "benchmarks/others.py",
+            "--contestant",
+            contestant,
+            "--work",
+            scratch,
+            "--fold",
+            fold,
+            "--seed",
+            seed,
+            "--epochs",
+            epochs,
+            "--rate",
+            rate,
+            "--out",
+            target,
+        )
         epoch = json.loads(output.splitlines()[-1])["epoch_seconds"]
     else:
         name, settings = recipe_of(arm)
         recipe = get_recipe(name, settings)
         gain = [] if "min_cycle_gain" in idle_fields(recipe) else ["min_cycle_gain=0"]
-        seconds, _ = call(args, sys.executable, "04_train.py", "--work", scratch, "--recipe", name, "--folds", fold,
-                          "--seed", seed, "--set", *settings, f"cycle_epochs={max(1, epochs // recipe.max_cycles)}", *gain)
-        rows = [json.loads(line) for line in (scratch / "runs" / name / f"fold{fold}" / "log.jsonl").read_text().splitlines()]
-        seconds += call(args, sys.executable, "05_predict_oof.py", "--work", scratch, "--recipes", name, "--folds", fold,
-                        "--no-test", "--checkpoint", "last")[0]
+        seconds, _ = call(
+            args,
+            sys.executable,
+            "04_train.py",
+            "--work",
+            scratch,
+            "--recipe",
+            name,
+            "--folds",
+            fold,
+            "--seed",
+            seed,
+            "--set",
+            *settings,
+            f"cycle_epochs={max(1, epochs // recipe.max_cycles)}",
+            *gain,
+        )
+        rows = [
+            json.loads(line)
+            for line in (scratch / "runs" / name / f"fold{fold}" / "log.jsonl").read_text().splitlines()
+        ]
+        seconds += call(
+            args,
+            sys.executable,
+            "05_predict_oof.py",
+            "--work",
+            scratch,
+            "--recipes",
+            name,
+            "--folds",
+            fold,
+            "--no-test",
+            "--checkpoint",
+            "last",
+        )[0]
         epoch = sum(row["seconds"] + row.get("valid_seconds", 0) for row in rows) / len(rows)
         save_predictions(target, *load_predictions(scratch / "predictions" / name / f"fold{fold}_oof.npz", ""))
     shutil.rmtree(scratch)
@@ -148,7 +241,9 @@ def calibrate(args, arm) -> None:
     first = train(args, arm, 0, 0, 2, path.with_name(f"{arm}.npz"))
     epochs = max(2, min(20, round(CALIBRATION_SECONDS / first["epoch_seconds"])))
     with ThreadPoolExecutor(args.at_once) as pool:
-        found = list(pool.map(lambda k: train(args, arm, 0, 0, epochs, path.with_name(f"{arm}.{k}.npz")), range(args.at_once)))
+        found = list(
+            pool.map(lambda k: train(args, arm, 0, 0, epochs, path.with_name(f"{arm}.{k}.npz")), range(args.at_once))
+        )
     write_json(path, max(found, key=lambda values: values["seconds"]))
     print(f"{arm}: {read_json(path)}", flush=True)
 
@@ -173,8 +268,10 @@ def report(args, arms, folds) -> None:
         for arm in arms:
             found = figures[f"{arm} {minutes:g}"] = score(args, arm, minutes, rows)
             low, high = found["interval"]
-            print(f"  {arm:40s} {found['macro_f1']:.3f} [{low:.3f}, {high:.3f}]  {found['epochs']:4d} epochs, "
-                  f"{found['seconds']:.0f} s at most; seeds {' '.join(f'{value:.3f}' for value in found['seeds'])}")
+            print(
+                f"  {arm:40s} {found['macro_f1']:.3f} [{low:.3f}, {high:.3f}]  {found['epochs']:4d} epochs, "
+                f"{found['seconds']:.0f} s at most; seeds {' '.join(f'{value:.3f}' for value in found['seeds'])}"
+            )
     if len(args.minutes) > 1:
         draw(args, arms, figures)
     print(json.dumps(figures))
@@ -189,7 +286,12 @@ def draw(args, arms, figures) -> None:
         scores = np.array([row["macro_f1"] for row in found])
         ends = np.abs(np.array([row["interval"] for row in found]) - scores[:, None]).T
         axes.errorbar(args.minutes, scores, ends, marker="o", markersize=4, capsize=3, label=arm)
-    axes.set(xlabel="minutes a run, set-up included", ylabel="macro F1, cross-fitted, 95 % interval", ylim=(0, 1), xscale="log")
+    axes.set(
+        xlabel="minutes a run, set-up included",
+        ylabel="macro F1, cross-fitted, 95 % interval",
+        ylim=(0, 1),
+        xscale="log",
+    )
     axes.set_xticks(args.minutes, [f"{minutes:g}" for minutes in args.minutes])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -205,16 +307,24 @@ def score(args, arm, minutes, rows) -> dict:
     predicted, known = [], []
     for seed in args.seeds:
         paths = [place(args, arm, minutes, seed, fold) for fold in range(args.n_folds)]
-        ids, probs = (np.concatenate(part) for part in zip(*(load_predictions(path, "") for path in paths), strict=True))
+        ids, probs = (
+            np.concatenate(part) for part in zip(*(load_predictions(path, "") for path in paths), strict=True)
+        )
         place_of = {Id: k for k, Id in enumerate(ids)}
         probs = probs[[place_of[Id] for Id in order]]
         predicted.append([part[:, seen] for part in cross_fit(targets, probs, groups, "greedy")])
         known += [read_json(path.with_suffix(".json")) for path in paths]
     targets = targets[:, seen]
     seeds = [float(np.mean([class_f1(targets, part).mean() for part in parts])) for parts in predicted]
-    return {"macro_f1": round(float(np.mean(seeds)), 4), "seeds": [round(value, 4) for value in seeds],
-            "interval": [round(value, 4) for value in bootstrap_macro_f1(targets, [part for parts in predicted for part in parts])],
-            "seconds": round(max(values["seconds"] for values in known), 1), "epochs": known[0]["epochs"]}
+    return {
+        "macro_f1": round(float(np.mean(seeds)), 4),
+        "seeds": [round(value, 4) for value in seeds],
+        "interval": [
+            round(value, 4) for value in bootstrap_macro_f1(targets, [part for parts in predicted for part in parts])
+        ],
+        "seconds": round(max(values["seconds"] for values in known), 1),
+        "epochs": known[0]["epochs"],
+    }
 
 
 if __name__ == "__main__":

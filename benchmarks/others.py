@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import cli
 
 # contestant -> changes of the demo's recipe, whose images and crops are used, and for plain-ours its network
-CONTESTANTS = {name: ["size_divisor=8"] for name in ("fastai-resnet18", "fastai-resnet34", "plain-resnet18")} | {"plain-ours": []}
+CONTESTANTS = {name: ["size_divisor=8"] for name in ("fastai-resnet18", "fastai-resnet34", "plain-resnet18")} | {
+    "plain-ours": []
+}
 
 
 def parse_args():
@@ -58,7 +60,9 @@ def predict(model, data):
     images = tensors(data.valid, data.normalisation)
     model.eval()
     with torch.inference_mode():
-        return torch.cat([sum(model(dihedral(part, k)).sigmoid() for k in range(8)) / 8 for part in images.split(64)]).numpy()
+        return torch.cat(
+            [sum(model(dihedral(part, k)).sigmoid() for k in range(8)) / 8 for part in images.split(64)]
+        ).numpy()
 
 
 def tensors(images, normalisation):
@@ -92,7 +96,9 @@ def fastai(args, recipe, data):
 
     dls = DataLoaders.from_dsets(items(data.train), items(data.valid), bs=64, after_batch=[Dihedral()], num_workers=0)
     encoder = {"fastai-resnet18": resnet18, "fastai-resnet34": resnet34}[args.contestant]
-    learner = Learner(dls, create_vision_model(encoder, 28, pretrained=False, n_in=4), loss_func=BCEWithLogitsLossFlat())
+    learner = Learner(
+        dls, create_vision_model(encoder, 28, pretrained=False, n_in=4), loss_func=BCEWithLogitsLossFlat()
+    )
     started = time.monotonic()
     with learner.no_bar(), learner.no_logging():
         learner.fit_one_cycle(args.epochs, args.rate)
@@ -120,8 +126,9 @@ def plain(args, recipe, data):
     model.train()
     started = time.monotonic()
     for epoch in range(args.epochs):
-        for images, targets in DataLoader(data.train, batch_sampler=EpochBatches(len(data.train), 32, args.seed, epoch),
-                                          collate_fn=collate):
+        for images, targets in DataLoader(
+            data.train, batch_sampler=EpochBatches(len(data.train), 32, args.seed, epoch), collate_fn=collate
+        ):
             optimizer.zero_grad()
             loss(model(data.normalisation(images, torch.device("cpu"))), targets).backward()
             optimizer.step()

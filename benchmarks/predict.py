@@ -24,8 +24,12 @@ from common import cli
 from common.recipes import get_recipe
 
 # name -> recipe, images
-NETWORKS = {"tiny": (get_recipe("demo"), 256), "tiny+": (get_recipe("small_plus"), 256),
-            "small": (get_recipe("demo", ["encoder=resnet18"]), 16), "large": (get_recipe("resnet50", ["size_divisor=4"]), 8)}
+NETWORKS = {
+    "tiny": (get_recipe("demo"), 256),
+    "tiny+": (get_recipe("small_plus"), 256),
+    "small": (get_recipe("demo", ["encoder=resnet18"]), 16),
+    "large": (get_recipe("resnet50", ["size_divisor=4"]), 8),
+}
 WANTED = 1.03
 
 
@@ -33,13 +37,18 @@ def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--repeats", type=cli.positive, default=7, metavar="N", help="rounds (default: 7)")
     args = parser.parse_args()
-    print(f"{'':8s} {'bare ms':>9s} {'stage 05 ms':>12s} {'ratio':>7s} {'95 %':>15s} "
-          f"{'largest difference, batches of 1 and 32':>42s}")
+    print(
+        f"{'':8s} {'bare ms':>9s} {'stage 05 ms':>12s} {'ratio':>7s} {'95 %':>15s} "
+        f"{'largest difference, batches of 1 and 32':>42s}"
+    )
     figures = {}
     for name in NETWORKS:
         figures[name] = row = measure(name, args.repeats)
-        print(f"{name:8s} {row['bare_ms']:9.3f} {row['stage_ms']:12.3f} {row['ratio']:7.3f} "
-              f"{'[{low:.3f}, {high:.3f}]'.format(**row):>15s} {row['difference']:42.1e}", flush=True)
+        print(
+            f"{name:8s} {row['bare_ms']:9.3f} {row['stage_ms']:12.3f} {row['ratio']:7.3f} "
+            f"{'[{low:.3f}, {high:.3f}]'.format(**row):>15s} {row['difference']:42.1e}",
+            flush=True,
+        )
     print(f"milliseconds an image and eight views; wanted: ratio at most {WANTED}")
     print(json.dumps(figures))
 
@@ -62,8 +71,12 @@ def measure(name: str, repeats: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         ids = np.array([f"s{i}" for i in range(n)])
         for Id in ids:
-            write_planes(Path(folder) / f"{Id}.tif", rng.integers(0, 256, (4, recipe.size // 8, recipe.size // 8), dtype=np.uint8)
-                         .repeat(8, axis=1).repeat(8, axis=2))
+            write_planes(
+                Path(folder) / f"{Id}.tif",
+                rng.integers(0, 256, (4, recipe.size // 8, recipe.size // 8), dtype=np.uint8)
+                .repeat(8, axis=1)
+                .repeat(8, axis=2),
+            )
 
         def images():
             return ImageSet(Path(folder), ids, np.zeros((n, 28), dtype=bool))
@@ -82,7 +95,9 @@ def measure(name: str, repeats: int) -> dict:
 
         in_turn = InTurn(bare)
         figures = in_turn.measure(lambda: stage(images()), repeats, n)
-        single, many = (predict_logits(model, normalise, images(), hardware, looks, size).sigmoid() for size in (1, BATCH))
+        single, many = (
+            predict_logits(model, normalise, images(), hardware, looks, size).sigmoid() for size in (1, BATCH)
+        )
     return {**figures, "difference": float((single - many).abs().max())}
 
 

@@ -39,8 +39,12 @@ def parse_args():
     parser = cli.Parser(__doc__)
     parser.add_argument("--samples", type=cli.positive, default=40, metavar="N", help="samples to make (default: 40)")
     parser.add_argument("--repeats", type=cli.positive, default=3, metavar="N", help="runs of each (default: 3)")
-    parser.add_argument("--jobs", type=cli.positive, default=os.cpu_count(), metavar="N", help="processes (default: all)")
-    parser.add_argument("--loop", nargs=3, metavar=("NAME", "DATA", "WORK"), help="run one of the loops in this process")
+    parser.add_argument(
+        "--jobs", type=cli.positive, default=os.cpu_count(), metavar="N", help="processes (default: all)"
+    )
+    parser.add_argument(
+        "--loop", nargs=3, metavar=("NAME", "DATA", "WORK"), help="run one of the loops in this process"
+    )
     args = parser.parse_args()
     if args.samples < 4:
         parser.error("--samples must be at least 4")
@@ -62,7 +66,9 @@ def main():
                     with tempfile.TemporaryDirectory(dir=folder) as work:
                         os.sync()  # nobody flushes what another one wrote
                         runs.setdefault((name, count), []).append(watch(command(name, data, work, args.jobs)))
-    best = {key: (min(seconds for seconds, _ in results), max(mib for _, mib in results)) for key, results in runs.items()}
+    best = {
+        key: (min(seconds for seconds, _ in results), max(mib for _, mib in results)) for key, results in runs.items()
+    }
     report(best, *counts, args.jobs)
 
 
@@ -74,7 +80,9 @@ def make_samples(source: Path, folder: Path, made: int, counts: tuple[int, ...])
     images = folder / "images"
     images.mkdir()
     Ids = sorted(path.name.removesuffix("_green.tif") for path in (source / "train_full_size").glob("*_green.tif"))
-    planes = {Id: [tifffile.imread(source / "train_full_size" / f"{Id}_{channel}.tif") for channel in CHANNELS] for Id in Ids}
+    planes = {
+        Id: [tifffile.imread(source / "train_full_size" / f"{Id}_{channel}.tif") for channel in CHANNELS] for Id in Ids
+    }
     rng = np.random.default_rng(0)
     for i in range(made):
         which, shift = rng.integers(8), tuple(rng.integers(2048, size=2))
@@ -95,8 +103,18 @@ def make_samples(source: Path, folder: Path, made: int, counts: tuple[int, ...])
 
 def command(name: str, data: Path, work: str, jobs: int) -> list[str]:
     if name == "stage01":
-        return [sys.executable, f"{ROOT}/01_preprocess.py", "--data", str(data), "--work", work, "--recipes", "resnet50",
-                "--jobs", str(jobs)]
+        return [
+            sys.executable,
+            f"{ROOT}/01_preprocess.py",
+            "--data",
+            str(data),
+            "--work",
+            work,
+            "--recipes",
+            "resnet50",
+            "--jobs",
+            str(jobs),
+        ]
     return [sys.executable, __file__, "--loop", name, str(data), work, "--jobs", str(jobs)]
 
 
@@ -112,15 +130,18 @@ def watch(arguments: list[str]) -> tuple[float, float]:
             peak = max(peak, resident(process.pid))
     if code:
         raise UserError(f"{' '.join(arguments)} ended with exit code {code}")
-    return time.perf_counter() - started, peak / 2 ** 20
+    return time.perf_counter() - started, peak / 2**20
 
 
 def resident(process: int) -> int:
     """Return the resident bytes of a process and its descendants; what they share counts in each."""
     try:
         size = int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        children = [child for task in os.listdir(f"/proc/{process}/task")
-                    for child in Path(f"/proc/{process}/task/{task}/children").read_text().split()]
+        children = [
+            child
+            for task in os.listdir(f"/proc/{process}/task")
+            for child in Path(f"/proc/{process}/task/{task}/children").read_text().split()
+        ]
     except OSError:  # it has ended
         return 0
     return size + sum(resident(int(child)) for child in children)
@@ -128,11 +149,13 @@ def resident(process: int) -> int:
 
 # --- the two loops, in a process of their own --------------------------------------------------------------
 
+
 def run_loop(name: str, data: str, work: str, jobs: int) -> None:
     from multiprocessing import get_context
 
     if name == "bare":
         import cv2
+
         cv2.setNumThreads(1)
         import tifffile  # noqa: F401 - once, before the processes fork
     Ids = [line.split(",")[0] for line in Path(data, "train.csv").read_text().splitlines()[1:]]
@@ -151,8 +174,14 @@ def bare(job):
     planes = [tifffile.imread(source / f"{Id}_{channel}.tif") for channel in CHANNELS]
     for size in SIZES:
         small = np.stack([cv2.resize(plane, (size, size), interpolation=cv2.INTER_AREA) for plane in planes])
-        tifffile.imwrite(target / f"{Id}_{size}.tif", small, photometric="minisblack", compression="zstd",
-                         rowsperstrip=size, compressionargs={"level": LEVEL})
+        tifffile.imwrite(
+            target / f"{Id}_{size}.tif",
+            small,
+            photometric="minisblack",
+            compression="zstd",
+            rowsperstrip=size,
+            compressionargs={"level": LEVEL},
+        )
 
 
 def usual(job):
@@ -160,28 +189,46 @@ def usual(job):
 
     Id, source, target = job
     for channel in CHANNELS:
-        Image.open(source / f"{Id}_{channel}.tif").resize((768, 768), Image.LANCZOS).save(target / f"{Id}_{channel}.png")
+        Image.open(source / f"{Id}_{channel}.tif").resize((768, 768), Image.LANCZOS).save(
+            target / f"{Id}_{channel}.png"
+        )
 
 
 # --- the figures -------------------------------------------------------------------------------------------
+
 
 def report(runs: dict, few: int, all_: int, many: int, jobs: int) -> None:
     """Print a row a contestant, the ratios and the JSON; runs : (name, count) -> seconds, MiB."""
     rows = {}
     print(f"{all_} samples on {jobs} cores")
-    print(f"{'':8s} {'s':>7s} {'samples/s':>10s} {'further':>8s} " + "".join(f"{f'MiB, {count}':>10s}" for count in (few, all_, many)))
+    print(
+        f"{'':8s} {'s':>7s} {'samples/s':>10s} {'further':>8s} "
+        + "".join(f"{f'MiB, {count}':>10s}" for count in (few, all_, many))
+    )
     for name in ("stage01", "bare", "usual"):
         seconds = runs[name, all_][0]
         further = (many - all_) / max(runs[name, many][0] - seconds, 1e-9)
         peaks = {count: round(runs[name, count][1]) for count in (few, all_, many)}
-        rows[name] = {"seconds": round(seconds, 2), "samples_per_s": round(all_ / seconds, 2),
-                      "further_per_s": round(further, 2), "peak_mib": peaks}
-        print(f"{name:8s} {seconds:7.2f} {all_ / seconds:10.2f} {further:8.2f}" + "".join(f"{peak:10d}" for peak in peaks.values()))
-    ratios = {f"{kind}_stage01_to_{other}": round(rows["stage01"][kind] / rows[other][kind], 3)
-              for other in ("bare", "usual") for kind in ("samples_per_s", "further_per_s")}
+        rows[name] = {
+            "seconds": round(seconds, 2),
+            "samples_per_s": round(all_ / seconds, 2),
+            "further_per_s": round(further, 2),
+            "peak_mib": peaks,
+        }
+        print(
+            f"{name:8s} {seconds:7.2f} {all_ / seconds:10.2f} {further:8.2f}"
+            + "".join(f"{peak:10d}" for peak in peaks.values())
+        )
+    ratios = {
+        f"{kind}_stage01_to_{other}": round(rows["stage01"][kind] / rows[other][kind], 3)
+        for other in ("bare", "usual")
+        for kind in ("samples_per_s", "further_per_s")
+    }
     for other, wanted in (("bare", 0.85), ("usual", 2)):
-        print(f"stage01 / {other}: {ratios[f'samples_per_s_stage01_to_{other}']:.2f} with the start of Python, "
-              f"{ratios[f'further_per_s_stage01_to_{other}']:.2f} without (wanted: at least {wanted})")
+        print(
+            f"stage01 / {other}: {ratios[f'samples_per_s_stage01_to_{other}']:.2f} with the start of Python, "
+            f"{ratios[f'further_per_s_stage01_to_{other}']:.2f} without (wanted: at least {wanted})"
+        )
     print(json.dumps({"samples": all_, "few": few, "many": many, "jobs": jobs, **rows, **ratios}))
 
 

@@ -22,8 +22,12 @@ BATCH, STEPS = 2, 3
 
 def parse_args():
     parser = cli.Parser(__doc__)
-    parser.add_argument("--recipes", type=cli.recipe_names, default=[name for name in RECIPES if not name.startswith("demo")],
-                        help="recipes to measure (default: the paper's)")
+    parser.add_argument(
+        "--recipes",
+        type=cli.recipe_names,
+        default=[name for name in RECIPES if not name.startswith("demo")],
+        help="recipes to measure (default: the paper's)",
+    )
     parser.add_argument("--one", help="measure one recipe in this process and print its JSON")
     return parser.parse_args()
 
@@ -38,7 +42,10 @@ def main():
     for name in args.recipes:
         result = subprocess.run([sys.executable, __file__, "--one", name], check=True, capture_output=True, text=True)
         rows.append(json.loads(result.stdout.splitlines()[-1]))
-        print("{recipe:16s} {crop:5d} {parameters:12,d} {seconds_per_step:8.2f} {peak_gib:6.2f}".format(**rows[-1]), flush=True)
+        print(
+            "{recipe:16s} {crop:5d} {parameters:12,d} {seconds_per_step:8.2f} {peak_gib:6.2f}".format(**rows[-1]),
+            flush=True,
+        )
     print(json.dumps(rows))
 
 
@@ -66,12 +73,18 @@ def measure(name: str) -> dict:
         started = time.perf_counter()
         train_step(run, images, torch.from_numpy(rows.targets).float(), BATCH, recipe.hard_share, step)
         seconds.append(time.perf_counter() - started)
-    return {"recipe": name, "crop": recipe.crop, "parameters": sum(p.numel() for p in run.model.parameters()),
-            "seconds_per_step": round(min(seconds), 2), "peak_gib": round(peak_gib() - before, 2), "batch": BATCH}
+    return {
+        "recipe": name,
+        "crop": recipe.crop,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "seconds_per_step": round(min(seconds), 2),
+        "peak_gib": round(peak_gib() - before, 2),
+        "batch": BATCH,
+    }
 
 
 def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ def main():
     print(f"{'run':32s} {'at 0.5':>8s} {'fitted':>8s} {'mean AP':>8s} {'rare':>8s} {'others':>8s} {'called':>8s}")
     figures = {}
     for recipe in args.recipes:
-        ids, probs = load_predictions(prediction_file(args.work, recipe, "oof"), f"python 05_predict_oof.py --recipes {recipe}")
+        ids, probs = load_predictions(
+            prediction_file(args.work, recipe, "oof"), f"python 05_predict_oof.py --recipes {recipe}"
+        )
         figures[recipe] = score(probs, folds.loc[ids])
         print(f"{recipe:32s} " + " ".join(f"{value:8.3f}" for value in figures[recipe].values()))
     print(json.dumps(figures))
@@ -40,12 +42,19 @@ def score(probs, rows) -> dict:
     classes, of rare ones and of the others, and the labels called at 0.5 as a share of those that there are."""
     targets, fold = parse_targets(rows["Target"]), rows["fold"].to_numpy()
     half = np.mean([class_f1(targets[fold == k], probs[fold == k] >= 0.5).mean() for k in np.unique(fold)])
-    fitted = np.mean([class_f1(targets, p).mean() for p in cross_fit(targets, probs, rows["group"].to_numpy(), "greedy")])
+    fitted = np.mean(
+        [class_f1(targets, p).mean() for p in cross_fit(targets, probs, rows["group"].to_numpy(), "greedy")]
+    )
     precision = np.array([average_precision_score(*pair) for pair in zip(targets.T, probs.T, strict=True)])
     rare = targets.sum(axis=0) <= RARE
-    return {"macro_f1_at_half": half, "macro_f1_cross_fitted": fitted, "mean_average_precision": precision.mean(),
-            "of_rare": precision[rare].mean() if rare.any() else np.nan, "of_others": precision[~rare].mean(),
-            "called": (probs >= 0.5).sum() / targets.sum()}
+    return {
+        "macro_f1_at_half": half,
+        "macro_f1_cross_fitted": fitted,
+        "mean_average_precision": precision.mean(),
+        "of_rare": precision[rare].mean() if rare.any() else np.nan,
+        "of_others": precision[~rare].mean(),
+        "called": (probs >= 0.5).sum() / targets.sum(),
+    }
 
 
 if __name__ == "__main__":

@@ -44,11 +44,20 @@ BATCH = 16
 
 def parse_args():
     parser = cli.Parser(__doc__)
-    parser.add_argument("--samples", type=cli.positive, default=63, metavar="N", help="PNG samples at most (default: 63)")
-    parser.add_argument("--repeats", type=cli.positive, default=5, metavar="N", help="passes over the samples (default: 5)")
+    parser.add_argument(
+        "--samples", type=cli.positive, default=63, metavar="N", help="PNG samples at most (default: 63)"
+    )
+    parser.add_argument(
+        "--repeats", type=cli.positive, default=5, metavar="N", help="passes over the samples (default: 5)"
+    )
     parser.add_argument("--loader", action="store_true", help="time the loader")
-    parser.add_argument("--batches", type=cli.positive, default=40, metavar="N",
-                        help=f"batches of {BATCH} of each loader, of which the first eighth does not count (default: 40)")
+    parser.add_argument(
+        "--batches",
+        type=cli.positive,
+        default=40,
+        metavar="N",
+        help=f"batches of {BATCH} of each loader, of which the first eighth does not count (default: 40)",
+    )
     return parser.parse_args()
 
 
@@ -75,6 +84,7 @@ def samples(data: Path, limit: int):
 
 # --- the formats: write(path, planes), read(path, crc, window) -> (4, side, side) or that window -----------
 
+
 def write_png(path, planes):
     for channel, plane in zip(images.CHANNELS, planes, strict=True):
         with writing(path.with_name(f"{path.name}_{channel}.png")) as temporary:
@@ -89,6 +99,7 @@ def tiff_writer(**how):
     def write(path, planes):
         with writing(path) as temporary:
             tifffile.imwrite(temporary, planes, photometric="minisblack", **how)
+
     return write
 
 
@@ -104,12 +115,14 @@ def read_earlier(path, crc):
 
 def then_cut(read):
     """Return a reader that cuts the window out of a whole image, channels last."""
+
     def cut(path, crc, window):
         image = channels_last(read(path, crc))
         if window is None:
             return image
         top, left = (images.corner(share, window[0], image.shape[1]) for share in window[1:])
-        return image[:, top:top + window[0], left:left + window[0]]
+        return image[:, top : top + window[0], left : left + window[0]]
+
     return cut
 
 
@@ -122,11 +135,16 @@ def read_ours(path, crc, window):
 
 
 FORMATS = {
-    EARLIER: (tiff_writer(metadata={"axes": "CYX", "channels": images.CHANNELS}, compression="zlib", predictor=True),
-              then_cut(read_earlier)),
+    EARLIER: (
+        tiff_writer(metadata={"axes": "CYX", "channels": images.CHANNELS}, compression="zlib", predictor=True),
+        then_cut(read_earlier),
+    ),
     OURS: (images.write_planes, read_ours),
     RAW: (lambda path, planes: images.write_planes(path, planes, raw=True), read_ours),
-    "TIFF zstd, no checksum": (tiff_writer(compression="zstd", predictor=True), then_cut(lambda path, _: tifffile.imread(path))),
+    "TIFF zstd, no checksum": (
+        tiff_writer(compression="zstd", predictor=True),
+        then_cut(lambda path, _: tifffile.imread(path)),
+    ),
     "4 PNGs, no checksum": (write_png, then_cut(lambda path, _: read_png(path))),
     "earlier files, read as ours": (None, read_ours),
 }
@@ -134,11 +152,12 @@ FORMATS = {
 
 # --- measuring ---------------------------------------------------------------------------------------------
 
+
 def formats_compared(stored: list, crop: int, repeats: int, _) -> dict:
     """Print and return format -> bytes a sample, milliseconds, and their ratios to the earlier format's."""
     rng, times, sizes, same = np.random.default_rng(0), {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for (k, (i, planes)) in product(range(repeats), enumerate(stored)):
+        for k, (i, planes) in product(range(repeats), enumerate(stored)):
             window = (crop, *rng.random(2))
             cut = then_cut(lambda *_, planes=planes: planes)(None, None, window)
             for name in rng.permutation(list(FORMATS)):
@@ -148,7 +167,9 @@ def formats_compared(stored: list, crop: int, repeats: int, _) -> dict:
                 timed = {"crop": (read, path, crc, window), "whole": (read, path, crc, None)}
                 if k == 0:
                     (write or FORMATS[EARLIER][0])(path, planes)
-                    sizes.setdefault(name, []).append(sum(file.stat().st_size for file in path.parent.glob(f"{i}.tif*")))
+                    sizes.setdefault(name, []).append(
+                        sum(file.stat().st_size for file in path.parent.glob(f"{i}.tif*"))
+                    )
                     same[name] = same.get(name, True) and np.array_equal(read(path, crc, window), cut)
                 if write:
                     timed["flushed"] = write, path, planes
@@ -159,15 +180,26 @@ def formats_compared(stored: list, crop: int, repeats: int, _) -> dict:
                     call = timed[what]
                     clock = time.perf_counter if what == "flushed" else time.process_time
                     times.setdefault((name, what), {}).setdefault(i, []).append(milliseconds(clock, *call))
-    rows = {name: {"same": bool(same[name]), "bytes": mean(sizes[name]),
-                   **{f"{what}_ms": mean(map(median, times[name, what].values()))
-                      for what in ("crop", "whole", "write", "flushed") if (name, what) in times}} for name in FORMATS}
+    rows = {
+        name: {
+            "same": bool(same[name]),
+            "bytes": mean(sizes[name]),
+            **{
+                f"{what}_ms": mean(map(median, times[name, what].values()))
+                for what in ("crop", "whole", "write", "flushed")
+                if (name, what) in times
+            },
+        }
+        for name in FORMATS
+    }
     columns = ("bytes", "crop ms", "whole ms", "write ms", "flushed ms", "same")
     print(f"{'format':36s}" + "".join(f"{what:>20s}" for what in columns))
     for name, row in rows.items():
         row.update({f"{what}_ratio": round(row[what] / rows[EARLIER][what], 3) for what in [*row] if what != "same"})
-        cells = [f"{row[what]:12.{digits}f} ({row[f'{what}_ratio']:5.3f})" if what in row else "" for what, digits in
-                 (("bytes", 0), ("crop_ms", 2), ("whole_ms", 2), ("write_ms", 1), ("flushed_ms", 1))]
+        cells = [
+            f"{row[what]:12.{digits}f} ({row[f'{what}_ratio']:5.3f})" if what in row else ""
+            for what, digits in (("bytes", 0), ("crop_ms", 2), ("whole_ms", 2), ("write_ms", 1), ("flushed_ms", 1))
+        ]
         print(f"{name:36s}" + "".join(f"{cell:>20s}" for cell in cells) + f"{row['same']!s:>20s}")
         row.update({what: round(value, 3) for what, value in row.items() if what != "same"})
     return rows
@@ -180,6 +212,7 @@ def milliseconds(clock, function, *arguments) -> float:
 
 
 # --- the loader --------------------------------------------------------------------------------------------
+
 
 class Earlier(ImageSet):
     """An image set that reads whole images as this project did before."""
@@ -204,9 +237,16 @@ def loaders(stored: list, crop: int, repeats: int, batches: int) -> dict:
         for k in range(repeats):
             for workers, name in product((0, 1, 2), sets):
                 rates.setdefault((name, workers), []).append(images_a_second(sets[name], workers, k))
-    figures = {name: {workers: {"images_per_s": round(median(rates[name, workers]), 1),
-                                "ratio": round(median(rates[name, workers]) / median(rates[EARLIER, workers]), 2)}
-                      for workers in (0, 1, 2)} for name in sets}
+    figures = {
+        name: {
+            workers: {
+                "images_per_s": round(median(rates[name, workers]), 1),
+                "ratio": round(median(rates[name, workers]) / median(rates[EARLIER, workers]), 2),
+            }
+            for workers in (0, 1, 2)
+        }
+        for name in sets
+    }
     print(f"{'images/s by loader processes':36s}" + "".join(f"{workers:>20d}" for workers in (0, 1, 2)))
     for name, row in figures.items():
         cells = [f"{cell['images_per_s']:12.1f} ({cell['ratio']:4.2f})" for cell in row.values()]

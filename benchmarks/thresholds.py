@@ -42,8 +42,9 @@ WITH_INTERVAL = ("greedy", "calibrated")
 def main():
     parser = cli.parser(__doc__)
     parser.add_argument("--draws", type=int, default=200, metavar="N", help="draws of the simulation (default: 200)")
-    parser.add_argument("--parts", type=cli.names, default=["networks", "simulation", "speed"], metavar="A,B",
-                        help="default: all three")
+    parser.add_argument(
+        "--parts", type=cli.names, default=["networks", "simulation", "speed"], metavar="A,B", help="default: all three"
+    )
     parser.add_argument("--cases", type=cli.names, default=["few", "all"], metavar="A,B", help="default: few,all")
     args = parser.parse_args()
     figures = {}
@@ -58,12 +59,15 @@ def main():
 
 # --- three real networks -------------------------------------------------------------------------------------
 
+
 def labelled_rows():
     """Return the targets of the labelled rows and each network's probabilities of them."""
     labels = read_labels(real("predictions") / "labels.csv")
     order = pd.read_csv(real("labels") / "sample_submission.csv", dtype=str)["Id"]
     rows = pd.Series(range(len(order)), index=order)[labels["Id"]]
-    return parse_targets(labels["Target"]), {name: np.load(real("predictions") / f"{name}.npy")[rows] for name in NETWORKS}
+    return parse_targets(labels["Target"]), {
+        name: np.load(real("predictions") / f"{name}.npy")[rows] for name in NETWORKS
+    }
 
 
 def networks() -> dict:
@@ -88,12 +92,15 @@ def networks() -> dict:
         print(f"{case} rows{'':8s}" + "".join(f"{name:>17s}" for name in NETWORKS) + "             mean")
         for method, row in scores[case].items():
             print(f"{method:16s}" + "".join(f"{value:17.4f}" for value in [*row.values(), np.mean(list(row.values()))]))
-    print("of the mean on 295 rows, from classes with fewer than 3 positives: "
-          + ", ".join(f"{method} {value:.4f}" for method, value in rarest.items()))
+    print(
+        "of the mean on 295 rows, from classes with fewer than 3 positives: "
+        + ", ".join(f"{method} {value:.4f}" for method, value in rarest.items())
+    )
     return {"scores": scores, "from_classes_below_3_positives": rarest}
 
 
 # --- simulation of a known truth ------------------------------------------------------------------------------
+
 
 class World:
     """Classes whose evidence is normal around 0 (negatives) or a separation (positives), told as a probability that
@@ -114,18 +121,24 @@ class World:
 
     def true_macro_f1(self, thresholds) -> float:
         """Return the macro F1 of thresholds on endlessly many samples."""
-        evidence = ((logit(thresholds) - self.offset) / self.factor - self.prior) / self.separation + self.separation / 2
+        evidence = (
+            (logit(thresholds) - self.offset) / self.factor - self.prior
+        ) / self.separation + self.separation / 2
         tp, fp = self.share * ndtr(self.separation - evidence), (1 - self.share) * ndtr(-evidence)
         return float(f1_from_counts(tp, fp, self.share - tp).mean())
 
 
 def simulation(case: str, n_draws: int, work: Path) -> dict:
-    targets = labelled_rows()[0] if case == "few" else parse_targets(read_labels(real("labels") / "train.csv")["Target"])
+    targets = (
+        labelled_rows()[0] if case == "few" else parse_targets(read_labels(real("labels") / "train.csv")["Target"])
+    )
     world, path = World(targets), work / "benchmark_thresholds" / f"{case}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     with open(path, "a") as file:
-        for seed in progress(range(len(done), n_draws), n_draws, f"simulation, {case}", unit="draws", initial=len(done)):
+        for seed in progress(
+            range(len(done), n_draws), n_draws, f"simulation, {case}", unit="draws", initial=len(done)
+        ):
             done.append(one_draw(world, seed))
             file.write(json.dumps(done[-1]) + "\n")
             file.flush()
@@ -141,20 +154,33 @@ def one_draw(world: World, seed: int) -> dict:
         thresholds = find_thresholds(targets, probs, method)
         unseen = cross_fit(targets, probs, None, method, folds=folds)
         interval = bootstrap_macro_f1(targets, unseen) if method in WITH_INTERVAL else None
-        found[method] = [world.true_macro_f1(thresholds), macro_f1(targets, unseen[0]),
-                         macro_f1(targets, probs >= thresholds), interval]
+        found[method] = [
+            world.true_macro_f1(thresholds),
+            macro_f1(targets, unseen[0]),
+            macro_f1(targets, probs >= thresholds),
+            interval,
+        ]
     return found
 
 
 def summary(case: str, draws: list[dict]) -> dict:
-    print(f"simulation, {case}: {len(draws)} draws; bias and spread of what is reported less the truth\n"
-          f"{'method':12s} {'truth':>7s}  {'cross-fitted':>15s}  {'in-sample':>15s}  interval holds it, mean width")
+    print(
+        f"simulation, {case}: {len(draws)} draws; bias and spread of what is reported less the truth\n"
+        f"{'method':12s} {'truth':>7s}  {'cross-fitted':>15s}  {'in-sample':>15s}  interval holds it, mean width"
+    )
     figures = {}
     for method in METHODS:
         truth, honest, flattering = np.array([draw[method][:3] for draw in draws]).T
-        row = {"truth": truth.mean(), "bias": (honest - truth).mean(), "spread": (honest - truth).std(),
-               "in_sample_bias": (flattering - truth).mean(), "in_sample_spread": (flattering - truth).std()}
-        text = ("{truth:7.4f}  {bias:+7.4f} {spread:7.4f}  {in_sample_bias:+7.4f} {in_sample_spread:7.4f}").format(**row)
+        row = {
+            "truth": truth.mean(),
+            "bias": (honest - truth).mean(),
+            "spread": (honest - truth).std(),
+            "in_sample_bias": (flattering - truth).mean(),
+            "in_sample_spread": (flattering - truth).std(),
+        }
+        text = ("{truth:7.4f}  {bias:+7.4f} {spread:7.4f}  {in_sample_bias:+7.4f} {in_sample_spread:7.4f}").format(
+            **row
+        )
         if method in WITH_INTERVAL:
             low, high = np.array([draw[method][3] for draw in draws]).T
             row |= {"coverage": float(((low <= truth) & (truth <= high)).mean()), "width": float((high - low).mean())}
@@ -166,14 +192,22 @@ def summary(case: str, draws: list[dict]) -> dict:
 
 # --- speed ---------------------------------------------------------------------------------------------------
 
+
 def speed() -> dict:
     world = World(parse_targets(read_labels(real("labels") / "train.csv")["Target"]))
     targets, probs = world.draw(np.random.default_rng(0))
     ours, thresholds = min((timed(greedy_thresholds, targets, probs) for _ in range(5)), key=lambda pair: pair[0])
     slow, expected = timed(oracle, targets, probs)
-    print(f"greedy on {targets.shape}: {ours:.3f} s; with scikit-learn {slow:.1f} s, {slow / ours:.0f} times as long; "
-          f"same thresholds: {np.array_equal(thresholds, expected)}")
-    figures = {"greedy_s": ours, "oracle_s": slow, "ratio": slow / ours, "same": bool(np.array_equal(thresholds, expected))}
+    print(
+        f"greedy on {targets.shape}: {ours:.3f} s; with scikit-learn {slow:.1f} s, {slow / ours:.0f} times as long; "
+        f"same thresholds: {np.array_equal(thresholds, expected)}"
+    )
+    figures = {
+        "greedy_s": ours,
+        "oracle_s": slow,
+        "ratio": slow / ours,
+        "same": bool(np.array_equal(thresholds, expected)),
+    }
     for method in METHODS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             seconds, gib = pool.apply(million, (method,))
@@ -191,6 +225,7 @@ def timed(function, *arguments):
 
 def oracle(targets, probs) -> np.ndarray:
     """The paper's search as it reads: macro F1 of everything for every candidate."""
+
     def score(thresholds):
         return f1_score(targets, probs >= thresholds, average="macro", zero_division=0)
 

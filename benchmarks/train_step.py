@@ -35,20 +35,30 @@ from common.recipes import get_recipe
 
 # name -> recipe, samples in an epoch: networks that cost two, twenty and fifty milliseconds a sample; tiny is `demo` as it is,
 # tiny+ our own training of its network, small is `demo` with ResNet-18 in place of it
-NETWORKS = {"tiny": (get_recipe("demo", ["finder=off"]), 512),
-            "tiny+": (get_recipe("small_plus", ["finder=off"]), 512),
-            "small": (get_recipe("demo", ["encoder=resnet18", "finder=off"]), 256),
-            "large": (get_recipe("resnet50", ["size_divisor=4", "batch_size=16", "finder=off"]), 64)}
+NETWORKS = {
+    "tiny": (get_recipe("demo", ["finder=off"]), 512),
+    "tiny+": (get_recipe("small_plus", ["finder=off"]), 512),
+    "small": (get_recipe("demo", ["encoder=resnet18", "finder=off"]), 256),
+    "large": (get_recipe("resnet50", ["size_divisor=4", "batch_size=16", "finder=off"]), 64),
+}
 WANTED = 1.03
-SETTINGS = {"fp32": {"precision": "fp32"}, "bf16": {"precision": "bf16"}, "contiguous": {"precision": "fp32", "memory_format": "contiguous"},
-            "compile": {"precision": "fp32", "compiled": True}}
+SETTINGS = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "contiguous": {"precision": "fp32", "memory_format": "contiguous"},
+    "compile": {"precision": "fp32", "compiled": True},
+}
 
 
 def parse_args():
     parser = cli.Parser(__doc__)
     parser.add_argument("--repeats", type=cli.positive, default=15, metavar="N", help="epochs of each (default: 15)")
-    parser.add_argument("--settings", action="store_true", help="compare settings of stage 04 in place of stage 04 and a bare loop")
-    parser.add_argument("--one", nargs=2, metavar=("NETWORK", "WHAT"), help="run in this process: both, bare, stage04 or settings")
+    parser.add_argument(
+        "--settings", action="store_true", help="compare settings of stage 04 in place of stage 04 and a bare loop"
+    )
+    parser.add_argument(
+        "--one", nargs=2, metavar=("NETWORK", "WHAT"), help="run in this process: both, bare, stage04 or settings"
+    )
     return parser.parse_args()
 
 
@@ -59,14 +69,19 @@ def main():
     if args.settings:
         return compare_settings(args.repeats)
     figures = {}
-    print(f"{'':8s} {'bare ms':>9s} {'stage 04 ms':>12s} {'ratio':>7s} {'95 %':>15s} {'waiting':>8s} {'bare MiB':>9s} "
-          f"{'stage 04 MiB':>13s}")
+    print(
+        f"{'':8s} {'bare ms':>9s} {'stage 04 ms':>12s} {'ratio':>7s} {'95 %':>15s} {'waiting':>8s} {'bare MiB':>9s} "
+        f"{'stage 04 MiB':>13s}"
+    )
     for name in NETWORKS:
         both, bare, ours = (in_a_process(name, what, args.repeats) for what in ("both", "bare", "stage04"))
         figures[name] = {**both, "bare_mib": bare["mib"], "stage04_mib": ours["mib"]}
-        print(f"{name:8s} {both['bare_ms']:9.3f} {both['stage_ms']:12.3f} {both['ratio']:7.3f} "
-              f"{'[{low:.3f}, {high:.3f}]'.format(**both):>15s} {both['waiting']:8.1%} "
-              f"{bare['mib']:9d} {ours['mib']:13d}", flush=True)
+        print(
+            f"{name:8s} {both['bare_ms']:9.3f} {both['stage_ms']:12.3f} {both['ratio']:7.3f} "
+            f"{'[{low:.3f}, {high:.3f}]'.format(**both):>15s} {both['waiting']:8.1%} "
+            f"{bare['mib']:9d} {ours['mib']:13d}",
+            flush=True,
+        )
     print(f"milliseconds a sample; wanted: ratio at most {WANTED}, waiting at most 2 %")
     print(json.dumps(figures))
 
@@ -76,8 +91,11 @@ def compare_settings(repeats: int) -> None:
     for name in NETWORKS:
         figures[name] = in_a_process(name, "settings", repeats)
         for setting, row in figures[name].items():
-            print(f"{name:8s} {setting:12s} {row['ms']:9.3f} ms a sample, ratio {row['ratio']:.3f}, first epoch "
-                  f"{row['first_s']:+.1f} s", flush=True)
+            print(
+                f"{name:8s} {setting:12s} {row['ms']:9.3f} ms a sample, ratio {row['ratio']:.3f}, first epoch "
+                f"{row['first_s']:+.1f} s",
+                flush=True,
+            )
     print(json.dumps(figures))
 
 
@@ -92,7 +110,11 @@ def measure(name: str, what: str, repeats: int) -> dict:
     from common.hardware import HardwareOptions, choose_hardware
 
     recipe, n = NETWORKS[name]
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # no progress bars
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        redirect_stderr(nowhere),
+    ):  # no progress bars
         data = drawn_data(Path(folder), recipe, n)
         hardware = choose_hardware(HardwareOptions("cpu"))
         if what == "settings":
@@ -100,8 +122,10 @@ def measure(name: str, what: str, repeats: int) -> dict:
         run = new_run(recipe, data, hardware)
         batches = []
         if what != "stage04":
-            batches = [(run.normalise(x, hardware.device), y) for x, y in
-                       loader(data.train, 0, False, EpochBatches(n, recipe.batch_size, 0, 0))]
+            batches = [
+                (run.normalise(x, hardware.device), y)
+                for x, y in loader(data.train, 0, False, EpochBatches(n, recipe.batch_size, 0, 0))
+            ]
             data.train.cache.clear()
         if what == "both":
             in_turn = InTurn(lambda k: bare_step(run, *batches[k]))
@@ -117,12 +141,21 @@ def measure(name: str, what: str, repeats: int) -> dict:
 def measure_settings(recipe, n: int, data, repeats: int) -> dict:
     from common.hardware import HardwareOptions, choose_hardware
 
-    runs = {setting: new_run(recipe, data, choose_hardware(HardwareOptions("cpu", **flags))) for setting, flags in SETTINGS.items()}
+    runs = {
+        setting: new_run(recipe, data, choose_hardware(HardwareOptions("cpu", **flags)))
+        for setting, flags in SETTINGS.items()
+    }
     seconds = [[timed(lambda run=run: epoch(run, data)) for run in runs.values()] for _ in range(repeats + 1)]
     first, later = np.array(seconds[0]), np.array(seconds[1:])
     ratios = np.median(later / later[:, :1], axis=0)
-    return {setting: {"ms": round(1000 * float(np.median(later[:, k])) / n, 3), "ratio": round(float(ratios[k]), 3),
-                      "first_s": round(float(first[k] - np.median(later[:, k])), 1)} for k, setting in enumerate(runs)}
+    return {
+        setting: {
+            "ms": round(1000 * float(np.median(later[:, k])) / n, 3),
+            "ratio": round(float(ratios[k]), 3),
+            "first_s": round(float(first[k] - np.median(later[:, k])), 1),
+        }
+        for k, setting in enumerate(runs)
+    }
 
 
 def drawn_data(folder: Path, recipe, n: int):
@@ -136,8 +169,12 @@ def drawn_data(folder: Path, recipe, n: int):
     targets = rng.random((n, 28)) < 0.06
     ids = np.array([f"s{i}" for i in range(n)])
     for Id in ids:
-        write_planes(folder / f"{Id}.tif", rng.integers(0, 256, (4, recipe.size // 8, recipe.size // 8), dtype=np.uint8)
-                     .repeat(8, axis=1).repeat(8, axis=2))
+        write_planes(
+            folder / f"{Id}.tif",
+            rng.integers(0, 256, (4, recipe.size // 8, recipe.size // 8), dtype=np.uint8)
+            .repeat(8, axis=1)
+            .repeat(8, axis=2),
+        )
     images = ImageSet(folder, ids, targets, recipe.crop, standardised=recipe.standardised)
     return FoldData(images, replace(images, crop=None), targets.sum(axis=0), Normalisation((0.1,) * 4, (0.1,) * 4))
 

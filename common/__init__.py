@@ -3,7 +3,9 @@
 import os
 import sys
 
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2 ** 26))  # OpenCV refuses larger headers; it asks when it is loaded
+os.environ.setdefault(
+    "OPENCV_IO_MAX_IMAGE_PIXELS", str(2**26)
+)  # OpenCV refuses larger headers; it asks when it is loaded
 
 
 def _on_exception(kind, value, trace):

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.errors import first_line
 
-MAX_BYTES = 2 ** 28  # of a file's arrays: fifty times the competition's test set
+MAX_BYTES = 2**28  # of a file's arrays: fifty times the competition's test set
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -24,10 +24,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                 return {"": read_array(file, os.path.getsize(path))}
             with zipfile.ZipFile(file) as members:
                 check_size(inflated_size(members))
-                if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members.infolist()):
+                if any(
+                    info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members.infolist()
+                ):
                     raise ValueError("is compressed otherwise than by deflate")  # zipfile inflates it without a limit
-                return {info.filename.removesuffix(".npy"): read_array(members.open(info), info.file_size)
-                        for info in members.infolist()}
+                return {
+                    info.filename.removesuffix(".npy"): read_array(members.open(info), info.file_size)
+                    for info in members.infolist()
+                }
         except Exception as error:  # damaged files raise many kinds
             raise ValueError(first_line(error)) from None
 

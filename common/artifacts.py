@@ -23,15 +23,25 @@ from common.locks import Lock
 from common.recipes import store_settings
 from common.text_tables import BadTable, composed, read_text_table
 
-STATISTICS = " ".join(f"{value}_{channel}~" for value in ("mean", "std", "zeros", "saturated")
-                      for channel in ("red", "green", "blue", "yellow"))
+STATISTICS = " ".join(
+    f"{value}_{channel}~"
+    for value in ("mean", "std", "zeros", "saturated")
+    for channel in ("red", "green", "blue", "yellow")
+)
 # What stages write into their tables: text, whole numbers (#), and numbers (~), which may be unknown.
-COLUMNS = {"samples.csv": "Id part Target side#", "images": f"Id side# crc {STATISTICS}", "left_out.csv": "Id part Target place#",
-           "duplicates.csv": "Id part Target near_group group kept#", "folds.csv": "Id Target part group fold# copies#",
-           "duplicate_pairs.csv": "Id part Target other_Id other_part other_Target red# green# blue# agreement~",
-           "lr_find.csv": "learning_rate~ loss~ smoothed~", "hard_classes.csv": "class ranked# kept#",
-           "hard_samples.csv": "Id Target share_kept~ mean_loss~", "gains.csv": "model column gain~ low~ high~ paper~",
-           "submission.csv": "Id Predicted"}
+COLUMNS = {
+    "samples.csv": "Id part Target side#",
+    "images": f"Id side# crc {STATISTICS}",
+    "left_out.csv": "Id part Target place#",
+    "duplicates.csv": "Id part Target near_group group kept#",
+    "folds.csv": "Id Target part group fold# copies#",
+    "duplicate_pairs.csv": "Id part Target other_Id other_part other_Target red# green# blue# agreement~",
+    "lr_find.csv": "learning_rate~ loss~ smoothed~",
+    "hard_classes.csv": "class ranked# kept#",
+    "hard_samples.csv": "Id Target share_kept~ mean_loss~",
+    "gains.csv": "model column gain~ low~ high~ paper~",
+    "submission.csv": "Id Predicted",
+}
 KINDS = {"#": int, "~": float}
 ROUNDING = 1e-5  # a sum of float32 probabilities may be this far above 1
 
@@ -89,8 +99,9 @@ def preprocess_command(work: Path, store: str | None = None) -> str:
     if not made:
         settings, fields = store_settings(store), ("size_rule", "size_divisor", "image_size", "crop_size")
         kept = [argument for argument in arguments if argument.partition("=")[0] not in fields]
-        arguments = [argument for argument, after in pairwise([*kept, "--"])
-                     if argument != "--set" or not after.startswith("--")]
+        arguments = [
+            argument for argument, after in pairwise([*kept, "--"]) if argument != "--set" or not after.startswith("--")
+        ]
         arguments += ["--set", *settings]
     return command("01_preprocess.py", *arguments, "--work", work)
 
@@ -113,7 +124,9 @@ def images_digest(work: Path, store: str, ids) -> str:
 # --- Ids ---------------------------------------------------------------------------------------------------
 
 SAFE_ID = re.compile(r"\w[\w .+()-]*(?<![ .])")
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names of devices, on shares that Windows sees
+RESERVED = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
+)  # names of devices, on shares that Windows sees
 
 
 def check_ids(ids, path) -> None:
@@ -125,6 +138,7 @@ def check_ids(ids, path) -> None:
 
 # --- predictions -------------------------------------------------------------------------------------------
 
+
 def check_probabilities(ids, probs, name) -> np.ndarray:
     """Return probabilities within [0, 1], into which what is outside by rounding is moved.
 
@@ -132,14 +146,20 @@ def check_probabilities(ids, probs, name) -> np.ndarray:
     """
     ids, probs = np.asarray(ids), np.asarray(probs)
     if probs.shape != (len(ids), len(CLASS_NAMES)):
-        raise UserError(f"{name}: expected probabilities of shape ({len(ids)}, {len(CLASS_NAMES)}), found {probs.shape}")
+        raise UserError(
+            f"{name}: expected probabilities of shape ({len(ids)}, {len(CLASS_NAMES)}), found {probs.shape}"
+        )
     wrong = ~((probs >= -ROUNDING) & (probs <= 1 + ROUNDING))  # NaN is neither
     if wrong.any():
         rows = np.flatnonzero(wrong.any(axis=1))
         cells = [(i, wrong[i].argmax()) for i in rows[:10]]
-        found = [f"{ids[i]}: {np.format_float_positional(probs[i, c], trim='-')} for {CLASS_NAMES[c]}" for i, c in cells]
-        raise UserError(f"{name}: expected probabilities in [0, 1], found NaN or values outside in {len(rows)} rows, "
-                        f"such as:\n{listing(found)}")
+        found = [
+            f"{ids[i]}: {np.format_float_positional(probs[i, c], trim='-')} for {CLASS_NAMES[c]}" for i, c in cells
+        ]
+        raise UserError(
+            f"{name}: expected probabilities in [0, 1], found NaN or values outside in {len(rows)} rows, "
+            f"such as:\n{listing(found)}"
+        )
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
         raise UserError(f"{name}: these Ids appear more than once:\n{listing(values[counts > 1])}")
@@ -182,6 +202,7 @@ def load_predictions(path: Path, made_by: str | None) -> tuple[np.ndarray, np.nd
 
 # --- fingerprints and sidecars -----------------------------------------------------------------------------
 
+
 def fingerprint(path: Path) -> str:
     """Return the SHA-256 of a file's content, so that a rewritten equal file changes nothing downstream."""
     with open(path, "rb") as file:
@@ -202,7 +223,9 @@ def read_sidecar(path: Path) -> dict:
     """Read an artifact's sidecar; raises UserError for what no stage wrote."""
     path = sidecar(path)
     meta = read_json(path)
-    meta = {"files": {}, **meta} if isinstance(meta, dict) else {}  # sidecars of earlier versions do not say where inputs lie
+    meta = (
+        {"files": {}, **meta} if isinstance(meta, dict) else {}
+    )  # sidecars of earlier versions do not say where inputs lie
     fine = all(isinstance(meta.get(key), dict) for key in ("parameters", "inputs", "outputs", "files"))
     if not (fine and all(map(is_plain_path, meta["outputs"])) and all(map(is_path, meta["files"].values()))):
         raise UserError(f"{path} is not a record that a stage wrote; delete it and run its stage again")
@@ -227,7 +250,9 @@ class Stage:
     complete : function that returns the parameters of another version's sidecar as this version would have written them
     """
 
-    def __init__(self, name: str, artifact: Path, parameters: dict, inputs: dict, whole: Path | None = None, complete=dict):
+    def __init__(
+        self, name: str, artifact: Path, parameters: dict, inputs: dict, whole: Path | None = None, complete=dict
+    ):
         self.name = name
         self.complete = complete
         self.artifact = Path(artifact)
@@ -243,7 +268,9 @@ class Stage:
         """Refuse inputs that are others now than when this stage began; call it when they have been read."""
         now = Stage(self.name, self.artifact, self.parameters, {**self.inputs, **inputs})
         if changes := now.changes(self.made_from()):
-            raise UserError(f"{self.name}: another process wrote its inputs anew since this command began ({changes}); run it again")
+            raise UserError(
+                f"{self.name}: another process wrote its inputs anew since this command began ({changes}); run it again"
+            )
 
     def made_from(self) -> dict:
         return {"parameters": self.parameters, "inputs": self.inputs}
@@ -254,8 +281,11 @@ class Stage:
         A parameter that only one of them has makes no difference while it is off (false, 0 or empty): a newer version added it.
         """
         now, old = self.parameters, self.complete(before.get("parameters", {}))
-        changed = [key for key in sorted({**old, **now})
-                   if (old[key] != now[key] if key in old and key in now else old.get(key) or now.get(key))]
+        changed = [
+            key
+            for key in sorted({**old, **now})
+            if (old[key] != now[key] if key in old and key in now else old.get(key) or now.get(key))
+        ]
         if changed:
             return "; ".join(f"{key} was {old.get(key, 'absent')}, now {now.get(key, 'absent')}" for key in changed)
         now, old = self.inputs, before.get("inputs", {})
@@ -298,10 +328,18 @@ class Stage:
     def finish(self, rows: int, also: list[Path] = (), **more) -> None:
         """Write the sidecar: the artifact and what belongs to it (`also`) are in place."""
         outputs = {os.path.relpath(path, self.sidecar.parent): fingerprint(path) for path in (self.artifact, *also)}
-        write_json(self.sidecar, {
-            "stage": self.name, **self.made_from(), "outputs": outputs,
-            "files": {key: self.way_to(path) for key, path in self.files.items()},
-            "rows": rows, "seconds": round(time.time() - self.started, 1), **more})
+        write_json(
+            self.sidecar,
+            {
+                "stage": self.name,
+                **self.made_from(),
+                "outputs": outputs,
+                "files": {key: self.way_to(path) for key, path in self.files.items()},
+                "rows": rows,
+                "seconds": round(time.time() - self.started, 1),
+                **more,
+            },
+        )
         if self.held:
             self.held.release()
 

@@ -12,7 +12,9 @@ from scipy.special import expit, logit
 N_BINS, LIMIT = 1024, 16  # of the logit: everything below works on counts in bins, whatever the number of samples
 EDGES = np.linspace(-LIMIT, LIMIT, N_BINS, endpoint=False)
 CENTRES = EDGES + LIMIT / N_BINS
-FEATURES = np.stack([np.ones(N_BINS), -np.logaddexp(0, -CENTRES), np.logaddexp(0, CENTRES)])  # 1, log p, -log(1 - p): (3, n_bins)
+FEATURES = np.stack(
+    [np.ones(N_BINS), -np.logaddexp(0, -CENTRES), np.logaddexp(0, CENTRES)]
+)  # 1, log p, -log(1 - p): (3, n_bins)
 IDENTITY = np.array([0.0, 1.0, 1.0])  # a, b, c of probabilities that are right as they are
 ROUNDS = 10  # of the prior's estimation; the scores are the same after 5 or 30
 
@@ -30,7 +32,9 @@ def logit_counts(targets: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np
 def log_posterior(coefs, positives, everything, mean, precision) -> np.ndarray:
     """Return the log likelihood of each class's coefficients plus their log prior, (n_classes,)."""
     logits, off = coefs @ FEATURES, coefs - mean
-    return (positives * logits - everything * np.logaddexp(0, logits)).sum(axis=1) - ((off @ precision) * off).sum(axis=1) / 2
+    return (positives * logits - everything * np.logaddexp(0, logits)).sum(axis=1) - ((off @ precision) * off).sum(
+        axis=1
+    ) / 2
 
 
 def newton_step(coefs, positives, everything, mean, precision) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +62,9 @@ def fit_calibration(positives: np.ndarray, everything: np.ndarray) -> tuple[np.n
     mean, spread = IDENTITY, np.eye(3)
     pooled = IDENTITY[None]
     for _ in range(2 * ROUNDS):
-        pooled, _ = newton_step(pooled, positives.sum(axis=0)[None], everything.sum(axis=0)[None], IDENTITY, 0.01 * spread)
+        pooled, _ = newton_step(
+            pooled, positives.sum(axis=0)[None], everything.sum(axis=0)[None], IDENTITY, 0.01 * spread
+        )
     mean, coefs = pooled[0], np.tile(pooled, (len(positives), 1))
     for _ in range(ROUNDS):
         coefs, covariances = newton_step(coefs, positives, everything, mean, np.linalg.inv(spread))

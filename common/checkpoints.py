@@ -26,9 +26,22 @@ TRAIN_AGAIN = "train the fold again with --force, or use the version that wrote 
 NUMBER = (int, float)
 NETWORK = {"model": dict, "mean": list, "std": list, "classes": list, "recipe": dict}  # in every checkpoint
 TRAINING = {  # in last.pt too
-    "made_from": dict, "good": (dict, type(None)), "optimizer": dict, "scaler": dict, "ranking": torch.Tensor, "epoch": int,
-    "step": int, "loss_sum": NUMBER, "seconds": NUMBER, "best_score": NUMBER, "micro_batch": (int, type(None)), "start": str,
-    "returns": list, "history": list, "class_mix": list}
+    "made_from": dict,
+    "good": (dict, type(None)),
+    "optimizer": dict,
+    "scaler": dict,
+    "ranking": torch.Tensor,
+    "epoch": int,
+    "step": int,
+    "loss_sum": NUMBER,
+    "seconds": NUMBER,
+    "best_score": NUMBER,
+    "micro_batch": (int, type(None)),
+    "start": str,
+    "returns": list,
+    "history": list,
+    "class_mix": list,
+}
 
 
 def save_checkpoint(path: Path, values: dict) -> None:
@@ -81,12 +94,15 @@ def load_checkpoint(path: Path) -> dict:
         refuse_damaged(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise many kinds
-        raise UserError(f"{path} is not a checkpoint that can be read ({first_line(error)}); "
-                        "delete it and train the fold again") from None
+        raise UserError(
+            f"{path} is not a checkpoint that can be read ({first_line(error)}); delete it and train the fold again"
+        ) from None
     found = saved.get("format", 1) if isinstance(saved, dict) else "no"
     if found != FORMAT:
-        raise UserError(f"{path} is a checkpoint of format {found}, this version of the project reads format {FORMAT}; "
-                        f"{TRAIN_AGAIN}")
+        raise UserError(
+            f"{path} is a checkpoint of format {found}, this version of the project reads format {FORMAT}; "
+            f"{TRAIN_AGAIN}"
+        )
     check_types(path, saved)
     check_classes(path, saved["classes"])
     return saved
@@ -107,11 +123,15 @@ def check_types(path: Path, saved: dict) -> None:
 def check_classes(path: Path, found: list) -> None:
     """Refuse a checkpoint of other classes: other in number, name or order."""
     if len(found) != N_CLASSES:
-        raise UserError(f"{path} was trained for {len(found)} classes, expected the {N_CLASSES} of this project; {TRAIN_AGAIN}")
+        raise UserError(
+            f"{path} was trained for {len(found)} classes, expected the {N_CLASSES} of this project; {TRAIN_AGAIN}"
+        )
     for number, (name, expected) in enumerate(zip(found, CLASS_NAMES, strict=True)):
         if name != expected:
-            raise UserError(f"{path} was trained for other classes: class {number} is {name!r}, expected {expected!r}; "
-                            f"{TRAIN_AGAIN}")
+            raise UserError(
+                f"{path} was trained for other classes: class {number} is {name!r}, expected {expected!r}; "
+                f"{TRAIN_AGAIN}"
+            )
 
 
 @contextmanager
@@ -134,7 +154,9 @@ def check_recipe(path: Path, saved: dict, recipe: Recipe) -> None:
         raise UserError(f"{path}: {error}; {TRAIN_AGAIN}") from None
     changed = [f"{key} {found[key]}, expected {value}" for key, value in to_dict(recipe).items() if found[key] != value]
     if changed:
-        raise UserError(f"{path} was trained with another recipe: {'; '.join(changed)}; train the fold again with --force")
+        raise UserError(
+            f"{path} was trained with another recipe: {'; '.join(changed)}; train the fold again with --force"
+        )
 
 
 def made_from(folder: Path) -> dict | None:
@@ -167,9 +189,11 @@ def clear(folder: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise UserError(f"{folder} cannot be deleted, which --force asks for ({error.filename or folder}: "
-                        f"{error.strerror or error.args[0]}); get the right to delete it or have its owner do so, or "
-                        "give another --work") from None
+        raise UserError(
+            f"{folder} cannot be deleted, which --force asks for ({error.filename or folder}: "
+            f"{error.strerror or error.args[0]}); get the right to delete it or have its owner do so, or "
+            "give another --work"
+        ) from None
 
 
 def check_unfinished(stage: Stage) -> None:
@@ -195,8 +219,10 @@ def check_alike(work: Path, name: str, numbers: list[int]) -> None:
         first = first or (fold, recipe)
         changed = [f"{key} {first[1][key]} and {value}" for key, value in recipe.items() if value != first[1][key]]
         if changed:
-            raise UserError(f"folds {first[0]} and {fold} of {name} were trained with different recipes: {'; '.join(changed)}; train one "
-                            f"of them again: {command('04_train.py', '--work', work, '--recipe', name, '--folds', fold, '--force')}")
+            raise UserError(
+                f"folds {first[0]} and {fold} of {name} were trained with different recipes: {'; '.join(changed)}; train one "
+                f"of them again: {command('04_train.py', '--work', work, '--recipe', name, '--folds', fold, '--force')}"
+            )
 
 
 def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, which: str) -> tuple[Path, Recipe]:
@@ -230,5 +256,7 @@ def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.
     model = build_model(recipe, N_CLASSES)
     with restoring(path):
         model.load_state_dict(saved["model"])
-    return (model.to(hardware.device, memory_format=torch.channels_last),
-            Normalisation(tuple(saved["mean"]), tuple(saved["std"])))
+    return (
+        model.to(hardware.device, memory_format=torch.channels_last),
+        Normalisation(tuple(saved["mean"]), tuple(saved["std"])),
+    )

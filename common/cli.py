@@ -17,18 +17,30 @@ from common.errors import command as command_line
 from common.recipes import run_name
 
 DATA = Path("data")
-OUT_OF_MEMORY = ("the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, or "
-                 "try --device cpu")
+OUT_OF_MEMORY = (
+    "the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, or "
+    "try --device cpu"
+)
 
 
-SMALLER = "finished work is kept: take a smaller batch (04_train.py --micro-batch), a smaller crop, or a smaller network"
+SMALLER = (
+    "finished work is kept: take a smaller batch (04_train.py --micro-batch), a smaller crop, or a smaller network"
+)
 
 
-BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError)  # whatever they came from, they are this project's
+BUGS = (
+    TypeError,
+    AttributeError,
+    NameError,
+    LookupError,
+    AssertionError,
+)  # whatever they came from, they are this project's
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)  # of files whose name an error may lack
 SHARED_MEMORY_FULL = ("unable to allocate shared memory", "unable to mmap", "Bus error")
-SMALL_SHARED_MEMORY = ("/dev/shm is full, where loader processes put batches; finished work is kept: give it more (docker run "
-                       "--shm-size=16g), or use fewer --workers")
+SMALL_SHARED_MEMORY = (
+    "/dev/shm is full, where loader processes put batches; finished work is kept: give it more (docker run "
+    "--shm-size=16g), or use fewer --workers"
+)
 NOT_LOADED = ("failed to map segment", "annot allocate memory")  # of shared objects
 LOST = ("onnection closed by peer", "onnection reset by peer", "gloo/transport", "NCCL error", "Socket Timeout")
 
@@ -37,8 +49,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations whose errors name the nearest known flag."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
 
     def parse_args(self, args=None, namespace=None):
         values, unknown = self.parse_known_args(args, namespace)
@@ -54,36 +67,69 @@ class Parser(argparse.ArgumentParser):
 def parser(description: str) -> Parser:
     """Return a parser with the flags that every stage takes: --data and --work."""
     result = Parser(description)
-    result.add_argument("--data", type=folder, default=DATA, metavar="DIR",
-                        help="input folder in the competition's layout (default: data); never written to")
-    result.add_argument("--work", type=folder, default=Path("work"), metavar="DIR",
-                        help="folder for everything that is made (default: work)")
+    result.add_argument(
+        "--data",
+        type=folder,
+        default=DATA,
+        metavar="DIR",
+        help="input folder in the competition's layout (default: data); never written to",
+    )
+    result.add_argument(
+        "--work",
+        type=folder,
+        default=Path("work"),
+        metavar="DIR",
+        help="folder for everything that is made (default: work)",
+    )
     return result
 
 
 def add_hardware_flags(parser) -> None:
     """Add what says where networks run to a stage's command line; see `hardware.HardwareOptions`."""
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
-    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-                        help="autocast type (default: bf16 where that is faster, fp16 on older GPUs, else fp32; "
-                             "a CPU predicts in fp32)")
-    parser.add_argument("--workers", type=not_negative, metavar="N",
-                        help="loader processes of each job (default: 0 on the CPU; on a GPU a job's share of the cores)")
-    parser.add_argument("--jobs", type=jobs, metavar="N",
-                        help="folds to work on at once, each with its share of the cores and, where there are several, a GPU of its "
-                             "own (default: the number of GPUs, 1 on a CPU; more pay for small networks)")
-    parser.add_argument("--fast", action="store_true",
-                        help="let a GPU choose its fastest kernels: results then differ in their last digits from run to run, and a "
-                             "resumed training from an undisturbed one (default: the same bits each time)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="autocast type (default: bf16 where that is faster, fp16 on older GPUs, else fp32; "
+        "a CPU predicts in fp32)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=not_negative,
+        metavar="N",
+        help="loader processes of each job (default: 0 on the CPU; on a GPU a job's share of the cores)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=jobs,
+        metavar="N",
+        help="folds to work on at once, each with its share of the cores and, where there are several, a GPU of its "
+        "own (default: the number of GPUs, 1 on a CPU; more pay for small networks)",
+    )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="let a GPU choose its fastest kernels: results then differ in their last digits from run to run, and a "
+        "resumed training from an undisturbed one (default: the same bits each time)",
+    )
 
 
 def add_weight_flags(parser) -> None:
     """Add --pretrained and --weights-dir to a command line."""
-    parser.add_argument("--pretrained", default="auto", metavar="auto|none|FILE",
-                        help="start from the encoder's published ImageNet weights where they can be had (default), from "
-                             "random weights, or from a file")
-    parser.add_argument("--weights-dir", type=Path, metavar="DIR",
-                        help="where published weights lie or are downloaded to (default: torch's hub cache)")
+    parser.add_argument(
+        "--pretrained",
+        default="auto",
+        metavar="auto|none|FILE",
+        help="start from the encoder's published ImageNet weights where they can be had (default), from "
+        "random weights, or from a file",
+    )
+    parser.add_argument(
+        "--weights-dir",
+        type=Path,
+        metavar="DIR",
+        help="where published weights lie or are downloaded to (default: torch's hub cache)",
+    )
 
 
 def add_check_flags(parser) -> None:
@@ -91,16 +137,21 @@ def add_check_flags(parser) -> None:
     group = parser.add_argument_group("what is checked with --check")
     group.add_argument("--folds", type=fold_numbers, metavar="0,2", help="folds to train (default: all)")
     group.add_argument("--n-folds", type=fold_count, default=5, metavar="N", help="folds of stage 03 (default: 5)")
-    group.add_argument("--tta", default="dihedral", choices=("none", "dihedral"), help="views of stage 05 (default: dihedral)")
+    group.add_argument(
+        "--tta", default="dihedral", choices=("none", "dihedral"), help="views of stage 05 (default: dihedral)"
+    )
     group.add_argument("--no-test", action="store_true", help="stage 05 predicts the validation samples only")
     add_weight_flags(group)
 
 
 def add_cluster_flag(parser) -> None:
     """Add --cluster to a stage that does many independent jobs."""
-    parser.add_argument("--cluster", metavar="ADDRESS",
-                        help="do the jobs on the workers of a dask scheduler, such as tcp://host:8786, that see the same "
-                             "files (default: on this machine)")
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="do the jobs on the workers of a dask scheduler, such as tcp://host:8786, that see the same "
+        "files (default: on this machine)",
+    )
 
 
 def folder(text: str) -> Path:
@@ -131,12 +182,13 @@ def whole_number(low: int, high: int | None = None):
         if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
             raise argparse.ArgumentTypeError(f"expected a whole number {expected}, found {text!r}")
         return int(text)
+
     return parse
 
 
 positive, fold_count = whole_number(1), whole_number(2)
 black_level, white_level = whole_number(0, 65534), whole_number(1, 65535)
-not_negative = whole_number(0, 2 ** 32 - 1)  # the largest seed that all libraries take
+not_negative = whole_number(0, 2**32 - 1)  # the largest seed that all libraries take
 
 
 def jobs(text: str) -> int:
@@ -238,15 +290,19 @@ def explain_one(error: BaseException) -> str | None:
     if isinstance(error, ImportError) and any(words in text for words in NOT_LOADED):
         return f"out of memory while loading a library ({text.splitlines()[-1]}){address_limit()}; ask the scheduler for more"
     if "LOCAL_WORLD_SIZE" in os.environ and is_lost_process(error):
-        return (f"another of torchrun's {os.environ.get('WORLD_SIZE')} processes was lost (perhaps memory ran out); finished work is "
-                f"kept. To resume: {command()}")
+        return (
+            f"another of torchrun's {os.environ.get('WORLD_SIZE')} processes was lost (perhaps memory ran out); finished work is "
+            f"kept. To resume: {command()}"
+        )
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return f"out of memory ({(text or 'MemoryError').splitlines()[0]}){address_limit()}; {SMALLER}"
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        return (f"{str(error).strip()} (perhaps memory ran out); finished work is kept. To go on: {command()}, if need be with "
-                "fewer --workers")
+        return (
+            f"{str(error).strip()} (perhaps memory ran out); finished work is kept. To go on: {command()}, if need be with "
+            "fewer --workers"
+        )
     return None
 
 
@@ -259,7 +315,7 @@ def is_lost_process(error: BaseException) -> bool:
 def address_limit() -> str:
     """Say how much memory `ulimit -v` allows; nothing where that is not limited."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return "" if limit == resource.RLIM_INFINITY else f"; ulimit -v is {limit / 2 ** 30:.1f} GB"
+    return "" if limit == resource.RLIM_INFINITY else f"; ulimit -v is {limit / 2**30:.1f} GB"
 
 
 def output_is_closed() -> bool:
@@ -317,8 +373,11 @@ def folders(args) -> list[str]:
 def arguments_without(flag: str) -> list[str]:
     """Return the arguments of this command line without a flag of one value and its value."""
     given = sys.argv[1:]
-    return [argument for k, argument in enumerate(given)
-            if argument != flag and not argument.startswith(f"{flag}=") and (k == 0 or given[k - 1] != flag)]
+    return [
+        argument
+        for k, argument in enumerate(given)
+        if argument != flag and not argument.startswith(f"{flag}=") and (k == 0 or given[k - 1] != flag)
+    ]
 
 
 def command() -> str:

@@ -66,5 +66,8 @@ def draw_pair(axes, pair, folder: Path) -> None:
     left, right = (composite(read_planes(folder / f"{Id}.tif")) for Id in (pair.Id, pair.other_Id))
     axes.imshow(np.hstack([left, np.full((len(left), 4, 3), 255, np.uint8), right]))
     bits = ", ".join(f"{channel} {getattr(pair, channel)}" for channel in HASHED)
-    axes.set_title(f"{pair.Id[:24]} ({pair.part}) | {pair.other_Id[:24]} ({pair.other_part})\n"
-                   f"{bits} bits; labels {pair.Target or '?'} | {pair.other_Target or '?'}", fontsize=8)
+    axes.set_title(
+        f"{pair.Id[:24]} ({pair.part}) | {pair.other_Id[:24]} ({pair.other_part})\n"
+        f"{bits} bits; labels {pair.Target or '?'} | {pair.other_Target or '?'}",
+        fontsize=8,
+    )

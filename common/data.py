@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.images import corner, read_planes
 
 BATCH = 32  # whole images at once
-CACHE_BYTES = 2 ** 29  # of decoded images that a set keeps
+CACHE_BYTES = 2**29  # of decoded images that a set keeps
 PRELOADED = ["torch", "pandas", "cv2", "tifffile"]  # by the server of loader processes, which share their memory
 AHEAD = 3  # steps that may wait for a GPU at once
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -50,7 +50,7 @@ def random_crop(image: np.ndarray, crop: int, draw: np.ndarray) -> np.ndarray:
     draw : three random numbers in [0, 1), for the window's place and the symmetry
     """
     top, left = (corner(share, crop, side) for share, side in zip(draw, image.shape[1:], strict=False))
-    return dihedral(image[:, top:top + crop, left:left + crop], int(8 * draw[2]))
+    return dihedral(image[:, top : top + crop, left : left + crop], int(8 * draw[2]))
 
 
 def standardise(planes: np.ndarray) -> np.ndarray:
@@ -99,6 +99,7 @@ class ImageSet(Dataset):
     standardised : see `standardise`
     A training item is asked for by its row and the draw for `random_crop`, a whole image by its row.
     """
+
     folder: Path
     ids: np.ndarray
     targets: np.ndarray
@@ -136,6 +137,7 @@ class ImageSet(Dataset):
 @dataclass
 class Sets(Dataset):
     """Several sets that one loader serves; a key is the number of the set and a key of that set."""
+
     sets: tuple[ImageSet, ...]
 
     def __getitem__(self, key):
@@ -160,8 +162,16 @@ class EpochBatches:
     weights : (n_rows,) how often rows are drawn, relative to each other; each comes up as often as that says, rounded up or down
     """
 
-    def __init__(self, n_rows: int, batch_size: int, seed: int, epoch: int, start: int = 0, team: Team = ALONE,
-                 weights: np.ndarray | None = None):
+    def __init__(
+        self,
+        n_rows: int,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        team: Team = ALONE,
+        weights: np.ndarray | None = None,
+    ):
         self.batch = min(batch_size, n_rows)
         self.steps = n_rows // self.batch
         rng = np.random.default_rng([seed, epoch])
@@ -175,7 +185,7 @@ class EpochBatches:
 
     def rows(self, step: int) -> np.ndarray:
         """Return the rows of a whole batch, (batch,)."""
-        return self.order[step * self.batch:(step + 1) * self.batch]
+        return self.order[step * self.batch : (step + 1) * self.batch]
 
     def __len__(self):
         return self.steps - self.start
@@ -195,7 +205,10 @@ def collate(items, pinned: bool = False):
     images, targets = zip(*items, strict=True)
     height, width = images[0].shape[1:]
     shape = len(images), height, width, len(images[0])
-    pixels, labels = new_tensor(shape, torch.uint8, pinned), new_tensor((len(targets), len(targets[0])), torch.float32, pinned)
+    pixels, labels = (
+        new_tensor(shape, torch.uint8, pinned),
+        new_tensor((len(targets), len(targets[0])), torch.float32, pinned),
+    )
     # The four bytes of a pixel are copied as one number, which is five times as fast.
     np.stack([image.transpose(1, 2, 0).view(np.uint32) for image in images], out=pixels.numpy().view(np.uint32))
     np.stack(targets, out=labels.numpy(), casting="unsafe")
@@ -242,8 +255,15 @@ def loader(dataset: Dataset, workers: int, pinned: bool, batches):
     """
     if not workers:
         return (collate([dataset[key] for key in keys], pinned) for keys in batches)
-    return Loader(dataset, collate_fn=collate, num_workers=workers, pin_memory=pinned, batch_sampler=batches,
-                  multiprocessing_context=get_context("forkserver"), worker_init_fn=begin_loading)
+    return Loader(
+        dataset,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pinned,
+        batch_sampler=batches,
+        multiprocessing_context=get_context("forkserver"),
+        worker_init_fn=begin_loading,
+    )
 
 
 def begin_loading(_) -> None:

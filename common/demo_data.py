@@ -1,6 +1,6 @@
 """Make demo data: drawn fluorescence images in the layout of the competition, at 1/8 of its size.
 
-    python -m common.demo_data --data demo
+python -m common.demo_data --data demo
 """
 
 import csv
@@ -23,12 +23,62 @@ from common.images import CHANNELS
 from common.parallel import run_parallel
 
 # Positives a class in the real train.csv. The demo keeps their order on a flatter scale.
-REAL_COUNTS = np.array([12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530,
-                        210, 902, 1482, 172, 3777, 802, 2965, 322, 8228, 328, 11])
+REAL_COUNTS = np.array(
+    [
+        12885,
+        1254,
+        3621,
+        1561,
+        1858,
+        2513,
+        1008,
+        2822,
+        53,
+        45,
+        28,
+        1093,
+        688,
+        537,
+        1066,
+        21,
+        530,
+        210,
+        902,
+        1482,
+        172,
+        3777,
+        802,
+        2965,
+        322,
+        8228,
+        328,
+        11,
+    ]
+)
 LABELS_PER_SAMPLE = (0.50, 0.38, 0.10, 0.02)  # shares of the samples with 1, 2, 3 and 4 labels
 # Locations often seen together, hence drawn together more often than by chance.
-COMPANIONS = [{0, 25}, {0, 2}, {0, 3}, {0, 5}, {0, 7}, {0, 23}, {1, 6}, {4, 25}, {6, 25}, {9, 10}, {12, 13}, {14, 15},
-              {16, 25}, {17, 14}, {18, 19}, {21, 22}, {21, 25}, {20, 25}, {24, 25}, {26, 25}]
+COMPANIONS = [
+    {0, 25},
+    {0, 2},
+    {0, 3},
+    {0, 5},
+    {0, 7},
+    {0, 23},
+    {1, 6},
+    {4, 25},
+    {6, 25},
+    {9, 10},
+    {12, 13},
+    {14, 15},
+    {16, 25},
+    {17, 14},
+    {18, 19},
+    {21, 22},
+    {21, 25},
+    {20, 25},
+    {24, 25},
+    {26, 25},
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +94,7 @@ class Sample:
 
 
 # --- which samples ---------------------------------------------------------------------------------------------------
+
 
 def class_quotas(n_samples):
     """Return how many of `n_samples` samples show each class (28,): a long tail like the real one."""
@@ -79,8 +130,9 @@ def plan_copies(rng, originals, n_train, n_test):
     for k, pick in enumerate(rng.choice(max(len(originals) // 3, n), n, replace=False)):
         source, part = common_first[pick], "train" if k < n_train else "test"
         other = (0,) if source.labels != (0,) else (25,)
-        copies.append(replace(source, id=new_id(rng), part=part, labels=other if k % 8 == 7 else source.labels,
-                              source=source))
+        copies.append(
+            replace(source, id=new_id(rng), part=part, labels=other if k % 8 == 7 else source.labels, source=source)
+        )
     return copies
 
 
@@ -89,10 +141,15 @@ def plan_samples(rng, n_train, n_test):
     if n_train < 10 or n_test < 2:
         raise UserError(f"demo data needs at least 10 train and 2 test samples, found {n_train} and {n_test}")
     n_copies = {"train": -(-n_train // 25), "test": min(-(-n_test // 20), n_train // 4)}
-    originals = [(part, labels) for part, n in (("train", n_train), ("test", n_test))
-                 for labels in draw_labels(rng, n - n_copies[part])]
-    originals = [Sample(new_id(rng), part, index, labels, 256 if rng.random() < 0.6 else 384)
-                 for index, (part, labels) in enumerate(originals)]
+    originals = [
+        (part, labels)
+        for part, n in (("train", n_train), ("test", n_test))
+        for labels in draw_labels(rng, n - n_copies[part])
+    ]
+    originals = [
+        Sample(new_id(rng), part, index, labels, 256 if rng.random() < 0.6 else 384)
+        for index, (part, labels) in enumerate(originals)
+    ]
     copies = plan_copies(rng, [s for s in originals if s.part == "train"], n_copies["train"], n_copies["test"])
     return originals + [replace(copy, index=index) for index, copy in enumerate(copies, len(originals))]
 
@@ -103,12 +160,21 @@ def plan_external(rng, first_index, n_antibodies=8, n_fields=3):
     for labels in draw_labels(rng, n_antibodies):
         well = f"{rng.choice(list('ABCDEFGH'))}{rng.integers(1, 13)}"
         name = f"{rng.integers(1000, 70000)}_{rng.integers(1, 1500)}_{well}"
-        samples += [Sample(f"{name}_{field}", "external", first_index + len(samples) + field - 1, labels,
-                           int(rng.choice([256, 288, 384]))) for field in range(1, n_fields + 1)]
+        samples += [
+            Sample(
+                f"{name}_{field}",
+                "external",
+                first_index + len(samples) + field - 1,
+                labels,
+                int(rng.choice([256, 288, 384])),
+            )
+            for field in range(1, n_fields + 1)
+        ]
     return samples
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+
 
 def write_bytes(path, content):
     with writing(path) as temporary:
@@ -123,8 +189,10 @@ def encode_tiff(plane):
 
 def encode_external(plane, colour):
     """Encode as the atlas does: red in plane R, green in G, blue in B, yellow in R and G alike."""
-    rgb = [plane if letter in {"red": "R", "green": "G", "blue": "B", "yellow": "RG"}[colour] else 0 * plane
-           for letter in "RGB"]
+    rgb = [
+        plane if letter in {"red": "R", "green": "G", "blue": "B", "yellow": "RG"}[colour] else 0 * plane
+        for letter in "RGB"
+    ]
     # Full chroma: at 1/8 of the size, halving it would blur a single-colour plane visibly.
     options = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     return cv2.imencode(".jpg", cv2.merge(rgb[::-1]), options)[1].tobytes()
@@ -162,7 +230,9 @@ def target(sample):
 
 def write_tables(folder, samples):
     """Write the csv files, train.csv last: it says that everything is there."""
-    table = pd.DataFrame([(s.id, s.part, target(s)) for s in samples], columns=["Id", "part", "Target"]).sort_values("Id")
+    table = pd.DataFrame([(s.id, s.part, target(s)) for s in samples], columns=["Id", "part", "Target"]).sort_values(
+        "Id"
+    )
     copies = sorted((s.id, s.source.id, s.part) for s in samples if s.source)
     parts = {part: rows[["Id", "Target"]] for part, rows in table.groupby("part")}
     write_csv(folder / "external" / "external.csv", parts["external"])

@@ -51,6 +51,7 @@ class Field:
 
 # --- geometry --------------------------------------------------------------------------------------------------------
 
+
 def unit_vector(angle):
     """Return (..., 2) for angles (...)."""
     return np.stack([np.cos(angle), np.sin(angle)], axis=-1)
@@ -100,8 +101,10 @@ def make_cells(rng, labels):
     """Place 5 to 9 cells: touching ones for the labels of cell contacts, dividing ones for the spindle."""
     reach = 64 if {16, 22} & set(labels) else rng.uniform(50, 58)
     elongation = rng.uniform(0.65, 0.95)
-    return [make_cell(rng, centre, reach, elongation, 17 in labels and rng.random() < 0.85)
-            for centre in spread(rng, rng.integers(7, 10), -10, UNIT + 10, 64)]
+    return [
+        make_cell(rng, centre, reach, elongation, 17 in labels and rng.random() < 0.85)
+        for centre in spread(rng, rng.integers(7, 10), -10, UNIT + 10, 64)
+    ]
 
 
 def territories(rng, cells, size):
@@ -109,8 +112,10 @@ def territories(rng, cells, size):
     x, y = np.meshgrid(*[(np.arange(GRID, dtype=np.float32) + 0.5) * UNIT / GRID] * 2)
     dx, dy = (7 * smooth_noise(rng, GRID, 6) + 3 * smooth_noise(rng, GRID, 16) for _ in range(2))
     cores = [ellipse_norm(x + dx / 6, y + dy / 6, c.nucleus_centre, c.nucleus_axes, c.angle) for c in cells]
-    bodies = [np.minimum(ellipse_norm(x + dx, y + dy, c.centre, c.axes, c.angle), core - 0.6)
-              for c, core in zip(cells, cores, strict=True)]  # the nucleus always belongs to its own cell
+    bodies = [
+        np.minimum(ellipse_norm(x + dx, y + dy, c.centre, c.axes, c.angle), core - 0.6)
+        for c, core in zip(cells, cores, strict=True)
+    ]  # the nucleus always belongs to its own cell
     owner, nearest = np.zeros((size, size), np.uint8), np.ones((size, size), np.float32)
     for k, body in enumerate(bodies, 1):
         body = cv2.resize(body, (size, size))
@@ -125,19 +130,34 @@ def make_field(rng, labels, size):
     owner, norm = territories(rng, cells, size)
     nucleus = np.clip((1 - norm) * 10 + 0.5, 0, 1)
     outline = cv2.morphologyEx(owner, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
-    to_nucleus, to_border = (cv2.distanceTransform(outside.astype(np.uint8), cv2.DIST_L2, 3) * (UNIT / size)
-                             for outside in (nucleus < 0.5, ~outline))
+    to_nucleus, to_border = (
+        cv2.distanceTransform(outside.astype(np.uint8), cv2.DIST_L2, 3) * (UNIT / size)
+        for outside in (nucleus < 0.5, ~outline)
+    )
     cytoplasm = blur((owner > 0) * (1 - nucleus), 1.2)
     lace = np.clip(1.25 - 1.3 * np.abs(smooth_noise(rng, size, 60)), 0.2, 1)
     blobs = [np.repeat(c.nucleoli, 3, axis=0) + rng.normal(0, 2, (3 * len(c.nucleoli), 2)) for c in cells]
-    field = Field(size, cells, owner, norm, nucleus, to_nucleus, to_border, cytoplasm, None, None,
-                  [microtubule_paths(rng, c) for c in cells], lace * np.exp(-to_nucleus / 18) * cytoplasm)
+    field = Field(
+        size,
+        cells,
+        owner,
+        norm,
+        nucleus,
+        to_nucleus,
+        to_border,
+        cytoplasm,
+        None,
+        None,
+        [microtubule_paths(rng, c) for c in cells],
+        lace * np.exp(-to_nucleus / 18) * cytoplasm,
+    )
     field.nucleoli = blur(dots(field, rng, blobs, 3.6, 5.2), 0.8) * nucleus
     field.microtubules = strokes(field, field.filaments, 1)
     return field
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
+
 
 def blur(image, sigma):
     return cv2.GaussianBlur(image.astype(np.float32), (0, 0), sigma * len(image) / UNIT)
@@ -244,6 +264,7 @@ def microtubule_paths(rng, cell):
 
 # --- one pattern a class: (field, rng) -> image (size, size), about 0..1 ---------------------------------------------
 
+
 def nucleoplasm(field, rng):
     return 0.6 * field.nucleus * (1 - 0.85 * field.nucleoli)
 
@@ -277,8 +298,14 @@ def endoplasmic_reticulum(field, rng):
 
 def golgi(field, rng):
     span = np.linspace(-1.2, 1.2, 10)
-    return 1.4 * arcs(field, rng, [c.outward + span * rng.uniform(0.8, 1.1, (6, 1)) + rng.normal(0, 0.2, (6, 1))
-                                   for c in field.cells], farthest=14, waviness=1, width=2.8)
+    return 1.4 * arcs(
+        field,
+        rng,
+        [c.outward + span * rng.uniform(0.8, 1.1, (6, 1)) + rng.normal(0, 0.2, (6, 1)) for c in field.cells],
+        farthest=14,
+        waviness=1,
+        width=2.8,
+    )
 
 
 def peroxisomes(field, rng):
@@ -297,8 +324,14 @@ def lysosomes(field, rng):
 
 def intermediate_filaments(field, rng):
     span = np.linspace(0, 1, 10)
-    bundles = arcs(field, rng, [rng.uniform(0, 2 * np.pi, (22, 1)) + span * rng.uniform(0.8, 2, (22, 1))
-                                for _ in field.cells], farthest=34, waviness=3, width=2.4)
+    bundles = arcs(
+        field,
+        rng,
+        [rng.uniform(0, 2 * np.pi, (22, 1)) + span * rng.uniform(0.8, 2, (22, 1)) for _ in field.cells],
+        farthest=34,
+        waviness=3,
+        width=2.4,
+    )
     return 1.2 * np.maximum(bundles, 0.25 * field.cytoplasm * np.exp(-field.to_nucleus / 25))
 
 
@@ -341,20 +374,26 @@ def cytokinetic_bridge(field, rng):
 def mitotic_spindle(field, rng):
     dividing = [c for c in field.cells if c.mitotic]
     poles = [spindle_paths(c)[0, [0, -1]] for c in dividing]
-    return np.maximum(strokes(field, [spindle_paths(c) for c in dividing], 1.8, clip=False),
-                      dots(field, rng, poles + [np.zeros((0, 2))], 3, 4))
+    return np.maximum(
+        strokes(field, [spindle_paths(c) for c in dividing], 1.8, clip=False),
+        dots(field, rng, poles + [np.zeros((0, 2))], 3, 4),
+    )
 
 
 def organizing_center(field, rng):
-    rays = [wander(rng, np.tile(c.mtoc, (12, 1)), np.linspace(0, 2 * np.pi, 12), rng.uniform(20, 30, 12), bend=0.3)
-            for c in field.cells]
+    rays = [
+        wander(rng, np.tile(c.mtoc, (12, 1)), np.linspace(0, 2 * np.pi, 12), rng.uniform(20, 30, 12), bend=0.3)
+        for c in field.cells
+    ]
     spots = dots(field, rng, [c.mtoc[None] for c in field.cells], 6, 7)
     return blur(np.maximum(spots, 0.9 * strokes(field, rays, 2)), 1) * 1.2
 
 
 def centrosome(field, rng):
     offsets = 6.5 * unit_vector(rng.uniform(0, 2 * np.pi, len(field.cells)))
-    return 1.3 * dots(field, rng, [c.mtoc + [[1], [-1]] * offset for c, offset in zip(field.cells, offsets, strict=True)], 5, 5.6)
+    return 1.3 * dots(
+        field, rng, [c.mtoc + [[1], [-1]] * offset for c, offset in zip(field.cells, offsets, strict=True)], 5, 5.6
+    )
 
 
 def lipid_droplets(field, rng):
@@ -400,15 +439,44 @@ def rods_and_rings(field, rng):
     return 1.1 * np.maximum(dots(field, rng, rings, 12, 15, hollow=3.5), strokes(field, rods, 4))
 
 
-PATTERNS = dict(enumerate((
-    nucleoplasm, nuclear_membrane, nucleoli, fibrillar_center, nuclear_speckles, nuclear_bodies,
-    endoplasmic_reticulum, golgi, peroxisomes, endosomes, lysosomes, intermediate_filaments, actin_filaments,
-    focal_adhesion_sites, microtubules, microtubule_ends, cytokinetic_bridge, mitotic_spindle, organizing_center,
-    centrosome, lipid_droplets, plasma_membrane, cell_junctions, mitochondria, aggresome, cytosol,
-    cytoplasmic_bodies, rods_and_rings)))
+PATTERNS = dict(
+    enumerate(
+        (
+            nucleoplasm,
+            nuclear_membrane,
+            nucleoli,
+            fibrillar_center,
+            nuclear_speckles,
+            nuclear_bodies,
+            endoplasmic_reticulum,
+            golgi,
+            peroxisomes,
+            endosomes,
+            lysosomes,
+            intermediate_filaments,
+            actin_filaments,
+            focal_adhesion_sites,
+            microtubules,
+            microtubule_ends,
+            cytokinetic_bridge,
+            mitotic_spindle,
+            organizing_center,
+            centrosome,
+            lipid_droplets,
+            plasma_membrane,
+            cell_junctions,
+            mitochondria,
+            aggresome,
+            cytosol,
+            cytoplasmic_bodies,
+            rods_and_rings,
+        )
+    )
+)
 
 
 # --- one sample ------------------------------------------------------------------------------------------------------
+
 
 def camera(image, gain, grain):
     """Record as a microscope does: blur, stray light, darker corners, shot and read noise, 8 bits."""
@@ -443,5 +511,7 @@ def draw_sample(rng, labels, size):
         "yellow": 0.8 * field.reticulum * per_cell(field, rng.uniform(0.7, 1.2, n_cells)),
     }
     grain = rng.standard_normal((size, size), dtype=np.float32)  # slow to draw, so one serves all channels, turned
-    return {colour: camera(planes[colour] * texture, rng.uniform(0.8, 1.05), np.rot90(grain, turn))
-            for turn, colour in enumerate(CHANNELS)}
+    return {
+        colour: camera(planes[colour] * texture, rng.uniform(0.8, 1.05), np.rot90(grain, turn))
+        for turn, colour in enumerate(CHANNELS)
+    }

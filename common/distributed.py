@@ -11,6 +11,7 @@ from torch import distributed
 @dataclass(frozen=True)
 class Team:
     """The processes of one training; each works on its part of every batch. One process alone is a team of one."""
+
     rank: int = 0
     size: int = 1
 
@@ -30,7 +31,7 @@ class Team:
             return values
         lengths = [len(range(n)[self.part(n, rank)]) for rank in range(self.size)]
         padded = torch.zeros(max(lengths), dtype=values.dtype, device=values.device)
-        padded[:len(values)] = values
+        padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in lengths]
         distributed.all_gather(parts, padded)
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
@@ -73,6 +74,7 @@ class Team:
 
 
 ALONE = Team()
+
 
 def local_rank() -> int | None:
     """Return this process's number on its machine, None where torchrun did not start several."""

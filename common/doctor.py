@@ -28,6 +28,7 @@ DECODED = 200  # samples that are decoded wholly, at most
 @dataclass(frozen=True)
 class Check:
     """A line of the list: what was looked at, how it is, what was found, and how to mend it."""
+
     name: str
     state: str
     found: str
@@ -60,7 +61,9 @@ def checks(args):
     yield from guarded("work folder", work_folder(args.work))
     seen = yield from guarded("input", look_at_input(args))
     if not seen:
-        yield Check("and the rest", WARNING, "labels, weights, memory, disk and time are looked at when the input is mended")
+        yield Check(
+            "and the rest", WARNING, "labels, weights, memory, disk and time are looked at when the input is mended"
+        )
         return
     folds = yield from guarded("labels", labels(args, seen))
     yield from guarded("weights", weights(args, seen))
@@ -96,14 +99,19 @@ def guarded(name: str, check):
 
 # --- the machine -------------------------------------------------------------------------------------------
 
+
 def packages():
     """Yield how Python and its packages are, against requirements.txt."""
     path = ROOT / "requirements.txt"
     problems = unmet([str(path)])
     for problem in problems:
         missing = problem.endswith("found nothing") or problem.startswith("python:")
-        yield Check("packages", FAILS if missing else WARNING, problem,
-                    f"bash run_all.sh makes a .venv with all of them; or: {sys.executable} -m pip install -r {path}")
+        yield Check(
+            "packages",
+            FAILS if missing else WARNING,
+            problem,
+            f"bash run_all.sh makes a .venv with all of them; or: {sys.executable} -m pip install -r {path}",
+        )
     if not problems:
         yield Check("packages", FINE, f"Python {sys.version.split()[0]} has all that requirements.txt asks for")
 
@@ -121,8 +129,12 @@ def hardware():
         for k in range(torch.cuda.device_count()):
             yield try_gpu(k)
     elif reason := idle_gpu():
-        yield Check("GPU", WARNING, f"there is one, but torch cannot use it ({reason})",
-                    f"update the driver to one for CUDA {torch.version.cuda or 'and install torch with CUDA'}")
+        yield Check(
+            "GPU",
+            WARNING,
+            f"there is one, but torch cannot use it ({reason})",
+            f"update the driver to one for CUDA {torch.version.cuda or 'and install torch with CUDA'}",
+        )
     else:
         yield Check("GPU", FINE, "none: all runs on the CPU")
     if not choose_hardware(trial=False).workers:
@@ -140,10 +152,18 @@ def try_gpu(number: int) -> Check:
         try_device(torch.device("cuda", number))
         left, whole = torch.cuda.mem_get_info(number)
     except (UserError, RuntimeError, AssertionError) as error:  # the last from a torch without CUDA
-        return Check("GPU", FAILS, first_line(error),
-                     f"install torch for this GPU and its driver ({driver}); or give stages 04 and 05 --device cpu")
-    return Check("GPU", FINE, f"{torch.cuda.get_device_name(number)}, {gigabytes(left)} of {gigabytes(whole)} free, driver "
-                              f"{driver}, CUDA {torch.version.cuda}")
+        return Check(
+            "GPU",
+            FAILS,
+            first_line(error),
+            f"install torch for this GPU and its driver ({driver}); or give stages 04 and 05 --device cpu",
+        )
+    return Check(
+        "GPU",
+        FINE,
+        f"{torch.cuda.get_device_name(number)}, {gigabytes(left)} of {gigabytes(whole)} free, driver "
+        f"{driver}, CUDA {torch.version.cuda}",
+    )
 
 
 def work_folder(work: Path):
@@ -156,8 +176,12 @@ def work_folder(work: Path):
             file.write(bytes(4096))
         yield Check("work folder", FINE, f"{folder} can be written")
     except OSError as error:
-        yield Check("work folder", FAILS, f"{folder} cannot be written ({error.strerror})",
-                    "make room or get the right to, or give another --work")
+        yield Check(
+            "work folder",
+            FAILS,
+            f"{folder} cannot be written ({error.strerror})",
+            "make room or get the right to, or give another --work",
+        )
     for told in holders(work):
         yield Check("work folder", WARNING, told, "wait for its end before the same is made again")
 
@@ -172,9 +196,11 @@ def existing(folder: Path) -> Path:
 
 # --- the input ---------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Seen:
     """What was seen of the input, and what a sample takes."""
+
     samples: list  # all of them
     bad: dict  # sample -> why it cannot be used
     sides: dict  # sample -> side in pixels, of those whose headers were read
@@ -228,7 +254,9 @@ def strays(args, samples):
     from common import sources
 
     known = {sample.Id for sample in samples}
-    for name in () if args.limit else ("train_full_size", "train", "test_full_size", "test", "external", "external/images"):
+    for name in (
+        () if args.limit else ("train_full_size", "train", "test_full_size", "test", "external", "external/images")
+    ):
         stems = [stem.rsplit("_", 1) for stem in sources.list_files(args.data / name)]
         unknown = sorted({stem[0] for stem in stems if len(stem) == 2 and stem[1] in sources.CHANNELS} - known)
         if unknown:
@@ -282,7 +310,12 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
     recipes, too_small = fit_recipes(asked, sides)
     if too_small:
         state = WARNING if args.keep_going else FAILS
-        yield Check("images", state, f"{len(too_small)} samples have fewer pixels than the recipes use", cure_small(asked, sides))
+        yield Check(
+            "images",
+            state,
+            f"{len(too_small)} samples have fewer pixels than the recipes use",
+            cure_small(asked, sides),
+        )
     bad.update(too_small)
     sides = {sample: side for sample, side in sides.items() if sample not in too_small}
     small = str(min(HASH_SIZE, *sides.values()))
@@ -293,16 +326,26 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
         first = [sample for sample in doubtful if sample in sides]
         for sample in while_time_lasts(list(dict.fromkeys([*first, *sides]))[:DECODED], SECONDS / 2, "decoding"):
             started = time.perf_counter()
-            made = images.attempt(images.store_sample, sample.Id, sample.files, sample.rgb_coded, stores, Path(folder), levels,
-                                  args.store == "raw")
+            made = images.attempt(
+                images.store_sample,
+                sample.Id,
+                sample.files,
+                sample.rgb_coded,
+                stores,
+                Path(folder),
+                levels,
+                args.store == "raw",
+            )
             if isinstance(made, sources.BadImage):
                 bad[sample] = f"{sample.part}: {made}"
                 continue
             hash_planes(images.read_planes(Path(folder) / small / f"{sample.Id}.tif"))
             seconds.append(time.perf_counter() - started)
             exposed[sample] = made[1]
-            reading = {name: [*reading.get(name, []), seconds_to_read(Path(folder) / recipe.store / f"{sample.Id}.tif")]
-                       for name, recipe in recipes.items()}
+            reading = {
+                name: [*reading.get(name, []), seconds_to_read(Path(folder) / recipe.store / f"{sample.Id}.tif")]
+                for name, recipe in recipes.items()
+            }
     if not seconds:
         return None
     yield Check("images", FINE, f"{len(seconds)} samples, drawn at random, were decoded wholly and stored for trial")
@@ -311,7 +354,9 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
             yield Check("images", FINE, describe_fit(name, asked[name], recipe))
     for line in exposure.describe(exposure.judge([sample.part for sample in exposed], list(exposed.values()), levels)):
         yield Check("images", WARNING, line)
-    return Seen(samples, bad, sides, recipes, median(seconds), {name: median(values) for name, values in reading.items()})
+    return Seen(
+        samples, bad, sides, recipes, median(seconds), {name: median(values) for name, values in reading.items()}
+    )
 
 
 def seconds_to_read(path: Path) -> float:
@@ -334,8 +379,12 @@ def labels(args, seen: Seen):
     labelled = [sample for sample in seen.usable if sample.part != "test"]
     absent = absent_classes(parse_targets([sample.Target for sample in labelled]))
     if absent:
-        yield Check("labels", WARNING, f"{len(absent)} of 28 classes have no sample and will count as 0: {', '.join(absent)}",
-                    "a class needs at least one sample a fold to be learnt and scored")
+        yield Check(
+            "labels",
+            WARNING,
+            f"{len(absent)} of 28 classes have no sample and will count as 0: {', '.join(absent)}",
+            "a class needs at least one sample a fold to be learnt and scored",
+        )
     if (args.work / "folds.csv").is_file():
         folds, origin = read_table(args.work / "folds.csv", makes_folds(args)), f"folds of {args.work / 'folds.csv'}"
     else:
@@ -346,13 +395,18 @@ def labels(args, seen: Seen):
     known_folds(args.work, folds, args.folds or numbers)
     rare = audit(folds)["classes_missing_folds"]
     if rare:
-        yield Check("labels", WARNING, f"{len(rare)} classes are too rare for {len(numbers)} folds: {', '.join(rare)}",
-                    "they count as 0 where a fold has none; more samples or fewer folds (03_make_folds.py --n-folds) help")
+        yield Check(
+            "labels",
+            WARNING,
+            f"{len(rare)} classes are too rare for {len(numbers)} folds: {', '.join(rare)}",
+            "they count as 0 where a fold has none; more samples or fewer folds (03_make_folds.py --n-folds) help",
+        )
     yield Check("labels", FINE, f"{len(labelled)} labelled samples in {len(numbers)} {origin}")
     return folds
 
 
 # --- the recipes -------------------------------------------------------------------------------------------
+
 
 def weights(args, seen: Seen):
     """Yield for each encoder where its weights are, or whether their host answers."""
@@ -366,10 +420,17 @@ def weights(args, seen: Seen):
             at_hand = next((path for path in files if path.is_file()), None)
             if not at_hand:
                 host = next((url for url in PUBLISHED[encoder].urls if answers(url)), None)
-                yield download_to(files[0].parent, encoder, host) if host else Check(
-                    "weights", WARNING, f"{encoder}: the published weights are not at hand and their host does not answer, so "
-                    "training starts from random ones and learns much less",
-                    f"save {PUBLISHED[encoder].urls[0]} as {files[0].absolute()}")
+                yield (
+                    download_to(files[0].parent, encoder, host)
+                    if host
+                    else Check(
+                        "weights",
+                        WARNING,
+                        f"{encoder}: the published weights are not at hand and their host does not answer, so "
+                        "training starts from random ones and learns much less",
+                        f"save {PUBLISHED[encoder].urls[0]} as {files[0].absolute()}",
+                    )
+                )
                 continue
         else:
             at_hand = None if args.pretrained in ("auto", "none") else Path(args.pretrained)
@@ -380,8 +441,12 @@ def weights(args, seen: Seen):
             if at_hand and args.pretrained == "auto":
                 told_if_other(at_hand, PUBLISHED[encoder].sha256)
             start = start_from(recipe, args.pretrained, at_hand)
-        yield Check("weights", WARNING if told.getvalue() else FINE, f"{encoder}: {start.describe()}",
-                    told.getvalue().strip().removeprefix("warning: "))
+        yield Check(
+            "weights",
+            WARNING if told.getvalue() else FINE,
+            f"{encoder}: {start.describe()}",
+            told.getvalue().strip().removeprefix("warning: "),
+        )
 
 
 def download_to(folder: Path, encoder: str, host: str) -> Check:
@@ -391,9 +456,13 @@ def download_to(folder: Path, encoder: str, host: str) -> Check:
             file.write(bytes(4096))
         return Check("weights", FINE, f"{encoder}: will be downloaded from {host}")
     except OSError as error:
-        return Check("weights", FAILS, f"{encoder}: would be downloaded to {folder}, which cannot be written ({error.strerror})",
-                     "make room or get the right to, give --weights-dir a folder that can be written, or start from random "
-                     "weights with --pretrained none")
+        return Check(
+            "weights",
+            FAILS,
+            f"{encoder}: would be downloaded to {folder}, which cannot be written ({error.strerror})",
+            "make room or get the right to, give --weights-dir a folder that can be written, or start from random "
+            "weights with --pretrained none",
+        )
 
 
 def work_so_far(args, seen: Seen):
@@ -411,9 +480,19 @@ def work_so_far(args, seen: Seen):
     if line := exposure_warning(args.work):
         yield Check("work so far", WARNING, f"the images that are stored: {line.removeprefix('warning: ')}")
     stores = wanted_stores(get_recipes(args.recipes, args.settings, lambda note: None).values())
-    reason = preprocess_stage(args.work, seen.samples, known_states(seen.samples, args.work, None), stores,
-                              Levels(args.black_level, args.white_level), args.keep_going, args.store == "raw",
-                              any(recipe.enlarge for recipe in seen.recipes.values())).why_stale() or ""
+    reason = (
+        preprocess_stage(
+            args.work,
+            seen.samples,
+            known_states(seen.samples, args.work, None),
+            stores,
+            Levels(args.black_level, args.white_level),
+            args.keep_going,
+            args.store == "raw",
+            any(recipe.enlarge for recipe in seen.recipes.values()),
+        ).why_stale()
+        or ""
+    )
     trained = []
     folds = read_table(args.work / "folds.csv", makes_folds(args)) if (args.work / "folds.csv").is_file() else None
     for name, recipe in seen.recipes.items() if folds is not None else ():
@@ -424,16 +503,29 @@ def work_so_far(args, seen: Seen):
                 continue
             trained.append(f"{name} fold {fold}")
             kept = {key: value for key, value in begun["inputs"].items() if key == "weights"}
-            stage = Stage("04_train", folder / "best.pt", run_parameters(recipe, fold, 0, FORMAT),
-                          {**training_inputs(args.work, folds, recipe), **kept}, complete=current_fields)
+            stage = Stage(
+                "04_train",
+                folder / "best.pt",
+                run_parameters(recipe, fold, 0, FORMAT),
+                {**training_inputs(args.work, folds, recipe), **kept},
+                complete=current_fields,
+            )
             changes = stage.changes(begun)
             if changes:
-                yield Check("work so far", FAILS, f"{folder} was trained on something else ({changes})",
-                            f"{cli.other('04_train.py', args, '--recipe', name, '--folds', fold, '--force')} trains it again; or "
-                            "give another --work")
+                yield Check(
+                    "work so far",
+                    FAILS,
+                    f"{folder} was trained on something else ({changes})",
+                    f"{cli.other('04_train.py', args, '--recipe', name, '--folds', fold, '--force')} trains it again; or "
+                    "give another --work",
+                )
     if "changed" in reason and trained:
-        yield Check("work so far", WARNING, f"stage 01 will run again ({reason}); trained already: {', '.join(trained)}",
-                    "where images or labels come out different, these will ask for --force; another --work keeps them")
+        yield Check(
+            "work so far",
+            WARNING,
+            f"stage 01 will run again ({reason}); trained already: {', '.join(trained)}",
+            "where images or labels come out different, these will ask for --force; another --work keeps them",
+        )
     elif trained:
         yield Check("work so far", FINE, f"begun or trained already, to be gone on with: {', '.join(trained)}")
 
@@ -447,12 +539,18 @@ def memory(name: str, recipe, folders=()):
     cost = measure(recipe)
     free = free_memory(hardware)
     fits, what = batch_that_fits(cost, free), f"{gigabytes(free)} free on the {'GPU' if hardware.is_gpu else 'machine'}"
-    each = f"about {gigabytes(cost.activations)} an image at {recipe.crop} px and {gigabytes(cost.fixed)} for the network"
+    each = (
+        f"about {gigabytes(cost.activations)} an image at {recipe.crop} px and {gigabytes(cost.fixed)} for the network"
+    )
     if fits >= recipe.batch_size:
         yield Check(f"memory, {name}", FINE, f"a batch of {recipe.batch_size} fits: {each}, {what}")
     elif hardware.is_gpu and fits >= 2:
-        yield Check(f"memory, {name}", FINE, f"a batch of {recipe.batch_size} is made of parts of about {fits} images, for a "
-                                             f"third more time: {each}, {what}")
+        yield Check(
+            f"memory, {name}",
+            FINE,
+            f"a batch of {recipe.batch_size} is made of parts of about {fits} images, for a "
+            f"third more time: {each}, {what}",
+        )
     else:
         cure = "use a smaller crop: --set crop_size=..., or another machine"
         if fits >= 2:
@@ -470,11 +568,15 @@ def shared_memory(recipe, workers: int, free: int, name: str) -> Check:
 
     batch = batch_bytes(recipe, recipe.batch_size)
     fits = loaders_that_fit(free, batch)
-    found = (f"{workers} loader processes need {gigabytes((PREFETCHED + 1) * workers * batch)} of /dev/shm, {gigabytes(free)} are free")
+    found = f"{workers} loader processes need {gigabytes((PREFETCHED + 1) * workers * batch)} of /dev/shm, {gigabytes(free)} are free"
     if fits >= workers:
         return Check(f"shared memory, {name}", FINE, found)
-    return Check(f"shared memory, {name}", WARNING, found, f"stages 04 and 05 will start {fits}; give more (docker run --shm-size=16g), or "
-                                                           "images may be read too slowly")
+    return Check(
+        f"shared memory, {name}",
+        WARNING,
+        found,
+        f"stages 04 and 05 will start {fits}; give more (docker run --shm-size=16g), or images may be read too slowly",
+    )
 
 
 def disk(args, seen: Seen, folds, costs: dict):
@@ -489,15 +591,28 @@ def disk(args, seen: Seen, folds, costs: dict):
     there = {store: stored_ids(args.work / "images" / store) for store in stores}
     raw, levels = args.store == "raw", Levels(args.black_level, args.white_level)
     records = records_at(args.work / "images" / "journal.jsonl", levels)
-    images = space_needed([stored_size(store, seen.side(s)) for store in stores for s in seen.usable if s.Id not in there[store]
-                           or s.Id in records and not is_of_kind(records[s.Id], store, raw)], raw)
+    images = space_needed(
+        [
+            stored_size(store, seen.side(s))
+            for store in stores
+            for s in seen.usable
+            if s.Id not in there[store] or s.Id in records and not is_of_kind(records[s.Id], store, raw)
+        ],
+        raw,
+    )
     numbers = args.folds or fold_numbers(folds)
-    runs = sum(checkpoint_bytes(seen.recipes[name], cost) for name, cost in costs.items() for fold in numbers
-               if not (args.work / "runs" / name / f"fold{fold}" / "last.pt").is_file())
+    runs = sum(
+        checkpoint_bytes(seen.recipes[name], cost)
+        for name, cost in costs.items()
+        for fold in numbers
+        if not (args.work / "runs" / name / f"fold{fold}" / "last.pt").is_file()
+    )
     predicted = len(costs) * 28 * 4 * (len(folds) + (len(numbers) + 1) * len(seen.usable))
     needed, free = images + runs + predicted, shutil.disk_usage(existing(args.work)).free
-    found = (f"about {gigabytes(needed)} more are needed (stored images {gigabytes(images)}, networks {gigabytes(runs)}), "
-             f"{gigabytes(free)} are free in {existing(args.work)}")
+    found = (
+        f"about {gigabytes(needed)} more are needed (stored images {gigabytes(images)}, networks {gigabytes(runs)}), "
+        f"{gigabytes(free)} are free in {existing(args.work)}"
+    )
     state = FAILS if needed > free else WARNING if needed > 0.9 * free else FINE
     yield Check("disk", state, found, "" if state == FINE else "make room, or give another --work")
 
@@ -511,23 +626,40 @@ def times(args, seen: Seen, folds, costs: dict):
     hardware = choose_hardware()
     numbers = args.folds or fold_numbers(folds)
     everything = seen.store_seconds * len(seen.usable) / cores()
-    yield Check("time, 01 and 02", ESTIMATE, f"{duration(everything)}: {len(seen.usable)} samples at {seen.store_seconds:.3f} s, "
-                                             f"{cores()} at once")
+    yield Check(
+        "time, 01 and 02",
+        ESTIMATE,
+        f"{duration(everything)}: {len(seen.usable)} samples at {seen.store_seconds:.3f} s, {cores()} at once",
+    )
     looks = 8 if args.tta == "dihedral" else 1
     n_test = 0 if args.no_test else sum(sample.part == "test" for sample in seen.usable)
     for name, cost in costs.items():
         recipe = seen.recipes[name]
         fits = batch_that_fits(cost, free_memory(hardware))
-        train = sum(training_seconds(recipe, cost, folds, fold, seen.read_seconds[name] / max(1, hardware.workers), fits)
-                    for fold in numbers)
+        train = sum(
+            training_seconds(recipe, cost, folds, fold, seen.read_seconds[name] / max(1, hardware.workers), fits)
+            for fold in numbers
+        )
         images = folds["fold"].isin(numbers).sum() + n_test * len(numbers)
         predict = images * (looks * cost.predict + seen.read_seconds[name] / max(1, hardware.workers))
-        yield Check(f"time, 04 {name}", ESTIMATE, f"{duration(train)} at most: {len(numbers)} folds x {recipe.epochs} epochs, "
-                    f"{cost.train:.2g} s an image (median of {cost.steps} steps of {cost.images} images of {recipe.crop} px)")
-        yield Check(f"time, 05 {name}", ESTIMATE, f"{duration(predict)}: {images} images x {looks} views at {cost.predict:.2g} s")
+        yield Check(
+            f"time, 04 {name}",
+            ESTIMATE,
+            f"{duration(train)} at most: {len(numbers)} folds x {recipe.epochs} epochs, "
+            f"{cost.train:.2g} s an image (median of {cost.steps} steps of {cost.images} images of {recipe.crop} px)",
+        )
+        yield Check(
+            f"time, 05 {name}",
+            ESTIMATE,
+            f"{duration(predict)}: {images} images x {looks} views at {cost.predict:.2g} s",
+        )
         everything += train + predict
-    yield Check("time, in all", ESTIMATE, f"{duration(everything)} at most, one fold after the other, on a "
-                                          f"{hardware.device.type} as busy as it was now; training may end earlier")
+    yield Check(
+        "time, in all",
+        ESTIMATE,
+        f"{duration(everything)} at most, one fold after the other, on a "
+        f"{hardware.device.type} as busy as it was now; training may end earlier",
+    )
 
 
 def makes_folds(args) -> str:
@@ -535,6 +667,7 @@ def makes_folds(args) -> str:
 
 
 # --- words -------------------------------------------------------------------------------------------------
+
 
 def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]

@@ -22,7 +22,9 @@ def align(ids: np.ndarray, probs: np.ndarray, wanted: np.ndarray, name: str, cur
     return probs[[place[Id] for Id in wanted]]
 
 
-def stack_members(members: list[tuple[np.ndarray, np.ndarray]], names: list[str], wanted=None, cure: str = "") -> np.ndarray:
+def stack_members(
+    members: list[tuple[np.ndarray, np.ndarray]], names: list[str], wanted=None, cure: str = ""
+) -> np.ndarray:
     """Return all members' probabilities in the order of the Ids `wanted`, (n_members, n, 28) float32.
 
     members : (ids, probs) with the same Ids in any order; without `wanted` the order is the first member's
@@ -39,8 +41,10 @@ def keep_common(members: list[tuple[np.ndarray, np.ndarray]], wanted: np.ndarray
         raise UserError("the files have no Ids in common")
     rows = [np.array([Id in common for Id in ids]) for ids, _ in members]
     print(f"{len(common)} Ids are in all files; of the labelled ones {len(wanted) - len(common)} are left out")
-    return ([(ids[some], probs[some]) for (ids, probs), some in zip(members, rows, strict=True)],
-            np.array([Id for Id in wanted if Id in common]))
+    return (
+        [(ids[some], probs[some]) for (ids, probs), some in zip(members, rows, strict=True)],
+        np.array([Id for Id in wanted if Id in common]),
+    )
 
 
 def mean_predictions(members: list[tuple[np.ndarray, np.ndarray]], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -56,6 +60,7 @@ def combine(stack: np.ndarray, how: str, weights=None) -> np.ndarray:
     """
     if how == "rank":
         from scipy.stats import rankdata  # slow to import, and most runs do not rank
+
         stack = (rankdata(stack, axis=1) - 0.5) / stack.shape[1]
     weights = weights if how == "weighted" else np.full(len(stack), 1 / len(stack))
     return np.tensordot(np.asarray(weights, dtype=np.float64), stack, 1).astype(np.float32)
@@ -73,15 +78,23 @@ def find_weights(targets: np.ndarray, stack: np.ndarray) -> np.ndarray:
     targets, stack = targets[::every], stack[:, ::every]
     given = np.where(targets, stack, 1 - stack).clip(1e-6)  # what each member gives to what is true
     positives = targets.sum(axis=0)
-    importance = np.divide(1, positives, out=np.zeros(len(positives)), where=positives > 0) / max(1, (positives > 0).sum())
+    importance = np.divide(1, positives, out=np.zeros(len(positives)), where=positives > 0) / max(
+        1, (positives > 0).sum()
+    )
 
     def loss(weights):
         mixed = np.tensordot(weights, given, 1)
         return -(np.log(mixed).sum(axis=0) @ importance), -np.einsum("mnc,nc,c->m", given, 1 / mixed, importance)
 
     n = len(stack)
-    found = minimize(loss, np.full(n, 1 / n), jac=True, method="SLSQP", bounds=[(0, 1)] * n,
-                     constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1})
+    found = minimize(
+        loss,
+        np.full(n, 1 / n),
+        jac=True,
+        method="SLSQP",
+        bounds=[(0, 1)] * n,
+        constraints={"type": "eq", "fun": lambda weights: weights.sum() - 1},
+    )
     weights = np.clip(found.x, 0, 1)
     return weights / weights.sum()
 
@@ -111,52 +124,90 @@ def evaluate_ensemble(targets, stack, names: list[str], groups, method: str, how
     result = evaluate_thresholds(targets, mixed, groups, method, prior, unseen(everyone, method, how))
     whole, several = result["score_cross_fitted"], n > 1
     return {
-        "combine": how, "weights": weights.tolist(), **result,
-        "members": [{"name": name, "score_cross_fitted": score([i], method, "mean") if several else whole,
-                     "weight": float(weights[i]),
-                     "leave_one_out": score(everyone != i, method, how) - whole if several else None}
-                    for i, name in enumerate(progress(names, n, "members", unit="members"))],
-        "combinations": [{"combine": other, "score_cross_fitted": score(everyone, method, other)}
-                         for other in COMBINATIONS if several],
-        "methods": [{"method": other, "score_cross_fitted": score(everyone, other, how),
-                     "score_in_sample": macro_f1(targets, mixed >= find_thresholds(targets, mixed, other, prior))}
-                    for other in progress(METHODS, len(METHODS), "methods", unit="methods")]}
+        "combine": how,
+        "weights": weights.tolist(),
+        **result,
+        "members": [
+            {
+                "name": name,
+                "score_cross_fitted": score([i], method, "mean") if several else whole,
+                "weight": float(weights[i]),
+                "leave_one_out": score(everyone != i, method, how) - whole if several else None,
+            }
+            for i, name in enumerate(progress(names, n, "members", unit="members"))
+        ],
+        "combinations": [
+            {"combine": other, "score_cross_fitted": score(everyone, method, other)}
+            for other in COMBINATIONS
+            if several
+        ],
+        "methods": [
+            {
+                "method": other,
+                "score_cross_fitted": score(everyone, other, how),
+                "score_in_sample": macro_f1(targets, mixed >= find_thresholds(targets, mixed, other, prior)),
+            }
+            for other in progress(METHODS, len(METHODS), "methods", unit="methods")
+        ],
+    }
 
 
 def describe_ensemble(result: dict) -> list[str]:
     """Say what `evaluate_ensemble` found, the honest score first: members, methods, classes, and whom not to trust."""
     low, high = result["interval"]
-    lines = [f"macro F1 {result['score_cross_fitted']:.3f} [{low:.3f}, {high:.3f}] cross-fitted, {result['n_samples']} "
-             f"out-of-fold samples, {result['combine']} of {', '.join(result['recipes'])}",
-             f"on the rows that the thresholds were searched on, so flattering: {result['score_in_sample']:.3f}; "
-             f"at 0.5: {result['score_at_half']:.3f}; single threshold: {result['single']:.2f}"]
+    lines = [
+        f"macro F1 {result['score_cross_fitted']:.3f} [{low:.3f}, {high:.3f}] cross-fitted, {result['n_samples']} "
+        f"out-of-fold samples, {result['combine']} of {', '.join(result['recipes'])}",
+        f"on the rows that the thresholds were searched on, so flattering: {result['score_in_sample']:.3f}; "
+        f"at 0.5: {result['score_at_half']:.3f}; single threshold: {result['single']:.2f}",
+    ]
     if "score_held_out" in result:
         low, high = result["interval_held_out"]
-        lines.append(f"on the {result['n_held_out']} samples held out, decided by the mean of all folds: "
-                     f"{result['score_held_out']:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(
+            f"on the {result['n_held_out']} samples held out, decided by the mean of all folds: "
+            f"{result['score_held_out']:.3f} [{low:.3f}, {high:.3f}]"
+        )
     lines += [f"{'method':30s} {'cross-fitted':>12s} {'in-sample':>9s}"]
-    lines += [f"{row['method']:30s} {row['score_cross_fitted']:12.3f} {row['score_in_sample']:9.3f}"
-              f"{'  <- used' if row['method'] == result['method'] else ''}" for row in result["methods"]]
+    lines += [
+        f"{row['method']:30s} {row['score_cross_fitted']:12.3f} {row['score_in_sample']:9.3f}"
+        f"{'  <- used' if row['method'] == result['method'] else ''}"
+        for row in result["methods"]
+    ]
     if len(result["members"]) > 1:
         wide = max(30, *(len(row["name"]) for row in result["members"]))
         lines += [f"{'member':{wide}s} {'cross-fitted':>12s} {'weight':>9s}   ensemble's score without it"]
-        lines += [f"{row['name']:{wide}s} {row['score_cross_fitted']:12.3f} {row['weight']:9.2f}   {row['leave_one_out']:+.3f}"
-                  for row in result["members"]]
-        lines += [f"{row['combine'] + ' of all':{wide}s} {row['score_cross_fitted']:12.3f}"
-                  f"{'  <- used' if row['combine'] == result['combine'] else ''}" for row in result["combinations"]]
+        lines += [
+            f"{row['name']:{wide}s} {row['score_cross_fitted']:12.3f} {row['weight']:9.2f}   {row['leave_one_out']:+.3f}"
+            for row in result["members"]
+        ]
+        lines += [
+            f"{row['combine'] + ' of all':{wide}s} {row['score_cross_fitted']:12.3f}"
+            f"{'  <- used' if row['combine'] == result['combine'] else ''}"
+            for row in result["combinations"]
+        ]
     return lines + describe_classes(result)
 
 
 def describe_classes(result: dict) -> list[str]:
     """Say what each class's threshold is and what it is worth, and which rest on few positives or none."""
-    lines = [f"{'class':30s} {'cross-fitted':>12s} {'in-sample':>9s} {'95 % interval':>16s} {'threshold':>9s} {'positives':>9s}"]
-    lines += ["{class:30s} {f1_cross_fitted:12.3f} {f1_in_sample:9.3f}   [{interval[0]:.3f}, {interval[1]:.3f}] {threshold:9.3f} "
-              "{positives:9d}".format(**row) for row in result["per_class"] if row["positives"]]
+    lines = [
+        f"{'class':30s} {'cross-fitted':>12s} {'in-sample':>9s} {'95 % interval':>16s} {'threshold':>9s} {'positives':>9s}"
+    ]
+    lines += [
+        "{class:30s} {f1_cross_fitted:12.3f} {f1_in_sample:9.3f}   [{interval[0]:.3f}, {interval[1]:.3f}] {threshold:9.3f} "
+        "{positives:9d}".format(**row)
+        for row in result["per_class"]
+        if row["positives"]
+    ]
     few = [f"{row['class']} ({row['positives']})" for row in result["per_class"] if 0 < row["positives"] < FEW]
     if few:
-        lines.append(f"warning: the thresholds of {len(few)} classes rest on fewer than {FEW} positives: {', '.join(few)}")
+        lines.append(
+            f"warning: the thresholds of {len(few)} classes rest on fewer than {FEW} positives: {', '.join(few)}"
+        )
     absent = [row["class"] for row in result["per_class"] if not row["positives"]]
     if absent:
-        lines.append(f"over the {result['n_present']} classes present: {result['score_cross_fitted_present']:.3f}; "
-                     f"warning: {len(absent)} classes have no sample and count as 0: {', '.join(absent)}")
+        lines.append(
+            f"over the {result['n_present']} classes present: {result['score_cross_fitted_present']:.3f}; "
+            f"warning: {len(absent)} classes have no sample and count as 0: {', '.join(absent)}"
+        )
     return lines

@@ -10,8 +10,10 @@ from pathlib import Path
 
 MINIMUM = (3, 11)
 # Two wheels of one library: either serves.
-SAME = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
-        "faiss-cpu": ("faiss-gpu-cu12", "faiss-gpu")}
+SAME = {
+    "opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
+    "faiss-cpu": ("faiss-gpu-cu12", "faiss-gpu"),
+}
 LARGE = ("torch", "torchvision")
 ON_TORCH = (*LARGE, "pretrainedmodels", "captum", "timm")  # torch, and what depends on it
 
@@ -27,12 +29,21 @@ def requirement(text: str):
 
 def read_requirements(files: list[str]) -> list:
     """Return what requirement files ask for, and what packages on torch need that is missing: pip installs those alone."""
-    lines = (line.split("#")[0].strip() for file in files for line in Path(file).read_text(encoding="utf-8").splitlines())
+    lines = (
+        line.split("#")[0].strip() for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()
+    )
     wanted = [requirement(line) for line in lines if line]
-    for name in [wish.name for wish in wanted if wish.name in ON_TORCH and wish.name not in LARGE and installed(wish.name)]:
+    for name in [
+        wish.name for wish in wanted if wish.name in ON_TORCH and wish.name not in LARGE and installed(wish.name)
+    ]:
         needs = [requirement(line) for line in metadata.requires(name) or ()]
-        wanted += [need for need in needs if (not need.marker or need.marker.evaluate({"extra": ""}))
-                   and need.name not in ON_TORCH and not installed(need.name)]
+        wanted += [
+            need
+            for need in needs
+            if (not need.marker or need.marker.evaluate({"extra": ""}))
+            and need.name not in ON_TORCH
+            and not installed(need.name)
+        ]
     return wanted
 
 
@@ -55,8 +66,11 @@ def unmet(files: list[str]) -> list[str]:
     """Return what is missing or outside its range, as 'name: expected X, found Y'."""
     if sys.version_info < MINIMUM:
         return [f"python: expected {'.'.join(map(str, MINIMUM))} or later, found {sys.version.split()[0]}"]
-    return [f"{wish.name}: expected {wish.specifier or 'any version'}, found {(installed(wish.name) or ('', 'nothing'))[1]}"
-            for wish in read_requirements(files) if not serves(wish)]
+    return [
+        f"{wish.name}: expected {wish.specifier or 'any version'}, found {(installed(wish.name) or ('', 'nothing'))[1]}"
+        for wish in read_requirements(files)
+        if not serves(wish)
+    ]
 
 
 def next_install(files: list[str]) -> list[str]:

@@ -2,8 +2,10 @@
 
 import shlex
 
-WORKER_LOST = ("a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, "
-               "if need be with a lower --jobs")
+WORKER_LOST = (
+    "a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, "
+    "if need be with a lower --jobs"
+)
 
 
 class UserError(Exception):
@@ -17,7 +19,11 @@ FULL = ("out of memory", "status_alloc_failed", "host_allocation_failed")
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that the GPU's memory is full, without loading torch."""
     text = str(error).lower()
-    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, RuntimeError) and any(words in text for words in FULL)
+    return (
+        type(error).__name__ == "OutOfMemoryError"
+        or isinstance(error, RuntimeError)
+        and any(words in text for words in FULL)
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -24,12 +24,13 @@ from common.training import FINDER_STEPS, Run, evaluations_per_cycle, new_run, t
 SECONDS = 10  # of steps with the number of images that is settled on
 ENOUGH = 3  # seconds of a step that is long enough to time; shorter ones get more images, up to the batch
 # What a step takes beside what the backward pass needs, as measured on a CPU: with these it is within 15 %.
-OVERHEAD, LIBRARIES = 1.5, 5 * 10 ** 8  # times; bytes
+OVERHEAD, LIBRARIES = 1.5, 5 * 10**8  # times; bytes
 
 
 @dataclass(frozen=True)
 class Cost:
     """What a recipe takes on this machine."""
+
     parameters: int
     images: int  # at once, in the steps that were timed
     steps: int  # that were timed
@@ -45,8 +46,10 @@ def measure(recipe: Recipe) -> Cost:
         try:
             return pool.submit(measure_here, recipe).result()
         except BrokenProcessPool:
-            raise UserError(f"a step of two {recipe.crop} px images was killed, most likely for want of memory; use smaller "
-                            "crops: --set crop_size=...") from None
+            raise UserError(
+                f"a step of two {recipe.crop} px images was killed, most likely for want of memory; use smaller "
+                "crops: --set crop_size=..."
+            ) from None
 
 
 def measure_here(recipe: Recipe) -> Cost:
@@ -65,8 +68,15 @@ def measure_here(recipe: Recipe) -> Cost:
     predict = timed(lambda: predict_seconds(run, n))
     parameters = sum(p.numel() for p in run.model.parameters())
     states = sum(v.nbytes for state in run.optimizer.state.values() for v in state.values() if torch.is_tensor(v))
-    return Cost(parameters, n, len(train), float(np.median(train)) / n, float(np.median(predict)) / n,
-                8 * parameters + states, activations)
+    return Cost(
+        parameters,
+        n,
+        len(train),
+        float(np.median(train)) / n,
+        float(np.median(predict)) / n,
+        8 * parameters + states,
+        activations,
+    )
 
 
 def random_images(recipe: Recipe) -> ImageSet:
@@ -154,7 +164,7 @@ def training_seconds(recipe: Recipe, cost: Cost, folds: pd.DataFrame, fold: int,
     if batches.batch > fits and recipe.hard_share < 1:
         step *= 4 / 3  # the sampler ranks in a pass of its own
     valid = (folds["fold"] == fold).sum() * cost.predict * evaluations_per_cycle(recipe) * recipe.max_cycles
-    times_read = 1 if rows * 4 * recipe.size ** 2 <= CACHE_BYTES else recipe.epochs
+    times_read = 1 if rows * 4 * recipe.size**2 <= CACHE_BYTES else recipe.epochs
     finder = FINDER_STEPS * step if recipe.finder != "off" else 0
     return recipe.epochs * batches.steps * step + valid + finder + times_read * images * read
 

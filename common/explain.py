@@ -44,8 +44,13 @@ def heat_map(seen: list[tuple[LayerGradCam, torch.Tensor]], c: int, side: int) -
     seen : a network's camera and the views as it is given them, of each network. A map counts by its height, so that a network
         that finds next to nothing does not count as much as one that is sure.
     """
-    maps = [turned_back(one, view) for camera, images in seen
-            for one, view in zip(camera.attribute(images, target=c, relu_attributions=True).detach()[:, 0], VIEWS, strict=True)]
+    maps = [
+        turned_back(one, view)
+        for camera, images in seen
+        for one, view in zip(
+            camera.attribute(images, target=c, relu_attributions=True).detach()[:, 0], VIEWS, strict=True
+        )
+    ]
     mean = torch.stack(maps).mean(dim=0).numpy()
     return cv2.resize(mean / max(1e-12, mean.max()), (side, side), interpolation=cv2.INTER_LINEAR)
 

@@ -20,6 +20,7 @@ NAMED = 5  # files in a warning
 
 class Levels(NamedTuple):
     """The 16-bit values that become 0 and 255."""
+
     black: int = 0
     white: int = 65535
 
@@ -55,10 +56,17 @@ def judge(parts: list[str], seen: list[dict], levels: Levels) -> dict:
     for part, sample in zip(parts, seen, strict=True):
         ranges.setdefault(part, []).extend(sample["ranges"])
     ranges = {part: np.array(values) for part, values in ranges.items() if values}
-    problems = [{"part": part, **problem} for part, values in ranges.items() if (problem := judge_ranges(values, levels))]
+    problems = [
+        {"part": part, **problem} for part, values in ranges.items() if (problem := judge_ranges(values, levels))
+    ]
     misplaced = {name: place for sample in seen for name, place in sample["misplaced"].items()}
-    return {"levels": list(levels), "problems": problems, "all_parts": len(problems) == len(ranges),
-            "misplaced": len(misplaced), "such_as": dict(list(misplaced.items())[:NAMED])}
+    return {
+        "levels": list(levels),
+        "problems": problems,
+        "all_parts": len(problems) == len(ranges),
+        "misplaced": len(misplaced),
+        "such_as": dict(list(misplaced.items())[:NAMED]),
+    }
 
 
 def judge_ranges(ranges: np.ndarray, levels: Levels) -> dict | None:
@@ -67,12 +75,23 @@ def judge_ranges(ranges: np.ndarray, levels: Levels) -> dict | None:
     black, white = levels
     low, high = np.minimum(ranges, white).T
     part = PART_OF_RANGE * (white - black)
-    for kind, which in (("cut off", ranges[:, 1] > white), ("narrow", (high - low.clip(black) < part) | (low - black > part))):
+    for kind, which in (
+        ("cut off", ranges[:, 1] > white),
+        ("narrow", (high - low.clip(black) < part) | (low - black > part)),
+    ):
         if which.mean() >= FILES_THAT_COUNT:
-            used = Levels(int(np.percentile(ranges[which, 0], 5, method="lower")),
-                          int(np.percentile(ranges[which, 1], 95, method="higher")))
-            return {"kind": kind, "files": int(which.sum()), "of": len(ranges), "low": used.black, "high": used.white,
-                    "above": int((ranges[:, 1] > fitting(*used).white).sum())}
+            used = Levels(
+                int(np.percentile(ranges[which, 0], 5, method="lower")),
+                int(np.percentile(ranges[which, 1], 95, method="higher")),
+            )
+            return {
+                "kind": kind,
+                "files": int(which.sum()),
+                "of": len(ranges),
+                "low": used.black,
+                "high": used.white,
+                "above": int((ranges[:, 1] > fitting(*used).white).sum()),
+            }
     return None
 
 
@@ -91,9 +110,11 @@ def describe(found: dict) -> list[str]:
     if found["misplaced"]:
         names = "; ".join(f"in {name} nearly everything is in the {place}" for name, place in found["such_as"].items())
         more = found["misplaced"] - len(found["such_as"])
-        lines.append(f"{found['misplaced']} colour images are nearly black in the plane of their own channel: {names}"
-                     f"{f'; and {more} more' if more else ''}. Write their planes in the order red, green, blue (OpenCV's is blue, "
-                     "green, red)")
+        lines.append(
+            f"{found['misplaced']} colour images are nearly black in the plane of their own channel: {names}"
+            f"{f'; and {more} more' if more else ''}. Write their planes in the order red, green, blue (OpenCV's is blue, "
+            "green, red)"
+        )
     return lines
 
 
@@ -102,11 +123,17 @@ def describe_ranges(problems: list[dict], levels: list[int], all_parts: bool) ->
     low, high = min(problem["low"] for problem in problems), max(problem["high"] for problem in problems)
     files, of, above = (sum(problem[key] for problem in problems) for key in ("files", "of", "above"))
     parts = "" if all_parts else f" {' and '.join(problem['part'] for problem in problems)}"
-    what = (f"use {low}..{high} of {levels[0]}..{levels[1]} only" if problems[0]["kind"] == "narrow"
-            else f"reach {high} and are cut off at --white-level {levels[1]}")
+    what = (
+        f"use {low}..{high} of {levels[0]}..{levels[1]} only"
+        if problems[0]["kind"] == "narrow"
+        else f"reach {high} and are cut off at --white-level {levels[1]}"
+    )
     black, white = fitting(low, high)
-    cure = (f"{above} files use more, so no level suits all; save them all in one range" if above > MAY_BE_CUT_OFF * of
-            else f"give stage 01 or run_all.sh {f'--black-level {black} ' if black else ''}--white-level {white}")
+    cure = (
+        f"{above} files use more, so no level suits all; save them all in one range"
+        if above > MAY_BE_CUT_OFF * of
+        else f"give stage 01 or run_all.sh {f'--black-level {black} ' if black else ''}--white-level {white}"
+    )
     return f"the 16-bit{parts} files {what} ({files} of {of} files), so images have few grey levels; {cure}"
 
 

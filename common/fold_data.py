@@ -19,6 +19,7 @@ from common.recipes import Recipe
 @dataclass(frozen=True)
 class FoldData:
     """The images of one fold: training rows with copies, validation rows, class counts, normalisation."""
+
     train: ImageSet
     valid: ImageSet
     counts: np.ndarray  # (28,) distinct training samples of each class
@@ -33,8 +34,9 @@ def known_folds(work: Path, folds: pd.DataFrame, numbers: list[int]) -> None:
             raise UserError(f"there is no fold {fold}; {work / 'folds.csv'} has the folds {', '.join(map(str, known))}")
 
 
-def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe,
-              normalisation: Normalisation | None = None) -> FoldData:
+def load_fold(
+    work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe, normalisation: Normalisation | None = None
+) -> FoldData:
     """Return the data of one fold of stage 03's table; normalised by its own statistics unless given others.
 
     Standardised images are brought to mean 0 and deviation 1.
@@ -50,16 +52,28 @@ def load_fold(work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe,
         normalisation = Normalisation((STANDARD_MEAN / 255,) * 4, (STANDARD_DEVIATION / 255,) * 4)
     elif normalisation is None:
         normalisation = measured_normalisation(stored)
-    return FoldData(ImageSet(folder, ids[rows], targets[rows], recipe.crop, crcs=dict(stored[["Id", "crc"]].to_numpy()),
-                             standardised=recipe.standardised),
-                    image_set(work, recipe, folds[valid]), class_counts(folds, fold), normalisation)
+    return FoldData(
+        ImageSet(
+            folder,
+            ids[rows],
+            targets[rows],
+            recipe.crop,
+            crcs=dict(stored[["Id", "crc"]].to_numpy()),
+            standardised=recipe.standardised,
+        ),
+        image_set(work, recipe, folds[valid]),
+        class_counts(folds, fold),
+        normalisation,
+    )
 
 
 def measured_normalisation(statistics: pd.DataFrame) -> Normalisation:
     """Return mean and spread of all pixels together: within images and between them."""
     mean = [float(statistics[f"mean_{c}"].mean()) for c in CHANNELS]
-    std = [float(np.sqrt((statistics[f"std_{c}"] ** 2 + statistics[f"mean_{c}"] ** 2).mean() - m ** 2))
-           for c, m in zip(CHANNELS, mean, strict=True)]
+    std = [
+        float(np.sqrt((statistics[f"std_{c}"] ** 2 + statistics[f"mean_{c}"] ** 2).mean() - m**2))
+        for c, m in zip(CHANNELS, mean, strict=True)
+    ]
     return Normalisation(tuple(mean), tuple(max(value, 1e-3) for value in std))
 
 
@@ -71,6 +85,11 @@ def training_inputs(work: Path, folds: pd.DataFrame, recipe: Recipe) -> dict:
 def image_set(work: Path, recipe: Recipe, rows: pd.DataFrame) -> ImageSet:
     """Return the whole stored images of a table with Id and Target."""
     stored = stored_images(work, recipe.store, rows["Id"])
-    return ImageSet(work / "images" / recipe.store, rows["Id"].to_numpy(), parse_targets(rows["Target"]),
-                    sides=stored["side"].to_numpy(), crcs=dict(stored[["Id", "crc"]].to_numpy()),
-                    standardised=recipe.standardised)
+    return ImageSet(
+        work / "images" / recipe.store,
+        rows["Id"].to_numpy(),
+        parse_targets(rows["Target"]),
+        sides=stored["side"].to_numpy(),
+        crcs=dict(stored[["Id", "crc"]].to_numpy()),
+        standardised=recipe.standardised,
+    )

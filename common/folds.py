@@ -62,8 +62,9 @@ def training_rows(folds: pd.DataFrame, fold: int) -> np.ndarray:
     return ~folds["fold"].isin([fold, HOLD_OUT]).to_numpy()
 
 
-def make_folds(duplicates: pd.DataFrame, n_folds: int, max_copies: int, seed: int, external: str = "train",
-               hold_out: float = 0.0) -> pd.DataFrame:
+def make_folds(
+    duplicates: pd.DataFrame, n_folds: int, max_copies: int, seed: int, external: str = "train", hold_out: float = 0.0
+) -> pd.DataFrame:
     """Return Id, Target, part, group, fold, copies of the kept samples of stage 02's table.
 
     external : train = external samples are for training only (fold -1), but one that shares a group with a
@@ -79,8 +80,11 @@ def make_folds(duplicates: pd.DataFrame, n_folds: int, max_copies: int, seed: in
         parts = min(100, len(np.unique(groups[inner])))
         share = Fraction(hold_out).limit_denominator(max(parts, 1))
         if share == 0:
-            raise UserError(f"--hold-out {hold_out:g} of {parts} distinct samples is none; give a larger share" if parts < 100 else
-                            f"--hold-out {hold_out:g}: the smallest share is 0.01")
+            raise UserError(
+                f"--hold-out {hold_out:g} of {parts} distinct samples is none; give a larger share"
+                if parts < 100
+                else f"--hold-out {hold_out:g}: the smallest share is 0.01"
+            )
         aside = stratified_group_folds(targets[inner], groups[inner], share.denominator, seed) < share.numerator
         place |= dict.fromkeys(groups[inner][aside], HOLD_OUT)
         inner = inner & np.array([place[group] != HOLD_OUT for group in groups])
@@ -105,15 +109,22 @@ def audit(folds: pd.DataFrame) -> dict:
     places = [*numbers, *(place for place in (TRAIN_ONLY, HOLD_OUT) if (fold == place).any())]
     return {
         "samples": {str(place): int((fold == place).sum()) for place in places},
-        "positives": {name: {str(place): int(targets[fold == place, c].sum()) for place in places}
-                      for c, name in enumerate(CLASS_NAMES)},
-        "worst_class": CLASS_NAMES[deviation.argmax()], "worst_deviation": round(float(deviation.max()), 2),
-        "classes_missing_folds": {name: [k for k, count in zip(numbers, counts, strict=True) if not count]
-                                  for name, counts in zip(CLASS_NAMES, positives.T, strict=True)
-                                  if counts.any() and not counts.all()},
+        "positives": {
+            name: {str(place): int(targets[fold == place, c].sum()) for place in places}
+            for c, name in enumerate(CLASS_NAMES)
+        },
+        "worst_class": CLASS_NAMES[deviation.argmax()],
+        "worst_deviation": round(float(deviation.max()), 2),
+        "classes_missing_folds": {
+            name: [k for k, count in zip(numbers, counts, strict=True) if not count]
+            for name, counts in zip(CLASS_NAMES, positives.T, strict=True)
+            if counts.any() and not counts.all()
+        },
         "groups_split": int((folds.groupby("group")["fold"].nunique() > 1).sum()),
-        "copies_outside_training": int((folds["copies"][fold == HOLD_OUT] > 1).sum()) + int(folds["Id"].duplicated().sum()),
-        "copies": {str(n): int(count) for n, count in enumerate(np.bincount(folds["copies"])) if n and count}}
+        "copies_outside_training": int((folds["copies"][fold == HOLD_OUT] > 1).sum())
+        + int(folds["Id"].duplicated().sum()),
+        "copies": {str(n): int(count) for n, count in enumerate(np.bincount(folds["copies"])) if n and count},
+    }
 
 
 def describe_audit(found: dict) -> list[str]:
@@ -122,10 +133,12 @@ def describe_audit(found: dict) -> list[str]:
     aside = [f"{found['samples'][place]} {name}" for place, name in names.items() if place in found["samples"]]
     sizes = ", ".join(str(n) for place, n in found["samples"].items() if place not in names)
     copies = ", ".join(f"{count} {n}x" for n, count in found["copies"].items())
-    lines = ["; ".join([f"samples per fold: {sizes}", *aside]),
-             f"worst class: {found['worst_class']}, {found['worst_deviation']:.1f} off an even share",
-             f"in training: {copies}; groups split: {found['groups_split']}; copies outside training: "
-             f"{found['copies_outside_training']}"]
+    lines = [
+        "; ".join([f"samples per fold: {sizes}", *aside]),
+        f"worst class: {found['worst_class']}, {found['worst_deviation']:.1f} off an even share",
+        f"in training: {copies}; groups split: {found['groups_split']}; copies outside training: "
+        f"{found['copies_outside_training']}",
+    ]
     short = found["classes_missing_folds"]
     if short:
         lines.append(f"warning: {len(short)} classes are too rare for every fold: {', '.join(short)}")

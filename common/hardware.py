@@ -19,7 +19,7 @@ from common.images import CHANNELS, MAX_SIDE
 from common.parallel import worker_number
 from common.recipes import Recipe, stored_size
 
-MALLOPT = {-3: 2 ** 26, -1: 2 ** 28}  # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in bytes, see `keep_freed_memory`
+MALLOPT = {-3: 2**26, -1: 2**28}  # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in bytes, see `keep_freed_memory`
 MEMORY_FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PREFETCHED = 2  # batches that each loader process keeps ready, DataLoader's default
@@ -29,6 +29,7 @@ SHARED_MEMORY = Path("/dev/shm")  # where loader processes put batches
 @dataclass(frozen=True)
 class HardwareOptions:
     """What the command line asks for; 'auto' and None leave it to the machine. `jobs`: trainings that share the machine."""
+
     device: str = "auto"
     precision: str = "auto"
     workers: int | None = None
@@ -50,6 +51,7 @@ class Hardware:
     compiled, memory_format : for training, whether the network is compiled and how its tensors lie in memory
     fast : kernels are chosen by speed, so two runs may differ in their last digits
     """
+
     device: torch.device
     autocast: torch.dtype | None = None
     workers: int = 0
@@ -64,13 +66,21 @@ class Hardware:
         return self.device.type == "cuda"
 
     def casting(self):
-        return torch.autocast(self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+        return torch.autocast(
+            self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        )
 
     def record(self) -> dict:
         """Return what logs and sidecars note, as plain types."""
-        return {"device": device_name(self.device), "precision": str(self.autocast or torch.float32).removeprefix("torch."),
-                "workers": self.workers, "processes": self.team.size, "torch": torch.__version__, "cuda": torch.version.cuda,
-                "kernels": "fast" if self.fast else "deterministic"}
+        return {
+            "device": device_name(self.device),
+            "precision": str(self.autocast or torch.float32).removeprefix("torch."),
+            "workers": self.workers,
+            "processes": self.team.size,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "kernels": "fast" if self.fast else "deterministic",
+        }
 
     def __str__(self):
         note = self.record()
@@ -80,7 +90,9 @@ class Hardware:
         return f"{note['device']}, {note['precision']}{team}, {loaders}, torch {note['torch']}{cuda}, {note['kernels']}"
 
 
-def choose_hardware(options: HardwareOptions = HardwareOptions(), training: bool = True, trial: bool = True) -> Hardware:
+def choose_hardware(
+    options: HardwareOptions = HardwareOptions(), training: bool = True, trial: bool = True
+) -> Hardware:
     """Resolve 'auto': a GPU where there is one, else the CPU; bfloat16 where the device multiplies it itself, float16 on
     older GPUs, else 32 bit. A CPU predicts in 32 bit always, so that no image's result depends on its batch.
 
@@ -101,11 +113,20 @@ def choose_hardware(options: HardwareOptions = HardwareOptions(), training: bool
     workers = options.workers
     if workers is None:
         workers = 0 if device.type == "cpu" else max(1, joblib.cpu_count() // (options.jobs * local_size()))
-    return Hardware(device, PRECISIONS[precision], workers, join_team(device), options.micro_batch, options.compiled,
-                    MEMORY_FORMATS[options.memory_format], options.fast)
+    return Hardware(
+        device,
+        PRECISIONS[precision],
+        workers,
+        join_team(device),
+        options.micro_batch,
+        options.compiled,
+        MEMORY_FORMATS[options.memory_format],
+        options.fast,
+    )
 
 
 # --- devices -----------------------------------------------------------------------------------------------
+
 
 def gpu_count(device: str) -> int:
     """Return how many GPUs the option `device` leaves to choose from."""
@@ -132,18 +153,28 @@ def try_device(device: torch.device) -> None:
         return
     try:
         if device.index >= torch.cuda.device_count() > 0:
-            raise unusable(str(device), f"this machine has {', '.join(f'cuda:{k}' for k in range(torch.cuda.device_count()))}")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; without it they vary between runs
+            raise unusable(
+                str(device), f"this machine has {', '.join(f'cuda:{k}' for k in range(torch.cuda.device_count()))}"
+            )
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # read at the first product; without it they vary between runs
         torch.cuda.set_device(device)  # from here on this process seeds and allocates there only
         run_kernel(device)
-    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as error:  # AssertionError: a torch without CUDA
+    except (
+        RuntimeError,
+        AssertionError,
+        torch.cuda.DeferredCudaCallError,
+    ) as error:  # AssertionError: a torch without CUDA
         text = first_line(error)
         if "no kernel image" not in text:
             raise unusable(str(device), text) from None
         major, minor = torch.cuda.get_device_capability(device)
         known = ", ".join(torch.cuda.get_arch_list())
-        raise UserError(f"torch {torch.__version__} has no kernels for {device} ({torch.cuda.get_device_name(device)}, sm_{major}{minor}; "
-                        f"it has them for {known}); install a release of torch for this GPU, or use --device cpu") from None
+        raise UserError(
+            f"torch {torch.__version__} has no kernels for {device} ({torch.cuda.get_device_name(device)}, sm_{major}{minor}; "
+            f"it has them for {known}); install a release of torch for this GPU, or use --device cpu"
+        ) from None
 
 
 def run_kernel(device: torch.device) -> None:
@@ -179,8 +210,13 @@ def idle_gpu() -> str | None:
 def nvidia_driver() -> str | None:
     """Return the version of the NVIDIA driver, None where there is none."""
     try:
-        found = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
-                               text=True, timeout=20, check=True)
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.split("\n")[0].strip()
@@ -203,6 +239,7 @@ def bf16_is_faster(flags: set[str], name: str) -> bool:
 
 # --- memory ------------------------------------------------------------------------------------------------
 
+
 def keep_freed_memory() -> None:
     """Let glibc keep up to 256 MB of what is freed for the next batch: given back to the system after every step, it would be asked
     for and zeroed again page by page, which takes up to a tenth of a small network's step."""
@@ -222,7 +259,7 @@ def set_kernels(hardware: Hardware) -> None:
 
 def batch_bytes(recipe: Recipe, crops: int, whole: int = BATCH) -> int:
     """Return the bytes of the largest batch that is loaded: of `crops` training crops, or of `whole` images."""
-    pixels = max(crops * recipe.crop ** 2, whole * stored_size(recipe.store, MAX_SIDE) ** 2)
+    pixels = max(crops * recipe.crop**2, whole * stored_size(recipe.store, MAX_SIDE) ** 2)
     return pixels * len(CHANNELS)
 
 
@@ -243,8 +280,10 @@ def fit_shared_memory(hardware: Hardware, options: HardwareOptions, batch_bytes:
     fits = loaders_that_fit(free // (options.jobs * local_size()), batch_bytes)
     if fits >= hardware.workers:
         return hardware
-    found = (f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, enough for {fits} loader processes with batches of "
-             f"{batch_bytes / 1e6:.0f} MB")
+    found = (
+        f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, enough for {fits} loader processes with batches of "
+        f"{batch_bytes / 1e6:.0f} MB"
+    )
     cure = "give it more (docker run --shm-size=16g), or use a smaller batch"
     if options.workers is not None:
         raise UserError(f"{found}, not for {hardware.workers}; {cure} or --workers {fits}")
@@ -262,12 +301,20 @@ def plan_hardware(args, stage: str, n_jobs: int, training: bool = True) -> tuple
     options = HardwareOptions(**{name: getattr(args, name) for name in names if name != "jobs"})
     if local_rank() is not None:
         if not training:
-            raise UserError("this stage does not share its work among the processes of torchrun; start it without, with --jobs N for N "
-                            "folds at once")
+            raise UserError(
+                "this stage does not share its work among the processes of torchrun; start it without, with --jobs N for N "
+                "folds at once"
+            )
         if args.jobs or args.cluster:
-            raise UserError("torchrun's processes train one fold together, so give no --jobs and no --cluster; or leave torchrun out")
+            raise UserError(
+                "torchrun's processes train one fold together, so give no --jobs and no --cluster; or leave torchrun out"
+            )
     gpus = gpu_count(options.device)
-    jobs = joblib.cpu_count() if args.jobs == -1 else args.jobs or (1 if local_rank() is not None or args.cluster else gpus or 1)
+    jobs = (
+        joblib.cpu_count()
+        if args.jobs == -1
+        else args.jobs or (1 if local_rank() is not None or args.cluster else gpus or 1)
+    )
     options = replace(options, jobs=max(1, min(jobs, n_jobs)))
     alone = options.jobs == 1 and not args.cluster
     hardware = choose_hardware(options, training, trial=alone)  # jobs of other processes try their own GPU
@@ -276,6 +323,9 @@ def plan_hardware(args, stage: str, n_jobs: int, training: bool = True) -> tuple
         several = f"{options.jobs} jobs at once{f' on {used} GPUs' * (used > 1)}, each on " if options.jobs > 1 else ""
         print(f"{stage}: {several}{hardware}", flush=True)
         if not hardware.is_gpu and options.device == "auto" and (reason := idle_gpu()):
-            print(f"warning: there is a GPU, but torch cannot use it ({reason}), so the CPU is used; see --check of 01_preprocess.py",
-                  file=sys.stderr, flush=True)
+            print(
+                f"warning: there is a GPU, but torch cannot use it ({reason}), so the CPU is used; see --check of 01_preprocess.py",
+                file=sys.stderr,
+                flush=True,
+            )
     return options, hardware

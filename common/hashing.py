@@ -44,7 +44,7 @@ def find_pairs(hashes: np.ndarray, flat: np.ndarray, thresholds: tuple[int, int,
     index = faiss.IndexBinaryFlat(64)
     found = []
     for start in range(0, len(usable), BLOCK):
-        block = green[start:start + BLOCK]
+        block = green[start : start + BLOCK]
         index.add(block)  # so that each block is compared with those before it only
         limits, _, others = index.range_search(block, thresholds[1] + 1)
         second = np.repeat(np.arange(start, start + len(block)), np.diff(limits.astype(np.int64)))
@@ -101,10 +101,17 @@ def agreement(targets: np.ndarray, others: np.ndarray) -> np.ndarray:
 def pair_table(samples: pd.DataFrame, pairs: np.ndarray, distances: np.ndarray) -> pd.DataFrame:
     """Return pairs as a table: Ids, parts, distance per channel in bits, labels and their agreement (empty for test)."""
     first, second = (samples.iloc[pairs[:, side]].reset_index(drop=True) for side in (0, 1))
-    table = pd.DataFrame({
-        "Id": first["Id"], "part": first["part"], "other_Id": second["Id"], "other_part": second["part"],
-        **{channel: distances[:, c] for c, channel in enumerate(HASHED)},
-        "Target": first["Target"], "other_Target": second["Target"]})
+    table = pd.DataFrame(
+        {
+            "Id": first["Id"],
+            "part": first["part"],
+            "other_Id": second["Id"],
+            "other_part": second["part"],
+            **{channel: distances[:, c] for c, channel in enumerate(HASHED)},
+            "Target": first["Target"],
+            "other_Target": second["Target"],
+        }
+    )
     labels = agreement(parse_targets(first["Target"]), parse_targets(second["Target"]))
     known = (first["part"] != "test") & (second["part"] != "test")
     return table.assign(agreement=[f"{value:.2f}" if told else "" for value, told in zip(labels, known, strict=True)])
@@ -127,8 +134,10 @@ def duplicate_tables(samples: pd.DataFrame, hashes, flat, thresholds, floor: int
     groups = connect(len(known), np.vstack([inner, antibodies(known)])) if by_antibody else near
     ids = known["Id"].to_numpy()
     duplicates = known[["Id", "part", "Target"]].assign(
-        near_group=ids[near], group=ids[groups],
-        kept=choose_kept(near, parse_targets(known["Target"]), floor).astype(int))
+        near_group=ids[near],
+        group=ids[groups],
+        kept=choose_kept(near, parse_targets(known["Target"]), floor).astype(int),
+    )
     return duplicates, pair_table(samples, pairs, distances)
 
 

@@ -19,7 +19,9 @@ from common.recipes import stored_size
 from common.sources import CHANNELS, MAX_SIDE, BadImage, examine_sample
 
 PLAIN_SIDE = 256  # pixels: images up to this side are stored uncompressed, which reads four to six times as fast
-LEVEL = 6  # of zstd: 3 % more bytes than deflate at its default level, with a predictor, on images that never were JPEGs
+LEVEL = (
+    6  # of zstd: 3 % more bytes than deflate at its default level, with a predictor, on images that never were JPEGs
+)
 
 
 def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
@@ -44,16 +46,23 @@ def write_planes(path: Path, planes: np.ndarray, raw: bool = False) -> None:
     """
     squeeze = {}
     if planes.shape[1] > PLAIN_SIDE and not raw:
-        squeeze = {"compression": "zstd", "compressionargs": {"level": LEVEL}, "predictor": is_smooth(planes),
-                   "rowsperstrip": planes.shape[1], "maxworkers": 1}  # zstd decodes many short strips slowly
+        squeeze = {
+            "compression": "zstd",
+            "compressionargs": {"level": LEVEL},
+            "predictor": is_smooth(planes),
+            "rowsperstrip": planes.shape[1],
+            "maxworkers": 1,
+        }  # zstd decodes many short strips slowly
     with writing(path) as temporary:
-        tifffile.imwrite(temporary, planes, photometric="minisblack", metadata={"axes": "CYX", "channels": CHANNELS}, **squeeze)
+        tifffile.imwrite(
+            temporary, planes, photometric="minisblack", metadata={"axes": "CYX", "channels": CHANNELS}, **squeeze
+        )
 
 
 def is_smooth(planes: np.ndarray) -> bool:
     """Tell from rows in the middle of each plane whether differences between neighbours take a tenth less room than pixels,
     as in images that were JPEGs. Elsewhere a predictor is not worth the time that it adds to decoding."""
-    middle = planes[:, planes.shape[1] // 2:][:, :96].copy()
+    middle = planes[:, planes.shape[1] // 2 :][:, :96].copy()
     differences = np.diff(middle, axis=-1, prepend=np.uint8(0))
     return len(imagecodecs.zstd_encode(differences, 1)) < 0.9 * len(imagecodecs.zstd_encode(middle, 1))
 
@@ -63,8 +72,9 @@ def corner(share: float, size: int, side: int) -> int:
     return int(share * (side - size + 1))
 
 
-def read_planes(path: Path, crc: str | None = None, window: tuple[int, float, float] | None = None,
-                lent: bool = False) -> np.ndarray:
+def read_planes(
+    path: Path, crc: str | None = None, window: tuple[int, float, float] | None = None, lent: bool = False
+) -> np.ndarray:
     """Read the (4, size, size) uint8 planes that `write_planes` stored, now or in an earlier version; raises UserError where
     it cannot.
 
@@ -86,7 +96,7 @@ def read_planes(path: Path, crc: str | None = None, window: tuple[int, float, fl
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path} is missing; run: {rerun}") from None
         raise UserError(f"{path} cannot be read ({first_line(error)}); delete it, and run: {rerun}") from None
-    return planes[:, top:top + size, left:left + size]
+    return planes[:, top : top + size, left : left + size]
 
 
 def checksum(planes: np.ndarray) -> str:
@@ -106,8 +116,15 @@ def statistics(planes: np.ndarray) -> dict:
     return {**values, "crc": checksum(planes)}
 
 
-def store_sample(Id: str, files: list[Path], rgb_coded: bool, stores: list[str], folder: Path,
-                 levels: Levels = WHOLE, raw: bool = False) -> tuple[dict[str, dict], dict]:
+def store_sample(
+    Id: str,
+    files: list[Path],
+    rgb_coded: bool,
+    stores: list[str],
+    folder: Path,
+    levels: Levels = WHOLE,
+    raw: bool = False,
+) -> tuple[dict[str, dict], dict]:
     """Read a sample once and write it to each store (see `recipes.stored_size`) in `folder`. Raises BadImage.
 
     Returns store -> statistics, and how its files are exposed (see `exposure.judge`).

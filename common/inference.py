@@ -18,6 +18,7 @@ from common.progress import progress
 @dataclass(frozen=True)
 class Normalisation:
     """Mean and standard deviation of each channel on the 0-1 scale, (4,) each."""
+
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -42,24 +43,38 @@ def views(tta: str, crop: int | None = None) -> list:
     tta : none, or dihedral for all 8 symmetries
     crop : side in pixels of five windows (corners and centre) to use in place of the whole image
     """
+
     def window(images, top, left):
         rows, columns = round(top * (images.shape[-2] - crop)), round(left * (images.shape[-1] - crop))
-        return images[..., rows:rows + crop, columns:columns + crop]
+        return images[..., rows : rows + crop, columns : columns + crop]
 
     corners = [(0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5)] if crop else [None]
     turns = range(8) if tta == "dihedral" else range(1)
-    return [lambda images, corner=corner, turn=turn: dihedral(window(images, *corner) if corner else images, turn)
-            for corner in corners for turn in turns]
+    return [
+        lambda images, corner=corner, turn=turn: dihedral(window(images, *corner) if corner else images, turn)
+        for corner in corners
+        for turn in turns
+    ]
 
 
 @dataclass
 class Fitting:
     """How many images a GPU predicted at once when its memory was full; None before that."""
+
     size: int | None = None
 
 
-def predict_logits(model, normalise: Normalisation, dataset: ImageSet, hardware: Hardware, looks: list,
-                   batch_size: int = BATCH, label: str | None = None, feed=None, fitting: Fitting | None = None) -> torch.Tensor:
+def predict_logits(
+    model,
+    normalise: Normalisation,
+    dataset: ImageSet,
+    hardware: Hardware,
+    looks: list,
+    batch_size: int = BATCH,
+    label: str | None = None,
+    feed=None,
+    fitting: Fitting | None = None,
+) -> torch.Tensor:
     """Return the logits of every image under every view, (n_views, n, n_classes) float32 on the CPU.
 
     Images are decoded once for all views.
@@ -70,7 +85,11 @@ def predict_logits(model, normalise: Normalisation, dataset: ImageSet, hardware:
     model.eval()
     fitting = fitting or Fitting()
     parts = whole_batches(dataset, batch_size)
-    batches = islice(feed, len(parts)) if feed else on_device(loader(dataset, hardware.workers, hardware.is_gpu, parts), hardware.device)
+    batches = (
+        islice(feed, len(parts))
+        if feed
+        else on_device(loader(dataset, hardware.workers, hardware.is_gpu, parts), hardware.device)
+    )
 
     @torch.inference_mode()  # not around the loader, which may receive a later training batch meanwhile
     def logits_of(images):

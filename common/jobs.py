@@ -32,12 +32,22 @@ from common.training import Run, check_team, lr_range_test, new_run, train_fold
 from common.weights import find_weights
 
 
-def plan(work: Path, recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: list[int], seed: int, force: bool,
-         pretrained: str, weights_dir: Path | None, team: Team) -> list[tuple]:
+def plan(
+    work: Path,
+    recipes: dict[str, Recipe],
+    folds: pd.DataFrame,
+    numbers: list[int],
+    seed: int,
+    force: bool,
+    pretrained: str,
+    weights_dir: Path | None,
+    team: Team,
+) -> list[tuple]:
     """Return (stage, recipe, fold, start, label) for each recipe and fold that is not up to date.
 
     With pretrained='auto' a training that was begun goes on from what it began with, whatever can be had now.
     """
+
     @cache
     def weights(encoder):
         return team.agree(find_weights(encoder, pretrained, weights_dir) if team.is_main else None)
@@ -57,15 +67,22 @@ def plan(work: Path, recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: l
             else:
                 start = fresh_start(recipe)
                 began_with = start.inputs()
-            stage = Stage("04_train", folder / "best.pt", run_parameters(recipe, fold, seed, FORMAT), {**inputs, **began_with},
-                          whole=folder, complete=current_fields)
+            stage = Stage(
+                "04_train",
+                folder / "best.pt",
+                run_parameters(recipe, fold, seed, FORMAT),
+                {**inputs, **began_with},
+                whole=folder,
+                complete=current_fields,
+            )
             if force or not stage.is_current(rebuilds=False):
                 jobs.append((stage, recipe, fold, start, f"{name} fold {fold}"))
     return jobs
 
 
-def begin_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware, fold: int, seed: int, start: Start,
-               label: str) -> Run:
+def begin_fold(
+    folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware, fold: int, seed: int, start: Start, label: str
+) -> Run:
     """Return a fold's run: as `folder`/last.pt left it, or at its start, with the learning rates that were found."""
     if (folder / "last.pt").is_file():
         saved = load_checkpoint(folder / "last.pt")
@@ -75,7 +92,9 @@ def begin_fold(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware,
             run.restore(saved)
         run.good = saved.get("good")
         run.normalise = Normalisation(tuple(saved["mean"]), tuple(saved["std"]))
-        print(f"{label}: going on at epoch {run.epoch + 1}" + (f", batch {run.step + 1}" if run.step else ""), flush=True)
+        print(
+            f"{label}: going on at epoch {run.epoch + 1}" + (f", batch {run.step + 1}" if run.step else ""), flush=True
+        )
         return run
     print(f"{label}: {start.describe()}", flush=True)
     weights, rates = start.read(), recipe.group_learning_rates
@@ -91,8 +110,18 @@ def training_hardware(options: HardwareOptions, recipe: Recipe) -> Hardware:
     return fit_shared_memory(choose_hardware(options), options, batch_bytes(recipe, recipe.batch_size))
 
 
-def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int,
-              options: HardwareOptions, on_nan: str = "stop", tensorboard: bool = False) -> None:
+def train_job(
+    stage: Stage,
+    recipe: Recipe,
+    fold: int,
+    start: Start,
+    label: str,
+    work: Path,
+    seed: int,
+    options: HardwareOptions,
+    on_nan: str = "stop",
+    tensorboard: bool = False,
+) -> None:
     """Train one fold from what is on disk and seal it: one job of stage 04, in this process or a worker's.
 
     A fold that another process came to train meanwhile is waited for, except by several processes, who would lose touch.
@@ -114,47 +143,89 @@ def train_job(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str,
         if not team.is_main:
             return
         # The rest is not sealed: whoever needs the space of last.pt may delete it.
-        stage.finish(rows=len(data.train), also=[folder / "log.jsonl"], epochs=run.epoch, score_best=run.best_score,
-                     start=run.start, hardware=hardware.record(), returns=run.returns, mean=list(run.normalise.mean), std=list(run.normalise.std),
-                     learning_rates=[group["top_lr"] for group in run.optimizer.param_groups])
+        stage.finish(
+            rows=len(data.train),
+            also=[folder / "log.jsonl"],
+            epochs=run.epoch,
+            score_best=run.best_score,
+            start=run.start,
+            hardware=hardware.record(),
+            returns=run.returns,
+            mean=list(run.normalise.mean),
+            std=list(run.normalise.std),
+            learning_rates=[group["top_lr"] for group in run.optimizer.param_groups],
+        )
 
 
-def found_rates(folder: Path, data: FoldData, recipe: Recipe, hardware: Hardware, fold: int, seed: int,
-                weights: dict | None, label: str) -> tuple[float, ...]:
+def found_rates(
+    folder: Path,
+    data: FoldData,
+    recipe: Recipe,
+    hardware: Hardware,
+    fold: int,
+    seed: int,
+    weights: dict | None,
+    label: str,
+) -> tuple[float, ...]:
     """Save the finder's curve and return the learning rates to train with: by its suggestion, or the recipe's."""
     rates, losses = lr_range_test(data, recipe, hardware, fold, seed, weights, label=f"{label} learning rates")
     groups = recipe.group_learning_rates
     if not math.isfinite(losses[0]):  # training meets the same batch first, and deals with it
-        print(f"{label}: the loss is not finite from the very first batch, so there is no learning rate to be found", flush=True)
+        print(
+            f"{label}: the loss is not finite from the very first batch, so there is no learning rate to be found",
+            flush=True,
+        )
         return groups
     suggestion, steepest = hardware.team.agree(save_lr_curve(folder, rates, losses) if hardware.team.is_main else None)
     if recipe.finder == "use":
         groups = tuple(suggestion * rate / groups[-1] for rate in groups)
     used, of = ", ".join(f"{rate:.2g}" for rate in groups), "by that" if recipe.finder == "use" else "of the recipe"
-    print(f"{label}: highest learning rate at which the loss still falls: {suggestion:.2g}, at which it falls fastest: "
-          f"{steepest:.2g}; learning rates {used} ({of}); curve: {folder / 'lr_find.png'}", flush=True)
+    print(
+        f"{label}: highest learning rate at which the loss still falls: {suggestion:.2g}, at which it falls fastest: "
+        f"{steepest:.2g}; learning rates {used} ({of}); curve: {folder / 'lr_find.png'}",
+        flush=True,
+    )
     return groups
 
 
-def find_lr(stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int,
-            options: HardwareOptions) -> None:
+def find_lr(
+    stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int, options: HardwareOptions
+) -> None:
     """Run the learning rate finder of a fold and save its curve: a job of stage 04 with --find-lr."""
-    data = load_fold(work, read_table(work / "folds.csv", command("03_make_folds.py", "--work", work)), fold, recipe,
-                     start.normalisation)
+    data = load_fold(
+        work,
+        read_table(work / "folds.csv", command("03_make_folds.py", "--work", work)),
+        fold,
+        recipe,
+        start.normalisation,
+    )
     hardware = training_hardware(options, recipe)
     with stage.lock() if hardware.team.is_main else nullcontext():
         found_rates(stage.artifact.parent, data, recipe, hardware, fold, seed, start.read(), label)
 
 
-def prediction_stage(work: Path, recipe_name: str, fold: int, part: str, rows: pd.DataFrame, settings: dict, network: Path,
-                     recipe: Recipe) -> Stage:
+def prediction_stage(
+    work: Path,
+    recipe_name: str,
+    fold: int,
+    part: str,
+    rows: pd.DataFrame,
+    settings: dict,
+    network: Path,
+    recipe: Recipe,
+) -> Stage:
     """Return what stage 05 makes for one part of the samples with the network of one fold."""
-    return Stage("05_predict_oof", prediction_file(work, recipe_name, part, fold), settings,
-                 {"network": network, "images": images_digest(work, recipe.store, rows["Id"])})
+    return Stage(
+        "05_predict_oof",
+        prediction_file(work, recipe_name, part, fold),
+        settings,
+        {"network": network, "images": images_digest(work, recipe.store, rows["Id"])},
+    )
 
 
-def predicted_folds(work: Path, recipe_name: str, numbers: list[int], folds: pd.DataFrame, parts_of,
-                    settings: dict) -> dict[str, list[int]]:
+def predicted_folds(
+    work: Path, recipe_name: str, numbers: list[int], folds: pd.DataFrame, parts_of, settings: dict
+) -> dict[str, list[int]]:
     """Return for each part of the samples the folds whose predictions belong together: `numbers`, and the others that are
     predicted and up to date. Says which predictions of other folds are left out, and why.
 
@@ -173,8 +244,15 @@ def predicted_folds(work: Path, recipe_name: str, numbers: list[int], folds: pd.
     return {part: sorted(some) for part, some in found.items()}
 
 
-def why_not_current(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame], settings: dict,
-                    recipe: Recipe) -> dict[str, str | None]:
+def why_not_current(
+    work: Path,
+    recipe_name: str,
+    fold: int,
+    folds: pd.DataFrame,
+    parts: dict[str, pd.DataFrame],
+    settings: dict,
+    recipe: Recipe,
+) -> dict[str, str | None]:
     """Return for each part why a fold's predictions are not those that stage 05 would make now with a network of this recipe;
     None where they are."""
     if not parts:
@@ -185,12 +263,22 @@ def why_not_current(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame
         return dict.fromkeys(parts, str(error))
     if own != recipe:
         return dict.fromkeys(parts, f"fold {fold} was trained with another recipe")
-    return {part: prediction_stage(work, recipe_name, fold, part, rows, settings, path, own).why_stale()
-            for part, rows in parts.items()}
+    return {
+        part: prediction_stage(work, recipe_name, fold, part, rows, settings, path, own).why_stale()
+        for part, rows in parts.items()
+    }
 
 
-def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, parts: dict[str, pd.DataFrame], settings: dict,
-                batch_size: int, options: HardwareOptions) -> None:
+def predict_job(
+    work: Path,
+    recipe_name: str,
+    fold: int,
+    folds: pd.DataFrame,
+    parts: dict[str, pd.DataFrame],
+    settings: dict,
+    batch_size: int,
+    options: HardwareOptions,
+) -> None:
     """Write a fold's probabilities for each part of the samples, where they are not up to date: one job of stage 05."""
     path, recipe = finished_checkpoint(work, recipe_name, fold, folds, settings["checkpoint"])
     network, fitting = None, Fitting()
@@ -204,9 +292,17 @@ def predict_job(work: Path, recipe_name: str, fold: int, folds: pd.DataFrame, pa
             hardware = choose_hardware(options, training=False)
             hardware = fit_shared_memory(hardware, options, batch_bytes(recipe, 0, batch_size))
             network = network or load_network(path, recipe, hardware)
-            logits = predict_logits(*network, image_set(work, recipe, rows), hardware,
-                                    views(settings["tta"], recipe.crop if settings["view"] == "crops" else None),
-                                    batch_size, f"{recipe_name} fold {fold} {part}", fitting=fitting)
+            logits = predict_logits(
+                *network,
+                image_set(work, recipe, rows),
+                hardware,
+                views(settings["tta"], recipe.crop if settings["view"] == "crops" else None),
+                batch_size,
+                f"{recipe_name} fold {fold} {part}",
+                fitting=fitting,
+            )
             save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
             stage.finish(rows=len(rows), hardware=hardware.record())
-        print(f"05_predict_oof: {recipe_name} fold {fold}: {len(rows)} {part} samples x {len(logits)} views", flush=True)
+        print(
+            f"05_predict_oof: {recipe_name} fold {fold}: {len(rows)} {part} samples x {len(logits)} views", flush=True
+        )

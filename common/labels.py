@@ -20,7 +20,9 @@ def read_csv(path: Path, *columns: str) -> pd.DataFrame:
     """
     columns = ["Id", *columns]
     if not path.is_file():
-        raise UserError(f"{path} is missing; expected a CSV file with the column{'s' * (len(columns) > 1)} {','.join(columns)}")
+        raise UserError(
+            f"{path} is missing; expected a CSV file with the column{'s' * (len(columns) > 1)} {','.join(columns)}"
+        )
     try:
         frame = read_text_table(path)
     except BadTable as error:
@@ -47,8 +49,9 @@ def read_labels(path: Path) -> pd.DataFrame:
     frame = read_csv(path, "Target")
     wrong = [f"{row.Id}: {row.Target!r}" for row in frame.itertuples() if not is_target(row.Target)]
     if wrong:
-        raise UserError(f"{path}: Target must be labels 0 to {N_CLASSES - 1} separated by spaces, found:\n"
-                        f"{listing(wrong)}")
+        raise UserError(
+            f"{path}: Target must be labels 0 to {N_CLASSES - 1} separated by spaces, found:\n{listing(wrong)}"
+        )
     return frame
 
 

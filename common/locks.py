@@ -40,8 +40,10 @@ class Lock:
             clear_leftovers(place if place.is_dir() else path.parent)
             write_json(self.record, this_process())
         except OSError as error:
-            raise UserError(f"{place} cannot be made: {path.parent} cannot be written to ({error.strerror or error}); make "
-                            "room or get the right to, or give another --work") from None
+            raise UserError(
+                f"{place} cannot be made: {path.parent} cannot be written to ({error.strerror or error}); make "
+                "room or get the right to, or give another --work"
+            ) from None
 
     def acquire(self, place: Path, path: Path, wait: bool) -> None:
         try:
@@ -58,7 +60,9 @@ class Lock:
         try:
             self.lock.acquire(timeout=-1 if wait else SECONDS_AFTER_DEATH if is_gone(holder) else SECONDS_OF_GRACE)
         except Timeout:
-            raise UserError(f"{told}\nwait for its end, or stop it there, and run this again; or give another --work") from None
+            raise UserError(
+                f"{told}\nwait for its end, or stop it there, and run this again; or give another --work"
+            ) from None
 
     def release(self) -> None:
         self.record.unlink(missing_ok=True)
@@ -75,10 +79,14 @@ def unwritable(place: Path, path: Path, holder: dict) -> str:
     """Say who holds a lock whose file others may not write, as far as its record tells, or that nobody does."""
     other = "or give another --work"
     if holder["pid"] and not is_gone(holder):
-        return (f"{place} is being made by {describe(holder)}\nwait for its end, or stop it there, and run this again; if it has "
-                f"ended already, delete {path}; {other}")
-    return (f"{place} cannot be made: its lock file {path} may not be written by you, and nobody holds it; delete it or have its "
-            f"owner do so, and run this again; {other}")
+        return (
+            f"{place} is being made by {describe(holder)}\nwait for its end, or stop it there, and run this again; if it has "
+            f"ended already, delete {path}; {other}"
+        )
+    return (
+        f"{place} cannot be made: its lock file {path} may not be written by you, and nobody holds it; delete it or have its "
+        f"owner do so, and run this again; {other}"
+    )
 
 
 def holders(work: Path):
@@ -101,8 +109,13 @@ def this_process() -> dict:
         user = getpass.getuser()
     except (KeyError, OSError):  # in a container, somebody without a name
         user = f"user {os.getuid()}"
-    return {"user": user, "host": socket.gethostname(), "pid": os.getpid(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": shlex.join(["python", *sys.argv])}
+    return {
+        "user": user,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": shlex.join(["python", *sys.argv]),
+    }
 
 
 def read_record(path: Path) -> dict:

@@ -36,8 +36,12 @@ def block_counts(targets, predictions: list[np.ndarray], groups) -> np.ndarray:
     if n_blocks > N_BLOCKS:
         block = np.random.default_rng(0).integers(N_BLOCKS, size=n_blocks)[block]
         n_blocks = N_BLOCKS
-    rows = csr_array((np.ones(len(block), dtype=np.float32), (block, np.arange(len(block)))), shape=(n_blocks, len(block)))
-    return np.hstack([rows @ targets, *(rows @ part for predicted in predictions for part in (targets & predicted, predicted))])
+    rows = csr_array(
+        (np.ones(len(block), dtype=np.float32), (block, np.arange(len(block)))), shape=(n_blocks, len(block))
+    )
+    return np.hstack(
+        [rows @ targets, *(rows @ part for predicted in predictions for part in (targets & predicted, predicted))]
+    )
 
 
 def bootstrap_f1(targets, predictions: list[np.ndarray], groups=None, n_draws: int = 1000, seed: int = 0) -> np.ndarray:

@@ -66,10 +66,15 @@ class GapNetEncoder(nn.Sequential):
                 channels = width
             return layers
 
-        super().__init__(OrderedDict(
-            a=nn.Sequential(*convolutions(4, *[32] * (3 if wider else 1), stride=2), nn.MaxPool2d(2, ceil_mode=True)),
-            b=nn.Sequential(*convolutions(32, 64, 64, 64, 64, stride=2), nn.MaxPool2d(2, ceil_mode=True)),
-            c=nn.Sequential(*convolutions(64, 128, 128, 128))))
+        super().__init__(
+            OrderedDict(
+                a=nn.Sequential(
+                    *convolutions(4, *[32] * (3 if wider else 1), stride=2), nn.MaxPool2d(2, ceil_mode=True)
+                ),
+                b=nn.Sequential(*convolutions(32, 64, 64, 64, 64, stride=2), nn.MaxPool2d(2, ceil_mode=True)),
+                c=nn.Sequential(*convolutions(64, 128, 128, 128)),
+            )
+        )
         self_normalise(self)
 
     def forward(self, x):
@@ -88,6 +93,7 @@ def self_normalise(network: nn.Module) -> None:
 
 
 # --- encoders ----------------------------------------------------------------------------------------------
+
 
 def pretrainedmodel(name: str) -> nn.Module:
     """Return a network of the package pretrainedmodels with random weights and three input channels."""
@@ -149,8 +155,14 @@ def backbone(name: str) -> tuple[nn.Sequential, int]:
 
 def widen_stem(convolution: nn.Conv2d, fourth_channel: str) -> nn.Conv2d:
     """Return the first convolution for four channels: RGB weights kept, yellow's copied from red, their mean, or zero."""
-    wide = nn.Conv2d(4, convolution.out_channels, convolution.kernel_size, convolution.stride, convolution.padding,
-                     bias=convolution.bias is not None)
+    wide = nn.Conv2d(
+        4,
+        convolution.out_channels,
+        convolution.kernel_size,
+        convolution.stride,
+        convolution.padding,
+        bias=convolution.bias is not None,
+    )
     rgb = convolution.weight.detach()
     extra = {"red": rgb[:, :1], "mean": rgb.mean(dim=1, keepdim=True), "zeros": torch.zeros_like(rgb[:, :1])}
     with torch.no_grad():
@@ -191,15 +203,21 @@ def load_weights(encoder: nn.Module, weights: dict, name: str) -> None:
     own = encoder.state_dict()
     needed = {key for key in own if not key.endswith("num_batches_tracked")}  # old files do not have those
     shapes = {key for key in needed & weights.keys() if own[key].shape != weights[key].shape}
-    for what, keys in (("lack", needed - weights.keys()), ("have too much, such as", weights.keys() - own.keys()),
-                       ("have other shapes, such as", shapes)):
+    for what, keys in (
+        ("lack", needed - weights.keys()),
+        ("have too much, such as", weights.keys() - own.keys()),
+        ("have other shapes, such as", shapes),
+    ):
         if keys:
-            raise UserError(f"these are not weights of {name}: they {what} {sorted(keys)[0]} ({len(keys)} in all); "
-                            "give --pretrained the file of that network")
+            raise UserError(
+                f"these are not weights of {name}: they {what} {sorted(keys)[0]} ({len(keys)} in all); "
+                "give --pretrained the file of that network"
+            )
     encoder.load_state_dict(weights, strict=False)
 
 
 # --- heads and whole networks ------------------------------------------------------------------------------
+
 
 def build_pool(kind: str) -> nn.Module:
     """Return the global pooling: acp, average, or none behind an encoder with its own."""
@@ -213,9 +231,11 @@ def build_head(features: int, n_classes: int, recipe: Recipe) -> nn.Sequential:
     layers, width = [], features
     for units, dropout in zip(recipe.buffers, recipe.dropouts, strict=True):
         linear, norm, drop = nn.Linear(width, units), nn.BatchNorm1d(width), nn.Dropout(dropout)
-        layers += {"linear-relu-dropout": [norm, linear, nn.ReLU(inplace=True), drop],
-                   "dropout-linear-relu": [norm, drop, linear, nn.ReLU(inplace=True)],
-                   "linear-selu-dropout": [linear, nn.SELU(), nn.AlphaDropout(dropout)]}[recipe.head_order]
+        layers += {
+            "linear-relu-dropout": [norm, linear, nn.ReLU(inplace=True), drop],
+            "dropout-linear-relu": [norm, drop, linear, nn.ReLU(inplace=True)],
+            "linear-selu-dropout": [linear, nn.SELU(), nn.AlphaDropout(dropout)],
+        }[recipe.head_order]
         width = units
     head = nn.Sequential(*layers, nn.Linear(width, n_classes))
     if recipe.head_order == "linear-selu-dropout":
@@ -248,5 +268,7 @@ def param_groups(model: Classifier, rates: tuple[float, ...]) -> list[dict]:
         parts = [parts[0] + parts[1], parts[2]]
     if len(rates) == 1:
         parts = [parts[0] + parts[1]]
-    return [{"params": [p for module in modules for p in module.parameters()], "lr": rate, "top_lr": rate}
-            for modules, rate in zip(parts, rates, strict=True)]
+    return [
+        {"params": [p for module in modules for p in module.parameters()], "lr": rate, "top_lr": rate}
+        for modules, rate in zip(parts, rates, strict=True)
+    ]

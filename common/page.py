@@ -18,6 +18,7 @@ from markupsafe import Markup
 @dataclass(frozen=True)
 class Facts:
     """A few figures in large type: what they are -> text."""
+
     items: dict[str, str]
     kind: ClassVar[str] = "facts"
 
@@ -25,6 +26,7 @@ class Facts:
 @dataclass(frozen=True)
 class Note:
     """A paragraph."""
+
     text: str
     kind: ClassVar[str] = "note"
 
@@ -32,6 +34,7 @@ class Note:
 @dataclass(frozen=True)
 class Heading:
     """The title of the blocks that follow."""
+
     title: str
     kind: ClassVar[str] = "heading"
 
@@ -39,6 +42,7 @@ class Heading:
 @dataclass(frozen=True)
 class Figure:
     """A plot; text : what to look for; wide : takes the whole width."""
+
     title: str
     svg: Markup
     text: str
@@ -50,6 +54,7 @@ class Figure:
 class Table:
     """A table that sorts on a click; formats : column -> format of its numbers, or a function that writes them; wide : takes
     the whole width."""
+
     title: str
     frame: pd.DataFrame
     text: str
@@ -68,6 +73,7 @@ class Card:
 
     images : (data URI, or '' where the image is not stored; what it shows)
     """
+
     images: list[tuple[str, str]]
     lines: list[str]
     Id: str = ""
@@ -76,6 +82,7 @@ class Card:
 @dataclass(frozen=True)
 class Gallery:
     """Cards side by side; large : with larger images."""
+
     title: str
     cards: list[Card]
     text: str
@@ -86,6 +93,7 @@ class Gallery:
 @dataclass(frozen=True)
 class More:
     """Blocks that are shown when asked for."""
+
     title: str
     blocks: list
     kind: ClassVar[str] = "more"
@@ -94,6 +102,7 @@ class More:
 @dataclass(frozen=True)
 class Section:
     """lead : what it is about; note : why it is left out"""
+
     key: str
     title: str
     lead: str
@@ -136,7 +145,12 @@ def sha256(text: str) -> str:
 
 def render(title: str, lead: str, sections: list[Section]) -> str:
     """Return the whole page as HTML."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["sha256"] = sha256
     return environment.get_template("report.html.jinja").render(title=title, lead=lead, sections=sections)

@@ -22,7 +22,9 @@ from common.progress import progress
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 SECONDS_TO_ANSWER = 20
-NOT_TERM = tuple(number for number in stopping.SIGNALS if number != signal.SIGTERM)  # by which a parent ends worker processes
+NOT_TERM = tuple(
+    number for number in stopping.SIGNALS if number != signal.SIGTERM
+)  # by which a parent ends worker processes
 
 
 def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str = "samples", unseen=NOT_TERM):
@@ -34,7 +36,9 @@ def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
     helpers = resource_tracker, loky_tracker
     with stopping.blocked(unseen, helpers) if n_jobs != 1 else nullcontext(), stopping.undisturbed():
-        results = parallel(joblib.delayed(_indexed)(index, function, job, os.getpid()) for index, job in enumerate(jobs))
+        results = parallel(
+            joblib.delayed(_indexed)(index, function, job, os.getpid()) for index, job in enumerate(jobs)
+        )
     try:
         yield from progress(results, len(jobs), label, unit)
     except BrokenProcessPool:
@@ -66,7 +70,9 @@ def _join(parent: int) -> None:
     for number in count():
         place = socket.socket(socket.AF_UNIX)
         try:
-            place.bind(f"\0hpa-pipeline-{parent}-{number}")  # no file: it is free again when this process ends, however it ends
+            place.bind(
+                f"\0hpa-pipeline-{parent}-{number}"
+            )  # no file: it is free again when this process ends, however it ends
         except OSError:
             place.close()
             continue
@@ -136,8 +142,10 @@ def workers(n_jobs: int, cluster: str | None):
     try:
         client = Client(cluster, timeout=SECONDS_TO_ANSWER)
     except (OSError, ValueError) as error:
-        raise UserError(f"no dask scheduler answers at {cluster} ({str(error).splitlines()[0]}); start one with: "
-                        "dask scheduler, and on each machine: dask worker ADDRESS --nthreads 1") from None
+        raise UserError(
+            f"no dask scheduler answers at {cluster} ({str(error).splitlines()[0]}); start one with: "
+            "dask scheduler, and on each machine: dask worker ADDRESS --nthreads 1"
+        ) from None
     with client, joblib.parallel_config("dask"):
         client.run(exec, f"import sys; sys.path.insert(0, {ROOT!r})")  # where workers find this project
         yield -1

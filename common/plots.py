@@ -14,17 +14,49 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-STAND_INS = {"ink": "#010101", "muted": "#020202", "line": "#030303", "paper": "#040404", "blue": "#0072b2",
-             "red": "#d55e00", "green": "#009e73", "pink": "#cc79a7", "amber": "#e69f00", "sky": "#56b4e9"}
+STAND_INS = {
+    "ink": "#010101",
+    "muted": "#020202",
+    "line": "#030303",
+    "paper": "#040404",
+    "blue": "#0072b2",
+    "red": "#d55e00",
+    "green": "#009e73",
+    "pink": "#cc79a7",
+    "amber": "#e69f00",
+    "sky": "#56b4e9",
+}
 INK, MUTED, LINE, PAPER, *SERIES = STAND_INS.values()
 MARKERS = "oDs^vP"
 WIDTH = 5.0  # inches; 360 units of the page, so that text has its size on a phone
-STYLE = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5, "axes.labelsize": 9.5, "xtick.labelsize": 9,
-         "ytick.labelsize": 9, "legend.fontsize": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED,
-         "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": LINE,
-         "grid.linewidth": 0.8, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
-         "axes.spines.right": False, "legend.frameon": False, "axes.linewidth": 0.8, "lines.linewidth": 1.6,
-         "figure.facecolor": "none", "axes.facecolor": "none", "legend.borderaxespad": 0.2}
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9.5,
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "legend.borderaxespad": 0.2,
+}
 
 
 @contextmanager
@@ -39,20 +71,30 @@ def drawing(name: str, width: float = WIDTH, height: float = 3.2, margins: dict 
         figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
         yield figure.subplots(**subplots, gridspec_kw=margins), made
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None,
-                                                                         "Type": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     made.append(page_svg(buffer.getvalue()))
 
 
 def page_svg(text: str) -> Markup:
     """Return matplotlib's SVG for a page: without its header, fixed size and names, in the page's font and colours."""
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))
-    text = re.sub(r' id="(?:figure|axes|patch|line2d|text|legend|matplotlib\.axis|xtick|ytick|PathCollection|LineCollection|'
-                  r'QuadMesh|FillBetweenPolyCollection)_\d+"', "", text)
+    text = re.sub(
+        r' id="(?:figure|axes|patch|line2d|text|legend|matplotlib\.axis|xtick|ytick|PathCollection|LineCollection|'
+        r'QuadMesh|FillBetweenPolyCollection)_\d+"',
+        "",
+        text,
+    )
     text = re.sub(r" font-family: [^;\"]*;", "", text)
-    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(-?\d+\.\d\d)\d+", r"\1", tag[0]), text)  # coordinates, not what is said
+    text = re.sub(
+        r"<[^>]+>", lambda tag: re.sub(r"(-?\d+\.\d\d)\d+", r"\1", tag[0]), text
+    )  # coordinates, not what is said
     for name, colour in STAND_INS.items():
         text = text.replace(colour, f"var(--{name})")
     return Markup(re.sub(r"\s*\n\s*", "\n", text))
@@ -79,8 +121,18 @@ def legend(axes, columns: int = 3) -> None:
 
 # --- kinds of plots ----------------------------------------------------------------------------------------
 
-def dots(name: str, rows: list[str], series: dict[str, np.ndarray], xlabel: str, log: bool = False, intervals=None,
-         reference: float | None = None, filled: bool = True, **limits) -> Markup:
+
+def dots(
+    name: str,
+    rows: list[str],
+    series: dict[str, np.ndarray],
+    xlabel: str,
+    log: bool = False,
+    intervals=None,
+    reference: float | None = None,
+    filled: bool = True,
+    **limits,
+) -> Markup:
     """Draw a line of the plot for each row (a class), with a hollow mark for each series; a filled one for the last.
 
     rows : from top to bottom; series : label -> values, (n_rows,), NaN = none; intervals : (n_rows, 2) of the last series
@@ -96,8 +148,18 @@ def dots(name: str, rows: list[str], series: dict[str, np.ndarray], xlabel: str,
         for k, (label, row) in enumerate(zip(series, values, strict=True)):
             last = filled and k == len(series) - 1
             colour = SERIES[0] if last else SERIES[1 + k % (len(SERIES) - 1)]
-            axes.plot(row, place, MARKERS[k % len(MARKERS)], color=colour, label=label, zorder=4 + k, linestyle="none",
-                      markersize=5.5 if last else 5, markerfacecolor=colour if last else PAPER, markeredgewidth=1.3)
+            axes.plot(
+                row,
+                place,
+                MARKERS[k % len(MARKERS)],
+                color=colour,
+                label=label,
+                zorder=4 + k,
+                linestyle="none",
+                markersize=5.5 if last else 5,
+                markerfacecolor=colour if last else PAPER,
+                markeredgewidth=1.3,
+            )
         if reference is not None:
             axes.axvline(reference, color=MUTED, linewidth=1, linestyle="--")
         axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6), **limits)
@@ -124,8 +186,18 @@ def bars(name: str, labels: list[str], values, xlabel: str, ylabel: str, height:
     return made[0]
 
 
-def lines(name: str, series: dict[str, tuple], xlabel: str, ylabel: str, height: float = 2.9, logx: bool = False,
-          marks: dict | None = None, verticals=(), dashed=(), **limits) -> Markup:
+def lines(
+    name: str,
+    series: dict[str, tuple],
+    xlabel: str,
+    ylabel: str,
+    height: float = 2.9,
+    logx: bool = False,
+    marks: dict | None = None,
+    verticals=(),
+    dashed=(),
+    **limits,
+) -> Markup:
     """Draw curves: label -> (x, y), or (x, y, number of the colour).
 
     dashed : those drawn with dashes, not in the legend; marks : label -> (x, y) of a point to see
@@ -135,8 +207,15 @@ def lines(name: str, series: dict[str, tuple], xlabel: str, ylabel: str, height:
         for x in verticals:
             axes.axvline(x, color=MUTED, linewidth=1, linestyle=":")
         for k, (label, (x, y, *colour)) in enumerate(series.items()):
-            axes.plot(x, y, color=SERIES[(colour or [k])[0] % len(SERIES)], label=None if label in dashed else label,
-                      linestyle="--" if label in dashed else "-", marker="o" if len(x) == 1 else None, markersize=4)
+            axes.plot(
+                x,
+                y,
+                color=SERIES[(colour or [k])[0] % len(SERIES)],
+                label=None if label in dashed else label,
+                linestyle="--" if label in dashed else "-",
+                marker="o" if len(x) == 1 else None,
+                markersize=4,
+            )
         for k, (label, (x, y)) in enumerate((marks or {}).items()):
             axes.plot([x], [y], MARKERS[k % len(MARKERS)], color=INK, markersize=6, label=label, linestyle="none")
         axes.set(xlabel=xlabel, ylabel=ylabel, **limits)
@@ -169,10 +248,19 @@ def boxes(name: str, groups: list[str], series: dict[str, list[np.ndarray]], yla
         width = 0.8 / len(series)
         for k, (label, samples) in enumerate(series.items()):
             place = np.arange(len(groups)) + (k - (len(series) - 1) / 2) * width
-            drawn = axes.boxplot(samples, positions=place, widths=width * 0.75, whis=(5, 95), showfliers=False,
-                                 manage_ticks=False, patch_artist=True, medianprops={"color": INK, "linewidth": 1.4},
-                                 boxprops={"facecolor": SERIES[k], "edgecolor": "none"},
-                                 whiskerprops={"color": MUTED}, capprops={"color": MUTED})
+            drawn = axes.boxplot(
+                samples,
+                positions=place,
+                widths=width * 0.75,
+                whis=(5, 95),
+                showfliers=False,
+                manage_ticks=False,
+                patch_artist=True,
+                medianprops={"color": INK, "linewidth": 1.4},
+                boxprops={"facecolor": SERIES[k], "edgecolor": "none"},
+                whiskerprops={"color": MUTED},
+                capprops={"color": MUTED},
+            )
             drawn["boxes"][0].set_label(label)
         axes.set(ylabel=ylabel, ylim=(0, None))
         axes.set_xticks(range(len(groups)), groups)
@@ -181,8 +269,9 @@ def boxes(name: str, groups: list[str], series: dict[str, list[np.ndarray]], yla
     return made[0]
 
 
-def class_panel(name: str, recall, precision, grid, curves: dict[str, np.ndarray], threshold: float | None,
-                base: float) -> Markup:
+def class_panel(
+    name: str, recall, precision, grid, curves: dict[str, np.ndarray], threshold: float | None, base: float
+) -> Markup:
     """Draw one class's precision against recall, and beside it precision, recall and F1 against the threshold.
 
     grid : thresholds; curves : label -> values at them; base : share of samples that have the class
@@ -197,8 +286,15 @@ def class_panel(name: str, recall, precision, grid, curves: dict[str, np.ndarray
         if threshold is not None:
             right.axvline(threshold, color=INK, linewidth=1)
         right.set(xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.02))
-        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handlelength=1.4, columnspacing=0.8,
-                     handletextpad=0.3, fontsize=8)
+        right.legend(
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1),
+            ncols=3,
+            handlelength=1.4,
+            columnspacing=0.8,
+            handletextpad=0.3,
+            fontsize=8,
+        )
         for axes in (left, right):
             axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     return made[0]

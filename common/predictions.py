@@ -44,16 +44,23 @@ def check_there(paths: list[Path], made_by: str | None) -> None:
     """Refuse predictions that are missing."""
     for path in paths:
         if not path.is_file():
-            raise UserError(f"{path} is missing; " + (f"run: {made_by}" if made_by else "expected predictions as .npz, .csv or .npy"))
+            raise UserError(
+                f"{path} is missing; "
+                + (f"run: {made_by}" if made_by else "expected predictions as .npz, .csv or .npy")
+            )
 
 
 def check_networks(work: Path, recipes: list[str], part: str, made_by: str) -> None:
     """Refuse predictions of a part by other networks than those of the out-of-fold ones: some were trained anew since."""
     for name in recipes:
         path, oof = prediction_file(work, name, part), prediction_file(work, name, "oof")
-        these, those = (set(read_sidecar(file).get("networks", ())) if sidecar(file).is_file() else set() for file in (path, oof))
+        these, those = (
+            set(read_sidecar(file).get("networks", ())) if sidecar(file).is_file() else set() for file in (path, oof)
+        )
         if these and those and not (these <= those or those <= these):
-            raise UserError(f"{path} was predicted by other networks than {oof}: a fold has been trained anew since; run: {made_by}")
+            raise UserError(
+                f"{path} was predicted by other networks than {oof}: a fold has been trained anew since; run: {made_by}"
+            )
 
 
 def check_origin(work: Path, recipes: list[str], part: str) -> None:
@@ -72,7 +79,9 @@ def check_origin(work: Path, recipes: list[str], part: str) -> None:
             trained = read_sidecar(network)["inputs"].get("folds.csv") if sidecar(network).is_file() else None
             if trained and trained != fingerprint(folds):
                 train = command("04_train.py", "--work", work, "--recipe", name, "--folds", fold, "--force")
-                raise UserError(f"{path} is by networks that were trained on another {folds}, such as {network}; run: {train}, then {again}")
+                raise UserError(
+                    f"{path} is by networks that were trained on another {folds}, such as {network}; run: {train}, then {again}"
+                )
 
 
 def folds_behind(work: Path, recipes: list[str], part: str) -> dict:
@@ -80,8 +89,13 @@ def folds_behind(work: Path, recipes: list[str], part: str) -> dict:
     {"folds": {recipe: [numbers]}, "n_folds": number}."""
     folds = read_table(work / "folds.csv", command("03_make_folds.py", "--work", work))
     files = {name: prediction_file(work, name, part) for name in recipes}
-    return {"folds": {name: read_sidecar(path)["parameters"].get("folds", []) if sidecar(path).is_file() else []
-                      for name, path in files.items()}, "n_folds": len(fold_numbers(folds))}
+    return {
+        "folds": {
+            name: read_sidecar(path)["parameters"].get("folds", []) if sidecar(path).is_file() else []
+            for name, path in files.items()
+        },
+        "n_folds": len(fold_numbers(folds)),
+    }
 
 
 def describe_folds(numbers: list[int], n_folds: int) -> str:
@@ -99,8 +113,10 @@ def describe_missing_folds(behind: dict, work: Path) -> list[str]:
     for name, numbers in behind["folds"].items():
         if len(numbers) < behind["n_folds"]:
             missing = f"--work {work} --folds {','.join(str(fold) for fold in range(behind['n_folds']) if fold not in numbers)}"
-            lines.append(f"warning: {name} {describe_folds(numbers, behind['n_folds'])}; for the others run: "
-                         f"python 04_train.py {missing} --recipe {name} && python 05_predict_oof.py {missing} --recipes {name}")
+            lines.append(
+                f"warning: {name} {describe_folds(numbers, behind['n_folds'])}; for the others run: "
+                f"python 04_train.py {missing} --recipe {name} && python 05_predict_oof.py {missing} --recipes {name}"
+            )
     return lines or [f"each recipe stands on all {behind['n_folds']} folds"]
 
 
@@ -164,19 +180,25 @@ def probability_columns(path: Path, header: list[str]) -> list[str]:
     """Return the 28 columns beside Id."""
     columns = [name for name in header if name != "Id"]
     if "Id" not in header or len(columns) != N_CLASSES:
-        raise UserError(f"{path}: expected the column Id and {N_CLASSES} columns of probabilities, found "
-                        f"{'' if 'Id' in header else 'no '}Id and {len(columns)} others: {', '.join(map(repr, header[:5]))} ...")
+        raise UserError(
+            f"{path}: expected the column Id and {N_CLASSES} columns of probabilities, found "
+            f"{'' if 'Id' in header else 'no '}Id and {len(columns)} others: {', '.join(map(repr, header[:5]))} ..."
+        )
     return columns
 
 
 def in_label_order(path: Path, columns: list[str]) -> list[str]:
     """Return the columns in the order of the labels, which they name: class names, or numbers at the end (0, p0, class_0)."""
     numbers = [re.search(r"(\d+)$", name) for name in columns]
-    labels = [CLASS_NAMES.index(name) if name in CLASS_NAMES else int(number[1]) if number else None
-              for name, number in zip(columns, numbers, strict=True)]
+    labels = [
+        CLASS_NAMES.index(name) if name in CLASS_NAMES else int(number[1]) if number else None
+        for name, number in zip(columns, numbers, strict=True)
+    ]
     if sorted(label for label in labels if label is not None) != list(range(N_CLASSES)):
-        raise UserError(f"{path}: expected columns named by class or by label, such as Nucleoplasm, 0 or p0, found:\n"
-                        f"{listing(columns)}")
+        raise UserError(
+            f"{path}: expected columns named by class or by label, such as Nucleoplasm, 0 or p0, found:\n"
+            f"{listing(columns)}"
+        )
     return [columns[labels.index(c)] for c in range(N_CLASSES)]
 
 

@@ -27,6 +27,7 @@ HEADERS = 1000  # bytes of a stored image that are not pixels
 @dataclass(frozen=True)
 class Sample:
     """One sample of the input: its four channel files in the order of `sources.CHANNELS`, and where it belongs."""
+
     Id: str
     part: str  # train, test or external
     Target: str
@@ -38,6 +39,7 @@ class Sample:
 
 
 # --- what there is -----------------------------------------------------------------------------------------
+
 
 def list_samples(data: Path, limit: int | None = None) -> tuple[list[Sample], dict[Sample, str]]:
     """List all samples of an input folder: train, test, external; and those that lack files, with the reason.
@@ -63,8 +65,10 @@ def list_samples(data: Path, limit: int | None = None) -> tuple[list[Sample], di
                 bad[samples[-1]] = f"{part}: {sources.not_found(lacking, folders)}"
     ids = pd.Series([sample.Id for sample in samples])
     if ids.duplicated().any():
-        raise UserError(f"{data}: these Ids appear in more than one of train.csv, sample_submission.csv and "
-                        f"external.csv:\n{listing(ids[ids.duplicated()])}")
+        raise UserError(
+            f"{data}: these Ids appear in more than one of train.csv, sample_submission.csv and "
+            f"external.csv:\n{listing(ids[ids.duplicated()])}"
+        )
     return samples, bad
 
 
@@ -85,7 +89,10 @@ def list_external(data: Path) -> tuple[pd.DataFrame, list[dict]]:
     tables = [path for path in (data / "external" / "external.csv", data / "external.csv") if path.is_file()]
     if not tables:
         return pd.DataFrame({"Id": [], "Target": []}, dtype=str), []
-    return read_labels(tables[0]), [sources.list_files(data / "external"), sources.list_files(data / "external" / "images")]
+    return read_labels(tables[0]), [
+        sources.list_files(data / "external"),
+        sources.list_files(data / "external" / "images"),
+    ]
 
 
 def source_state(sample: Sample, entry: bool = True) -> str:
@@ -95,7 +102,9 @@ def source_state(sample: Sample, entry: bool = True) -> str:
     entry : whether that of the entry counts, which new rights or another owner change too
     """
     stats = [(path.name, path.stat()) for path in sample.files]
-    return digest([[name, stat.st_size, stat.st_mtime_ns, *((stat.st_ctime_ns,) if entry else ())] for name, stat in stats])
+    return digest(
+        [[name, stat.st_size, stat.st_mtime_ns, *((stat.st_ctime_ns,) if entry else ())] for name, stat in stats]
+    )
 
 
 def content(files: tuple[Path, ...]) -> list[int] | None:
@@ -122,10 +131,14 @@ def fit_recipes(recipes: dict[str, Recipe], sides: dict[Sample, int]) -> tuple[d
     fitted = {name: fit_to_source(recipe, common) for name, recipe in recipes.items()}
     small = {}
     for sample, side in sides.items():
-        needed = {name: stored_size(recipe.store, side) for name, recipe in fitted.items() if is_too_small(recipe, side)}
+        needed = {
+            name: stored_size(recipe.store, side) for name, recipe in fitted.items() if is_too_small(recipe, side)
+        }
         if needed:
             sizes = ", ".join(map(str, needed.values()))
-            small[sample] = f"{sample.part}: {sample.Id} has {side} px, fewer than the {sizes} px of {', '.join(needed)}"
+            small[sample] = (
+                f"{sample.part}: {sample.Id} has {side} px, fewer than the {sizes} px of {', '.join(needed)}"
+            )
     return fitted, small
 
 
@@ -134,8 +147,12 @@ def cure_small(recipes: dict[str, Recipe], sides: dict[Sample, int]) -> str:
     cure, smallest = "enlarge those that are too small with --set enlarge=true", min(sides.values())
     if smallest < 32:  # no recipe has such small crops
         return f"{cure} (in stages 01 and 04)"
-    changes = {field: value for recipe in recipes.values() for field, value in to_dict(fit_to_source(recipe, smallest)).items()
-               if to_dict(recipe)[field] != value}
+    changes = {
+        field: value
+        for recipe in recipes.values()
+        for field, value in to_dict(fit_to_source(recipe, smallest)).items()
+        if to_dict(recipe)[field] != value
+    }
     settings = " ".join(f"{field}={value}" for field, value in changes.items())
     return f"{cure}, or use all at the size of the smallest with --set {settings} (in stages 01 and 04)"
 
@@ -146,23 +163,38 @@ def kept_going(work: Path) -> bool:
     return sidecar(table).is_file() and bool(read_sidecar(table)["parameters"].get("keep_going"))
 
 
-def preprocess_stage(work: Path, samples: list[Sample], states: dict[Sample, str], stores: list[str], levels: Levels,
-                     keep_going: bool, raw: bool = False, enlarge: bool = False) -> Stage:
+def preprocess_stage(
+    work: Path,
+    samples: list[Sample],
+    states: dict[Sample, str],
+    stores: list[str],
+    levels: Levels,
+    keep_going: bool,
+    raw: bool = False,
+    enlarge: bool = False,
+) -> Stage:
     """Return stage 01 as it would be made from these samples, whose files are in these states."""
     listed = pd.DataFrame([(s.Id, s.part, s.Target) for s in samples])
     # Absent where they are as before there was a choice: what was made then is up to date.
     chosen = {**({"black_level": levels.black} if levels.black else {}), **({"store": "raw"} if raw else {})}
-    return Stage("01_preprocess", work / "samples.csv",
-                 {"sizes": stores, "white_level": levels.white, **chosen, "keep_going": keep_going, "enlarge": enlarge},
-                 {"samples and labels": digest(listed), "image files": digest(list(states.values()))})
+    return Stage(
+        "01_preprocess",
+        work / "samples.csv",
+        {"sizes": stores, "white_level": levels.white, **chosen, "keep_going": keep_going, "enlarge": enlarge},
+        {"samples and labels": digest(listed), "image files": digest(list(states.values()))},
+    )
 
 
 # --- the journal: what earlier runs finished ---------------------------------------------------------------
 
+
 def records_at(journal: Path, levels: Levels) -> dict[str, dict]:
     """Return the last record of each Id whose images were made with these levels."""
-    return {Id: record for Id, record in read_journal(journal).items()
-            if (record.get("black", 0), record.get("white")) == levels}
+    return {
+        Id: record
+        for Id, record in read_journal(journal).items()
+        if (record.get("black", 0), record.get("white")) == levels
+    }
 
 
 def read_journal(path: Path) -> dict[str, dict]:
@@ -172,7 +204,9 @@ def read_journal(path: Path) -> dict[str, dict]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-                if isinstance(record["side"], int) and all(isinstance(values, dict) for values in record["stores"].values()):
+                if isinstance(record["side"], int) and all(
+                    isinstance(values, dict) for values in record["stores"].values()
+                ):
                     records[record["Id"]] = {**record, "source": record["source"], "raw": list(record.get("raw", []))}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
@@ -203,8 +237,14 @@ def known_states(samples: list[Sample], work: Path, n_jobs: int | None) -> dict[
     """
     journal = work / "images" / "journal.jsonl"
     records, states = read_journal(journal), {sample: source_state(sample) for sample in samples}
-    moved = [s for s in samples if s.Id in records and "content" in records[s.Id] and states[s] != records[s.Id]["source"]
-             and records[s.Id].get("unmoved") == source_state(s, entry=False)]
+    moved = [
+        s
+        for s in samples
+        if s.Id in records
+        and "content" in records[s.Id]
+        and states[s] != records[s.Id]["source"]
+        and records[s.Id].get("unmoved") == source_state(s, entry=False)
+    ]
     same = [s for s in moved if n_jobs is None or records[s.Id].get("seen") == states[s]]
     doubtful = [s for s in moved if s not in set(same)]
     if doubtful:
@@ -219,6 +259,7 @@ def known_states(samples: list[Sample], work: Path, n_jobs: int | None) -> dict[
 
 # --- checking and making -----------------------------------------------------------------------------------
 
+
 def store_and_read(Id: str, files: tuple[Path, ...], *more) -> tuple:
     """Return what `images.store_sample` returns, and the content of the files."""
     return *images.store_sample(Id, files, *more), content(files)
@@ -230,8 +271,10 @@ def bad_table(bad: dict[Sample, str], samples: list[Sample]) -> pd.DataFrame:
     for sample in samples:
         places[sample] = counts.setdefault(sample.part, 0)
         counts[sample.part] += 1
-    return pd.DataFrame([(s.Id, s.part, s.Target, places[s], bad[s]) for s in samples if s in bad],
-                        columns=["Id", "part", "Target", "place", "reason"])
+    return pd.DataFrame(
+        [(s.Id, s.part, s.Target, places[s], bad[s]) for s in samples if s in bad],
+        columns=["Id", "part", "Target", "place", "reason"],
+    )
 
 
 def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path, cure: str = "") -> None:
@@ -242,15 +285,19 @@ def refuse_bad(bad: dict[Sample, str], samples: list[Sample], report: Path, cure
     absent = ""
     if tests and all(sample in bad and not sample.files for sample in tests):
         absent = "\nno test sample has its images: with --keep-going there is no submission"
-    raise UserError(f"{len(bad)} samples cannot be used (all of them in {report}):\n{listing(table['reason'])}\n"
-                    "mend or remove them and run this again, or leave them out with --keep-going"
-                    f"{f'; {cure}' if cure else ''}{absent}")
+    raise UserError(
+        f"{len(bad)} samples cannot be used (all of them in {report}):\n{listing(table['reason'])}\n"
+        "mend or remove them and run this again, or leave them out with --keep-going"
+        f"{f'; {cure}' if cure else ''}{absent}"
+    )
 
 
 def space_needed(sides: list[int], raw: bool = False) -> float:
     """Return the bytes that images of these sides in pixels take when stored, about."""
-    return sum(HEADERS + len(sources.CHANNELS) * side ** 2 * (1 if raw or side <= images.PLAIN_SIDE else COMPRESSED)
-               for side in sides)
+    return sum(
+        HEADERS + len(sources.CHANNELS) * side**2 * (1 if raw or side <= images.PLAIN_SIDE else COMPRESSED)
+        for side in sides
+    )
 
 
 def check_space(sides: list[int], work: Path, raw: bool = False) -> None:
@@ -258,14 +305,17 @@ def check_space(sides: list[int], work: Path, raw: bool = False) -> None:
     needed = space_needed(sides, raw)
     free = shutil.disk_usage(work).free
     if needed > free:
-        raise UserError(f"about {needed / 1e9:.1f} GB are needed in {work} for {len(sides)} images, {free / 1e9:.1f} GB "
-                        "are free; make room, or give another --work")
+        raise UserError(
+            f"about {needed / 1e9:.1f} GB are needed in {work} for {len(sides)} images, {free / 1e9:.1f} GB "
+            "are free; make room, or give another --work"
+        )
 
 
 @dataclass(frozen=True)
 class Stored:
     """What stage 01 made, all in the order of `samples`: sides of the sources in pixels, store -> statistics of each
     image; how the sources are exposed (see `exposure.judge`); and the samples that cannot be used, with the reason."""
+
     samples: list[Sample]
     sides: list[int]
     statistics: dict[str, list[dict]]
@@ -273,8 +323,17 @@ class Stored:
     bad: dict[Sample, str]
 
 
-def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample, str], recipes: dict[str, Recipe], work: Path,
-              n_jobs: int, levels: Levels = WHOLE, keep_going: bool = False, raw: bool = False) -> Stored:
+def store_all(
+    samples: list[Sample],
+    states: dict[Sample, str],
+    bad: dict[Sample, str],
+    recipes: dict[str, Recipe],
+    work: Path,
+    n_jobs: int,
+    levels: Levels = WHOLE,
+    keep_going: bool = False,
+    raw: bool = False,
+) -> Stored:
     """Check and store all samples, going on where an earlier run stopped.
 
     states : what the files of each sample were, as `source_state` says
@@ -288,7 +347,9 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     bad = dict(bad)
     known = {s: records[s.Id]["side"] for s in samples if s.Id in records and records[s.Id]["source"] == states[s]}
     new = [s for s in samples if s not in known and s not in bad]
-    for k, result in run_parallel(images.attempt, [(sources.check_sample, s.files, s.rgb_coded) for s in new], n_jobs, "checking"):
+    for k, result in run_parallel(
+        images.attempt, [(sources.check_sample, s.files, s.rgb_coded) for s in new], n_jobs, "checking"
+    ):
         if isinstance(result, sources.BadImage):
             bad[new[k]] = str(result)
         else:
@@ -300,8 +361,10 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     if small and not keep_going:  # before hours of storing: what is chosen may be other sizes
         refuse_bad(bad | small, samples, work / "bad_files.csv", cure_small(recipes, sides))
     if bad and not keep_going:
-        print(f"warning: {len(bad)} samples cannot be used, the first: {next(iter(bad.values()))}; the others are stored, "
-              "then all such samples are listed")
+        print(
+            f"warning: {len(bad)} samples cannot be used, the first: {next(iter(bad.values()))}; the others are stored, "
+            "then all such samples are listed"
+        )
 
     bad |= small
     sides = {s: side for s, side in sides.items() if s not in small}
@@ -312,8 +375,14 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     stores = sorted(stores, key=lambda store: (len(store), store))
     stored = {store: stored_ids(folder / store) for store in stores}
     valid = {s: valid_stores(records.get(s.Id), states[s]) for s in sides}
-    done = {s: {store: values for store, values in made.items()
-                if s.Id in stored.get(store, ()) and is_of_kind(records[s.Id], store, raw)} for s, made in valid.items()}
+    done = {
+        s: {
+            store: values
+            for store, values in made.items()
+            if s.Id in stored.get(store, ()) and is_of_kind(records[s.Id], store, raw)
+        }
+        for s, made in valid.items()
+    }
     exposed = {s: exposure_in(records[s.Id]) for s in done if done[s]}
     lacking = {s: [store for store in stores if store not in done[s]] for s in done}
     todo = [s for s in done if lacking[s]]
@@ -333,10 +402,18 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
             others = [store for store in valid[sample] if store in records[sample.Id]["raw"] and store not in made]
             before = records.get(sample.Id, {})
             seen = {"seen": before["seen"]} if "seen" in before and before["source"] == states[sample] else {}
-            record = {"Id": sample.Id, "source": states[sample], "unmoved": source_state(sample, entry=False), "content": read,
-                      **seen, "side": known[sample], **levels._asdict(), "exposure": exposed[sample],
-                      "stores": valid[sample] | done[sample],
-                      "raw": others + (list(made) if raw else [])}
+            record = {
+                "Id": sample.Id,
+                "source": states[sample],
+                "unmoved": source_state(sample, entry=False),
+                "content": read,
+                **seen,
+                "side": known[sample],
+                **levels._asdict(),
+                "exposure": exposed[sample],
+                "stores": valid[sample] | done[sample],
+                "raw": others + (list(made) if raw else []),
+            }
             file.write(json.dumps(record) + "\n")
             file.flush()
     if bad and not keep_going:
@@ -344,8 +421,13 @@ def store_all(samples: list[Sample], states: dict[Sample, str], bad: dict[Sample
     used = [s for s in samples if s not in bad]
     if not used:
         refuse_bad(bad, samples, work / "bad_files.csv")
-    return Stored(used, [known[s] for s in used], {store: [done[s][store] for s in used] for store in stores},
-                  exposure.judge([s.part for s in used], [exposed[s] for s in used], levels), bad)
+    return Stored(
+        used,
+        [known[s] for s in used],
+        {store: [done[s][store] for s in used] for store in stores},
+        exposure.judge([s.part for s in used], [exposed[s] for s in used], levels),
+        bad,
+    )
 
 
 def drop_outdated(folder: Path, stores, samples: list[Sample], states: dict[Sample, str], levels: Levels) -> None:
@@ -355,8 +437,13 @@ def drop_outdated(folder: Path, stores, samples: list[Sample], states: dict[Samp
     records = records_at(folder / "journal.jsonl", levels) if tables else {}
     for table in tables:
         listed = set(read_table(table, preprocess_command(folder.parent, table.stem))["Id"])
-        if any(sample.Id in listed and table.stem not in valid_stores(records.get(sample.Id), states[sample]) for sample in samples):
-            print(f"{table} is deleted: source images or levels have changed since; its recipes need 01_preprocess.py again")
+        if any(
+            sample.Id in listed and table.stem not in valid_stores(records.get(sample.Id), states[sample])
+            for sample in samples
+        ):
+            print(
+                f"{table} is deleted: source images or levels have changed since; its recipes need 01_preprocess.py again"
+            )
             table.unlink()
 
 
@@ -372,8 +459,9 @@ def stored_ids(folder: Path) -> set[str]:
 
 def sample_table(samples: list[Sample], sides: list[int]) -> pd.DataFrame:
     """Table of all samples: Id, part (train, test, external), Target, side of the source in pixels."""
-    return pd.DataFrame([{"Id": s.Id, "part": s.part, "Target": s.Target, "side": side}
-                         for s, side in zip(samples, sides, strict=True)])
+    return pd.DataFrame(
+        [{"Id": s.Id, "part": s.part, "Target": s.Target, "side": side} for s, side in zip(samples, sides, strict=True)]
+    )
 
 
 def statistics_table(samples: list[Sample], rows: list[dict]) -> pd.DataFrame:
@@ -387,8 +475,10 @@ def describe(stored: Stored, work: Path) -> list[str]:
     parts = ", ".join(f"{counts[part]} {part}" for part in ("train", "test", "external") if part in counts)
     lines = [f"{parts} samples at {', '.join(stored.statistics)} px in {work / 'images'}"]
     if stored.bad:
-        lines.append(f"warning: {len(stored.bad)} samples are left out here and in all stages (all of them in "
-                     f"{work / 'left_out.csv'}):\n{listing(stored.bad.values())}")
+        lines.append(
+            f"warning: {len(stored.bad)} samples are left out here and in all stages (all of them in "
+            f"{work / 'left_out.csv'}):\n{listing(stored.bad.values())}"
+        )
     lines += [f"warning: {line}" for line in exposure.describe(stored.exposure)]
     absent = absent_classes(parse_targets([sample.Target for sample in stored.samples if sample.part == "train"]))
     if absent:

@@ -21,8 +21,9 @@ def progress(iterable, total: int, label: str, unit: str = "samples", initial: i
     if has_terminal():
         from tqdm import tqdm
 
-        yield from tqdm(iterable, total=total, initial=initial, desc=label, unit=f" {unit}", leave=False,
-                        dynamic_ncols=True)
+        yield from tqdm(
+            iterable, total=total, initial=initial, desc=label, unit=f" {unit}", leave=False, dynamic_ncols=True
+        )
         return
     started = shown = time.time()
     for done, item in enumerate(iterable, start=1):

@@ -12,8 +12,19 @@ from common.errors import UserError, nearest
 
 CHOICES = {
     "size_rule": ("fixed", "by-source"),
-    "encoder": ("resnet50", "resnet101", "inceptionv4", "se_resnext50_32x4d", "senet154", "densenet50", "densenet121",
-                "gapnet_pl", "gapnet_pl_plus", "resnet18", "resnet10_narrow"),
+    "encoder": (
+        "resnet50",
+        "resnet101",
+        "inceptionv4",
+        "se_resnext50_32x4d",
+        "senet154",
+        "densenet50",
+        "densenet121",
+        "gapnet_pl",
+        "gapnet_pl_plus",
+        "resnet18",
+        "resnet10_narrow",
+    ),
     "pooling": ("acp", "average", "own"),
     "head_order": ("linear-relu-dropout", "dropout-linear-relu", "linear-selu-dropout"),
     "fourth_channel": ("red", "zeros", "mean"),
@@ -135,17 +146,25 @@ class Recipe:
             "min_cycle_gain": 0 <= self.min_cycle_gain < 1,
             "evaluate_epochs": self.evaluate_epochs >= 1,
         }
-        checks |= {name: False for name, value in vars(self).items() for number in (value if isinstance(value, tuple) else (value,))
-                   if isinstance(number, float) and not math.isfinite(number)}
+        checks |= {
+            name: False
+            for name, value in vars(self).items()
+            for number in (value if isinstance(value, tuple) else (value,))
+            if isinstance(number, float) and not math.isfinite(number)
+        }
         wrong = [name for name, fine in checks.items() if not fine]
         if wrong:
             raise UserError(f"recipe field {wrong[0]} has an impossible value: {getattr(self, wrong[0])!r}")
         if (self.pooling == "own") != self.encoder.startswith("gapnet"):
-            raise UserError(f"recipe fields do not fit: pooling {self.pooling!r} with encoder {self.encoder!r}; gapnet_pl and "
-                            "gapnet_pl_plus need pooling=own, the other encoders one of the others")
+            raise UserError(
+                f"recipe fields do not fit: pooling {self.pooling!r} with encoder {self.encoder!r}; gapnet_pl and "
+                "gapnet_pl_plus need pooling=own, the other encoders one of the others"
+            )
         if self.size_rule == BY_SOURCE and self.crop > stored_size(self.store, 0):
-            raise UserError(f"recipe fields do not fit: crops of {self.crop} px from images that are stored at "
-                            f"{stored_size(self.store, 0)} px with size_rule={BY_SOURCE}; give a smaller crop_size")
+            raise UserError(
+                f"recipe fields do not fit: crops of {self.crop} px from images that are stored at "
+                f"{stored_size(self.store, 0)} px with size_rule={BY_SOURCE}; give a smaller crop_size"
+            )
 
     @property
     def size(self) -> int:
@@ -202,14 +221,42 @@ RESNET50 = replace(PAPER, batch_size=74, learning_rates=(1e-2, 2e-2))
 SENET = replace(PAPER, encoder="se_resnext50_32x4d", batch_size=80, learning_rates=(1e-3, 3e-3, 5e-3), max_cycles=8)
 DENSENET50 = replace(PAPER, encoder="densenet50", learning_rates=(2e-3, 4e-3), max_cycles=5)
 # The baseline with its own head, regularisation and schedule (Rumetshofer et al. 2019), trained with the E-loss.
-GAPNET_PL = replace(PAPER, image_size=1024, crop_size=768, encoder="gapnet_pl", pooling="own", buffers=(256, 256),
-                    dropouts=(0.3, 0.3), head_order="linear-selu-dropout", hard_share=1.0, batch_size=128, layer_groups=1,
-                    finder="off", weight_decay=1e-5, l1=1e-7, clip_norm=5.0, schedule="plateau", max_halvings=4, max_cycles=10)
+GAPNET_PL = replace(
+    PAPER,
+    image_size=1024,
+    crop_size=768,
+    encoder="gapnet_pl",
+    pooling="own",
+    buffers=(256, 256),
+    dropouts=(0.3, 0.3),
+    head_order="linear-selu-dropout",
+    hard_share=1.0,
+    batch_size=128,
+    layer_groups=1,
+    finder="off",
+    weight_decay=1e-5,
+    l1=1e-7,
+    clip_norm=5.0,
+    schedule="plateau",
+    max_halvings=4,
+    max_cycles=10,
+)
 # For the demo data: the whole method at a quarter of the scale, on an encoder that learns from random weights on a
 # CPU in a minute. Small classes are common there, so alpha is the smaller of the paper's two examples; a look at the
 # validation part costs a third of an epoch.
-DEMO = replace(PAPER, encoder="resnet10_narrow", size_divisor=4, buffers=(256,), dropouts=(0.1,), alpha=0.9,
-               batch_size=16, learning_rates=(2e-2, 2e-2), cycle_epochs=12, max_cycles=2, evaluate_epochs=3)
+DEMO = replace(
+    PAPER,
+    encoder="resnet10_narrow",
+    size_divisor=4,
+    buffers=(256,),
+    dropouts=(0.1,),
+    alpha=0.9,
+    batch_size=16,
+    learning_rates=(2e-2, 2e-2),
+    cycle_epochs=12,
+    max_cycles=2,
+    evaluate_epochs=3,
+)
 
 
 def plus(recipe: Recipe, rates: tuple[float, ...], epochs: int) -> Recipe:
@@ -217,9 +264,21 @@ def plus(recipe: Recipe, rates: tuple[float, ...], epochs: int) -> Recipe:
 
     rates : top learning rates of the layer groups
     """
-    return replace(recipe, optimizer="adamw", weight_decay=0.05, learning_rates=rates, finder="off", schedule="one-cycle",
-                   cycle_epochs=epochs, max_cycles=1, base_loss="bce", class_weights="none", class_reduction="mean",
-                   hard_share=1.0, evaluate_epochs=max(1, epochs // 10))
+    return replace(
+        recipe,
+        optimizer="adamw",
+        weight_decay=0.05,
+        learning_rates=rates,
+        finder="off",
+        schedule="one-cycle",
+        cycle_epochs=epochs,
+        max_cycles=1,
+        base_loss="bce",
+        class_weights="none",
+        class_reduction="mean",
+        hard_share=1.0,
+        evaluate_epochs=max(1, epochs // 10),
+    )
 
 
 RECIPES = {
@@ -234,8 +293,14 @@ RECIPES = {
     "gapnet_pl_plus": replace(GAPNET_PL, encoder="gapnet_pl_plus"),
     "resnet50_plus": plus(replace(RESNET50, batch_size=64), (2e-4, 1e-3), 24),
     "senet_plus": plus(replace(SENET, batch_size=64), (2e-4, 5e-4, 1e-3), 24),
-    "small_plus": replace(plus(replace(DEMO, batch_size=32), (2e-2, 1e-2), 80), optimizer="muon", weight_decay=0.3,
-                          dropouts=(0.5,), standardise="sample", class_balance=0.5),
+    "small_plus": replace(
+        plus(replace(DEMO, batch_size=32), (2e-2, 1e-2), 80),
+        optimizer="muon",
+        weight_decay=0.3,
+        dropouts=(0.5,),
+        standardise="sample",
+        class_balance=0.5,
+    ),
     "demo": DEMO,
     "demo_large": replace(DEMO, image_size=1024, crop_size=768, cycle_epochs=8),
     "demo_gapnet": replace(GAPNET_PL, size_divisor=8, batch_size=16, cycle_epochs=16, max_cycles=2),
@@ -244,20 +309,23 @@ RECIPES = {
 
 # --- variants: functions that turn any recipe into another one ----------------------------------------------
 
+
 def quick(recipe: Recipe) -> Recipe:
     """Return a recipe of minutes on a CPU: sizes divided by 8, few epochs, small batches with learning rates to match."""
     batch_size = min(recipe.batch_size, 8)
     rates = tuple(rate * batch_size / recipe.batch_size for rate in recipe.group_learning_rates)
-    return replace(recipe, size_divisor=8, batch_size=batch_size, learning_rates=rates, finder="off", cycle_epochs=4,
-                   max_cycles=2)
+    return replace(
+        recipe, size_divisor=8, batch_size=batch_size, learning_rates=rates, finder="off", cycle_epochs=4, max_cycles=2
+    )
 
 
 def eloss(recipe: Recipe) -> Recipe:
     """Return the recipe without training-time optimisation: one layer group at the constant default rate."""
     if recipe.pooling == "own":
         raise UserError(f"{recipe.encoder} has its own pooling, head and schedule, so it has no variants of them")
-    return replace(recipe, learning_rate=PAPER.learning_rate, learning_rates=(), layer_groups=1, finder="off",
-                   schedule="constant")
+    return replace(
+        recipe, learning_rate=PAPER.learning_rate, learning_rates=(), layer_groups=1, finder="off", schedule="constant"
+    )
 
 
 def hard(recipe: Recipe) -> Recipe:
@@ -318,9 +386,13 @@ def get_recipes(names: list[str], settings: list[str] = (), tell=print) -> dict[
         idle = {name: idle_fields(recipe)[field] for name, recipe in recipes.items() if field in idle_fields(recipe)}
         if idle and len(idle) == len(recipes):
             name, (because, instead) = next(iter(idle.items()))
-            raise UserError(f"recipe field {field} has no effect on {name}, which has {because}; leave it out, or set {instead}")
+            raise UserError(
+                f"recipe field {field} has no effect on {name}, which has {because}; leave it out, or set {instead}"
+            )
         if idle:
-            tell(f"note: {field} has no effect on {', '.join(f'{name} ({because})' for name, (because, _) in idle.items())}")
+            tell(
+                f"note: {field} has no effect on {', '.join(f'{name} ({because})' for name, (because, _) in idle.items())}"
+            )
     return recipes
 
 
@@ -329,13 +401,26 @@ def idle_fields(recipe: Recipe) -> dict[str, tuple[str, str]]:
     rates = ",".join(f"{rate:g}" for rate in recipe.learning_rates)
     schedule = f"schedule={recipe.schedule}"
     rules = [
-        (recipe.learning_rates, ("learning_rate", "layer_groups"), f"learning_rates={rates}",
-         "learning_rates: one rate for each layer group, first layers first"),
+        (
+            recipe.learning_rates,
+            ("learning_rate", "layer_groups"),
+            f"learning_rates={rates}",
+            "learning_rates: one rate for each layer group, first layers first",
+        ),
         (recipe.size_rule == BY_SOURCE, ("image_size",), f"size_rule={BY_SOURCE}", "size_rule=fixed too"),
-        (recipe.encoder.startswith("gapnet"), ("fourth_channel", "sync_batchnorm"),
-         f"encoder={recipe.encoder}, made for four channels and without BatchNorm", "another encoder"),
+        (
+            recipe.encoder.startswith("gapnet"),
+            ("fourth_channel", "sync_batchnorm"),
+            f"encoder={recipe.encoder}, made for four channels and without BatchNorm",
+            "another encoder",
+        ),
         (recipe.standardised, ("normalisation",), f"standardise={recipe.standardise}", "standardise=none too"),
-        (recipe.class_weights == "none", ("alpha", "weighted_part"), "class_weights=none", "class_weights=normalised too"),
+        (
+            recipe.class_weights == "none",
+            ("alpha", "weighted_part"),
+            "class_weights=none",
+            "class_weights=normalised too",
+        ),
         (recipe.base_loss != "focal", ("focal_gamma",), f"base_loss={recipe.base_loss}", "base_loss=focal too"),
         (recipe.hard_share == 1, ("hard_warmup_epochs",), "hard_share=1", "hard_share below 1 too"),
         (recipe.schedule != "plateau", ("patience", "max_halvings"), schedule, "schedule=plateau too"),
@@ -379,8 +464,20 @@ WORDS = {
     "warmup_share": "warmup warmup_epochs",
     "clip_norm": "clip grad_clip gradient_clip max_norm",
     "hard_share": "ohem hard topk top_k",
-    **{f"the flag --{word.replace('_', '-')} of 04_train.py": word for word in (
-        "seed", "folds", "pretrained", "weights_dir", "device", "precision", "workers", "micro_batch", "compile")},
+    **{
+        f"the flag --{word.replace('_', '-')} of 04_train.py": word
+        for word in (
+            "seed",
+            "folds",
+            "pretrained",
+            "weights_dir",
+            "device",
+            "precision",
+            "workers",
+            "micro_batch",
+            "compile",
+        )
+    },
 }
 
 
@@ -409,8 +506,9 @@ def parse_setting(setting: str) -> tuple[str, object]:
 
 def to_dict(recipe: Recipe) -> dict:
     """Return the recipe as plain types, for sidecars and checkpoints."""
-    return {name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(recipe).items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(recipe).items()
+    }
 
 
 def from_dict(values: dict) -> Recipe:
@@ -422,7 +520,9 @@ def from_dict(values: dict) -> Recipe:
     unknown = sorted(fields.keys() - to_dict(Recipe()).keys())
     if unknown:
         found = ", ".join(f"{name}={fields[name]}" for name in unknown)
-        raise UserError(f"the recipe was saved by another version of this project, whose fields this one does not have: {found}")
+        raise UserError(
+            f"the recipe was saved by another version of this project, whose fields this one does not have: {found}"
+        )
     try:
         return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
     except TypeError as error:
@@ -463,12 +563,19 @@ def fit_to_source(recipe: Recipe, side: int) -> Recipe:
     """
     if not is_too_small(recipe, side):
         return recipe
-    return replace(recipe, size_rule="fixed", image_size=side, crop_size=min(side, max(32, side * 3 // 4 // 32 * 32)),
-                   size_divisor=1)
+    return replace(
+        recipe,
+        size_rule="fixed",
+        image_size=side,
+        crop_size=min(side, max(32, side * 3 // 4 // 32 * 32)),
+        size_divisor=1,
+    )
 
 
 def describe_fit(name: str, recipe: Recipe, fitted: Recipe) -> str:
     """Say what `fit_to_source` changed of a recipe, and what to give instead."""
-    return (f"the smallest source image has {fitted.size} px: {name} uses {fitted.size} px with crops of {fitted.crop} "
-            f"instead of {recipe.size} and {recipe.crop}; nothing is enlarged. To enlarge instead, give stages 01 and 04 "
-            "--set enlarge=true")
+    return (
+        f"the smallest source image has {fitted.size} px: {name} uses {fitted.size} px with crops of {fitted.crop} "
+        f"instead of {recipe.size} and {recipe.crop}; nothing is enlarged. To enlarge instead, give stages 01 and 04 "
+        "--set enlarge=true"
+    )

@@ -29,12 +29,25 @@ def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
     """
     if Id not in work.targets_by_id:  # Ids of artifacts are plain file names
         raise UserError(why_unknown(work, Id))
-    sections = [section(work, key, title, lead, lambda work, make=make: make(work, Id)) for key, title, lead, make in (
-        ("image", "Image", "The four channels, and the composite in the atlas's colours.", channels),
-        ("probabilities", "Probabilities", "A class is predicted where its probability reaches its threshold.", probabilities),
-        ("duplicates", "Duplicates", "Samples that look nearly the same.", twins),
-        ("heat", "Heat maps", "Where the networks find what speaks for a class (Grad-CAM).",
-         lambda work, Id: heat_maps(work, Id, recipe)))]
+    sections = [
+        section(work, key, title, lead, lambda work, make=make: make(work, Id))
+        for key, title, lead, make in (
+            ("image", "Image", "The four channels, and the composite in the atlas's colours.", channels),
+            (
+                "probabilities",
+                "Probabilities",
+                "A class is predicted where its probability reaches its threshold.",
+                probabilities,
+            ),
+            ("duplicates", "Duplicates", "Samples that look nearly the same.", twins),
+            (
+                "heat",
+                "Heat maps",
+                "Where the networks find what speaks for a class (Grad-CAM).",
+                lambda work, Id: heat_maps(work, Id, recipe),
+            ),
+        )
+    ]
     return render(f"Sample {Id}", f"From the work folder {work.folder.resolve().name}.", sections)
 
 
@@ -45,22 +58,33 @@ def why_unknown(work: Work, Id: str) -> str:
         return f"stage 01 left out the sample {Id}: {lost[Id]}"
     known = list(work.targets_by_id)
     near = [one for one in known if Id and one.startswith(Id.lower())] or get_close_matches(Id, [*known, *lost], 1)
-    return (f"there is no sample {Id!r} in {work.folder / 'samples.csv'} ({len(known):,} samples); "
-            + (f"did you mean {near[0]}?" if near else f"one of them is {known[0]}"))
+    return f"there is no sample {Id!r} in {work.folder / 'samples.csv'} ({len(known):,} samples); " + (
+        f"did you mean {near[0]}?" if near else f"one of them is {known[0]}"
+    )
 
 
 def channels(work: Work, Id: str) -> list:
     sample = work.samples[work.samples["Id"] == Id].iloc[0]
-    facts = {"labels": class_names(sample["Target"]), "part": sample["part"],
-             "source": f"{sample['side']} px"}
+    facts = {"labels": class_names(sample["Target"]), "part": sample["part"], "source": f"{sample['side']} px"}
     planes = there(lambda: work.planes(Id, SIDE))
     if planes is None:
         return [Facts(facts), Note("Its image is not stored any more.")]
-    cards = [Card([(data_uri(jpeg(composite(planes))), f"composite of sample {Id}")], ["composite", "all four channels"])]
+    cards = [
+        Card([(data_uri(jpeg(composite(planes))), f"composite of sample {Id}")], ["composite", "all four channels"])
+    ]
     for channel, plane in zip(CHANNELS, planes, strict=True):
-        cards.append(Card([(data_uri(jpeg(stretched(plane))), f"{channel} channel of sample {Id}")], [channel, STAINS[channel]]))
-    return [Facts(facts), Gallery("Channels", cards, "Each is stretched to the whole range by itself, so brightness says nothing "
-                                  "between channels.", large=True)]
+        cards.append(
+            Card([(data_uri(jpeg(stretched(plane))), f"{channel} channel of sample {Id}")], [channel, STAINS[channel]])
+        )
+    return [
+        Facts(facts),
+        Gallery(
+            "Channels",
+            cards,
+            "Each is stretched to the whole range by itself, so brightness says nothing between channels.",
+            large=True,
+        ),
+    ]
 
 
 def stretched(plane: np.ndarray) -> np.ndarray:
@@ -94,20 +118,24 @@ def part_of(work: Work, Id: str) -> str:
 
 # --- probabilities -----------------------------------------------------------------------------------------
 
+
 def member_probabilities(work: Work, Id: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return recipe -> probabilities (28,) of a sample, and those of all together as stage 06 combines them; raises UserError
     where the sample is not predicted."""
     if work.given:
-        raise UserError(f"the thresholds are for predictions given to stage 06 ({', '.join(work.members)}), not for stage 05's; "
-                        f"run: {work.hint('06_thresholds.py')}")
+        raise UserError(
+            f"the thresholds are for predictions given to stage 06 ({', '.join(work.members)}), not for stage 05's; "
+            f"run: {work.hint('06_thresholds.py')}"
+        )
     parts = ["test"] if part_of(work, Id) == "test" else ["oof", "held_out"]
     for part in parts:
         if part != "held_out" or prediction_file(work.folder, work.recipes[0], part).is_file():
             ids, stack = work.predictions(part)
             for row in np.flatnonzero(np.asarray(ids) == Id):
                 return dict(zip(work.recipes, stack[:, row], strict=True)), combine(stack, *work.how)[row]
-    raise UserError("stage 05 predicts test samples and, out of fold, labelled ones; this one is in neither "
-                    f"({place(work, Id)[1]})")
+    raise UserError(
+        f"stage 05 predicts test samples and, out of fold, labelled ones; this one is in neither ({place(work, Id)[1]})"
+    )
 
 
 def probabilities(work: Work, Id: str) -> list:
@@ -117,19 +145,40 @@ def probabilities(work: Work, Id: str) -> list:
     predicted = together >= work.cuts
     order = np.argsort(-together, kind="stable")
     state = np.array(["", "predicted", "labelled", "both"])[2 * labelled + predicted]
-    table = pd.DataFrame({"class": NAMES, "state": state, "together": together, "threshold": work.cuts, **members}).iloc[order]
+    table = pd.DataFrame(
+        {"class": NAMES, "state": state, "together": together, "threshold": work.cuts, **members}
+    ).iloc[order]
     tuned = there(lambda: work.thresholds)
     return [
-        Facts({"labelled": class_names(work.targets_by_id[Id]), "predicted": ", ".join(NAMES[predicted]) or "none",
-               **submitted(work, Id), work.combined: ", ".join(members)}),
-        Figure("Probability of each class", plots.dots(
-            "probabilities", [f"{NAMES[c]} (labelled)" if labelled[c] else NAMES[c] for c in order],
-            {"threshold": work.cuts[order], "probability": together[order]}, "probability", xlim=(-0.02, 1.02)),
+        Facts(
+            {
+                "labelled": class_names(work.targets_by_id[Id]),
+                "predicted": ", ".join(NAMES[predicted]) or "none",
+                **submitted(work, Id),
+                work.combined: ", ".join(members),
+            }
+        ),
+        Figure(
+            "Probability of each class",
+            plots.dots(
+                "probabilities",
+                [f"{NAMES[c]} (labelled)" if labelled[c] else NAMES[c] for c in order],
+                {"threshold": work.cuts[order], "probability": together[order]},
+                "probability",
+                xlim=(-0.02, 1.02),
+            ),
             "Predicted where the filled mark is right of the hollow one. "
             + ("" if tuned else "Stage 06 has not run: 0.5 stands for the thresholds. ")
-            + ("A labelled class far left of its threshold is a miss: look for it in the image." if known else "")),
-        Table("Probabilities", table, ("State: labelled, predicted, or both. " if known else "") + "What decides is the "
-              f"{work.combined} the members, in the column together.", dict.fromkeys(["together", "threshold", *members], share))]
+            + ("A labelled class far left of its threshold is a miss: look for it in the image." if known else ""),
+        ),
+        Table(
+            "Probabilities",
+            table,
+            ("State: labelled, predicted, or both. " if known else "") + "What decides is the "
+            f"{work.combined} the members, in the column together.",
+            dict.fromkeys(["together", "threshold", *members], share),
+        ),
+    ]
 
 
 def submitted(work: Work, Id: str) -> dict[str, str]:
@@ -143,11 +192,17 @@ def twins(work: Work, Id: str) -> list:
     pairs = work.pairs[(work.pairs["Id"] == Id) | (work.pairs["other_Id"] == Id)]
     if pairs.empty:
         return [Note("No other sample is near-identical.")]
-    return [Gallery("Near-identical samples", [pair_card(work, pair) for pair in pairs.head(24).itertuples()],
-                    f"{len(pairs)} pairs, the closest first. They should have the same labels.")]
+    return [
+        Gallery(
+            "Near-identical samples",
+            [pair_card(work, pair) for pair in pairs.head(24).itertuples()],
+            f"{len(pairs)} pairs, the closest first. They should have the same labels.",
+        )
+    ]
 
 
 # --- heat maps ---------------------------------------------------------------------------------------------
+
 
 def heat_maps(work: Work, Id: str, recipe: str | None) -> list:
     from common.explain import explain  # the one part of the page that needs torch
@@ -163,21 +218,42 @@ def heat_maps(work: Work, Id: str, recipe: str | None) -> list:
     def reasons(own: np.ndarray) -> dict[int, str]:
         """Return the classes to explain, most probable first, with why."""
         probs = own if predicted is None else predicted
-        why = {int(c): " and ".join(word for word, holds in (("labelled", labelled[c]), ("predicted", probs[c] >= work.cuts[c]))
-                                    if holds) for c in np.argsort(-probs, kind="stable")}
-        return {c: text for c, text in why.items() if text} or {next(iter(why)): "the most probable class, below its threshold"}
+        why = {
+            int(c): " and ".join(
+                word for word, holds in (("labelled", labelled[c]), ("predicted", probs[c] >= work.cuts[c])) if holds
+            )
+            for c in np.argsort(-probs, kind="stable")
+        }
+        return {c: text for c, text in why.items() if text} or {
+            next(iter(why)): "the most probable class, below its threshold"
+        }
 
     row = pd.DataFrame({"Id": [Id], "Target": [work.targets_by_id[Id]]})
     probs, maps = explain(work.folder, recipe, numbers, work.folds, row, reasons)
     background = work.planes(Id, SIDE)
-    cards = [Card([(data_uri(jpeg(overlay(background, heat))), f"heat map of {NAMES[c]}")],
-                  [NAMES[c], why, f"probability {share(probs[c])}", *([] if heat.any() else [EMPTY])])
-             for (c, heat), why in zip(maps.items(), reasons(probs).values(), strict=True)]
-    which = f"Means over the networks of {recipe}, {whose}" if len(numbers) > 1 else f"The network is that of {recipe}, {whose}"
-    return [Note(f"{which}. This sample is {known}. Maps and probabilities are means over the 8 symmetries of the image."),
-            Gallery("Where they look", cards, "Yellow is where most speaks for the class, over the image in grey; each map is "
-                    "scaled to its own highest value. A cell of the map is several pixels of the image. The yellow should lie "
-                    "on the structure; where it does not, the networks rely on something else.", large=True)]
+    cards = [
+        Card(
+            [(data_uri(jpeg(overlay(background, heat))), f"heat map of {NAMES[c]}")],
+            [NAMES[c], why, f"probability {share(probs[c])}", *([] if heat.any() else [EMPTY])],
+        )
+        for (c, heat), why in zip(maps.items(), reasons(probs).values(), strict=True)
+    ]
+    which = (
+        f"Means over the networks of {recipe}, {whose}"
+        if len(numbers) > 1
+        else f"The network is that of {recipe}, {whose}"
+    )
+    return [
+        Note(f"{which}. This sample is {known}. Maps and probabilities are means over the 8 symmetries of the image."),
+        Gallery(
+            "Where they look",
+            cards,
+            "Yellow is where most speaks for the class, over the image in grey; each map is "
+            "scaled to its own highest value. A cell of the map is several pixels of the image. The yellow should lie "
+            "on the structure; where it does not, the networks rely on something else.",
+            large=True,
+        ),
+    ]
 
 
 def overlay(planes: np.ndarray, heat: np.ndarray) -> np.ndarray:

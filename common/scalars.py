@@ -7,8 +7,14 @@ from pathlib import Path
 from common.artifacts import read_lines
 from common.errors import UserError
 
-NAMES = {"train_loss": "loss/train", "valid_loss": "loss/valid", "macro_f1": "macro F1/valid at 0.5",
-         "learning_rate": "learning rate/last group", "seconds": "seconds/train", "valid_seconds": "seconds/valid"}
+NAMES = {
+    "train_loss": "loss/train",
+    "valid_loss": "loss/valid",
+    "macro_f1": "macro F1/valid at 0.5",
+    "learning_rate": "learning rate/last group",
+    "seconds": "seconds/train",
+    "valid_seconds": "seconds/valid",
+}
 
 
 def summary_writer():
@@ -28,6 +34,7 @@ def scalars(folder: Path, history: list[dict]):
     """
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     with summary_writer()(folder / "tensorboard") as writer:
+
         def write(row: dict) -> None:
             for key, name in NAMES.items():
                 if key in row:

@@ -46,7 +46,7 @@ def smoothed(values: list[float], beta: float = 0.9) -> list[float]:
     average, result = 0.0, []
     for k, value in enumerate(values, start=1):
         average = beta * average + (1 - beta) * value
-        result.append(average / (1 - beta ** k))
+        result.append(average / (1 - beta**k))
     return result
 
 
@@ -68,11 +68,15 @@ def centred(losses: list[float], widths: tuple[float, ...] = (1, 1.5, 2, 3, 4, 6
     best, least = values, math.inf
     for width in widths:
         near = (steps - steps[:, None]) / width  # (n, n): row = place of the parabola
-        powers = np.stack([near ** 0, near, near ** 2], axis=2)
-        weighted = powers * np.exp(-0.5 * near ** 2)[:, :, None]
-        smoother = np.linalg.pinv(powers.transpose(0, 2, 1) @ weighted)[:, :1] @ weighted.transpose(0, 2, 1)  # (n, 1, n)
+        powers = np.stack([near**0, near, near**2], axis=2)
+        weighted = powers * np.exp(-0.5 * near**2)[:, :, None]
+        smoother = np.linalg.pinv(powers.transpose(0, 2, 1) @ weighted)[:, :1] @ weighted.transpose(
+            0, 2, 1
+        )  # (n, 1, n)
         curve = smoother[:, 0] @ values
-        left_out = (values - curve) / np.maximum(1 - np.diagonal(smoother[:, 0]), 1e-9)  # error without the value itself
+        left_out = (values - curve) / np.maximum(
+            1 - np.diagonal(smoother[:, 0]), 1e-9
+        )  # error without the value itself
         if (error := float(np.square(left_out).sum())) < least:
             best, least = curve, error
     return np.exp(best)

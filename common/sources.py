@@ -33,9 +33,14 @@ PREDICTED = ("LZW", "DEFLATE", "ADOBE_DEFLATE", "ZSTD")  # decoders disagree on 
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 RGB_PLANES = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1)}
 ORIENTATIONS = {  # value of the tag -> how stored rows become the picture
-    2: lambda image: image[:, ::-1], 3: lambda image: image[::-1, ::-1], 4: lambda image: image[::-1],
-    5: lambda image: image.swapaxes(0, 1), 6: lambda image: np.rot90(image, -1),
-    7: lambda image: image[::-1, ::-1].swapaxes(0, 1), 8: np.rot90}
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
+}
 
 
 class BadImage(Exception):
@@ -43,6 +48,7 @@ class BadImage(Exception):
 
 
 # --- finding -----------------------------------------------------------------------------------------------
+
 
 class Files(dict):
     """'Id_colour' in NFC -> image file of one folder; `others`: the same in lower case -> a file that is no usable image."""
@@ -122,10 +128,12 @@ def not_found(lacking: list[str], folders: list[Files]) -> str:
 
 # --- reading -----------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Source:
     """An open image file: its size in pixels, whether it holds three colour planes, and what decodes it to an array
     (height, width) or (height, width, 3), uint8 or uint16, where 0 is black and the largest number white."""
+
     width: int
     height: int
     colour: bool
@@ -154,8 +162,11 @@ def opened(path: Path, rgb_coded: bool):
         raise
     except Exception as error:  # decoders raise many kinds; each means an unreadable file
         text = text_in(path)
-        raise BadImage(f"cannot be read: a link to a file that is not there? It holds only the text {text!r}" if text
-                       else f"cannot be read ({first_line(error)})") from None
+        raise BadImage(
+            f"cannot be read: a link to a file that is not there? It holds only the text {text!r}"
+            if text
+            else f"cannot be read ({first_line(error)})"
+        ) from None
 
 
 def text_in(path: Path) -> str | None:
@@ -218,11 +229,12 @@ def table_kind(table: np.ndarray, entries: int) -> str:
 def through_table(indices: np.ndarray, table: np.ndarray, kind: str) -> np.ndarray:
     """Look indices up in a colour table, (n, 3) uint8, that is grey or of colours; those beyond it are black."""
     whole = np.zeros((max(len(table), int(indices.max()) + 1), 3), np.uint8)
-    whole[:len(table)] = table
+    whole[: len(table)] = table
     return whole[:, 0][indices] if kind == "grey" else whole[indices]
 
 
 # --- PNG and JPEG ------------------------------------------------------------------------------------------
+
 
 @contextmanager
 def picture_source(path: Path):
@@ -232,7 +244,9 @@ def picture_source(path: Path):
             raise BadImage("has an alpha channel; save it without")
         if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
             raise BadImage(f"has {image.n_frames} frames; expected one channel a file")
-        grey = image.mode in ("1", "L", "I", "I;16", "I;16B") or (image.mode == "P" and picture_table(image)[1] != "colour")
+        grey = image.mode in ("1", "L", "I", "I;16", "I;16B") or (
+            image.mode == "P" and picture_table(image)[1] != "colour"
+        )
         yield Source(*image.size, colour=not grey, decode=lambda: picture_pixels(image))
 
 
@@ -264,6 +278,7 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 # --- TIFF --------------------------------------------------------------------------------------------------
+
 
 @contextmanager
 def tiff_source(path: Path):
@@ -307,6 +322,7 @@ def room(tiff: tifffile.TiffFile) -> int:
 
 def check_page(page: tifffile.TiffPage) -> None:
     """Refuse by name what is no usable image of one channel, or would be decoded otherwise by other programs."""
+
     def name(value) -> str:
         return getattr(value, "name", str(value))
 
@@ -326,11 +342,15 @@ def check_page(page: tifffile.TiffPage) -> None:
     if photometric not in expected:
         raise BadImage(f"is stored as {photometric} with {page.samplesperpixel} values a pixel; expected grey levels")
     if page.predictor != 1 and not (page.predictor == 2 and compression in PREDICTED and page.bitspersample in (8, 16)):
-        raise BadImage(f"has the predictor {name(page.predictor)} for {page.bitspersample} bits compressed as {compression}, "
-                       "which programs read differently; save it again")
+        raise BadImage(
+            f"has the predictor {name(page.predictor)} for {page.bitspersample} bits compressed as {compression}, "
+            "which programs read differently; save it again"
+        )
     if page.fillorder not in (1, 2) or page.planarconfig not in (1, 2):
-        raise BadImage(f"has the FillOrder {name(page.fillorder)} and the PlanarConfiguration {name(page.planarconfig)}; "
-                       "expected 1 or 2")
+        raise BadImage(
+            f"has the FillOrder {name(page.fillorder)} and the PlanarConfiguration {name(page.planarconfig)}; "
+            "expected 1 or 2"
+        )
     sides = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
     if max(sides) > MAX_SIDE or page.imagedepth != 1 or 0 in page.shaped:
         raise BadImage(f"claims {' x '.join(map(str, page.shape))} px; at most {MAX_SIDE} x {MAX_SIDE} are accepted")
@@ -347,7 +367,7 @@ def tiff_table(page: tifffile.TiffPage) -> tuple[np.ndarray | None, str]:
         return None, "grey"
     table = np.asarray(page.colormap).T
     table = (table >> 8 if table.max() > 255 else table).astype(np.uint8)  # some programs write 8 bits
-    return table, table_kind(table, 2 ** page.bitspersample)
+    return table, table_kind(table, 2**page.bitspersample)
 
 
 def tiff_pixels(page: tifffile.TiffPage) -> np.ndarray:
@@ -370,7 +390,7 @@ def full_range(image: np.ndarray, bits: int) -> np.ndarray:
     if bits in (8, 16):
         return image
     kind = np.uint8 if bits < 8 else np.uint16
-    largest = 2 ** bits - 1
+    largest = 2**bits - 1
     return ((image.astype(np.uint32) * np.iinfo(kind).max + largest // 2) // largest).astype(kind)
 
 
@@ -390,6 +410,7 @@ def looks_cut_short(path: Path) -> bool:
 
 # --- samples -----------------------------------------------------------------------------------------------
 
+
 def check_sample(files: list[Path], rgb_coded: bool = False) -> int:
     """Return the side of a sample in pixels after reading its four headers; raises BadImage with the file."""
     return one_side(files, per_channel(lambda path, _: read_side(path, rgb_coded), files))
@@ -405,9 +426,15 @@ def examine_sample(files: list[Path], rgb_coded: bool = False) -> tuple[list[np.
     pixels = per_channel(lambda path, _: read_pixels(path, rgb_coded), files)
     planes = [channel_plane(image, channel) for image, channel in zip(pixels, CHANNELS, strict=True)]
     one_side(files, [len(plane) for plane in planes])
-    misplaced = {path.name: place for path, channel, image in zip(files, CHANNELS, pixels, strict=True)
-                 if image.ndim == 3 and (place := exposure.signal_elsewhere(image, RGB_PLANES[channel]))}
-    return planes, {"ranges": [exposure.used_range(plane) for plane in planes if plane.dtype == np.uint16], "misplaced": misplaced}
+    misplaced = {
+        path.name: place
+        for path, channel, image in zip(files, CHANNELS, pixels, strict=True)
+        if image.ndim == 3 and (place := exposure.signal_elsewhere(image, RGB_PLANES[channel]))
+    }
+    return planes, {
+        "ranges": [exposure.used_range(plane) for plane in planes if plane.dtype == np.uint16],
+        "misplaced": misplaced,
+    }
 
 
 def per_channel(read, files: list[Path]) -> list:
@@ -424,6 +451,8 @@ def per_channel(read, files: list[Path]) -> list:
 def one_side(files: list[Path], sides: list[int]) -> int:
     """Return the common side of a sample's channels in pixels; raises BadImage where they differ."""
     if len(set(sides)) > 1:
-        raise BadImage(f"{files[0].parent}: channels of different sizes {sorted(set(sides))} px: "
-                       f"{', '.join(path.name for path in files)}")
+        raise BadImage(
+            f"{files[0].parent}: channels of different sizes {sorted(set(sides))} px: "
+            f"{', '.join(path.name for path in files)}"
+        )
     return sides[0]

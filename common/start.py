@@ -17,6 +17,7 @@ from common.weights import PUBLISHED, read_file, read_weights
 @dataclass(frozen=True)
 class Start:
     """The weights that a training starts from; without a file, random ones."""
+
     file: Path | None = None
     normalisation: Normalisation | None = None  # that of the weights; None = that of the data
     reason: str = "as asked for"  # why random
@@ -46,13 +47,19 @@ def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
         return Start(file, weights_normalisation(recipe, file) if of_weights else None)
     if pretrained == "none":
         return Start()
-    return Start(reason="the published ones could not be had" if recipe.encoder in PUBLISHED else
-                 f"none are published for {recipe.encoder}")
+    return Start(
+        reason="the published ones could not be had"
+        if recipe.encoder in PUBLISHED
+        else f"none are published for {recipe.encoder}"
+    )
 
 
 def is_four_numbers(values) -> bool:
-    return (isinstance(values, (list, tuple)) and len(values) == 4
-            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values))
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == 4
+        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    )
 
 
 def weights_normalisation(recipe: Recipe, file: Path) -> Normalisation | None:
@@ -63,11 +70,17 @@ def weights_normalisation(recipe: Recipe, file: Path) -> Normalisation | None:
     saved = read_file(file)
     if "mean" in saved and "std" in saved:
         if not all(map(is_four_numbers, (saved["mean"], saved["std"]))) or min(saved["std"]) <= 0:
-            raise UserError(f"{file} has a mean or std that is not four numbers, one a channel, those of std above 0; take both "
-                            "out of the file, or give --pretrained another")
+            raise UserError(
+                f"{file} has a mean or std that is not four numbers, one a channel, those of std above 0; take both "
+                "out of the file, or give --pretrained another"
+            )
         return Normalisation(tuple(saved["mean"]), tuple(saved["std"]))
     if recipe.encoder not in PUBLISHED:
         return None
     published = PUBLISHED[recipe.encoder]
-    return Normalisation(*((*values, sum(values) / 3 if recipe.fourth_channel == "mean" else values[0])
-                           for values in (published.mean, published.std)))
+    return Normalisation(
+        *(
+            (*values, sum(values) / 3 if recipe.fourth_channel == "mean" else values[0])
+            for values in (published.mean, published.std)
+        )
+    )

@@ -26,6 +26,7 @@ class Stopped(BaseException):
 class State:
     """The process that listens, which signal has come to it (0 = none), whether that waits for the next `check`, and whether
     worker processes are told meanwhile; whether no signal is heard, for a moment."""
+
     pid: int = 0
     asked: int = 0
     held: bool = False
@@ -133,6 +134,7 @@ def check() -> None:
 
 def when_parent_ends(parent: int, act) -> None:
     """Call `act()` from a thread soon after this process's parent has ended, also by SIGKILL."""
+
     def watch():
         while os.getppid() == parent:
             time.sleep(0.5)
@@ -172,6 +174,7 @@ def end_later() -> None:
 def _later(seconds: float, act, *arguments) -> None:
     """Call `act(*arguments)` from a thread after some seconds. To start one of `threading`'s takes a lock, which the code that a
     signal has interrupted may hold."""
+
     def wait():
         time.sleep(seconds)
         act(*arguments)

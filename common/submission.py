@@ -39,16 +39,21 @@ def impossible_part(thresholds: dict) -> str:
     names, weights = thresholds["recipes"], thresholds["weights"]
     expected = {
         "the names of networks as recipes": isinstance(names, list) and all(isinstance(name, str) for name in names),
-        f"{N_CLASSES} thresholds from 0 to 1": are_shares(thresholds["thresholds"]) and len(thresholds["thresholds"]) == N_CLASSES,
+        f"{N_CLASSES} thresholds from 0 to 1": are_shares(thresholds["thresholds"])
+        and len(thresholds["thresholds"]) == N_CLASSES,
         f"combine to be one of {', '.join(COMBINATIONS)}": thresholds["combine"] in COMBINATIONS,
-        "one weight from 0 to 1 a network, 1 in all": are_shares(weights) and len(weights) == len(names)
+        "one weight from 0 to 1 a network, 1 in all": are_shares(weights)
+        and len(weights) == len(names)
         and abs(sum(weights) - 1) < 1e-3,
         "argmax or empty as fallback": thresholds.get("fallback", "argmax") in ("argmax", "empty"),
         "a score_cross_fitted and its interval, from 0 to 1": "interval" not in thresholds
-        or are_shares(thresholds["interval"]) and len(thresholds["interval"]) == 2
+        or are_shares(thresholds["interval"])
+        and len(thresholds["interval"]) == 2
         and are_shares([thresholds.get("score_cross_fitted")]),
         f"class and positives of {N_CLASSES} classes as per_class, and n_samples": "per_class" not in thresholds
-        or are_counts(thresholds["per_class"]) and is_count(thresholds.get("n_samples")) and thresholds["n_samples"] > 0,
+        or are_counts(thresholds["per_class"])
+        and is_count(thresholds.get("n_samples"))
+        and thresholds["n_samples"] > 0,
     }
     return next((text for text, fine in expected.items() if not fine), "")
 
@@ -58,8 +63,14 @@ def are_shares(values) -> bool:
 
 
 def are_counts(rows) -> bool:
-    return isinstance(rows, list) and len(rows) == N_CLASSES and all(
-        isinstance(row, dict) and isinstance(row.get("class"), str) and is_count(row.get("positives")) for row in rows)
+    return (
+        isinstance(rows, list)
+        and len(rows) == N_CLASSES
+        and all(
+            isinstance(row, dict) and isinstance(row.get("class"), str) and is_count(row.get("positives"))
+            for row in rows
+        )
+    )
 
 
 def is_count(value) -> bool:
@@ -110,11 +121,18 @@ def frequency_table(predicted: np.ndarray, per_class: list[dict], n_samples: int
     with np.errstate(divide="ignore"):
         order = np.argsort(-np.abs(np.log(ratio)), kind="stable")
     lines = [f"  {'class':30s} {'predicted':>9s} {'share':>7s} {'labelled':>9s} {'ratio':>6s}"]
-    return "\n".join(lines + [f"  {per_class[c]['class']:30s} {predicted[:, c].sum():9d} {called[c]:7.2%} {known[c]:9.2%} "
-                              f"{ratio[c]:6.2f}" for c in order])
+    return "\n".join(
+        lines
+        + [
+            f"  {per_class[c]['class']:30s} {predicted[:, c].sum():9d} {called[c]:7.2%} {known[c]:9.2%} {ratio[c]:6.2f}"
+            for c in order
+        ]
+    )
 
 
-def describe_submission(path: Path, predicted: np.ndarray, thresholds: dict, names: list[str], known, lost) -> list[str]:
+def describe_submission(
+    path: Path, predicted: np.ndarray, thresholds: dict, names: list[str], known, lost
+) -> list[str]:
     """Return the lines that say what was written, from what, and what in it is no prediction.
 
     predicted : (n, 28) without the `lost` rows (Id, place; or an empty list); known : what `override` took, or None
@@ -123,15 +141,21 @@ def describe_submission(path: Path, predicted: np.ndarray, thresholds: dict, nam
     if "interval" in thresholds:
         low, high = thresholds["interval"]
         score = f"; cross-fitted out-of-fold macro F1 {thresholds['score_cross_fitted']:.3f} [{low:.3f}, {high:.3f}]"
-    lines = [f"{path}: {len(predicted) + len(lost)} rows, {predicted.sum(axis=1).mean():.2f} labels a row, "
-             f"{predicted.any(axis=0).sum()} classes; {thresholds['combine']} of {', '.join(names)}{score}"]
+    lines = [
+        f"{path}: {len(predicted) + len(lost)} rows, {predicted.sum(axis=1).mean():.2f} labels a row, "
+        f"{predicted.any(axis=0).sum()} classes; {thresholds['combine']} of {', '.join(names)}{score}"
+    ]
     if "per_class" in thresholds:
         lines.append(frequency_table(predicted, thresholds["per_class"], thresholds["n_samples"]))
     if known is not None:
-        lines.append(f"WARNING: --override-duplicates: {len(known)} rows are NOT predictions but the labels of near-identical labelled "
-                     f"samples:\n{listing(known['Id'] + '  <-  ' + known['other_Id'] + '  ' + known['Target'])}")
+        lines.append(
+            f"WARNING: --override-duplicates: {len(known)} rows are NOT predictions but the labels of near-identical labelled "
+            f"samples:\n{listing(known['Id'] + '  <-  ' + known['other_Id'] + '  ' + known['Target'])}"
+        )
     if len(lost):
-        lines.append(f"warning: {len(lost)} test samples were left out by stage 01 and have empty rows:\n{listing(lost['Id'])}")
+        lines.append(
+            f"warning: {len(lost)} test samples were left out by stage 01 and have empty rows:\n{listing(lost['Id'])}"
+        )
     return lines
 
 
@@ -182,10 +206,17 @@ def with_empty_rows(submission: pd.DataFrame, lost: pd.DataFrame) -> pd.DataFram
 
 def read_submission(path: Path) -> pd.DataFrame:
     """Read a submission as strictly as Kaggle does: exactly the columns Id and Predicted. Raises UserError."""
+
     def exactly(header: list[str]) -> dict:
         if header != ["Id", "Predicted"]:
-            cure = "; pandas adds a column of row numbers unless to_csv has index=False" if header[0] in ("", "Unnamed: 0") else ""
-            raise BadTable(f"has {len(header)} columns ({', '.join(map(repr, header))}), expected exactly Id,Predicted{cure}")
+            cure = (
+                "; pandas adds a column of row numbers unless to_csv has index=False"
+                if header[0] in ("", "Unnamed: 0")
+                else ""
+            )
+            raise BadTable(
+                f"has {len(header)} columns ({', '.join(map(repr, header))}), expected exactly Id,Predicted{cure}"
+            )
         return {}
 
     if not path.is_file():
@@ -205,18 +236,30 @@ def check_submission(frame: pd.DataFrame, wanted) -> None:
     if found != wanted:
         if sorted(found) == sorted(wanted):
             raise UserError("the submission's Ids are not in the order of sample_submission.csv")
-        raise UserError("the submission's Ids are not those of sample_submission.csv; "
-                        f"missing: {len(set(wanted) - set(found))}, unexpected: {len(set(found) - set(wanted))}, "
-                        f"repeated: {len(found) - len(set(found))}")
-    wrong = [f"{row.Id}: {row.Predicted!r}" for row in frame.itertuples() if row.Predicted and not is_prediction(row.Predicted)]
+        raise UserError(
+            "the submission's Ids are not those of sample_submission.csv; "
+            f"missing: {len(set(wanted) - set(found))}, unexpected: {len(set(found) - set(wanted))}, "
+            f"repeated: {len(found) - len(set(found))}"
+        )
+    wrong = [
+        f"{row.Id}: {row.Predicted!r}"
+        for row in frame.itertuples()
+        if row.Predicted and not is_prediction(row.Predicted)
+    ]
     if wrong:
-        raise UserError(f"the submission has labels other than 0 to {N_CLASSES - 1}, one twice, or other text between them than "
-                        f"single blanks:\n{listing(wrong)}")
+        raise UserError(
+            f"the submission has labels other than 0 to {N_CLASSES - 1}, one twice, or other text between them than "
+            f"single blanks:\n{listing(wrong)}"
+        )
 
 
 def is_prediction(text: str) -> bool:
     labels = text.split(" ")
-    return is_target(text) and all(re.fullmatch("0|[1-9][0-9]?", label) for label in labels) and len(set(labels)) == len(labels)
+    return (
+        is_target(text)
+        and all(re.fullmatch("0|[1-9][0-9]?", label) for label in labels)
+        and len(set(labels)) == len(labels)
+    )
 
 
 def recover(probs: np.ndarray, frame: pd.DataFrame) -> dict:
@@ -230,15 +273,25 @@ def recover(probs: np.ndarray, frame: pd.DataFrame) -> dict:
     thresholds, low, high = recover_thresholds(probs, predicted, fallback)
     wrong = (decide(probs, thresholds, fallback) != predicted).sum(axis=0)
     if wrong.any():
-        found = [f"{CLASS_NAMES[c]}: {wrong[c]} samples; predicted down to {high[c]:.6f}, not predicted up to {low[c]:.6f}"
-                 for c in np.flatnonzero(wrong)]
-        raise UserError("no thresholds make this submission of these probabilities; classes that contradict it:\n"
-                        f"{listing(found)}")
-    return {"method": "reproduced", "thresholds": thresholds.tolist(), "fallback": fallback,
-            "limits": np.stack([low, high], axis=1).tolist(), "n_samples": len(probs)}
+        found = [
+            f"{CLASS_NAMES[c]}: {wrong[c]} samples; predicted down to {high[c]:.6f}, not predicted up to {low[c]:.6f}"
+            for c in np.flatnonzero(wrong)
+        ]
+        raise UserError(
+            f"no thresholds make this submission of these probabilities; classes that contradict it:\n{listing(found)}"
+        )
+    return {
+        "method": "reproduced",
+        "thresholds": thresholds.tolist(),
+        "fallback": fallback,
+        "limits": np.stack([low, high], axis=1).tolist(),
+        "n_samples": len(probs),
+    }
 
 
-def recover_thresholds(probs: np.ndarray, predicted: np.ndarray, fallback: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def recover_thresholds(
+    probs: np.ndarray, predicted: np.ndarray, fallback: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find thresholds with which `probs` give exactly the cells of `predicted`; three arrays of shape (n_classes,).
 
     fallback : argmax or empty, for rows in which no class passes

@@ -46,29 +46,42 @@ COLUMNS = (
 TITLES = {column.key: column.title for column in COLUMNS}
 SCORE_FIELDS = ["table", "model", "fold", "column", "run", "thresholds", "macro_f1", "paper", "n_samples"]
 GAIN_FIELDS = ["model", "column", "against", "gain", "low", "high", "paper", "n_folds", "n_samples"]
-HEADINGS = {1: "Original and customised networks", 2: "With E-loss",
-            3: "With optimisation in training (TA) and of thresholds (TE)"}
+HEADINGS = {
+    1: "Original and customised networks",
+    2: "With E-loss",
+    3: "With optimisation in training (TA) and of thresholds (TE)",
+}
 
 # Tables 1 to 3 of the paper: recipe -> fold -> figures in the order of COLUMNS.
 PAPER = {
-    "resnet50": {0: (.737, .750, .761, .770, .774, .772, .774), 1: (.729, .734, .752, .766, .769, .771, .773),
-                 2: (.735, .746, .758, .768, .773, .769, .775), 3: (.731, .741, .749, .758, .763, .760, .765),
-                 4: (.726, .730, .755, .762, .765, .763, .767)},
-    "inceptionv4": {NO_FOLD: (.736, .749, .756, .767, .772, .770, .772)},
-    "senet": {NO_FOLD: (.745, .736, .771, .782, .786, .783, .789)},
+    "resnet50": {
+        0: (0.737, 0.750, 0.761, 0.770, 0.774, 0.772, 0.774),
+        1: (0.729, 0.734, 0.752, 0.766, 0.769, 0.771, 0.773),
+        2: (0.735, 0.746, 0.758, 0.768, 0.773, 0.769, 0.775),
+        3: (0.731, 0.741, 0.749, 0.758, 0.763, 0.760, 0.765),
+        4: (0.726, 0.730, 0.755, 0.762, 0.765, 0.763, 0.767),
+    },
+    "inceptionv4": {NO_FOLD: (0.736, 0.749, 0.756, 0.767, 0.772, 0.770, 0.772)},
+    "senet": {NO_FOLD: (0.745, 0.736, 0.771, 0.782, 0.786, 0.783, 0.789)},
     # The paper's "random fold" 1, 2, 3.
-    "densenet50": {0: (.732, .738, .741, .758, .762, .760, .765), 1: (.729, .735, .748, .761, .765, .763, .766),
-                   2: (.732, .741, .754, .766, .771, .769, .774)},
-    "resnet101": {NO_FOLD: (.742, .758, .760, .778, .782, .784, .785)},
-    "gapnet_pl": {NO_FOLD: (np.nan, np.nan, np.nan, .765, .765, .765, .765)},
+    "densenet50": {
+        0: (0.732, 0.738, 0.741, 0.758, 0.762, 0.760, 0.765),
+        1: (0.729, 0.735, 0.748, 0.761, 0.765, 0.763, 0.766),
+        2: (0.732, 0.741, 0.754, 0.766, 0.771, 0.769, 0.774),
+    },
+    "resnet101": {NO_FOLD: (0.742, 0.758, 0.760, 0.778, 0.782, 0.784, 0.785)},
+    "gapnet_pl": {NO_FOLD: (np.nan, np.nan, np.nan, 0.765, 0.765, 0.765, 0.765)},
 }
 
 
 def summarise(cells: dict) -> dict:
     """Return the scores by fold with their mean and, from two folds on, standard deviation (ddof = 1)."""
     values = list(cells.values())
-    return (cells | ({MEAN: float(np.mean(values))} if values else {})
-            | ({SPREAD: float(np.std(values, ddof=1))} if len(values) > 1 else {}))
+    return (
+        cells
+        | ({MEAN: float(np.mean(values))} if values else {})
+        | ({SPREAD: float(np.std(values, ddof=1))} if len(values) > 1 else {})
+    )
 
 
 def paper_cells(model: str, key: str, numbers) -> dict:
@@ -81,6 +94,7 @@ def paper_cells(model: str, key: str, numbers) -> dict:
 
 
 # --- what stage 05 has written -----------------------------------------------------------------------------
+
 
 def validation_rows(folds: pd.DataFrame, numbers: list[int] | None) -> pd.DataFrame:
     """Return the rows of folds.csv in the folds asked for (None: all); raises UserError for folds it does not have."""
@@ -113,13 +127,19 @@ def missing_runs(systems: dict[str, dict[str, str]], files: dict[str, dict[int, 
 
 def check_same_views(files: dict[str, dict[int, Path]]) -> None:
     """Refuse runs that stage 05 predicted in different ways: a difference of views would look like a gain."""
-    ways = {path: read_sidecar(path)["parameters"] for paths in files.values() for path in paths.values()
-            if sidecar(path).is_file()}
+    ways = {
+        path: read_sidecar(path)["parameters"]
+        for paths in files.values()
+        for path in paths.values()
+        if sidecar(path).is_file()
+    }
     for path, way in ways.items():
         first, expected = next(iter(ways.items()))
         if way != expected:
-            raise UserError(f"{first} was predicted with {expected}, {path} with {way}; run stage 05 for all runs with the "
-                            "same --tta, --view and --checkpoint")
+            raise UserError(
+                f"{first} was predicted with {expected}, {path} with {way}; run stage 05 for all runs with the "
+                "same --tta, --view and --checkpoint"
+            )
 
 
 def load_run(files: dict[int, Path], rows: pd.DataFrame, made_by: str) -> np.ndarray:
@@ -135,6 +155,7 @@ def load_run(files: dict[int, Path], rows: pd.DataFrame, made_by: str) -> np.nda
 
 # --- scores ------------------------------------------------------------------------------------------------
 
+
 def decide(probs: np.ndarray, tuned: bool, targets: np.ndarray, groups) -> list[np.ndarray]:
     """Return bool predictions (n, 28): one array at 0.5, or one for each repeat of cross-fitted greedy thresholds."""
     return cross_fit(targets, probs, groups, "greedy") if tuned else [probs >= 0.5]
@@ -142,12 +163,23 @@ def decide(probs: np.ndarray, tuned: bool, targets: np.ndarray, groups) -> list[
 
 def fold_scores(targets: np.ndarray, folds: np.ndarray, predictions: list[np.ndarray]) -> dict[int, float]:
     """Return macro F1 (eq. 4) of each fold's rows, mean of `predictions`; a class absent from a fold counts as 0."""
-    return {int(fold): float(np.mean([macro_f1(targets[folds == fold], predicted[folds == fold])
-                                      for predicted in predictions])) for fold in np.unique(folds)}
+    return {
+        int(fold): float(
+            np.mean([macro_f1(targets[folds == fold], predicted[folds == fold]) for predicted in predictions])
+        )
+        for fold in np.unique(folds)
+    }
 
 
-def paired_gain(targets, folds, after: list[np.ndarray], before: list[np.ndarray],
-                n_draws: int = N_DRAWS, seed: int = 0, level: float = 0.95) -> tuple[float, float, float]:
+def paired_gain(
+    targets,
+    folds,
+    after: list[np.ndarray],
+    before: list[np.ndarray],
+    n_draws: int = N_DRAWS,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
     """Return by how much `after` is better than `before`, and the (low, high) of its paired bootstrap interval.
 
     targets : (n, n_classes) bool; folds : (n,) fold of each row
@@ -186,14 +218,22 @@ def score_system(model: str, runs: dict[str, str], probs: dict[str, np.ndarray],
     columns = [column for column in COLUMNS if column.step in shown]
     targets, folds, groups = parse_targets(rows["Target"]), rows["fold"].to_numpy(), rows["group"].to_numpy()
     made_of = {column.key: (shown[column.step], column.tuned) for column in columns}
-    decided = {(run, tuned): decide(probs[run], tuned, targets, groups)
-               for run, tuned in dict.fromkeys(made_of.values()) if run in probs}
+    decided = {
+        (run, tuned): decide(probs[run], tuned, targets, groups)
+        for run, tuned in dict.fromkeys(made_of.values())
+        if run in probs
+    }
     predictions = {key: decided[source] for key, source in made_of.items() if source in decided}
-    scores = [cell for column in columns
-              for cell in column_cells(model, column, shown[column.step], targets, folds, predictions.get(column.key))]
-    gains = [gain_cells(model, column, targets, folds, predictions[column.key], predictions[column.against])
-             for column in columns  # a repeated run gains nothing over itself
-             if column.step in runs and {column.key, column.against} <= predictions.keys()]
+    scores = [
+        cell
+        for column in columns
+        for cell in column_cells(model, column, shown[column.step], targets, folds, predictions.get(column.key))
+    ]
+    gains = [
+        gain_cells(model, column, targets, folds, predictions[column.key], predictions[column.against])
+        for column in columns  # a repeated run gains nothing over itself
+        if column.step in runs and {column.key, column.against} <= predictions.keys()
+    ]
     return scores, gains
 
 
@@ -203,10 +243,20 @@ def column_cells(model, column: Column, run: str, targets, folds, predictions) -
     ours = summarise(fold_scores(targets, folds, predictions)) if predictions else {}
     paper = paper_cells(model, column.key, numbers)
     sizes = {fold: int((folds == fold).sum()) for fold in numbers}
-    return [{"table": column.table, "model": model, "fold": str(fold), "column": column.key, "run": run,
-             "thresholds": "cross-fitted" if column.tuned else "0.5", "macro_f1": ours.get(fold, np.nan),
-             "paper": paper.get(fold, np.nan), "n_samples": sizes.get(fold, len(folds))}
-            for fold in (*numbers, MEAN, SPREAD)]
+    return [
+        {
+            "table": column.table,
+            "model": model,
+            "fold": str(fold),
+            "column": column.key,
+            "run": run,
+            "thresholds": "cross-fitted" if column.tuned else "0.5",
+            "macro_f1": ours.get(fold, np.nan),
+            "paper": paper.get(fold, np.nan),
+            "n_samples": sizes.get(fold, len(folds)),
+        }
+        for fold in (*numbers, MEAN, SPREAD)
+    ]
 
 
 def gain_cells(model, column: Column, targets, folds, after, before) -> dict:
@@ -214,8 +264,17 @@ def gain_cells(model, column: Column, targets, folds, after, before) -> dict:
     gain, low, high = paired_gain(targets, folds, after, before)
     numbers = np.unique(folds).tolist()
     paper = [paper_cells(model, key, numbers).get(MEAN, np.nan) for key in (column.key, column.against)]
-    return {"model": model, "column": column.key, "against": column.against, "gain": gain, "low": low, "high": high,
-            "paper": paper[0] - paper[1], "n_folds": len(numbers), "n_samples": len(folds)}
+    return {
+        "model": model,
+        "column": column.key,
+        "against": column.against,
+        "gain": gain,
+        "low": low,
+        "high": high,
+        "paper": paper[0] - paper[1],
+        "n_folds": len(numbers),
+        "n_samples": len(folds),
+    }
 
 
 def score_systems(systems: dict[str, dict[str, str]], probs: dict[str, np.ndarray], rows: pd.DataFrame):
@@ -229,6 +288,7 @@ def score_systems(systems: dict[str, dict[str, str]], probs: dict[str, np.ndarra
 
 
 # --- how they are shown ------------------------------------------------------------------------------------
+
 
 def wide_table(scores: pd.DataFrame, gains: pd.DataFrame, table: int) -> pd.DataFrame:
     """Return one table of the paper: a row for each model and fold, then mean, spread and gains; NaN where blank."""
@@ -252,9 +312,15 @@ def aligned(header: list[str], rows: list[list[str]], left: int = 1) -> str:
     """Return a Markdown table whose columns line up; the first `left` columns to the left, the others to the right."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join("| " + " | ".join(cell.ljust(width) if i < left else cell.rjust(width)
-                                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))) + " |"
-                     for row in (header, rule, *rows))
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in (header, rule, *rows)
+    )
 
 
 def figure(value: float, style: str = ".3f") -> str:
@@ -265,16 +331,26 @@ def markdown_table(scores: pd.DataFrame, table: int) -> str:
     """Return a table with the paper's figures beside ours, '-' where there is none."""
     wide = wide_table(scores, pd.DataFrame(columns=GAIN_FIELDS), table)
     header = ["Model", *(name for column in COLUMNS if column.table == table for name in (column.title, "paper"))]
-    rows = [[f"{model} (fold {fold})" if fold.isdecimal() else f"{model} {fold}", *map(figure, cells)]
-            for model, fold, *cells in wide.itertuples(index=False)]
+    rows = [
+        [f"{model} (fold {fold})" if fold.isdecimal() else f"{model} {fold}", *map(figure, cells)]
+        for model, fold, *cells in wide.itertuples(index=False)
+    ]
     return f"## Table {table}. {HEADINGS[table]}\n\n{aligned(header, rows)}"
 
 
 def markdown_gains(gains: pd.DataFrame) -> str:
     """Return the gain of each column over the one that it adds to, with its interval and the paper's difference."""
-    rows = [[gain.model, TITLES[gain.column], TITLES[gain.against], figure(gain.gain, "+.3f"),
-             f"[{figure(gain.low, '+.3f')}, {figure(gain.high, '+.3f')}]", figure(gain.paper, "+.3f")]
-            for gain in gains.itertuples()]
+    rows = [
+        [
+            gain.model,
+            TITLES[gain.column],
+            TITLES[gain.against],
+            figure(gain.gain, "+.3f"),
+            f"[{figure(gain.low, '+.3f')}, {figure(gain.high, '+.3f')}]",
+            figure(gain.paper, "+.3f"),
+        ]
+        for gain in gains.itertuples()
+    ]
     return "## Gains\n\n" + aligned(["Model", "Column", "over", "gain", "95 % interval", "paper"], rows, left=3)
 
 
@@ -283,9 +359,12 @@ def absent_notes(rows: pd.DataFrame, limit: int = 3) -> list[str]:
     folds_of = {}
     for fold, part in rows.groupby("fold"):
         folds_of.setdefault(tuple(absent_classes(parse_targets(part["Target"]))), []).append(str(fold))
-    return [f"Without a positive in fold {', '.join(folds)}: {len(absent)} of the {N_CLASSES} classes, each of which "
-            f"counts as 0 there: {', '.join(absent[:limit])}{', ...' if len(absent) > limit else '.'}"
-            for absent, folds in folds_of.items() if absent]
+    return [
+        f"Without a positive in fold {', '.join(folds)}: {len(absent)} of the {N_CLASSES} classes, each of which "
+        f"counts as 0 there: {', '.join(absent[:limit])}{', ...' if len(absent) > limit else '.'}"
+        for absent, folds in folds_of.items()
+        if absent
+    ]
 
 
 def notes(systems: dict[str, dict[str, str]], missing: dict[str, list[str]], rows: pd.DataFrame) -> list[str]:
@@ -299,17 +378,29 @@ def notes(systems: dict[str, dict[str, str]], missing: dict[str, list[str]], row
         "(unless stage 05 took the last epoch), so that all columns flatter, about alike.",
         "The paper's figures are from its own test split, so not comparable as absolute numbers: compare gains.",
         "Gains are differences of means over folds. Intervals are paired bootstraps over samples, drawn within folds "
-        f"({N_DRAWS} draws, thresholds kept): they do not cover how much another training seed would change."]
+        f"({N_DRAWS} draws, thresholds kept): they do not cover how much another training seed would change.",
+    ]
     if any(NO_FOLD in PAPER.get(model, ()) for model in systems):
         remarks.append("What the paper gives for a single fold stands in the row of the mean.")
     if "densenet50" in systems:
         remarks.append("The paper's Dense50 on its random folds 1, 2, 3 stands at densenet50's folds 0, 1, 2.")
-    remarks += [f"{model} has one training of its own: TA repeats its run of Table 2, and TA + TE repeats TE."
-                for model, runs in systems.items() if "eloss" in runs and "ta" not in runs]
+    remarks += [
+        f"{model} has one training of its own: TA repeats its run of Table 2, and TA + TE repeats TE."
+        for model, runs in systems.items()
+        if "eloss" in runs and "ta" not in runs
+    ]
     return remarks + [f"Missing: {line}." for lines in missing.values() for line in lines] + absent_notes(rows)
 
 
 def markdown(scores: pd.DataFrame, gains: pd.DataFrame, remarks: list[str]) -> str:
     """Return all tables, the gains and the notes as one Markdown text."""
-    return "\n\n".join([*(markdown_table(scores, table) for table in HEADINGS), markdown_gains(gains),
-                        "## Notes\n\n" + "\n".join(f"- {remark}" for remark in remarks)]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                *(markdown_table(scores, table) for table in HEADINGS),
+                markdown_gains(gains),
+                "## Notes\n\n" + "\n".join(f"- {remark}" for remark in remarks),
+            ]
+        )
+        + "\n"
+    )

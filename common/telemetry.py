@@ -18,9 +18,17 @@ def class_mix(epoch: int, targets: np.ndarray, ranked: np.ndarray, kept: np.ndar
     """
     seen, stayed = ranked @ targets, kept @ targets
     shares = (seen / max(1, seen.sum()), stayed / max(1, stayed.sum()))
-    return [{"epoch": epoch, "class": name, "ranked": int(seen[c]), "kept": int(stayed[c]),
-             "share_of_ranked": round(float(shares[0][c]), 4), "share_of_kept": round(float(shares[1][c]), 4)}
-            for c, name in enumerate(CLASS_NAMES)]
+    return [
+        {
+            "epoch": epoch,
+            "class": name,
+            "ranked": int(seen[c]),
+            "kept": int(stayed[c]),
+            "share_of_ranked": round(float(shares[0][c]), 4),
+            "share_of_kept": round(float(shares[1][c]), 4),
+        }
+        for c, name in enumerate(CLASS_NAMES)
+    ]
 
 
 def sample_table(ids: np.ndarray, targets: np.ndarray, ranked: np.ndarray, kept: np.ndarray, loss_sums: np.ndarray):
@@ -28,8 +36,15 @@ def sample_table(ids: np.ndarray, targets: np.ndarray, ranked: np.ndarray, kept:
 
     A sample that is kept whenever it is ranked, at a high loss, is one that the network cannot agree with.
     """
-    table = pd.DataFrame({"Id": ids, "Target": format_targets(targets), "ranked": ranked.astype(int),
-                          "kept": kept.astype(int), "loss": loss_sums})
+    table = pd.DataFrame(
+        {
+            "Id": ids,
+            "Target": format_targets(targets),
+            "ranked": ranked.astype(int),
+            "kept": kept.astype(int),
+            "loss": loss_sums,
+        }
+    )
     table = table.groupby(["Id", "Target"], as_index=False).sum()  # copies of a sample together
     table = table[table["ranked"] > 0]
     table["share_kept"] = (table["kept"] / table["ranked"]).round(4)

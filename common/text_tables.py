@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pandas as pd
 
-MAX_BYTES = 2 ** 27  # of a CSV file: a hundred times the competition's
+MAX_BYTES = 2**27  # of a CSV file: a hundred times the competition's
 MAX_HEADER = 10_000  # characters of its first line
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-SEPARATORS = ",;\t"  # spreadsheets write the second where the comma is the decimal sign, and the third as "Unicode text"
+SEPARATORS = (
+    ",;\t"  # spreadsheets write the second where the comma is the decimal sign, and the third as "Unicode text"
+)
 WHOLE = re.compile(r"([+-]?\d{1,18})(?:\.0*)?", re.ASCII)
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?inf|nan|", re.ASCII | re.IGNORECASE)
 
@@ -28,8 +30,9 @@ class BadTable(ValueError):
     """Say what is wrong with a CSV file, so that the sentence may begin with its path."""
 
 
-def read_text_table(path: Path, kinds: Callable[[list[str]], dict[str, type]] = lambda header: {},
-                    plain: bool = False) -> pd.DataFrame:
+def read_text_table(
+    path: Path, kinds: Callable[[list[str]], dict[str, type]] = lambda header: {}, plain: bool = False
+) -> pd.DataFrame:
     """Return a CSV file's columns as text, and those of numbers as numbers.
 
     kinds : function of the header that returns column -> int or float of the columns of numbers, and may refuse the header
@@ -49,7 +52,7 @@ def read_text_table(path: Path, kinds: Callable[[list[str]], dict[str, type]] = 
     wanted = kinds(header)
     lines, columns, wrong = [], [[] for _ in header], []
     for line, fields in rows:
-        if len(fields) != len(header) and (plain or len(fields) < len(header) or any(fields[len(header):])):
+        if len(fields) != len(header) and (plain or len(fields) < len(header) or any(fields[len(header) :])):
             wrong.append(f"line {line} has {len(fields)}")
             continue
         lines.append(line)
@@ -57,8 +60,12 @@ def read_text_table(path: Path, kinds: Callable[[list[str]], dict[str, type]] = 
             column.append(field)
     if wrong:
         raise BadTable(f"has {len(header)} fields in its header and others below ({first_of(wrong)})")
-    return pd.DataFrame({name: numbers(name, column, lines, wanted[name]) if name in wanted else pd.Series(column, dtype=str)
-                         for name, column in zip(header, columns, strict=True)})
+    return pd.DataFrame(
+        {
+            name: numbers(name, column, lines, wanted[name]) if name in wanted else pd.Series(column, dtype=str)
+            for name, column in zip(header, columns, strict=True)
+        }
+    )
 
 
 def decode(content: bytes, plain: bool) -> str:
@@ -69,9 +76,11 @@ def decode(content: bytes, plain: bool) -> str:
             raise BadTable("is text in UTF-16; save it in UTF-8")
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        line = content[:error.start].count(b"\n") + 1
-        raise BadTable(f"is not text in {encoding.removesuffix('-sig').upper()} (byte {content[error.start]:#04x} in line {line}); "
-                       "save it as CSV in UTF-8") from None
+        line = content[: error.start].count(b"\n") + 1
+        raise BadTable(
+            f"is not text in {encoding.removesuffix('-sig').upper()} (byte {content[error.start]:#04x} in line {line}); "
+            "save it as CSV in UTF-8"
+        ) from None
     if "\0" in text:
         raise BadTable("holds bytes of value 0, as UTF-16 does; save it as CSV in UTF-8")
     return text

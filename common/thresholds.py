@@ -25,6 +25,7 @@ FEW = 10  # positives below which a threshold is warned of
 
 # --- searches: (targets, probs) -> thresholds (n_classes,) ---------------------------------------------------
 
+
 def f1_curves(targets: np.ndarray, probs: np.ndarray, grid: np.ndarray = GRID) -> np.ndarray:
     """Return the F1 of each class at each threshold of `grid`, (n_classes, n_grid)."""
     curves = []
@@ -81,7 +82,7 @@ def ratio_thresholds(targets: np.ndarray, probs: np.ndarray, prior: np.ndarray |
     thresholds = []
     for prob, n in zip(probs.T, n_passing, strict=True):
         levels = np.concatenate([[0.0], np.sort(prob), [1.0]])
-        thresholds.append(levels[-n - 2:][:2].mean())
+        thresholds.append(levels[-n - 2 :][:2].mean())
     return np.array(thresholds)
 
 
@@ -102,16 +103,29 @@ def find_thresholds(targets: np.ndarray, probs: np.ndarray, method: str, prior: 
 
 # --- honest figures ------------------------------------------------------------------------------------------
 
+
 def repeated_folds(targets, groups, n_folds: int = 5, repeats: int = 3, seed: int = 0) -> list[np.ndarray]:
     """Return fold numbers (n,) for each repeat: stratified, whole groups, fewer folds where there are fewer groups."""
     n_folds = min(n_folds, len(np.unique(groups)))
     if n_folds < 2:
-        raise UserError(f"{len(targets)} samples in {n_folds} groups leave none to try thresholds on; give at least 2 groups")
+        raise UserError(
+            f"{len(targets)} samples in {n_folds} groups leave none to try thresholds on; give at least 2 groups"
+        )
     return [stratified_group_folds(targets, groups, n_folds, seed + repeat) for repeat in range(repeats)]
 
 
-def cross_fit(targets, probs, groups, method: str, n_folds: int = 5, repeats: int = 3, seed: int = 0, prior=None,
-              folds=None, weigh=None) -> list[np.ndarray]:
+def cross_fit(
+    targets,
+    probs,
+    groups,
+    method: str,
+    n_folds: int = 5,
+    repeats: int = 3,
+    seed: int = 0,
+    prior=None,
+    folds=None,
+    weigh=None,
+) -> list[np.ndarray]:
     """Predict every row with thresholds found on other rows; returns one (n, n_classes) bool array per repeat.
 
     groups : (n,) labels; rows of one group (near-duplicates) stay on one side
@@ -156,15 +170,25 @@ def evaluate_thresholds(targets: np.ndarray, probs: np.ndarray, groups, method: 
         "score_cross_fitted_present": float(honest[present].mean()),
         "n_present": int(present.sum()),
         "n_samples": len(targets),
-        "per_class": [{"class": name, "threshold": float(thresholds[c]), "positives": int(targets[:, c].sum()),
-                       "f1_cross_fitted": float(honest[c]), "interval": intervals[c],
-                       "f1_in_sample": float(in_sample[c])}
-                      for c, name in enumerate(CLASS_NAMES)],
+        "per_class": [
+            {
+                "class": name,
+                "threshold": float(thresholds[c]),
+                "positives": int(targets[:, c].sum()),
+                "f1_cross_fitted": float(honest[c]),
+                "interval": intervals[c],
+                "f1_in_sample": float(in_sample[c]),
+            }
+            for c, name in enumerate(CLASS_NAMES)
+        ],
     }
 
 
 def score_held_out(targets: np.ndarray, probs: np.ndarray, groups, thresholds) -> dict:
     """Return macro F1 and its interval on samples that nothing was fitted to, as plain types for thresholds.json."""
     predicted = probs >= np.array(thresholds)
-    return {"score_held_out": macro_f1(targets, predicted),
-            "interval_held_out": bootstrap_macro_f1(targets, [predicted], groups), "n_held_out": len(targets)}
+    return {
+        "score_held_out": macro_f1(targets, predicted),
+        "interval_held_out": bootstrap_macro_f1(targets, [predicted], groups),
+        "n_held_out": len(targets),
+    }

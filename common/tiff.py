@@ -25,6 +25,7 @@ class Layout:
     rows : of a strip; the last one of a plane may have fewer
     strips : (offset, bytes) of each strip of each plane
     """
+
     side: int
     compression: int
     predictor: int
@@ -43,25 +44,38 @@ def read_layout(data: np.ndarray, n_planes: int, max_side: int) -> Layout:
         raise ValueError("is no TIFF")
     place, pages = 4, []
     for _ in range(n_planes):
-        start, = struct.unpack_from(order + "I", data, place)
-        entries, = struct.unpack_from(order + "H", data, start)
+        (start,) = struct.unpack_from(order + "I", data, place)
+        (entries,) = struct.unpack_from(order + "H", data, start)
         place = start + 2 + 12 * entries
-        pages.append({tag: (kind, count, value) for tag, kind, count, value in
-                      struct.iter_unpack(order + "HHI4s", data[start + 2:place])})
+        pages.append(
+            {
+                tag: (kind, count, value)
+                for tag, kind, count, value in struct.iter_unpack(order + "HHI4s", data[start + 2 : place])
+            }
+        )
 
     def numbers(page: dict, tag: int, default=None) -> tuple[int, ...]:
         if tag not in page and default is not None:
             return default
         kind, count, value = page[tag]
         form = struct.Struct(f"{order}{count}{KINDS[kind]}")
-        return form.unpack(value[:form.size]) if form.size <= 4 else form.unpack_from(data, *struct.unpack(order + "I", value))
+        return (
+            form.unpack(value[: form.size])
+            if form.size <= 4
+            else form.unpack_from(data, *struct.unpack(order + "I", value))
+        )
 
     first = pages[0]
     (width,), (side,), (compression,), (rows,) = (numbers(first, tag) for tag in (WIDTH, LENGTH, COMPRESSION, ROWS))
     if width != side or not 0 < side <= max_side or not 0 < rows <= side:
         raise ValueError(f"claims {width} x {side} px in strips of {rows} rows")
-    return Layout(side, compression, *numbers(first, PREDICTOR, (1,)), rows,
-                  [list(zip(numbers(page, OFFSETS), numbers(page, COUNTS), strict=True)) for page in pages])
+    return Layout(
+        side,
+        compression,
+        *numbers(first, PREDICTOR, (1,)),
+        rows,
+        [list(zip(numbers(page, OFFSETS), numbers(page, COUNTS), strict=True)) for page in pages],
+    )
 
 
 class Memory(threading.local):
@@ -91,7 +105,7 @@ def read_bytes(path) -> np.ndarray:
     """Return a file's bytes, until the thread reads the next one."""
     with open(path, "rb", buffering=0) as file:
         data = FILE.empty((os.fstat(file.fileno()).st_size,))
-        return data[:file.readinto(data)]
+        return data[: file.readinto(data)]
 
 
 def decode(data: np.ndarray, layout: Layout, new=np.empty) -> np.ndarray:
@@ -104,7 +118,7 @@ def decode(data: np.ndarray, layout: Layout, new=np.empty) -> np.ndarray:
     for plane, strips in zip(planes, layout.strips, strict=True):
         bottoms = accumulate(heights, initial=0)
         for (offset, count), (top, bottom) in zip(strips, pairwise(bottoms), strict=True):
-            decode_strip(data[offset:offset + count], layout, plane[top:bottom])
+            decode_strip(data[offset : offset + count], layout, plane[top:bottom])
     return planes
 
 

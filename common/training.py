@@ -62,9 +62,11 @@ class NotFinite(Exception):
 
 # --- the state of a run ------------------------------------------------------------------------------------
 
+
 @dataclass
 class Run:
     """A training: what it works with (first part), and all that a checkpoint holds of it (second part)."""
+
     recipe: Recipe
     hardware: Hardware
     normalise: Normalisation
@@ -91,13 +93,30 @@ class Run:
     fitting: Fitting = field(default_factory=Fitting)  # of the validation; not saved
 
     TENSORS = ("model", "optimizer", "scaler")
-    PLACE = ("ranking", "epoch", "step", "loss_sum", "skipped", "seconds", "best_score", "micro_batch", "start", "returns",
-             "history", "class_mix")
-    LATER = ("skipped",)  # of PLACE: what checkpoints of earlier versions lack, and keeps its default when one is restored
+    PLACE = (
+        "ranking",
+        "epoch",
+        "step",
+        "loss_sum",
+        "skipped",
+        "seconds",
+        "best_score",
+        "micro_batch",
+        "start",
+        "returns",
+        "history",
+        "class_mix",
+    )
+    LATER = (
+        "skipped",
+    )  # of PLACE: what checkpoints of earlier versions lack, and keeps its default when one is restored
 
     def state(self) -> dict:
-        return {**self.network_state(), **{name: getattr(self, name).state_dict() for name in self.TENSORS},
-                **{name: getattr(self, name) for name in self.PLACE}}
+        return {
+            **self.network_state(),
+            **{name: getattr(self, name).state_dict() for name in self.TENSORS},
+            **{name: getattr(self, name) for name in self.PLACE},
+        }
 
     def restore(self, state: dict) -> None:
         """Take over a saved state; raises KeyError, RuntimeError or ValueError where it is another network's or lacks parts."""
@@ -110,7 +129,9 @@ class Run:
                 setattr(self, name, state[name])
         self.micro_batch = self.hardware.micro_batch or self.micro_batch
         for parameter, values in self.optimizer.state.items():  # torch looks at neither, and ends the process later
-            if any(value.ndim and value.shape != parameter.shape for value in values.values() if torch.is_tensor(value)):
+            if any(
+                value.ndim and value.shape != parameter.shape for value in values.values() if torch.is_tensor(value)
+            ):
                 raise ValueError("its optimizer is another network's")
         if self.ranking.shape != rows:
             raise ValueError(f"its ranking has the shape {tuple(self.ranking.shape)}, expected {tuple(rows)}")
@@ -122,8 +143,14 @@ class Run:
 
     def network_state(self) -> dict:
         """Return what prediction needs: weights, normalisation, classes, and what tells that it is this project's."""
-        return {"model": self.model.state_dict(), "mean": list(self.normalise.mean), "std": list(self.normalise.std),
-                "classes": list(CLASS_NAMES), "recipe": to_dict(self.recipe), "format": FORMAT}
+        return {
+            "model": self.model.state_dict(),
+            "mean": list(self.normalise.mean),
+            "std": list(self.normalise.std),
+            "classes": list(CLASS_NAMES),
+            "recipe": to_dict(self.recipe),
+            "format": FORMAT,
+        }
 
 
 def seed_torch(*numbers: int) -> None:
@@ -135,8 +162,15 @@ def seed_torch(*numbers: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed: int, weights: dict | None = None,
-            rates: tuple[float, ...] | None = None) -> Run:
+def new_run(
+    recipe: Recipe,
+    data: FoldData,
+    hardware: Hardware,
+    fold: int,
+    seed: int,
+    weights: dict | None = None,
+    rates: tuple[float, ...] | None = None,
+) -> Run:
     """Return a run at its very start; what `weights` does not give depends on seed and fold only.
 
     weights : pretrained parameters of the encoder; rates : top learning rates in place of the recipe's
@@ -155,22 +189,41 @@ def new_run(recipe: Recipe, data: FoldData, hardware: Hardware, fold: int, seed:
     optimizer = build_optimizer(recipe, param_groups(model, rates or recipe.group_learning_rates))
     scaler = torch.amp.GradScaler(device.type, enabled=hardware.autocast == torch.float16)
     counts = effective_number_weights(data.counts, recipe.alpha, recipe.class_weights)
-    return Run(recipe, hardware, data.normalisation, torch.tensor(counts, dtype=torch.float32, device=device), seed,
-               network, model, optimizer, scaler, torch.zeros(2, len(data.train), 3, device=device),
-               micro_batch=hardware.micro_batch)
+    return Run(
+        recipe,
+        hardware,
+        data.normalisation,
+        torch.tensor(counts, dtype=torch.float32, device=device),
+        seed,
+        network,
+        model,
+        optimizer,
+        scaler,
+        torch.zeros(2, len(data.train), 3, device=device),
+        micro_batch=hardware.micro_batch,
+    )
 
 
 def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
     """Return SGD with momentum, or AdamW or Muon, which leave biases and normalisation layers without decay."""
     if recipe.optimizer == "sgd":
         sgd = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
-        for group in groups:  # torch leaves them unset where a first step overflows in float16, and uses them in the next
+        for (
+            group
+        ) in groups:  # torch leaves them unset where a first step overflows in float16, and uses them in the next
             for parameter in group["params"] if recipe.momentum else ():
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
-    parts = [{**group, "params": [p for p in group["params"] if p.ndim == dimensions], "muon": dimensions == 4,
-              "weight_decay": recipe.weight_decay if dimensions > 1 else 0.0}
-             for group in groups for dimensions in (4, 2, 1)]  # convolutions, dense layers, biases and normalisation layers
+    parts = [
+        {
+            **group,
+            "params": [p for p in group["params"] if p.ndim == dimensions],
+            "muon": dimensions == 4,
+            "weight_decay": recipe.weight_decay if dimensions > 1 else 0.0,
+        }
+        for group in groups
+        for dimensions in (4, 2, 1)
+    ]  # convolutions, dense layers, biases and normalisation layers
     optimizer = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
     return optimizer([part for part in parts if part["params"]], lr=0.0, betas=(recipe.momentum, 0.99), fused=True)
 
@@ -184,14 +237,21 @@ def check_team(recipe: Recipe, n_rows: int, hardware: Hardware) -> None:
     if recipe.sync_batchnorm and not hardware.is_gpu:
         raise UserError("sync_batchnorm works on GPUs only; leave it out, or train in one process")
     if each < 2 and not recipe.sync_batchnorm:
-        raise UserError(f"a batch of {recipe.batch_size} leaves {size} processes {each} image each, and BatchNorm needs two; start fewer "
-                        "processes, or give a larger batch: --set batch_size=...")
+        raise UserError(
+            f"a batch of {recipe.batch_size} leaves {size} processes {each} image each, and BatchNorm needs two; start fewer "
+            "processes, or give a larger batch: --set batch_size=..."
+        )
     if each < ENOUGH_IMAGES and not recipe.sync_batchnorm and hardware.team.is_main:
-        print(f"warning: each of {size} processes normalises over {each} images only, which can cost much of the score; use --set "
-              f"sync_batchnorm=true, a larger batch, or fewer processes", file=sys.stderr, flush=True)
+        print(
+            f"warning: each of {size} processes normalises over {each} images only, which can cost much of the score; use --set "
+            f"sync_batchnorm=true, a larger batch, or fewer processes",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 # --- one step ----------------------------------------------------------------------------------------------
+
 
 @contextmanager
 def frozen_statistics(model):
@@ -247,7 +307,9 @@ def smaller_micro_batch(micro_batch: int, hardware: Hardware) -> int:
         raise UserError("two images do not fit into the GPU's memory; use a smaller crop: --set crop_size=...")
     if hardware.team.size > 1:  # the others wait in the middle of their step
         raise UserError(f"{micro_batch} images do not fit into the GPU's memory; start again with --micro-batch {half}")
-    print(f"out of memory with {micro_batch} images at once: continuing with {half}; the batch keeps its size", flush=True)
+    print(
+        f"out of memory with {micro_batch} images at once: continuing with {half}; the batch keeps its size", flush=True
+    )
     return half
 
 
@@ -272,7 +334,9 @@ def gradients(run: Run, images, targets, n: int, share: float, step: int) -> tup
     if share < 1:
         if whole is None:
             with torch.no_grad(), frozen_statistics(run.model):
-                ranked = torch.cat([losses_of(k, run.model if team.size > 1 else run.network) for k in range(len(parts))])
+                ranked = torch.cat(
+                    [losses_of(k, run.model if team.size > 1 else run.network) for k in range(len(parts))]
+                )
         else:
             ranked = whole.detach()
         kept = hard_samples(team.gather(ranked, n), share)
@@ -316,6 +380,7 @@ def regularise(run: Run) -> None:
 
 # --- epochs ------------------------------------------------------------------------------------------------
 
+
 def learning_rate_factor(run: Run, step: int, steps: int) -> float:
     """Return the factor on the top learning rates at a step of the run with `steps` in an epoch."""
     recipe = run.recipe
@@ -330,8 +395,15 @@ def learning_rate_factor(run: Run, step: int, steps: int) -> float:
 
 def epoch_batches(run: Run, data: FoldData, epoch: int, start: int = 0) -> EpochBatches:
     """Return an epoch's batches from number `start` on."""
-    return EpochBatches(len(data.train), run.recipe.batch_size, run.seed, epoch, start, run.hardware.team,
-                        draw_weights(data.train.targets, run.recipe.class_balance))
+    return EpochBatches(
+        len(data.train),
+        run.recipe.batch_size,
+        run.seed,
+        epoch,
+        start,
+        run.hardware.team,
+        draw_weights(data.train.targets, run.recipe.class_balance),
+    )
 
 
 def all_batches(run: Run, data: FoldData):
@@ -351,14 +423,20 @@ def all_batches(run: Run, data: FoldData):
             if is_evaluated(recipe, number):
                 yield from ([(1, row) for row in rows] for rows in parts)
 
-    return on_device(loader(Sets((data.train, valid)), run.hardware.workers, run.hardware.is_gpu, keys()), run.hardware.device)
+    return on_device(
+        loader(Sets((data.train, valid)), run.hardware.workers, run.hardware.is_gpu, keys()), run.hardware.device
+    )
 
 
 def part_of(dataset: ImageSet, team: Team) -> ImageSet:
     """Return this process's part of a set."""
     part = team.part(len(dataset))
-    return replace(dataset, ids=dataset.ids[part], targets=dataset.targets[part],
-                   sides=None if dataset.sides is None else dataset.sides[part])
+    return replace(
+        dataset,
+        ids=dataset.ids[part],
+        targets=dataset.targets[part],
+        sides=None if dataset.sides is None else dataset.sides[part],
+    )
 
 
 def train_epoch(run: Run, data: FoldData, feed, label: str, save) -> None:
@@ -376,8 +454,14 @@ def train_epoch(run: Run, data: FoldData, feed, label: str, save) -> None:
     before, unread = run.seconds, []
     slower = 0.5 ** len(run.returns)
     run.model.train()
-    for images, targets in progress(islice(feed, batches.steps - run.step), batches.steps, label, unit="batches",
-                                    initial=run.step, quiet=not team.is_main):
+    for images, targets in progress(
+        islice(feed, batches.steps - run.step),
+        batches.steps,
+        label,
+        unit="batches",
+        initial=run.step,
+        quiet=not team.is_main,
+    ):
         step = run.epoch * batches.steps + run.step
         for group in run.optimizer.param_groups:
             group["lr"] = slower * group["top_lr"] * learning_rate_factor(run, step, batches.steps)
@@ -388,7 +472,7 @@ def train_epoch(run: Run, data: FoldData, feed, label: str, save) -> None:
             losses = losses.nan_to_num(0.0, 0.0, 0.0)
         loss_sum += losses[kept].mean()
         if share < 1:
-            note_ranking(run, order[run.step * batches.batch:(run.step + 1) * batches.batch], losses, kept)
+            note_ranking(run, order[run.step * batches.batch : (run.step + 1) * batches.batch], losses, kept)
         run.step += 1
         run.seconds = before + time.monotonic() - started
         ends = run.step == batches.steps
@@ -453,14 +537,17 @@ def evaluate(run: Run, data: FoldData, feed) -> tuple[float, float]:
     """Return the mean E-loss and the macro F1 at 0.5 on the whole validation images; raises NotFinite."""
     team, valid = run.hardware.team, data.valid
     team.share_buffers(run.model)
-    logits = predict_logits(run.model, run.normalise, part_of(valid, team), run.hardware, views("none"), feed=feed,
-                            fitting=run.fitting)
+    logits = predict_logits(
+        run.model, run.normalise, part_of(valid, team), run.hardware, views("none"), feed=feed, fitting=run.fitting
+    )
     logits = team.gather_rows(logits[0])
     losses = sample_losses(logits, torch.from_numpy(valid.targets), run.class_weights.cpu(), run.recipe)
     wrong = ~losses.isfinite()
     if wrong.any():
-        raise NotFinite(f"the validation of epoch {run.epoch + 1}",
-                        pd.DataFrame({"Id": valid.ids[wrong.numpy()], "loss": losses[wrong].tolist()}))
+        raise NotFinite(
+            f"the validation of epoch {run.epoch + 1}",
+            pd.DataFrame({"Id": valid.ids[wrong.numpy()], "loss": losses[wrong].tolist()}),
+        )
     return losses.double().mean().item(), macro_f1(valid.targets, (logits > 0).numpy())
 
 
@@ -493,7 +580,10 @@ def evaluations_per_cycle(recipe: Recipe) -> int:
 
 # --- whole folds -------------------------------------------------------------------------------------------
 
-def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: str, on_nan: str = "stop", note=None) -> Run:
+
+def train_fold(
+    run: Run, folder: Path, data: FoldData, made_from: dict, label: str, on_nan: str = "stop", note=None
+) -> Run:
     """Train a run until its cycles are over.
 
     made_from : what the run depends on; saved in every checkpoint
@@ -508,6 +598,7 @@ def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: s
     saved = time.monotonic()
 
     with Writer() as writer, stopping.held():
+
         def save() -> bool:
             nonlocal best, saved
             if not is_main or not math.isfinite(run.loss_sum) or not finite_weights(run).all():
@@ -549,8 +640,10 @@ def train_fold(run: Run, folder: Path, data: FoldData, made_from: dict, label: s
 
 
 def describe_epoch(run: Run, row: dict, label: str) -> str:
-    return (f"{label}: epoch {row['epoch']}/{run.recipe.epochs}, loss {row['train_loss']:.3f} (valid "
-            f"{row['valid_loss']:.3f}), macro F1 {row['macro_f1']:.3f}, best {run.best_score:.3f}, {row['seconds'] + row['valid_seconds']:.1f} s")
+    return (
+        f"{label}: epoch {row['epoch']}/{run.recipe.epochs}, loss {row['train_loss']:.3f} (valid "
+        f"{row['valid_loss']:.3f}), macro F1 {row['macro_f1']:.3f}, best {run.best_score:.3f}, {row['seconds'] + row['valid_seconds']:.1f} s"
+    )
 
 
 def go_back(run: Run, error: NotFinite, folder: Path, label: str) -> None:
@@ -564,12 +657,16 @@ def go_back(run: Run, error: NotFinite, folder: Path, label: str) -> None:
     returns = [*run.returns, str(error)]
     if run.good is None or len(returns) > MOST_RETURNS:
         tried = f", after it went back {MOST_RETURNS} times" if run.good else ""
-        raise UserError(f"{found}{tried}; lower the learning rates with --set learning_rates=... and train anew with --force"
-                        + ("" if run.good else ", or go on with --on-nan back"))
+        raise UserError(
+            f"{found}{tried}; lower the learning rates with --set learning_rates=... and train anew with --force"
+            + ("" if run.good else ", or go on with --on-nan back")
+        )
     run.restore(snapshot(run.good))
     run.returns = returns
-    print(f"{found}: going back to the beginning of epoch {run.epoch + 1} with {0.5 ** len(returns):g} of the learning rates",
-          flush=True)
+    print(
+        f"{found}: going back to the beginning of epoch {run.epoch + 1} with {0.5 ** len(returns):g} of the learning rates",
+        flush=True,
+    )
 
 
 def write_state(folder: Path, state: dict, best: dict | None, samples) -> None:
@@ -589,9 +686,15 @@ def close_epoch(run: Run, data: FoldData, feed) -> dict:
     Raises NotFinite for the loss of the validation samples.
     """
     recipe = run.recipe
-    row = {"epoch": run.epoch + 1, "cycle": run.epoch // recipe.cycle_epochs + 1,
-           "learning_rate": run.optimizer.param_groups[-1]["lr"], "train_loss": run.loss_sum / max(1, run.step - run.skipped),
-           "seconds": round(run.seconds, 2), "hardware": str(run.hardware), **({} if run.epoch else {"start": run.start})}
+    row = {
+        "epoch": run.epoch + 1,
+        "cycle": run.epoch // recipe.cycle_epochs + 1,
+        "learning_rate": run.optimizer.param_groups[-1]["lr"],
+        "train_loss": run.loss_sum / max(1, run.step - run.skipped),
+        "seconds": round(run.seconds, 2),
+        "hardware": str(run.hardware),
+        **({} if run.epoch else {"start": run.start}),
+    }
     if is_evaluated(recipe, run.epoch):
         started = time.monotonic()
         row["valid_loss"], row["macro_f1"] = evaluate(run, data, feed)
@@ -608,9 +711,19 @@ def close_epoch(run: Run, data: FoldData, feed) -> dict:
 
 # --- learning rate finder ----------------------------------------------------------------------------------
 
-def lr_range_test(data: FoldData, recipe: Recipe, hardware: Hardware, fold: int, seed: int, weights: dict | None = None,
-                  n_steps: int = FINDER_STEPS, low: float = 1e-5, high: float = 10.0,
-                  label: str = "learning rates") -> tuple[list[float], list[float]]:
+
+def lr_range_test(
+    data: FoldData,
+    recipe: Recipe,
+    hardware: Hardware,
+    fold: int,
+    seed: int,
+    weights: dict | None = None,
+    n_steps: int = FINDER_STEPS,
+    low: float = 1e-5,
+    high: float = 10.0,
+    label: str = "learning rates",
+) -> tuple[list[float], list[float]]:
     """Train a fresh network while the learning rate grows per batch from `low` to `high`; stop when it diverges.
 
     The rate is that of the last layer group; the others keep their ratio to it. Returns rates and losses.

@@ -24,14 +24,28 @@ from common.files import clear_leftovers
 from common.progress import progress
 
 SECONDS_TO_ANSWER = 20
-MEGABYTE = 2 ** 20
+MEGABYTE = 2**20
 CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.", "AuxLogits.")
 CURE = "expected a .pth, .pt or .safetensors file of tensors: download it again, or give another with --pretrained FILE"
-SAVE = "save the network's parameters alone with torch.save(network.state_dict(), FILE), and give that: --pretrained FILE"
+SAVE = (
+    "save the network's parameters alone with torch.save(network.state_dict(), FILE), and give that: --pretrained FILE"
+)
 OTHER_THINGS = re.compile(r"GLOBAL (\S+)|(TorchScript)")
 # What programs save around a network's parameters, and put in front of their names when it is compiled, or one of several.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "network", "net", "weights", "params", "state_dict_ema", "model_ema",
-            "ema_state_dict", "ema", "teacher")
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "network",
+    "net",
+    "weights",
+    "params",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+    "teacher",
+)
 DEPTH = 4  # of wrappers in wrappers
 WRAPPED_NAME = re.compile(r"(?:^|(?<=\.))(?:(?:_orig_mod|module)\.)+")
 NETWORK_NAMES = ("model.", "network.", "net.", "backbone.")  # of a network that is a part of a larger object
@@ -39,8 +53,10 @@ OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 PYTORCH = "https://download.pytorch.org/models"
 # One host twice: the project moved, and its old address forwards to the new one.
-TIMM = ("https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights",
-        "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights")
+TIMM = (
+    "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights",
+    "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights",
+)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -72,11 +88,14 @@ PUBLISHED = {
     "inceptionv4": Published(  # on its host it is called model.safetensors, and its whole digest is on record
         "inception_v4.tf_in1k-a756a086.safetensors",
         ("https://huggingface.co/timm/inception_v4.tf_in1k/resolve/main/model.safetensors",),
-        "a756a086851c8d5a8de135ec15c76b90ea56cb5aef450e3299107e659e725bb1", *HALVES),
+        "a756a086851c8d5a8de135ec15c76b90ea56cb5aef450e3299107e659e725bb1",
+        *HALVES,
+    ),
 }
 
 
 # --- finding -----------------------------------------------------------------------------------------------
+
 
 def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Path | None:
     """Return the file of weights that `encoder` is to start from; None for random weights.
@@ -89,8 +108,10 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
     if pretrained == "none":
         return None
     if pretrained != "auto" and not Path(pretrained).is_file():
-        raise UserError(f"--pretrained {pretrained}: there is no such file; give a .pth or .safetensors file, 'auto' "
-                        "for the published weights, or 'none' for random ones")
+        raise UserError(
+            f"--pretrained {pretrained}: there is no such file; give a .pth or .safetensors file, 'auto' "
+            "for the published weights, or 'none' for random ones"
+        )
     if pretrained != "auto":
         return Path(pretrained)
     if encoder not in PUBLISHED:
@@ -112,12 +133,16 @@ def told_if_other(path: Path, sha256: str) -> Path:
     """Return a file that was found under a published name; print a warning where its SHA-256 is another one's."""
     found = fingerprint(path)
     if not found.startswith(sha256):
-        print(f"warning: {path} is not the published file: its SHA-256 should begin with {sha256}, found {found}. It is "
-              "used as it is; delete it to have the published one downloaded", flush=True)
+        print(
+            f"warning: {path} is not the published file: its SHA-256 should begin with {sha256}, found {found}. It is "
+            "used as it is; delete it to have the published one downloaded",
+            flush=True,
+        )
     return path
 
 
 # --- downloading -------------------------------------------------------------------------------------------
+
 
 class NotPublished(Exception):
     """A host does not answer, or gives another file than the published one."""
@@ -136,12 +161,18 @@ def download(encoder: str, published: Published, path: Path) -> Path | None:
         except NotPublished as error:
             failures.append(f"  {url} ({error})")
         except OSError as error:
-            raise UserError(f"the weights of {encoder} cannot be written to {path.parent} ({error.strerror or error}); make "
-                            "room or get the right to, give --weights-dir a folder that can be written, or start from random "
-                            "weights with --pretrained none") from None
-    print(f"{encoder}: the ImageNet weights could not be downloaded, so training goes on from random weights.\n"
-          f"To start from them, save one of these as {path.absolute()}:\n" + "\n".join(failures) +
-          "\n(--pretrained none starts from random weights without asking for them)", flush=True)
+            raise UserError(
+                f"the weights of {encoder} cannot be written to {path.parent} ({error.strerror or error}); make "
+                "room or get the right to, give --weights-dir a folder that can be written, or start from random "
+                "weights with --pretrained none"
+            ) from None
+    print(
+        f"{encoder}: the ImageNet weights could not be downloaded, so training goes on from random weights.\n"
+        f"To start from them, save one of these as {path.absolute()}:\n"
+        + "\n".join(failures)
+        + "\n(--pretrained none starts from random weights without asking for them)",
+        flush=True,
+    )
     return None
 
 
@@ -193,6 +224,7 @@ def fetch(url: str, path: Path, sha256: str) -> None:
 
 # --- reading -----------------------------------------------------------------------------------------------
 
+
 def read_file(path: Path):
     """Read a file of tensors and plain types onto the CPU; no code in it is ever run. Raises UserError."""
     try:
@@ -202,8 +234,10 @@ def read_file(path: Path):
         return torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # damaged files raise many kinds, torch's with long advice
         if other := OTHER_THINGS.search(str(error)):
-            raise UserError(f"{path} holds other things than tensors ({other[1] or other[2]}), which might run code, so it is "
-                            f"not read; {SAVE}") from None
+            raise UserError(
+                f"{path} holds other things than tensors ({other[1] or other[2]}), which might run code, so it is "
+                f"not read; {SAVE}"
+            ) from None
         reason = first_line(error) if isinstance(error, ValueError) else type(error).__name__
         raise UserError(f"{path} cannot be read as weights ({reason}); {CURE}") from None
 
@@ -221,10 +255,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     tensors = encoder_tensors(state)
     if not tensors:
         raise UserError(f"{path} holds no tensors of an encoder, but {contents(state)}; {CURE}")
-    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.float().isfinite().all()]
+    broken = [
+        name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.float().isfinite().all()
+    ]
     if broken:
-        raise UserError(f"{path} has weights that are NaN or infinite, such as {broken[0]} ({len(broken)} tensors in all); give "
-                        "another file with --pretrained FILE")
+        raise UserError(
+            f"{path} has weights that are NaN or infinite, such as {broken[0]} ({len(broken)} tensors in all); give "
+            "another file with --pretrained FILE"
+        )
     return tensors
 
 
@@ -243,14 +281,22 @@ def unwrapped(state):
 
 def is_parameters(state) -> bool:
     """Tell whether something is a dictionary of named tensors and nothing else."""
-    return isinstance(state, dict) and bool(state) and all(isinstance(name, str) and is_plain(value)
-                                                           for name, value in state.items())
+    return (
+        isinstance(state, dict)
+        and bool(state)
+        and all(isinstance(name, str) and is_plain(value) for name, value in state.items())
+    )
 
 
 def is_plain(tensor) -> bool:
     """Tell whether something is a tensor of real numbers with a place in memory for each."""
-    return (torch.is_tensor(tensor) and tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_complex()
-            and not tensor.is_meta)
+    return (
+        torch.is_tensor(tensor)
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_complex()
+        and not tensor.is_meta
+    )
 
 
 def contents(state) -> str:
@@ -258,8 +304,10 @@ def contents(state) -> str:
     if not isinstance(state, dict) or not state:
         return f"one {type(state).__name__}" if state != {} else "nothing"
     others = {name: value for name, value in state.items() if not is_plain(value)} or state
-    named = [f"{name!r} ({f'{value.layout} of {value.dtype}' if torch.is_tensor(value) else type(value).__name__})"
-             for name, value in list(others.items())[:5]]
+    named = [
+        f"{name!r} ({f'{value.layout} of {value.dtype}' if torch.is_tensor(value) else type(value).__name__})"
+        for name, value in list(others.items())[:5]
+    ]
     return ", ".join(named) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
 
 
@@ -271,5 +319,8 @@ def encoder_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     own = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
     if own:
         return own
-    return {OLD_DENSENET_NAME.sub(r"\1\2", name.removeprefix("features.")): tensor
-            for name, tensor in state.items() if not name.startswith(CLASSIFIERS)}
+    return {
+        OLD_DENSENET_NAME.sub(r"\1\2", name.removeprefix("features.")): tensor
+        for name, tensor in state.items()
+        if not name.startswith(CLASSIFIERS)
+    }

@@ -78,7 +78,9 @@ class Work:
     def pairs(self) -> pd.DataFrame:
         """Near-identical pairs with the largest of their three distances, closest first."""
         pairs = read_table(self.folder / "duplicate_pairs.csv", self.hint("02_dedup.py"))
-        return pairs.assign(bits=pairs[["red", "green", "blue"]].max(axis=1)).sort_values("bits", kind="stable", ignore_index=True)
+        return pairs.assign(bits=pairs[["red", "green", "blue"]].max(axis=1)).sort_values(
+            "bits", kind="stable", ignore_index=True
+        )
 
     @cached_property
     def left_out(self) -> pd.DataFrame:
@@ -100,8 +102,10 @@ class Work:
     @cached_property
     def stores(self) -> dict[str, pd.DataFrame]:
         """Statistics of stored images by the folder's name, smallest images first."""
-        tables = {path.stem: read_table(path, preprocess_command(self.folder, path.stem))
-                  for path in csv_files(self.folder / "images")}
+        tables = {
+            path.stem: read_table(path, preprocess_command(self.folder, path.stem))
+            for path in csv_files(self.folder / "images")
+        }
         return dict(sorted(tables.items(), key=lambda item: (item[1]["side"].max(), item[0])))
 
     def planes(self, Id: str, side: int) -> np.ndarray:
@@ -112,13 +116,17 @@ class Work:
         try:
             return small_planes(self.folder / "images" / store / f"{Id}.tif", side)
         except (OSError, ValueError) as error:
-            raise UserError(f"the image of {Id} cannot be read ({error}); run: {self.hint('01_preprocess.py')}") from None
+            raise UserError(
+                f"the image of {Id} cannot be read ({error}); run: {self.hint('01_preprocess.py')}"
+            ) from None
 
     def image(self, Id: str) -> tuple[str, str]:
         """Return a sample as (data URI, alt text); without a URI where its image cannot be read."""
         planes = there(lambda: self.planes(Id, THUMBNAIL))
-        return ("" if planes is None else data_uri(jpeg(composite(planes))),
-                f"sample {Id}: {class_names(self.targets_by_id.get(Id, ''))}")
+        return (
+            "" if planes is None else data_uri(jpeg(composite(planes))),
+            f"sample {Id}: {class_names(self.targets_by_id.get(Id, ''))}",
+        )
 
     def card(self, Ids: list[str], lines: list[str]) -> Card:
         return Card([self.image(Id) for Id in Ids], lines, " | ".join(Ids))
@@ -154,8 +162,11 @@ class Work:
     def run_tables(self, recipe: str, name: str) -> dict[int, pd.DataFrame]:
         """Return fold -> a CSV file of a recipe's trainings, of the folds that have it."""
         paths = {fold: self.run_folder(recipe, fold) / name for fold in self.runs.get(recipe, {})}
-        return {fold: read_table(path, self.hint("04_train.py", "--recipe", recipe, "--folds", str(fold), "--force"))
-                for fold, path in paths.items() if path.is_file()}
+        return {
+            fold: read_table(path, self.hint("04_train.py", "--recipe", recipe, "--folds", str(fold), "--force"))
+            for fold, path in paths.items()
+            if path.is_file()
+        }
 
     # --- predictions and what follows
 
@@ -167,8 +178,10 @@ class Work:
     def scores(self) -> dict:
         """What is in `thresholds`, where stage 06 has scored them."""
         if "score_cross_fitted" not in self.thresholds:
-            raise UserError(f"the thresholds have no scores, since --reproduce took them from a submission; for scores run: "
-                            f"{self.hint('06_thresholds.py')}")
+            raise UserError(
+                f"the thresholds have no scores, since --reproduce took them from a submission; for scores run: "
+                f"{self.hint('06_thresholds.py')}"
+            )
         return self.thresholds
 
     @cached_property
@@ -176,7 +189,11 @@ class Work:
         """What stage 06 read where predictions were given by --oof: name -> path of the members, of labels and ids; else {}."""
         path = self.folder / "thresholds.json"
         record = read_sidecar(path) if path.is_file() and sidecar(path).is_file() else {"inputs": {"folds.csv": ""}}
-        return {} if "folds.csv" in record["inputs"] else {name: self.input_path(path, record, name) for name in record["inputs"]}
+        return (
+            {}
+            if "folds.csv" in record["inputs"]
+            else {name: self.input_path(path, record, name) for name in record["inputs"]}
+        )
 
     @cached_property
     def members(self) -> list[str]:
@@ -215,7 +232,9 @@ class Work:
         """Return Id and Target of the samples that the files given to stage 06 are scored on, and the files' probabilities
         (n_members, n, 28)."""
         if "labels" not in self.given:
-            raise UserError("no labels belong to these predictions, since --reproduce took the thresholds from a submission")
+            raise UserError(
+                "no labels belong to these predictions, since --reproduce took the thresholds from a submission"
+            )
         again = f"run: {self.hint('06_thresholds.py', '--oof', 'FILES', '--labels', 'CSV')}"
         if not set(self.members) <= set(self.given):
             raise UserError(f"{self.folder / 'thresholds.json'} is for other files than its sidecar says; {again}")
@@ -238,8 +257,9 @@ class Work:
             ids, stack = self.predictions("oof")
             rows = self.folds.set_index("Id")
             if not set(ids) <= set(rows.index):
-                raise UserError("the predictions are for other samples than folds.csv has; run: "
-                                f"{self.hint('05_predict_oof.py')}")
+                raise UserError(
+                    f"the predictions are for other samples than folds.csv has; run: {self.hint('05_predict_oof.py')}"
+                )
             rows = rows.loc[ids].reset_index()
         return rows, parse_targets(rows["Target"]), combine(stack, *self.how)
 
@@ -282,7 +302,10 @@ class Work:
         gone = [name for name in record.get("files", {}) if not now.get(name)]
         if older:
             return f"from an older {', '.join(older)}: run its stage again", record
-        return f"complete; cannot be compared with {', '.join(gone)}, which cannot be read now" if gone else "complete", record
+        return (
+            f"complete; cannot be compared with {', '.join(gone)}, which cannot be read now" if gone else "complete",
+            record,
+        )
 
     def input_path(self, artifact: Path, record: dict, name: str) -> Path:
         """Return where an artifact's input lies: as its sidecar says, or by its name in the work folder."""

@@ -5,8 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 WIDE, PHONE = (1280, 900), (390, 844)
 
 
@@ -31,8 +39,10 @@ def open_browser():
 def show(browser, page: Path, size=WIDE) -> None:
     """Open a page in a window of that many pixels."""
     width, height = size
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-        "width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE})
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE},
+    )
     browser.get(page.resolve().as_uri())
 
 
@@ -42,12 +52,16 @@ def check_page(browser, page: Path) -> None:
     assert browser.get_log("browser") == []
     broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth || !i.alt).map(i => i.alt || i.outerHTML)"
     assert browser.execute_script(broken) == []
-    nameless = "return [...document.querySelectorAll('.plot')].filter(p => !p.ariaLabel || !p.querySelector('svg')).length"
+    nameless = (
+        "return [...document.querySelectorAll('.plot')].filter(p => !p.ariaLabel || !p.querySelector('svg')).length"
+    )
     assert browser.execute_script(nameless) == 0
     repeated = """const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
                   return ids.filter((id, k) => ids.indexOf(id) !== k && document.getElementById(id).closest('svg') === null)"""
     assert browser.execute_script(repeated) == []
-    fetched = "return performance.getEntriesByType('resource').map(e => e.name).filter(name => !name.startsWith('data:'))"
+    fetched = (
+        "return performance.getEntriesByType('resource').map(e => e.name).filter(name => !name.startsWith('data:'))"
+    )
     assert browser.execute_script(fetched) == []
     show(browser, page, PHONE)
     assert browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
@@ -55,10 +69,18 @@ def check_page(browser, page: Path) -> None:
 
 def column(browser, table: int, place: int) -> list[str]:
     """Return the texts of a table's column."""
-    return browser.execute_script("return [...document.querySelectorAll('table')[arguments[0]].tBodies[0].rows]"
-                                  ".map(row => row.cells[arguments[1]].textContent)", table, place)
+    return browser.execute_script(
+        "return [...document.querySelectorAll('table')[arguments[0]].tBodies[0].rows]"
+        ".map(row => row.cells[arguments[1]].textContent)",
+        table,
+        place,
+    )
 
 
 def click_heading(browser, table: int, place: int) -> None:
-    browser.execute_script("document.querySelectorAll('table')[arguments[0]].tHead.rows[0].cells[arguments[1]]"
-                           ".querySelector('button').click()", table, place)
+    browser.execute_script(
+        "document.querySelectorAll('table')[arguments[0]].tHead.rows[0].cells[arguments[1]]"
+        ".querySelector('button').click()",
+        table,
+        place,
+    )

@@ -36,14 +36,43 @@ sys.path.insert(0, str(ROOT))
 from common.demo_data import make_demo_data  # noqa: E402
 
 RUN = "demo-quick"
-TINY = ("--quick", "--recipes", "demo", "--set", "cycle_epochs=4", "--set", "max_cycles=1", "--set", "buffers=16", "--set",
-        "finder=off", "--pretrained", "none")
+TINY = (
+    "--quick",
+    "--recipes",
+    "demo",
+    "--set",
+    "cycle_epochs=4",
+    "--set",
+    "max_cycles=1",
+    "--set",
+    "buffers=16",
+    "--set",
+    "finder=off",
+    "--pretrained",
+    "none",
+)
 SAME = ("submission.csv", "thresholds.json", "folds.csv", f"predictions/{RUN}/oof.npz", f"predictions/{RUN}/test.npz")
-CODES = {"group": {-9}, "main": {-9}, "both": {-9, 2}, "worker": {2}, "ctrl-c": {130, -2}, "term": {143, -15}, "torn": {143, -15}}
-PYTHON_STARTS = ("init_import_site", "line 0, in <module>\nKeyboardInterrupt")  # before a script's first line; or without a word
+CODES = {
+    "group": {-9},
+    "main": {-9},
+    "both": {-9, 2},
+    "worker": {2},
+    "ctrl-c": {130, -2},
+    "term": {143, -15},
+    "torn": {143, -15},
+}
+PYTHON_STARTS = (
+    "init_import_site",
+    "line 0, in <module>\nKeyboardInterrupt",
+)  # before a script's first line; or without a word
 SECONDS_TO_END = 15  # on a machine that does other things too
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-               "PYTHONPATH": str(ROOT / "tests" / "hooks"), "HOOK_CHECKPOINT_SECONDS": "0"}
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT / "tests" / "hooks"),
+    "HOOK_CHECKPOINT_SECONDS": "0",
+}
 
 
 def run_all(data: Path, work: Path, *more) -> str:
@@ -61,10 +90,15 @@ def stage_commands(data: Path, work: Path, parallel: bool) -> list[list[str]]:
 
 # --- killing -----------------------------------------------------------------------------------------------
 
+
 def children(pid: int) -> list[int]:
     """Return the worker processes below a process: all but those that only tidy up."""
     try:
-        direct = [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+        direct = [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
         own = [child for child in direct if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
     except OSError:
         return []
@@ -124,7 +158,9 @@ def kill(process, kind: str, rng: random.Random) -> bool:
 def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, seconds: float) -> tuple[bool, str | None]:
     """Run a stage and kill it; returns whether it was killed, and what went wrong."""
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdout=output, stderr=output
+        )
         wait_for_moment(process, work, rng.random() * seconds, rng.choice([None, rng.randrange(60)]))
         was_killed = process.poll() is None and kill(process, kind, rng)
         started = time.monotonic()
@@ -143,7 +179,11 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
         return True, None
     if process.returncode == 0:  # it was done, or did without what was killed
         return False, None
-    if process.returncode not in CODES[kind] or not was_killed or (kind not in ("group", "main", "both") and "Traceback" in text):
+    if (
+        process.returncode not in CODES[kind]
+        or not was_killed
+        or (kind not in ("group", "main", "both") and "Traceback" in text)
+    ):
         return True, f"ended with {process.returncode} after {kind}: {shlex.join(command)}\n{text}"
     if process.returncode in (130, -2, 143) and "To go on: python" not in text:
         return True, f"said no command to go on after {kind}: {shlex.join(command)}\n{text}"
@@ -170,6 +210,7 @@ def content(path: Path) -> bytes | None:
 
 # --- rounds ------------------------------------------------------------------------------------------------
 
+
 def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float]) -> tuple[Counter, list[str]]:
     """Go through all stages once with random kills; returns how many of each kind there were, and what went wrong."""
     kills, problems = Counter(), []
@@ -188,12 +229,18 @@ def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float]) 
     return kills, problems + ([f"not all is up to date:\n{again}"] if "making" in again else [])
 
 
-def play_round(number: int, seed: int, data: Path, whole: Path, seconds: dict[str, float]) -> tuple[Counter, list[str], bool]:
+def play_round(
+    number: int, seed: int, data: Path, whole: Path, seconds: dict[str, float]
+) -> tuple[Counter, list[str], bool]:
     """Play a round in a folder of its own; returns the kills, what went wrong, and whether its files are those of `whole`."""
     work = whole.parent / f"round{number}"
     kills, problems = play(data, work, random.Random(f"{seed} {number}"), seconds)
     differing = [name for name in SAME if content(work / name) != content(whole / name)]
-    return kills, [f"round {number}: {problem}" for problem in problems + [f"{name} differs" for name in differing]], not differing
+    return (
+        kills,
+        [f"round {number}: {problem}" for problem in problems + [f"{name} differs" for name in differing]],
+        not differing,
+    )
 
 
 def undisturbed(data: Path, work: Path) -> dict[str, float]:
@@ -210,7 +257,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="rounds at once; what is killed and when is drawn per round")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="rounds at once; what is killed and when is drawn per round"
+    )
     parser.add_argument("--work", type=Path, help="an empty or new folder to work in (default: a temporary one)")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore Ctrl+C
@@ -220,16 +269,34 @@ def main() -> int:
         make_demo_data(data, n_train=32, n_test=6)
         seconds, kills, identical, problems = undisturbed(data, whole), Counter(), 0, []
         rounds = Parallel(args.jobs, backend="threading", return_as="generator_unordered")(
-            delayed(play_round)(number, args.seed, data, whole, seconds) for number in range(args.rounds))
+            delayed(play_round)(number, args.seed, data, whole, seconds) for number in range(args.rounds)
+        )
         for done, (round_kills, found, same) in enumerate(rounds, start=1):
             kills += round_kills
             identical += same
             problems += found
-            print(f"{done}/{args.rounds} rounds: {sum(kills.values())} kills so far, this submission "
-                  f"{'identical' if same else 'differs'}", *found, sep="\n", flush=True)
-    by_stage = {stage: {key.split()[1]: n for key, n in sorted(kills.items()) if key.startswith(stage)} for stage in seconds}
-    print(json.dumps({"rounds": args.rounds, "seed": args.seed, "kills": sum(kills.values()), "kills_per_stage": by_stage,
-                      "identical": identical, "problems": len(problems)}))
+            print(
+                f"{done}/{args.rounds} rounds: {sum(kills.values())} kills so far, this submission "
+                f"{'identical' if same else 'differs'}",
+                *found,
+                sep="\n",
+                flush=True,
+            )
+    by_stage = {
+        stage: {key.split()[1]: n for key, n in sorted(kills.items()) if key.startswith(stage)} for stage in seconds
+    }
+    print(
+        json.dumps(
+            {
+                "rounds": args.rounds,
+                "seed": args.seed,
+                "kills": sum(kills.values()),
+                "kills_per_stage": by_stage,
+                "identical": identical,
+                "problems": len(problems),
+            }
+        )
+    )
     return 1 if problems else 0
 
 

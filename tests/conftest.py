@@ -24,7 +24,9 @@ from tests.warm import Warm  # noqa: E402
 @pytest.fixture(autouse=True)
 def same_signals():
     """Give every test the signals that pytest had: what a script did in this process would pass on to others."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    }
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -58,12 +60,15 @@ def run_script(warm, tmp_path_factory):
         command = [str(ROOT / script), *map(str, arguments)]
         environment = {**(env or os.environ), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         if script.endswith(".sh"):
-            result = subprocess.run(["bash", *command], cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)
+            result = subprocess.run(
+                ["bash", *command], cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs
+            )
         else:
             result = warm.run(command, {**environment, "LOKY_MAX_CPU_COUNT": "1"}, ROOT, folder)
         if check:
             assert result.returncode == 0, result.stdout + result.stderr
         return result
+
     return run
 
 
@@ -71,9 +76,11 @@ def run_script(warm, tmp_path_factory):
 def run_stages(run_script):
     """Run the commands that `run_all.sh --dry-run` prints, without the time that run_all.sh's own need to start; returns
     what they print."""
+
     def run(*flags):
         commands = run_script("run_all.sh", *flags, "--dry-run").stdout.splitlines()
         return "".join(run_script(*shlex.split(command)[1:]).stdout for command in commands)
+
     return run
 
 
@@ -96,11 +103,13 @@ def browser():
 @pytest.fixture
 def fails(run_script):
     """Run a script that must refuse: exit code 2, no traceback; returns its message."""
+
     def run(script, *arguments):
         result = run_script(script, *arguments, check=False)
         assert result.returncode == 2, result.stdout + result.stderr
         assert "Traceback" not in result.stderr
         return result.stderr
+
     return run
 
 
@@ -124,5 +133,7 @@ def small_data(tmp_path) -> Path:
     for i in range(3):
         write_sample(data / "test_full_size", f"test-{i}")
     pd.DataFrame({"Id": [f"train-{i}" for i in range(12)], "Target": labels}).to_csv(data / "train.csv", index=False)
-    pd.DataFrame({"Id": [f"test-{i}" for i in (2, 0, 1)], "Predicted": "0"}).to_csv(data / "sample_submission.csv", index=False)
+    pd.DataFrame({"Id": [f"test-{i}" for i in (2, 0, 1)], "Predicted": "0"}).to_csv(
+        data / "sample_submission.csv", index=False
+    )
     return data

@@ -19,10 +19,34 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("faiss", "imagehash", "iterstrat.ml_stratifiers", "joblib", "matplotlib.figure", "pandas", "scipy.optimize",
-            "scipy.stats", "scipy.sparse.csgraph", "tifffile", "torch", "torch.utils.data", "torchvision.models", "tqdm")
+PACKAGES = (
+    "faiss",
+    "imagehash",
+    "iterstrat.ml_stratifiers",
+    "joblib",
+    "matplotlib.figure",
+    "pandas",
+    "scipy.optimize",
+    "scipy.stats",
+    "scipy.sparse.csgraph",
+    "tifffile",
+    "torch",
+    "torch.utils.data",
+    "torchvision.models",
+    "tqdm",
+)
 # but none of the project's, nor OpenCV, which reads the project's limits when it is loaded
-READ_AT_START = ("PYTHON", "LANG", "LC_", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")  # by Python and these packages
+READ_AT_START = (
+    "PYTHON",
+    "LANG",
+    "LC_",
+    "LD_",
+    "OMP_",
+    "GOMP_",
+    "KMP_",
+    "MKL_",
+    "OPENBLAS_",
+)  # by Python and these packages
 
 
 class Warm:
@@ -37,8 +61,14 @@ class Warm:
         if settings_at_start(environment) != settings_at_start(self.environment):  # it must be another one
             return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
         if self.process is None:
-            self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=self.environment, text=True,
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.process = subprocess.Popen(
+                [sys.executable, __file__],
+                cwd=ROOT,
+                env=self.environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
         places = [folder / name for name in ("stdout", "stderr")]
         request = {"command": command, "environment": environment, "cwd": str(cwd), "output": list(map(str, places))}
         self.process.stdin.write(json.dumps(request) + "\n")

@@ -8,8 +8,11 @@ from tests.conftest import ROOT
 
 
 def test_stages_that_are_killed_at_random_end_in_the_same_submission(tmp_path):
-    result = subprocess.run([sys.executable, str(ROOT / "tests" / "chaos.py"), "--rounds", "2", "--work", str(tmp_path)],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "chaos.py"), "--rounds", "2", "--work", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["identical"] == report["rounds"] == 2 and report["kills"] > 5 and report["problems"] == 0

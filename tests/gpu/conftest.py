@@ -23,7 +23,11 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Skip what this machine lacks the GPUs for, with the reason."""
     ours = [item for item in items if ROOT / "tests" / "gpu" in item.path.parents]
-    reason = f"torch finds no GPU ({idle_gpu() or 'there is none'}); HPA_GPU_TESTS=cpu runs what works without" if ours else ""
+    reason = (
+        f"torch finds no GPU ({idle_gpu() or 'there is none'}); HPA_GPU_TESTS=cpu runs what works without"
+        if ours
+        else ""
+    )
     for item in ours:
         needed = max((mark.args[0] for mark in item.iter_markers("gpus")), default=0)
         if not GPUS and not ON_CPU:
@@ -40,8 +44,10 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def hardware(device):
     """Function that returns the hardware of command line flags, on the device under test."""
+
     def choose(precision="fp32", workers=0, **more):
         return choose_hardware(HardwareOptions(str(device), precision, workers, **more))
+
     return choose
 
 
@@ -63,7 +69,24 @@ def work(run_script, device, tmp_path_factory):
     settings = [part for setting in FEW_EPOCHS for part in ("--set", setting)]
 
     def run_all() -> str:
-        return run_script("run_all.sh", "--data", folder / "data", "--work", folder / "work", "--recipes", "demo", "--folds",
-                          "0,1", "--device", device.type, "--jobs", 2, "--workers", 2, *settings, timeout=400).stdout
+        return run_script(
+            "run_all.sh",
+            "--data",
+            folder / "data",
+            "--work",
+            folder / "work",
+            "--recipes",
+            "demo",
+            "--folds",
+            "0,1",
+            "--device",
+            device.type,
+            "--jobs",
+            2,
+            "--workers",
+            2,
+            *settings,
+            timeout=400,
+        ).stdout
 
     return folder / "work", run_all(), run_all

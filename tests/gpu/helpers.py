@@ -45,6 +45,7 @@ def with_rates(run):
 @contextmanager
 def little_memory(work):
     """Do `work()`, then allow a quarter of the GPU memory that it took: with half of it, less room for kernels might do."""
+
     def settle():
         gc.collect()
         torch.cuda.synchronize()
@@ -56,7 +57,7 @@ def little_memory(work):
     work()
     taken = torch.cuda.max_memory_allocated() - before
     settle()
-    assert taken > 2 ** 28, "a limit is only exact to a few of the allocator's blocks"
+    assert taken > 2**28, "a limit is only exact to a few of the allocator's blocks"
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction((before + taken / 4) / total)
     try:

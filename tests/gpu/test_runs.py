@@ -29,9 +29,12 @@ def outcome(folder) -> tuple[bytes, dict]:
     return (folder / "best.pt").read_bytes(), state
 
 
-@pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "sgd"), ("fp16", "sgd"), ("fp32", "sgd"), ("bf16", "muon"),
-                                                      ("fp16", "adamw")])
-def test_runs_have_the_same_bits_with_any_loader_processes_and_when_killed(tmp_path, monkeypatch, hardware, precision, optimizer):
+@pytest.mark.parametrize(
+    ("precision", "optimizer"), [("bf16", "sgd"), ("fp16", "sgd"), ("fp32", "sgd"), ("bf16", "muon"), ("fp16", "adamw")]
+)
+def test_runs_have_the_same_bits_with_any_loader_processes_and_when_killed(
+    tmp_path, monkeypatch, hardware, precision, optimizer
+):
     data, recipe = fold_data(tmp_path / "images", 24), RECIPES[optimizer]
     train(tmp_path / "whole", data, recipe, hardware(precision, 0))
     train(tmp_path / "again", data, recipe, hardware(precision, 8))
@@ -64,7 +67,9 @@ def test_the_first_command_runs_and_runs_again_without_work(work, device):
     assert again.count("is up to date") >= 1 + 1 + 1 + 2 + 4 and "epoch" not in again
     for path in (folder / "runs" / "demo" / "fold0" / "best.pt", folder / "predictions" / "demo" / "fold1_oof.npz"):
         record = read_sidecar(path)["hardware"]
-        assert record["device"].startswith(device_name(device).split(" (cuda")[0]) and record["kernels"] == "deterministic"
+        assert (
+            record["device"].startswith(device_name(device).split(" (cuda")[0]) and record["kernels"] == "deterministic"
+        )
 
 
 def test_fast_kernels_run_and_are_recorded(work, run_script, device):
@@ -77,8 +82,24 @@ def test_fast_kernels_run_and_are_recorded(work, run_script, device):
 
 
 def test_sigterm_ends_a_training_in_time_with_a_checkpoint(work, device):
-    command = (sys.executable, "04_train.py", "--work", work[0], "--recipe", "demo-customised", "--folds", "0",
-               "--device", device.type, "--workers", "2", "--set", "cycle_epochs=300", "max_cycles=1", "evaluate_epochs=1")
+    command = (
+        sys.executable,
+        "04_train.py",
+        "--work",
+        work[0],
+        "--recipe",
+        "demo-customised",
+        "--folds",
+        "0",
+        "--device",
+        device.type,
+        "--workers",
+        "2",
+        "--set",
+        "cycle_epochs=300",
+        "max_cycles=1",
+        "evaluate_epochs=1",
+    )
     code, output, seconds = stopped(command, signal.SIGTERM, ["epoch 2/300"], whole_group=False)
     assert code == 143 and "Traceback" not in output and "saved in epoch" in output, output
     assert seconds < 30 and (work[0] / "runs" / "demo-customised" / "fold0" / "last.pt").is_file()

@@ -20,8 +20,9 @@ from tests.slow.test_training import same
 def group(hardware, device, tmp_path):
     """A group of this process alone, over NCCL on a GPU."""
     hardware()  # takes the device
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=f"file://{tmp_path}/group", rank=0,
-                                   world_size=1)
+    distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
     yield
     distributed.destroy_process_group()
 
@@ -72,6 +73,11 @@ print([k for k in range(torch.cuda.device_count()) if torch._C._cuda_hasPrimaryC
 
 @pytest.mark.gpus(2)
 def test_a_gpu_by_number_is_the_only_one_touched():
-    result = subprocess.run([sys.executable, "-c", ONE_STEP], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-                            capture_output=True)
+    result = subprocess.run(
+        [sys.executable, "-c", ONE_STEP],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+    )
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == "[1]", result.stdout + result.stderr

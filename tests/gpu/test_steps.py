@@ -19,7 +19,9 @@ from tests.slow.test_training import fold_data, same
 
 CPU = Hardware(torch.device("cpu"))
 # Encoder -> the first recipe that has it, at its real sizes.
-ENCODERS = {recipe.encoder: recipe for recipe in reversed([*RECIPES.values(), get_recipe("demo", ["encoder=resnet18"])])}
+ENCODERS = {
+    recipe.encoder: recipe for recipe in reversed([*RECIPES.values(), get_recipe("demo", ["encoder=resnet18"])])
+}
 NOT_DETERMINISTIC = []  # warnings that are expected; none, or a run would not repeat its bits
 ROOMY = replace(GAPNET_PL, size_divisor=2, batch_size=64, finder="record")  # half a GB of activations
 
@@ -33,11 +35,16 @@ def test_the_precision_is_one_that_the_gpu_multiplies_itself(device):
     assert torch.cuda.get_device_name(device) in chosen.record()["device"] and chosen.workers > 0
 
 
-@pytest.mark.parametrize(("recipe", "tolerance"), [
-    (get_recipe("gapnet_pl", ["size_divisor=4", "dropouts=0,0"]), 1e-4),
-    # ReLU, maximum pooling and BatchNorm amplify the last digits: two kinds of kernels of a CPU differ by up to a hundredth.
-    (get_recipe("demo", ["dropouts=0"]), 3e-2), (get_recipe("demo", ["encoder=resnet18", "dropouts=0"]), 3e-2)],
-    ids=["gapnet_pl", "demo", "resnet18"])
+@pytest.mark.parametrize(
+    ("recipe", "tolerance"),
+    [
+        (get_recipe("gapnet_pl", ["size_divisor=4", "dropouts=0,0"]), 1e-4),
+        # ReLU, maximum pooling and BatchNorm amplify the last digits: two kinds of kernels of a CPU differ by up to a hundredth.
+        (get_recipe("demo", ["dropouts=0"]), 3e-2),
+        (get_recipe("demo", ["encoder=resnet18", "dropouts=0"]), 3e-2),
+    ],
+    ids=["gapnet_pl", "demo", "resnet18"],
+)
 def test_a_step_in_32_bits_is_the_cpus(hardware, recipe, tolerance):
     results, data = [], drawn(2, 32)
     for where in (hardware(), CPU):
@@ -62,7 +69,9 @@ def test_each_encoder_keeps_channels_last_and_has_deterministic_kernels(hardware
     formats = {}
 
     def note(name):
-        return lambda module, inputs, output: formats.update({name: output.is_contiguous(memory_format=torch.channels_last)})
+        return lambda module, inputs, output: formats.update(
+            {name: output.is_contiguous(memory_format=torch.channels_last)}
+        )
 
     for name, module in run.model.named_modules():
         if isinstance(module, torch.nn.Conv2d):
@@ -94,7 +103,9 @@ def test_what_a_checkpoint_holds_of_an_optimizer_is_all_of_it(hardware, tmp_path
         for step in range(3, 5):
             train_step(run, *noise(8, 64, where.device, step), 8, 0.5, step)
     assert same(snapshot(resumed.state()), snapshot(whole.state()))
-    tensors = [value for state in resumed.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    tensors = [
+        value for state in resumed.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    ]
     assert tensors and all(value.device == where.device for value in tensors)
 
 
@@ -123,6 +134,7 @@ def test_steps_never_wait_for_the_gpu(hardware, tmp_path, optimizer, workers):
 
 
 # --- a full GPU --------------------------------------------------------------------------------------------
+
 
 @pytest.mark.gpus(1)
 def test_a_training_step_goes_on_in_parts_when_memory_is_full(hardware, device, capsys):
@@ -162,7 +174,9 @@ def test_prediction_goes_on_in_parts_when_memory_is_full(hardware):
     run, fitting, results = new_run(ROOMY, data, where, 0, 0), Fitting(), []
 
     def predict(fitting=None):
-        results.append(predict_logits(run.model, data.normalisation, data.valid, where, views("dihedral"), 64, fitting=fitting))
+        results.append(
+            predict_logits(run.model, data.normalisation, data.valid, where, views("dihedral"), 64, fitting=fitting)
+        )
 
     with little_memory(predict):
         predict(fitting)
@@ -176,7 +190,7 @@ def test_two_images_that_do_not_fit_end_in_one_message(hardware, device):
     batch = noise(4, 4 * ROOMY.crop, device)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2 ** 26) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / total)
     try:
         with pytest.raises(UserError, match="two images do not fit into the GPU's memory; use a smaller crop"):
             train_step(run, *batch, 4, 1.0, 0)
@@ -189,7 +203,9 @@ def test_two_images_that_do_not_fit_end_in_one_message(hardware, device):
 def test_fast_kernels_give_the_deterministic_ones_losses(hardware, device, precision):
     batch, losses = noise(16, 96, device), []
     for fast in (True, False):
-        run = with_rates(new_run(get_recipe("demo", ["dropouts=0"]), drawn(2, 32), hardware(precision, fast=fast), 0, 0))
+        run = with_rates(
+            new_run(get_recipe("demo", ["dropouts=0"]), drawn(2, 32), hardware(precision, fast=fast), 0, 0)
+        )
         losses.append(train_step(run, *batch, 16, 0.6, 0)[0])
         assert run.hardware.record()["kernels"] == ("fast" if fast else "deterministic")
     torch.testing.assert_close(*losses, rtol=0.05, atol=0.05)

@@ -150,6 +150,7 @@ def test_each_class_has_a_pattern_of_its_own(label):
 def test_both_sizes_show_the_same_field():
     small, large = (draw_sample(np.random.default_rng(7), (0, 25), size) for size in (256, 384))
     for colour in CHANNELS:
-        at_96 = [cv2.resize(planes[colour], (96, 96), interpolation=cv2.INTER_AREA).ravel()
-                 for planes in (small, large)]
+        at_96 = [
+            cv2.resize(planes[colour], (96, 96), interpolation=cv2.INTER_AREA).ravel() for planes in (small, large)
+        ]
         assert np.corrcoef(at_96)[0, 1] > 0.9

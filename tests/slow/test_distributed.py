@@ -19,7 +19,9 @@ def five_steps(path: Path, *launcher, micro_batch=0, device="cpu") -> list[dict]
     """Return what each process saved of its five steps."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*launcher, str(SCRIPT), str(path), str(micro_batch), device], check=True, env=environment, cwd=ROOT)
-    return [torch.load(file, map_location="cpu", weights_only=True) for file in sorted(path.parent.glob(f"{path.name}.*"))]
+    return [
+        torch.load(file, map_location="cpu", weights_only=True) for file in sorted(path.parent.glob(f"{path.name}.*"))
+    ]
 
 
 @pytest.fixture(scope="module")

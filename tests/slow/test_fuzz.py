@@ -38,11 +38,16 @@ from tests.tiffs import agreed, stretched, turned, write_tiff
 KINDS = 14  # of tests below, each with its share of the cases
 CASES = int(os.environ.get("HPA_FUZZ_CASES", 300)) // KINDS
 MAX_SECONDS = 20  # of one case, on a machine that does other things too
-MAX_GROWTH = 2 ** 20  # kilobytes
+MAX_GROWTH = 2**20  # kilobytes
 PRINTABLE = st.text(st.characters(codec="utf-8"), max_size=30)
 
-fuzz = settings(max_examples=CASES, deadline=None, derandomize=True, database=None,
-                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large])
+fuzz = settings(
+    max_examples=CASES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,29 +79,50 @@ def outcome(read, *arguments):
 
 # --- damage ------------------------------------------------------------------------------------------------
 
+
 @st.composite
 def damage(draw, content: bytes):
     """Change some bytes, mostly of the header; cut the end off; repeat a part; or all of these."""
     content = bytearray(content)
     for _ in range(draw(st.integers(0, 8))):
         place = draw(st.integers(0, min(len(content), 400) - 1) | st.integers(0, len(content) - 1))
-        values = draw(st.binary(min_size=1, max_size=4) | st.sampled_from([bytes(4), b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"]))
-        content[place:place + len(values)] = values
+        values = draw(
+            st.binary(min_size=1, max_size=4) | st.sampled_from([bytes(4), b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"])
+        )
+        content[place : place + len(values)] = values
     if draw(st.booleans()):
         for _ in range(draw(st.integers(0, 5))):
             content[draw(st.integers(0, len(content) - 1))] ^= 1 << draw(st.integers(0, 7))
     if draw(st.integers(0, 3)) == 0:
-        del content[draw(st.integers(0, len(content))):]
+        del content[draw(st.integers(0, len(content))) :]
     if draw(st.integers(0, 9)) == 0 and content:
         place = draw(st.integers(0, len(content) - 1))
-        content[place:place] = content[:draw(st.integers(0, 1000))]
+        content[place:place] = content[: draw(st.integers(0, 1000))]
     return bytes(content)
 
 
 # --- tables and Ids ----------------------------------------------------------------------------------------
 
-ID = PRINTABLE | st.sampled_from(["..", "a/../b", "/etc/passwd", "a\0b", "CON", "nul.txt", "a.", "a ", "x" * 300, "é" * 150, "-rf", ".x",
-                                  "a\\b", "~", "$(x)", "a\nb"])
+ID = PRINTABLE | st.sampled_from(
+    [
+        "..",
+        "a/../b",
+        "/etc/passwd",
+        "a\0b",
+        "CON",
+        "nul.txt",
+        "a.",
+        "a ",
+        "x" * 300,
+        "é" * 150,
+        "-rf",
+        ".x",
+        "a\\b",
+        "~",
+        "$(x)",
+        "a\nb",
+    ]
+)
 ROWS = st.lists(st.lists(ID | st.sampled_from(["0", "27", "0 25", "28", ""]), max_size=4), max_size=6)
 
 
@@ -127,9 +153,16 @@ FIELD = st.sampled_from(["a", "001", "1e5", "NA", "0 25", "16", "Zürich_1", "x,
 def dialect(draw) -> tuple[list[list[str]], bytes]:
     """Return rows of Id, Target and a note, and a file of them such as some program writes."""
     separator, ends = draw(st.sampled_from(",;\t")), draw(st.sampled_from(["\n", "\r\n", "\r"]))
-    rows = [[f"s{k}", *fields] for k, fields in enumerate(draw(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=5)))]
+    rows = [
+        [f"s{k}", *fields] for k, fields in enumerate(draw(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=5)))
+    ]
     text = io.StringIO()
-    writer = csv.writer(text, delimiter=separator, lineterminator="\n", quoting=draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])))
+    writer = csv.writer(
+        text,
+        delimiter=separator,
+        lineterminator="\n",
+        quoting=draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])),
+    )
     writer.writerows([["Id", "Target", "note"], *rows])
     blank, tail = draw(st.sampled_from(["", "\n"])), draw(st.sampled_from(["", separator, 2 * separator]))
     lines = text.getvalue().replace("\n", tail + "\n" + blank)
@@ -186,12 +219,21 @@ def test_labels_are_parsed_or_refused(texts):
 # --- records of stages -------------------------------------------------------------------------------------
 
 KEYS = st.sampled_from(["parameters", "inputs", "outputs", "Id", "source", "side", "stores", "out.txt"]) | PRINTABLE
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | PRINTABLE,
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=6), max_leaves=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | PRINTABLE,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=6),
+    max_leaves=12,
+)
 
 
-@given(st.one_of(st.binary(max_size=100), JSON.map(json.dumps).map(str.encode), st.just(b"[" * 100_000),
-                 st.fixed_dictionaries({"parameters": JSON, "inputs": JSON, "outputs": JSON}).map(json.dumps).map(str.encode)))
+@given(
+    st.one_of(
+        st.binary(max_size=100),
+        JSON.map(json.dumps).map(str.encode),
+        st.just(b"[" * 100_000),
+        st.fixed_dictionaries({"parameters": JSON, "inputs": JSON, "outputs": JSON}).map(json.dumps).map(str.encode),
+    )
+)
 @fuzz
 def test_sidecars_are_read_or_refused(tmp_path, content):
     write_text(tmp_path / "in.txt", "in")
@@ -221,16 +263,31 @@ def test_a_journal_gives_whole_records_only(tmp_path, content):
 
 # --- arrays ------------------------------------------------------------------------------------------------
 
+
 @st.composite
 def array_header(draw):
     """An .npy whose header claims anything."""
-    shape = draw(st.sampled_from(["(2, 28)", "(10**9,)", "(1000000000, 28)", "(-1,)", "()", "(2,", "(True,)", "(99999999999999999,)"]))
-    kind = draw(st.sampled_from(["'<f4'", "'|O'", "'<U36'", "'<U999999999'", "'V0'", "[('a', '<f8', (100000,))]", "'<M8[ns]'", "'x'"]))
+    shape = draw(
+        st.sampled_from(
+            ["(2, 28)", "(10**9,)", "(1000000000, 28)", "(-1,)", "()", "(2,", "(True,)", "(99999999999999999,)"]
+        )
+    )
+    kind = draw(
+        st.sampled_from(
+            ["'<f4'", "'|O'", "'<U36'", "'<U999999999'", "'V0'", "[('a', '<f8', (100000,))]", "'<M8[ns]'", "'x'"]
+        )
+    )
     order = draw(st.sampled_from(["True", "False", "1", "x"]))
     text = f"{{'descr': {kind}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
     version = draw(st.sampled_from([b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x00"]))
     length = draw(st.sampled_from([len(text), 0, 65535]))
-    return b"\x93NUMPY" + version + length.to_bytes(2 if version[0] == 1 else 4, "little") + text + draw(st.binary(max_size=300))
+    return (
+        b"\x93NUMPY"
+        + version
+        + length.to_bytes(2 if version[0] == 1 else 4, "little")
+        + text
+        + draw(st.binary(max_size=300))
+    )
 
 
 def as_npz(members: dict, compression=zipfile.ZIP_STORED) -> bytes:
@@ -241,7 +298,9 @@ def as_npz(members: dict, compression=zipfile.ZIP_STORED) -> bytes:
     return content.getvalue()
 
 
-NPZ = st.dictionaries(st.sampled_from(["ids", "probs", "classes", "../x", ""]), array_header() | st.binary(max_size=50), max_size=4)
+NPZ = st.dictionaries(
+    st.sampled_from(["ids", "probs", "classes", "../x", ""]), array_header() | st.binary(max_size=50), max_size=4
+)
 
 
 @given(st.data())
@@ -262,7 +321,9 @@ def as_array(values) -> bytes:
     return content.getvalue()
 
 
-TABLE = pd.DataFrame(np.eye(2, 28), columns=[f"p{c}" for c in range(28)]).assign(Id=["a", "b"]).to_csv(index=False).encode()
+TABLE = (
+    pd.DataFrame(np.eye(2, 28), columns=[f"p{c}" for c in range(28)]).assign(Id=["a", "b"]).to_csv(index=False).encode()
+)
 
 
 @given(st.data())
@@ -271,7 +332,9 @@ def test_predictions_from_anywhere_are_read_or_refused(tmp_path, data):
     write_text(tmp_path / "ids.csv", as_csv([["a", "0"], ["b", "0"]]))
     suffix, good = data.draw(st.sampled_from([(".csv", TABLE), (".npy", as_array(np.eye(2, 28)))]))
     path = tmp_path / f"p{suffix}"
-    path.write_bytes(data.draw(damage(good) | array_header() | st.binary(max_size=100) | ROWS.map(as_csv).map(str.encode)))
+    path.write_bytes(
+        data.draw(damage(good) | array_header() | st.binary(max_size=100) | ROWS.map(as_csv).map(str.encode))
+    )
     found = outcome(read_predictions, path, tmp_path / "ids.csv")
     if found is not None:
         assert found[1].shape == (len(found[0]), 28) and 0 <= found[1].min(initial=0) <= found[1].max(initial=0) <= 1
@@ -279,10 +342,13 @@ def test_predictions_from_anywhere_are_read_or_refused(tmp_path, data):
 
 
 def test_a_bomb_of_zeros_is_refused_before_it_is_inflated(tmp_path):
-    with zipfile.ZipFile(tmp_path / "p.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("ids.npy", "w") as member:
-        np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (10 ** 7, 28)})
+    with (
+        zipfile.ZipFile(tmp_path / "p.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("ids.npy", "w") as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (10**7, 28)})
         for _ in range(1120):
-            member.write(bytes(10 ** 6))
+            member.write(bytes(10**6))
     assert (tmp_path / "p.npz").stat().st_size < 2e6
     assert outcome(load_predictions, tmp_path / "p.npz", "") is None
     with pytest.raises(UserError, match="claims 1.1 GB of arrays; at most 0.3 GB are accepted"):
@@ -302,6 +368,7 @@ def test_a_table_is_not_inflated(tmp_path):
 
 
 # --- images ------------------------------------------------------------------------------------------------
+
 
 def originals(folder: Path) -> list[Path]:
     """Return real images of each kind where there are any, and made ones: small, 8 and 16 bit, grey and colour."""
@@ -350,40 +417,71 @@ def check_agreed(path: Path, rgb_coded: bool) -> None:
         page = tiff.pages.first
         bits, table = page.bitspersample, page.colormap.T >> 8 if page.photometric == 3 else None
     if table is not None:
-        ramp = table_kind(table, 2 ** bits) == "ramp"
+        ramp = table_kind(table, 2**bits) == "ramp"
         expected = stretched(expected.astype(int), bits) if ramp else table[np.minimum(expected, len(table) - 1)]
     image = read_pixels(path, rgb_coded)
-    expected = expected[..., 0] if expected.ndim == 3 and image.ndim == 2 and (expected == expected[..., :1]).all() else expected
+    expected = (
+        expected[..., 0]
+        if expected.ndim == 3 and image.ndim == 2 and (expected == expected[..., :1]).all()
+        else expected
+    )
     np.testing.assert_array_equal(image, expected)
 
 
 @st.composite
 def tiff_tags(draw):
     """Tags of a TIFF for `write_tiff`, and its values, (16, 16) or (16, 16, n)."""
-    bits, photometric = draw(st.sampled_from([1, 2, 4, 5, 8, 8, 12, 16])), draw(st.sampled_from([0, 0, 1, 1, 1, 2, 2, 3, 3, 6]))
+    bits, photometric = (
+        draw(st.sampled_from([1, 2, 4, 5, 8, 8, 12, 16])),
+        draw(st.sampled_from([0, 0, 1, 1, 1, 2, 2, 3, 3, 6])),
+    )
     n = draw(st.sampled_from([3, 3, 3, 4])) if photometric == 2 else draw(st.sampled_from([1] * 9 + [2, 3]))
     seed = draw(st.integers(0, 99))
-    values = np.random.default_rng(seed).integers(0, 2 ** bits, (16, 16) if n == 1 else (16, 16, n))
-    table = {"table": draw(st.sampled_from(TABLES))(2 ** bits, np.random.default_rng(seed))} if photometric == 3 else {}
+    values = np.random.default_rng(seed).integers(0, 2**bits, (16, 16) if n == 1 else (16, 16, n))
+    table = {"table": draw(st.sampled_from(TABLES))(2**bits, np.random.default_rng(seed))} if photometric == 3 else {}
     extra = [(338, "H", draw(st.lists(st.integers(0, 2), min_size=1, max_size=2)))] if n in (2, 4) else []
     description, images = draw(st.sampled_from([(None, 1)] * 6 + DESCRIPTIONS))
-    tags = {"planar": st.integers(1, 2), "orientation": st.integers(0, 9), "fill_order": st.integers(1, 2), "order": st.sampled_from("<>"),
-            "compression": st.sampled_from([1, 8]), "rows": st.sampled_from([5, 16]),
-            "subfiles": st.sampled_from([(0,)] * 12 + [(1,), (2,), (0, 1), (0, 1), (0, 0), (1, 0)]),
-            "more": st.sampled_from([[]] * 9 + [[entry] for entry in FURTHER]).map(lambda more: more + extra)}
-    return {"bits": bits, "photometric": photometric, "description": description, "images": images, **table,
-            **{name: draw(values) for name, values in tags.items()}}, values
+    tags = {
+        "planar": st.integers(1, 2),
+        "orientation": st.integers(0, 9),
+        "fill_order": st.integers(1, 2),
+        "order": st.sampled_from("<>"),
+        "compression": st.sampled_from([1, 8]),
+        "rows": st.sampled_from([5, 16]),
+        "subfiles": st.sampled_from([(0,)] * 12 + [(1,), (2,), (0, 1), (0, 1), (0, 0), (1, 0)]),
+        "more": st.sampled_from([[]] * 9 + [[entry] for entry in FURTHER]).map(lambda more: more + extra),
+    }
+    return {
+        "bits": bits,
+        "photometric": photometric,
+        "description": description,
+        "images": images,
+        **table,
+        **{name: draw(values) for name, values in tags.items()},
+    }, values
 
 
 def spread(n):
     return np.arange(n)[:, None] * (65535 // (n - 1))
 
 
-TABLES = [lambda n, _: spread(n) * (0, 1, 0), lambda n, _: spread(n)[::-1] * (1, 1, 1),
-          lambda n, rng: rng.integers(0, 65536, (n, 3)), lambda n, rng: rng.integers(0, 65536, (n, 1)) * (1, 1, 1)]
-OME = ('<OME><Image><Pixels DimensionOrder="XYCZT" SizeX="16" SizeY="16" SizeC="1" SizeZ="1" SizeT="1" Type="uint8"/></Image></OME>')
-DESCRIPTIONS = [('{"shape": [1, 16, 16]}', 1), ('{"shape": [16, 16, 1]}', 1), ('{"shape": [4, 16, 16], "truncated": true}', 4),
-                ("ImageJ=1.54f\nimages=1\n", 1), ("ImageJ=1.54f\nimages=3\nslices=3\n", 3), ('{"shape": "x"}', 1), ("<OME></OME>", 1), (OME, 1)]
+TABLES = [
+    lambda n, _: spread(n) * (0, 1, 0),
+    lambda n, _: spread(n)[::-1] * (1, 1, 1),
+    lambda n, rng: rng.integers(0, 65536, (n, 3)),
+    lambda n, rng: rng.integers(0, 65536, (n, 1)) * (1, 1, 1),
+]
+OME = '<OME><Image><Pixels DimensionOrder="XYCZT" SizeX="16" SizeY="16" SizeC="1" SizeZ="1" SizeT="1" Type="uint8"/></Image></OME>'
+DESCRIPTIONS = [
+    ('{"shape": [1, 16, 16]}', 1),
+    ('{"shape": [16, 16, 1]}', 1),
+    ('{"shape": [4, 16, 16], "truncated": true}', 4),
+    ("ImageJ=1.54f\nimages=1\n", 1),
+    ("ImageJ=1.54f\nimages=3\nslices=3\n", 3),
+    ('{"shape": "x"}', 1),
+    ("<OME></OME>", 1),
+    (OME, 1),
+]
 FURTHER = [(317, "H", [1]), (317, "H", [2]), (339, "H", [1]), (339, "H", [2]), (262, "H", None), (279, "I", [0])]
 
 
@@ -417,19 +515,41 @@ def test_stored_images_are_what_they_were_or_refused(tmp_path, data):
     assert read is None or (read == planes).all()
     part = outcome(read_planes, path, checksum(planes), (16, 0.5, 0))
     top = (size - 15) // 2
-    assert part is None or (part == planes[:, top:top + 16, :16]).all()
+    assert part is None or (part == planes[:, top : top + 16, :16]).all()
 
 
-@pytest.mark.parametrize(("name", "make", "message"), [
-    ("wide.png", lambda path: png_header(path, 2 ** 31 - 1, 1), "cannot be read|claims"),
-    ("square.png", lambda path: png_header(path, 32000, 32000), "cannot be read .Image size .1024000000 pixels. exceeds limit"),
-    ("fair.png", lambda path: png_header(path, 9000, 9000), "claims 9000 x 9000 px; at most 8192 are accepted"),
-    ("square.jpg", lambda path: jpeg_header(path, 32000), "cannot be read .Image size .1024000000 pixels. exceeds limit"),
-    ("square.tif", lambda path: tifffile.imwrite(path, shape=(32000, 32000), dtype=np.uint8), "claims 32000 x 32000"),
-    ("tiles.tif", lambda path: tifffile.imwrite(path, np.zeros((64, 64), np.uint8), tile=(16384, 16384), compression="zlib"),
-     "claims 64 x 64 px"),
-    ("odd.tif", lambda path: tifffile.imwrite(path, np.zeros((64, 64), np.uint8), compression="lzma"), "is compressed as LZMA"),
-])
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("wide.png", lambda path: png_header(path, 2**31 - 1, 1), "cannot be read|claims"),
+        (
+            "square.png",
+            lambda path: png_header(path, 32000, 32000),
+            "cannot be read .Image size .1024000000 pixels. exceeds limit",
+        ),
+        ("fair.png", lambda path: png_header(path, 9000, 9000), "claims 9000 x 9000 px; at most 8192 are accepted"),
+        (
+            "square.jpg",
+            lambda path: jpeg_header(path, 32000),
+            "cannot be read .Image size .1024000000 pixels. exceeds limit",
+        ),
+        (
+            "square.tif",
+            lambda path: tifffile.imwrite(path, shape=(32000, 32000), dtype=np.uint8),
+            "claims 32000 x 32000",
+        ),
+        (
+            "tiles.tif",
+            lambda path: tifffile.imwrite(path, np.zeros((64, 64), np.uint8), tile=(16384, 16384), compression="zlib"),
+            "claims 64 x 64 px",
+        ),
+        (
+            "odd.tif",
+            lambda path: tifffile.imwrite(path, np.zeros((64, 64), np.uint8), compression="lzma"),
+            "is compressed as LZMA",
+        ),
+    ],
+)
 def test_a_header_of_a_billion_pixels_is_refused_before_memory_is_spent(tmp_path, name, make, message):
     make(tmp_path / name)
     assert outcome(read_channel, tmp_path / name, "green") is None
@@ -450,7 +570,7 @@ def jpeg_header(path: Path, side: int) -> None:
     Image.new("L", (8, 8)).save(path)
     content = bytearray(path.read_bytes())
     frame = content.index(b"\xff\xc0") + 5
-    content[frame:frame + 4] = side.to_bytes(2, "big") * 2
+    content[frame : frame + 4] = side.to_bytes(2, "big") * 2
     path.write_bytes(content)
 
 

@@ -34,7 +34,9 @@ def test_pooling_is_maximum_then_average_for_any_size(shape):
     pooled = AdaptiveConcatPool2d()(x)
     flat = x.reshape(shape[0], shape[1], -1)
     torch.testing.assert_close(pooled, torch.cat([flat.max(dim=2).values, flat.sum(dim=2) / flat.shape[2]], dim=1))
-    torch.testing.assert_close(pooled, torch.cat([nn.AdaptiveMaxPool2d(1)(x), nn.AdaptiveAvgPool2d(1)(x)], dim=1).flatten(1))
+    torch.testing.assert_close(
+        pooled, torch.cat([nn.AdaptiveMaxPool2d(1)(x), nn.AdaptiveAvgPool2d(1)(x)], dim=1).flatten(1)
+    )
 
 
 @pytest.mark.parametrize("fourth", ["red", "zeros", "mean"])
@@ -69,9 +71,11 @@ def test_small_images_stand_in_the_middle_of_zeros_and_large_ones_are_left_alone
 
 
 def test_weights_depend_on_the_seed_alone_also_the_first_time():
-    code = ("import torch; from common.models import pretrainedmodel\n"
-            "first, second = (torch.manual_seed(0) and pretrainedmodel('resnet50').conv1.weight for _ in range(2))\n"
-            "assert torch.equal(first, second)")
+    code = (
+        "import torch; from common.models import pretrainedmodel\n"
+        "first, second = (torch.manual_seed(0) and pretrainedmodel('resnet50').conv1.weight for _ in range(2))\n"
+        "assert torch.equal(first, second)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -81,15 +85,26 @@ def test_weights_with_four_channels_keep_their_own_stem():
     with torch.no_grad():
         trained.conv1.weight[:, 3] = 7
     again = build_encoder(Recipe(encoder="resnet18", fourth_channel="zeros"), trained.state_dict())[0]
-    assert all(torch.equal(a, b) for a, b in zip(trained.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(trained.state_dict().values(), again.state_dict().values(), strict=True)
+    )
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda state: state.pop("layer1.0.conv1.weight"), "they lack layer1.0.conv1.weight .1 in all."),
-    (lambda state: state.update(more=torch.ones(1)), "they have too much, such as more"),
-    (lambda state: state.update({"layer1.0.conv1.weight": torch.ones(1)}), "they have other shapes, such as layer1.0.conv1"),
-    (lambda state: state.update({"conv1.weight": torch.ones(64, 5, 7, 7)}), "they have other shapes, such as conv1.weight"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("layer1.0.conv1.weight"), "they lack layer1.0.conv1.weight .1 in all."),
+        (lambda state: state.update(more=torch.ones(1)), "they have too much, such as more"),
+        (
+            lambda state: state.update({"layer1.0.conv1.weight": torch.ones(1)}),
+            "they have other shapes, such as layer1.0.conv1",
+        ),
+        (
+            lambda state: state.update({"conv1.weight": torch.ones(64, 5, 7, 7)}),
+            "they have other shapes, such as conv1.weight",
+        ),
+    ],
+)
 def test_weights_of_another_network_are_refused(change, message):
     state = build_encoder(Recipe(encoder="resnet18"))[0].state_dict()
     change(state)
@@ -108,8 +123,9 @@ def test_gapnet_pl_has_the_published_parameters_and_levels():
     a = model.encoder.a(images)
     b = model.encoder.b(a)
     assert pooled.shape == (2, 224) and (a.shape[1:], b.shape[1:]) == ((32, 24, 24), (64, 6, 6))
-    torch.testing.assert_close(pooled, torch.cat([a.flatten(2).mean(2), b.flatten(2).mean(2),
-                                                  model.encoder.c(b).flatten(2).mean(2)], dim=1))
+    torch.testing.assert_close(
+        pooled, torch.cat([a.flatten(2).mean(2), b.flatten(2).mean(2), model.encoder.c(b).flatten(2).mean(2)], dim=1)
+    )
 
 
 def test_gapnet_pl_plus_has_two_more_convolutions_before_the_first_level():
@@ -181,9 +197,16 @@ def test_every_parameter_is_in_one_group(name, rates):
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "early", "late"), [
-    ("resnet101", "layer2", "layer3"), ("senet154", "layer2", "layer3"), ("densenet121", "transition2", "denseblock3"),
-    ("inceptionv4", "10", "11"), ("gapnet_pl", "b", "c")])
+@pytest.mark.parametrize(
+    ("name", "early", "late"),
+    [
+        ("resnet101", "layer2", "layer3"),
+        ("senet154", "layer2", "layer3"),
+        ("densenet121", "transition2", "denseblock3"),
+        ("inceptionv4", "10", "11"),
+        ("gapnet_pl", "b", "c"),
+    ],
+)
 def test_three_groups_split_in_the_middle_of_the_encoder(name, early, late):
     with torch.device("meta"):
         model = build_model(get_recipe(name), 28)
@@ -197,4 +220,7 @@ def test_three_groups_split_in_the_middle_of_the_encoder(name, early, late):
 def test_the_stem_is_the_first_convolution(name):
     with torch.device("meta"):
         encoder = build_encoder(Recipe(encoder=name))[0]
-    assert stem(encoder)[0] in ("conv1", "conv1.0", "layer0.conv1", "conv0", "0.conv") and stem(encoder)[1].in_channels == 4
+    assert (
+        stem(encoder)[0] in ("conv1", "conv1.0", "layer0.conv1", "conv0", "0.conv")
+        and stem(encoder)[1].in_channels == 4
+    )

@@ -31,12 +31,30 @@ from common.start import Start
 from common.training import Run, is_finished, lr_range_test, micro_batches, new_run, train_fold, train_step
 
 CPU = Hardware(torch.device("cpu"))
-SMALL = replace(DEMO, image_size=512, crop_size=512, size_divisor=8, buffers=(64,), batch_size=8, cycle_epochs=2, max_cycles=2,
-                min_cycle_gain=0.0, finder="off", evaluate_epochs=1)
+SMALL = replace(
+    DEMO,
+    image_size=512,
+    crop_size=512,
+    size_divisor=8,
+    buffers=(64,),
+    batch_size=8,
+    cycle_epochs=2,
+    max_cycles=2,
+    min_cycle_gain=0.0,
+    finder="off",
+    evaluate_epochs=1,
+)
 
 
-OURS = replace(SMALL, optimizer="muon", schedule="one-cycle", learning_rates=(1e-3, 1e-3), evaluate_epochs=3, base_loss="bce",
-               class_balance=0.5)
+OURS = replace(
+    SMALL,
+    optimizer="muon",
+    schedule="one-cycle",
+    learning_rates=(1e-3, 1e-3),
+    evaluate_epochs=3,
+    base_loss="bce",
+    class_balance=0.5,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +70,12 @@ def fold_data(folder, n, n_classes=28, size=64, crop=64, seed=0):
     for Id in ids:
         blocks = rng.integers(0, 256, (4, 8, 8), dtype=np.uint8)
         write_planes(folder / f"{Id}.tif", blocks.repeat(size // 8, axis=1).repeat(size // 8, axis=2))
-    return FoldData(ImageSet(folder, ids, targets, crop), ImageSet(folder, ids, targets), targets.sum(axis=0),
-                    Normalisation((0.5,) * 4, (0.3,) * 4))
+    return FoldData(
+        ImageSet(folder, ids, targets, crop),
+        ImageSet(folder, ids, targets),
+        targets.sum(axis=0),
+        Normalisation((0.5,) * 4, (0.3,) * 4),
+    )
 
 
 def train(folder, data, recipe=SMALL, fold=0, seed=0, hardware=CPU, on_nan="stop"):
@@ -64,12 +86,14 @@ def train(folder, data, recipe=SMALL, fold=0, seed=0, hardware=CPU, on_nan="stop
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """Return a function that gives n images and the folder of a whole training on them; of equal ones there is one."""
+
     @cache
     def trained(n, recipe=SMALL, on_nan="stop"):
         folder = tmp_path_factory.mktemp("undisturbed")
         data = fold_data(folder / "images", n)
         train(folder / "whole", data, recipe, on_nan=on_nan)
         return data, folder / "whole"
+
     return trained
 
 
@@ -142,6 +166,7 @@ def test_folds_and_seeds_differ_from_the_start(tmp_path):
 
     def first(fold, seed):
         return new_run(SMALL, data, CPU, fold, seed).model.head[-1].weight
+
     assert torch.equal(first(0, 0), first(0, 0))
     assert not torch.equal(first(0, 0), first(1, 0)) and not torch.equal(first(0, 0), first(0, 1))
 
@@ -217,7 +242,10 @@ def test_ranking_in_parts_uses_the_same_dropout_and_leaves_no_trace(tmp_path):
         assert name.endswith("num_batches_tracked") or torch.equal(buffer, other)
 
 
-@pytest.mark.parametrize(("n", "most", "sizes"), [(8, None, [8]), (8, 4, [4, 4]), (7, 4, [3, 4]), (3, 2, [3]), (1, 2, [1]), (9, 2, [2, 2, 2, 3])])
+@pytest.mark.parametrize(
+    ("n", "most", "sizes"),
+    [(8, None, [8]), (8, 4, [4, 4]), (7, 4, [3, 4]), (3, 2, [3]), (1, 2, [1]), (9, 2, [2, 2, 2, 3])],
+)
 def test_no_part_has_one_image(n, most, sizes):
     assert [part.stop - part.start for part in micro_batches(n, most)] == sizes
 
@@ -246,13 +274,16 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(tmp_path, capsys, monk
         train_step(calm, *batch(12), 12, 0.5, step)
     assert capsys.readouterr().out.splitlines() == [
         "out of memory with 12 images at once: continuing with 6; the batch keeps its size",
-        "out of memory with 6 images at once: continuing with 3; the batch keeps its size"]
+        "out of memory with 6 images at once: continuing with 3; the batch keeps its size",
+    ]
     assert run.micro_batch == run.state()["micro_batch"] == 3
     for mine, expected in zip(run.model.parameters(), calm.model.parameters(), strict=True):
         torch.testing.assert_close(mine, expected)
 
 
-@pytest.mark.parametrize("text", ["cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"])
+@pytest.mark.parametrize(
+    "text", ["cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"]
+)
 def test_other_words_for_a_full_gpu_halve_the_micro_batch_too(tmp_path, monkeypatch, text):
     run = plain(fold_data(tmp_path, 4))
     forward = run.network.forward
@@ -322,8 +353,14 @@ def test_a_run_resumes_in_another_precision(tmp_path, monkeypatch, first, then):
         train(tmp_path / "run", data, hardware=choose_hardware(HardwareOptions("cpu", first)))
     monkeypatch.setattr(training, "train_epoch", epoch)
     run = train(tmp_path / "run", data, hardware=choose_hardware(HardwareOptions("cpu", then)))
-    assert len(run.history) == 4 and run.scaler.is_enabled() == (then == "fp16") and np.isfinite(run.history[-1]["valid_loss"])
-    assert [row["hardware"].split(", ")[2] for row in run.history] == [str(PRECISIONS[p] or torch.float32)[6:] for p in (first, *[then] * 3)]
+    assert (
+        len(run.history) == 4
+        and run.scaler.is_enabled() == (then == "fp16")
+        and np.isfinite(run.history[-1]["valid_loss"])
+    )
+    assert [row["hardware"].split(", ")[2] for row in run.history] == [
+        str(PRECISIONS[p] or torch.float32)[6:] for p in (first, *[then] * 3)
+    ]
 
 
 def overflow(monkeypatch, steps):
@@ -435,19 +472,26 @@ def test_a_wrong_label_is_kept_most_often(tmp_path):
     for Id, block in zip(data.train.ids, blocks, strict=True):
         write_planes(tmp_path / "images" / f"{Id}.tif", block)
     data.train.targets[5] = data.train.targets[4]  # a bright one with the other's label
-    train(tmp_path / "run", data, replace(SMALL, batch_size=16, hard_share=0.5, cycle_epochs=20, learning_rates=(5e-3, 5e-3)))
+    train(
+        tmp_path / "run",
+        data,
+        replace(SMALL, batch_size=16, hard_share=0.5, cycle_epochs=20, learning_rates=(5e-3, 5e-3)),
+    )
     samples = pd.read_csv(tmp_path / "run" / "hard_samples.csv")
     assert samples["Id"][0] == "s5" and samples["mean_loss"][0] > 1.5 * samples["mean_loss"][1]
 
 
-@pytest.mark.parametrize(("losses", "epoch", "finished"), [
-    ([], 0, False),
-    ([3.0], 1, False),
-    ([3.0, 2.0], 2, False),  # the first cycle always counts as a gain
-    ([3.0, 2.0, 2.5, 1.9], 4, False),  # 5 % better
-    ([3.0, 2.0, 2.5, 1.99], 4, True),  # 0.5 % better
-    ([3.0, 2.0, 1.0, 0.5, 0.3, 0.1], 6, True),  # the maximum
-])
+@pytest.mark.parametrize(
+    ("losses", "epoch", "finished"),
+    [
+        ([], 0, False),
+        ([3.0], 1, False),
+        ([3.0, 2.0], 2, False),  # the first cycle always counts as a gain
+        ([3.0, 2.0, 2.5, 1.9], 4, False),  # 5 % better
+        ([3.0, 2.0, 2.5, 1.99], 4, True),  # 0.5 % better
+        ([3.0, 2.0, 1.0, 0.5, 0.3, 0.1], 6, True),  # the maximum
+    ],
+)
 def test_cycles_end_when_one_gains_less_than_a_hundredth(losses, epoch, finished):
     recipe = replace(SMALL, cycle_epochs=2, max_cycles=3, min_cycle_gain=0.01)
     run = Run(recipe, *[None] * 9, epoch=epoch, history=[{"valid_loss": loss} for loss in losses])
@@ -471,13 +515,20 @@ def test_every_network_trains_goes_on_from_a_checkpoint_and_predicts(tmp_path, n
     assert predict_logits(whole.model, data.normalisation, data.valid, CPU, views("none")).shape == (1, 4, 28)
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    (lambda saved: saved.pop("ranking"), "lacks 'ranking'"),
-    (lambda saved: saved.update(ranking=torch.zeros(2, 3, 3)), "its ranking has the shape"),
-    (lambda saved: saved["model"].pop("head.0.weight"), "Missing key"),
-    (lambda saved: saved["model"].update({"head.0.weight": torch.zeros(3)}), "size mismatch"),
-    (lambda saved: saved["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(5)), "its optimizer is another network's"),
-    (lambda saved: saved["optimizer"]["param_groups"].pop(), "different number of parameter groups")])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda saved: saved.pop("ranking"), "lacks 'ranking'"),
+        (lambda saved: saved.update(ranking=torch.zeros(2, 3, 3)), "its ranking has the shape"),
+        (lambda saved: saved["model"].pop("head.0.weight"), "Missing key"),
+        (lambda saved: saved["model"].update({"head.0.weight": torch.zeros(3)}), "size mismatch"),
+        (
+            lambda saved: saved["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(5)),
+            "its optimizer is another network's",
+        ),
+        (lambda saved: saved["optimizer"]["param_groups"].pop(), "different number of parameter groups"),
+    ],
+)
 def test_a_checkpoint_with_parts_missing_or_of_other_shapes_is_one_message(tmp_path, change, reason):
     data = fold_data(tmp_path / "images", 8)
     run = new_run(SMALL, data, CPU, 0, 0)
@@ -510,18 +561,27 @@ def poison(monkeypatch, steps, highest):
     monkeypatch.setattr(training, "train_step", step)
 
 
-@pytest.mark.parametrize(("last", "place", "file"), [
-    (3, "epoch 2, batch 2 of 3", True),  # the weights after the first batch are NaN: the second one's losses show it
-    (5, "epoch 2, batch 3 of 3", True),  # the losses are fine still, the weights are looked at
-])
+@pytest.mark.parametrize(
+    ("last", "place", "file"),
+    [
+        (
+            3,
+            "epoch 2, batch 2 of 3",
+            True,
+        ),  # the weights after the first batch are NaN: the second one's losses show it
+        (5, "epoch 2, batch 3 of 3", True),  # the losses are fine still, the weights are looked at
+    ],
+)
 def test_the_ids_of_the_first_batch_that_is_not_finite_are_saved(tmp_path, monkeypatch, last, place, file):
     data = fold_data(tmp_path / "images", 24)
     poison(monkeypatch, {last}, 0)
     with pytest.raises(UserError) as stop:
         train(tmp_path / "run", data, STEADY)
     path = tmp_path / "run" / "bad_batch.csv"
-    assert str(stop.value) == (f"test: the loss is not finite in {place}, whose Ids and losses are in {path}; lower the learning "
-                               "rates with --set learning_rates=... and train anew with --force, or go on with --on-nan back")
+    assert str(stop.value) == (
+        f"test: the loss is not finite in {place}, whose Ids and losses are in {path}; lower the learning "
+        "rates with --set learning_rates=... and train anew with --force, or go on with --on-nan back"
+    )
     batch = int(place.split()[3]) - 1
     assert list(pd.read_csv(path)["Id"]) == list(data.train.ids[training.EpochBatches(24, 8, 0, 1).rows(batch)])
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1  # what was good is there still
@@ -529,7 +589,8 @@ def test_the_ids_of_the_first_batch_that_is_not_finite_are_saved(tmp_path, monke
 
 @pytest.mark.parametrize("killed_after", [None, 3, 4, 6, 8, 10])
 def test_it_goes_back_with_half_the_learning_rates_and_ends_the_same_when_killed(
-        undisturbed, tmp_path, monkeypatch, killed_after):
+    undisturbed, tmp_path, monkeypatch, killed_after
+):
     poison(monkeypatch, {4, 7}, 0.006)  # twice at once in the second epoch; at a quarter of the rate no more
     data, whole = undisturbed(24, STEADY, "back")
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
@@ -559,7 +620,9 @@ def test_it_goes_back_with_half_the_learning_rates_and_ends_the_same_when_killed
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 1500, -1])
 def test_one_weight_that_is_not_finite_is_found_wherever_it_is(bad, place):
-    weights = [torch.nn.Parameter(values) for values in (torch.randn(3001), torch.full((40, 8, 3, 3), 3e38), torch.zeros(1))]
+    weights = [
+        torch.nn.Parameter(values) for values in (torch.randn(3001), torch.full((40, 8, 3, 3), 3e38), torch.zeros(1))
+    ]
     run = SimpleNamespace(model=torch.nn.ParameterList(weights))
     assert training.finite_weights(run).tolist() == [True, True, True]
     with torch.no_grad():
@@ -572,8 +635,10 @@ def test_it_goes_back_three_times_at_most(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="bad_batch.csv, after it went back 3 times; lower the learning rates"):
         train(tmp_path / "run", fold_data(tmp_path / "images", 24), STEADY, on_nan="back")
     out = capsys.readouterr().out
-    assert [f"beginning of epoch 1 with {factor} of the learning rates" in out for factor in ("0.5", "0.25", "0.125", "0.0625")] == [
-        True, True, True, False]
+    assert [
+        f"beginning of epoch 1 with {factor} of the learning rates" in out
+        for factor in ("0.5", "0.25", "0.125", "0.0625")
+    ] == [True, True, True, False]
 
 
 def test_a_validation_loss_that_is_not_finite_counts_too(tmp_path, monkeypatch):
@@ -595,9 +660,14 @@ def test_a_validation_loss_that_is_not_finite_counts_too(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_from_the_first_batch_passes_the_finder(tmp_path, monkeypatch, capsys):
     data = fold_data(tmp_path / "images", 24)
     monkeypatch.setattr(training, "sample_losses", lambda logits, *_: logits.sum(dim=1) * float("nan"))
-    with pytest.raises(UserError, match="the loss is not finite in epoch 1, batch 1 of 3, whose Ids and losses are in "):
+    with pytest.raises(
+        UserError, match="the loss is not finite in epoch 1, batch 1 of 3, whose Ids and losses are in "
+    ):
         train(tmp_path / "run", data, replace(SMALL, finder="record"))
-    assert "the loss is not finite from the very first batch, so there is no learning rate to be found" in capsys.readouterr().out
+    assert (
+        "the loss is not finite from the very first batch, so there is no learning rate to be found"
+        in capsys.readouterr().out
+    )
     assert len(pd.read_csv(tmp_path / "run" / "bad_batch.csv")) == 8
 
 
@@ -611,7 +681,8 @@ def test_losses_are_looked_at_now_and_then(tmp_path, monkeypatch):
 @pytest.mark.parametrize("point", ["step", "evaluate"])
 @pytest.mark.parametrize("on_nan", ["stop", "back"])
 def test_sigterm_saves_a_checkpoint_at_the_next_step_and_the_end_is_the_same(
-        undisturbed, tmp_path, monkeypatch, capsys, point, on_nan):
+    undisturbed, tmp_path, monkeypatch, capsys, point, on_nan
+):
     data, whole = undisturbed(24)
     stopping.listen()
     name = {"step": "train_step", "evaluate": "evaluate"}[point]
@@ -649,7 +720,9 @@ def test_a_device_that_is_not_there_is_an_error_with_the_cure():
 
 
 def test_one_sample_is_not_enough_to_train_on(tmp_path):
-    folds = pd.DataFrame({"Id": ["a", "b"], "Target": ["0", "1"], "group": ["a", "b"], "fold": [0, 1], "copies": [1, 1]})
+    folds = pd.DataFrame(
+        {"Id": ["a", "b"], "Target": ["0", "1"], "group": ["a", "b"], "fold": [0, 1], "copies": [1, 1]}
+    )
     with pytest.raises(UserError, match="fold 0 leaves 1 samples to train on; give more data or fewer folds"):
         load_fold(tmp_path, folds, 0, SMALL, 0)
 
@@ -704,10 +777,14 @@ def test_images_of_several_sizes_are_predicted_in_their_places(tmp_path):
     torch.manual_seed(0)
     model, normalise = build_model(SMALL, 28), Normalisation((0.5,) * 4, (0.3,) * 4)
     targets = np.zeros((5, 28), dtype=bool)
-    together = predict_logits(model, normalise, ImageSet(tmp_path, ids, targets, sides=sides), CPU, views("dihedral"), 2)
+    together = predict_logits(
+        model, normalise, ImageSet(tmp_path, ids, targets, sides=sides), CPU, views("dihedral"), 2
+    )
     for i in range(5):
-        alone = predict_logits(model, normalise, ImageSet(tmp_path, ids[i:i + 1], targets[:1]), CPU, views("dihedral"))
-        torch.testing.assert_close(together[:, i:i + 1], alone, rtol=1e-4, atol=1e-4)
+        alone = predict_logits(
+            model, normalise, ImageSet(tmp_path, ids[i : i + 1], targets[:1]), CPU, views("dihedral")
+        )
+        torch.testing.assert_close(together[:, i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_crops_are_five_windows():
@@ -724,13 +801,21 @@ def test_a_damaged_checkpoint_is_an_error_with_its_name(tmp_path):
         load_checkpoint(tmp_path / "last.pt")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"format": 1}, "is a checkpoint of format 1, this version of the project reads format 4; train the fold again with --force"),
-    ({"format": 5}, "is a checkpoint of format 5, this version of the project reads format 4"),
-    ({"classes": ["a", "b"]}, "was trained for 2 classes, expected the 28 of this project"),
-    ({"recipe": to_dict(replace(SMALL, buffers=(32,), alpha=0.5))},
-     r"was trained with another recipe: buffers \[32\], expected \[64\]; alpha 0.5, expected 0.9"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"format": 1},
+            "is a checkpoint of format 1, this version of the project reads format 4; train the fold again with --force",
+        ),
+        ({"format": 5}, "is a checkpoint of format 5, this version of the project reads format 4"),
+        ({"classes": ["a", "b"]}, "was trained for 2 classes, expected the 28 of this project"),
+        (
+            {"recipe": to_dict(replace(SMALL, buffers=(32,), alpha=0.5))},
+            r"was trained with another recipe: buffers \[32\], expected \[64\]; alpha 0.5, expected 0.9",
+        ),
+    ],
+)
 def test_a_checkpoint_of_something_else_is_refused_with_both_named(tmp_path, change, message):
     run = new_run(SMALL, fold_data(tmp_path, 4), CPU, 0, 0)
     save_checkpoint(tmp_path / "last.pt", {**run.state(), **change})
@@ -747,7 +832,9 @@ def test_weights_only_are_decayed_and_every_parameter_is_held_once(optimizer):
     groups = training.build_optimizer(recipe, training.param_groups(model, (1e-3, 2e-3))).param_groups
     held = [parameter for group in groups for parameter in group["params"]]
     assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
-    assert all(group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0) for group in groups for parameter in group["params"])
+    assert all(
+        group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0) for group in groups for parameter in group["params"]
+    )
     assert {group["top_lr"] for group in groups} == {1e-3, 2e-3}
 
 
@@ -766,9 +853,15 @@ def test_a_write_that_fails_ends_the_training(tmp_path, monkeypatch):
         train(tmp_path / "run", fold_data(tmp_path / "images", 16))
 
 
-@pytest.mark.parametrize(("cpu", "expected"), [
-    (({"avx512_bf16"}, "AMD EPYC 9B14"), torch.bfloat16), (({"avx512_bf16"}, "Intel Xeon"), None),
-    (({"avx512_bf16", "amx_bf16"}, "Intel Xeon"), torch.bfloat16), ((set(), ""), None)])
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [
+        (({"avx512_bf16"}, "AMD EPYC 9B14"), torch.bfloat16),
+        (({"avx512_bf16"}, "Intel Xeon"), None),
+        (({"avx512_bf16", "amx_bf16"}, "Intel Xeon"), torch.bfloat16),
+        ((set(), ""), None),
+    ],
+)
 def test_a_cpu_trains_in_bf16_where_that_is_faster_and_predicts_in_32_bit(monkeypatch, cpu, expected):
     monkeypatch.setattr(hardware, "cpu_flags", lambda: cpu)
     assert choose_hardware(HardwareOptions("cpu")).autocast == expected
@@ -778,7 +871,11 @@ def test_a_cpu_trains_in_bf16_where_that_is_faster_and_predicts_in_32_bit(monkey
 def test_the_memory_format_changes_rounding_only(tmp_path):
     data = fold_data(tmp_path / "images", 16)
     usual = train(tmp_path / "usual", data)
-    other = train(tmp_path / "other", data, hardware=choose_hardware(HardwareOptions("cpu", "fp32", 0, memory_format="contiguous")))
+    other = train(
+        tmp_path / "other",
+        data,
+        hardware=choose_hardware(HardwareOptions("cpu", "fp32", 0, memory_format="contiguous")),
+    )
     assert all(value.is_contiguous() for value in other.model.state_dict().values())
     for before, after in zip(usual.history[:2], other.history[:2], strict=True):
         assert after["valid_loss"] == pytest.approx(before["valid_loss"], rel=1e-3)
@@ -788,6 +885,11 @@ def test_a_compiled_network_learns_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     data = fold_data(tmp_path / "images", 16)
     usual = train(tmp_path / "usual", data)
-    compiled = train(tmp_path / "compiled", data, hardware=choose_hardware(HardwareOptions("cpu", "fp32", 0, compiled=True)))
+    compiled = train(
+        tmp_path / "compiled", data, hardware=choose_hardware(HardwareOptions("cpu", "fp32", 0, compiled=True))
+    )
     assert same(usual.model.state_dict(), compiled.model.state_dict())
-    assert load_checkpoint(tmp_path / "compiled" / "best.pt").keys() == load_checkpoint(tmp_path / "usual" / "best.pt").keys()
+    assert (
+        load_checkpoint(tmp_path / "compiled" / "best.pt").keys()
+        == load_checkpoint(tmp_path / "usual" / "best.pt").keys()
+    )

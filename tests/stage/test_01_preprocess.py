@@ -20,6 +20,7 @@ SCRIPT = "01_preprocess.py"
 def make(run_script, tmp_path):
     def run(data, *more):
         return run_script(SCRIPT, "--data", data, "--work", tmp_path / "work", "--recipes", "demo-quick", *more).stdout
+
     return run
 
 
@@ -27,6 +28,7 @@ def make(run_script, tmp_path):
 def refuses(fails, tmp_path):
     def run(data, *more):
         return fails(SCRIPT, "--data", data, "--work", tmp_path / "work", "--recipes", "demo-quick", *more)
+
     return run
 
 
@@ -104,7 +106,9 @@ def test_going_to_and_fro_between_sizes_makes_nothing_twice_and_keeps_nothing_st
     make(small_data)
     assert {path: path.stat().st_mtime_ns for path in (images / "96").iterdir()} == before
     write_sample(small_data / "train_full_size", "train-3", seed=9)
-    assert f"{images}/96.csv is deleted: source images or levels have changed since" in make(small_data, "--set", "image_size=800")
+    assert f"{images}/96.csv is deleted: source images or levels have changed since" in make(
+        small_data, "--set", "image_size=800"
+    )
     make(small_data)
     changed = [path.name for path in (images / "96").iterdir() if before[path] != path.stat().st_mtime_ns]
     assert changed == ["train-3.tif"]
@@ -112,7 +116,9 @@ def test_going_to_and_fro_between_sizes_makes_nothing_twice_and_keeps_nothing_st
 
 def test_the_work_folder_may_not_be_in_the_data(fails, small_data):
     for work in (small_data, small_data / "work"):
-        assert f"--work {work} is in --data {small_data}, which is never written to" in fails(SCRIPT, "--data", small_data, "--work", work)
+        assert f"--work {work} is in --data {small_data}, which is never written to" in fails(
+            SCRIPT, "--data", small_data, "--work", work
+        )
 
 
 def test_what_a_killed_run_left_half_written_is_not_taken_for_a_table(make, run_script, small_data, tmp_path):
@@ -128,6 +134,7 @@ def test_what_a_killed_run_left_half_written_is_not_taken_for_a_table(make, run_
 def test_the_input_folder_may_be_read_only(make, small_data):
     def listing():
         return {p: p.stat().st_mtime_ns for p in small_data.rglob("*")}
+
     before = listing()
     make(small_data)
     assert listing() == before
@@ -169,17 +176,33 @@ def test_a_small_source_is_never_enlarged(run_script, small_data, tmp_path):
     assert sorted(p.name for p in (tmp_path / "work" / "images").glob("*.csv")) == ["128.csv", "160.csv"]
 
 
-def test_one_small_image_is_refused_left_out_or_enlarged_and_changes_no_other(make, refuses, run_script, small_data, tmp_path):
+def test_one_small_image_is_refused_left_out_or_enlarged_and_changes_no_other(
+    make, refuses, run_script, small_data, tmp_path
+):
     make(small_data)
     images = tmp_path / "work" / "images" / "96"
     before = {path.name: path.read_bytes() for path in images.iterdir() if path.stem != "train-5"}
     write_sample(small_data / "train_full_size", "train-5", size=64)
     message = refuses(small_data)
-    assert "1 samples cannot be used" in message and "train: train-5 has 64 px, fewer than the 96 px of demo-quick" in message
+    assert (
+        "1 samples cannot be used" in message
+        and "train: train-5 has 64 px, fewer than the 96 px of demo-quick" in message
+    )
     smaller = "image_size=64 crop_size=32 size_divisor=1"
     assert f"enlarge=true, or use all at the size of the smallest with --set {smaller} (in" in message
-    told = run_script(SCRIPT, "--check", "--data", small_data, "--work", tmp_path / "none", "--recipes", "demo-quick",
-                      "--pretrained", "none", check=False)
+    told = run_script(
+        SCRIPT,
+        "--check",
+        "--data",
+        small_data,
+        "--work",
+        tmp_path / "none",
+        "--recipes",
+        "demo-quick",
+        "--pretrained",
+        "none",
+        check=False,
+    )
     assert told.returncode == 2 and "train-5 has 64 px" in told.stdout and smaller in told.stdout
 
     assert "1 samples are left out" in make(small_data, "--keep-going")
@@ -217,8 +240,11 @@ def test_16_bit_files_of_a_small_range_are_noticed_remembered_and_cured(make, sm
             image[0, :2] = 0, 65535  # a dead pixel and a hot one
             tifffile.imwrite(path, image)
     out = make(small_data)
-    warning = re.search(r"warning: the 16-bit files use (\d+)..(\d+) of 0..65535 only \(60 of 60 files\), so images have few grey levels; "
-                        r"give stage 01 or run_all.sh --black-level \1 --white-level \2", out)
+    warning = re.search(
+        r"warning: the 16-bit files use (\d+)..(\d+) of 0..65535 only \(60 of 60 files\), so images have few grey levels; "
+        r"give stage 01 or run_all.sh --black-level \1 --white-level \2",
+        out,
+    )
     low, high = int(warning[1]), int(warning[2])
     assert 32768 <= low < 32900 and 36700 < high <= 32768 + 4080
     assert exposure_warning(tmp_path / "work") == warning[0]
@@ -250,6 +276,7 @@ def test_what_was_made_before_there_was_a_black_level_is_up_to_date(make, small_
 
 # --- bad input ---------------------------------------------------------------------------------------------
 
+
 def test_missing_train_csv(refuses, small_data):
     (small_data / "train.csv").unlink()
     assert "train.csv is missing; expected a CSV file with the columns Id,Target" in refuses(small_data)
@@ -263,13 +290,16 @@ def test_missing_channel_files_are_all_listed(refuses, small_data):
     assert "train: train-1_blue" in message and "test: test-0_red" in message
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    (lambda p: p.write_bytes(p.read_bytes()[:9000]), "cannot be"),
-    (lambda p: tifffile.imwrite(p, np.zeros((160, 160, 3), np.uint8), photometric="rgb"), "is a colour image"),
-    (lambda p: tifffile.imwrite(p, np.zeros((160, 120), np.uint8)), "is not square (120 x 160 px)"),
-    (lambda p: tifffile.imwrite(p, np.zeros((96, 96), np.uint8)), "channels of different sizes [96, 160] px"),
-    (lambda p: p.write_bytes(b""), "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:9000]), "cannot be"),
+        (lambda p: tifffile.imwrite(p, np.zeros((160, 160, 3), np.uint8), photometric="rgb"), "is a colour image"),
+        (lambda p: tifffile.imwrite(p, np.zeros((160, 120), np.uint8)), "is not square (120 x 160 px)"),
+        (lambda p: tifffile.imwrite(p, np.zeros((96, 96), np.uint8)), "channels of different sizes [96, 160] px"),
+        (lambda p: p.write_bytes(b""), "cannot be read"),
+    ],
+)
 def test_bad_images_are_listed_together_and_nothing_made_is_lost(refuses, small_data, tmp_path, spoil, message):
     for i in (2, 5):
         spoil(small_data / "train_full_size" / f"train-{i}_green.tif")
@@ -280,7 +310,9 @@ def test_bad_images_are_listed_together_and_nothing_made_is_lost(refuses, small_
     assert list(report["Id"]) == ["train-2", "train-5"]
 
 
-def test_missing_damaged_and_undecodable_files_come_in_one_list_after_the_good_ones_are_stored(refuses, small_data, tmp_path):
+def test_missing_damaged_and_undecodable_files_come_in_one_list_after_the_good_ones_are_stored(
+    refuses, small_data, tmp_path
+):
     folder = small_data / "train_full_size"
     (folder / "train-1_blue.tif").unlink()
     (folder / "train-2_green.tif").write_bytes(b"")
@@ -306,15 +338,18 @@ def test_after_mending_the_bad_file_the_rest_is_not_made_again(refuses, make, sm
     assert len(after) == 15 and all(after[name] == before[name] for name in before)
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("Id,Target\n../train-0,1\n", "not plain file names"),
-    ("Id,Target\ntrain-0,1\ntrain-0,2\n", "appear more than once"),
-    ("Id,Target\ntrain-0,28\n", "train-0: '28'"),
-    ("Id,Target\ntrain-0,x\n", "train-0: 'x'"),
-    ("", "is not a CSV file"),
-    ("Id,Target\n", "has no rows"),
-    ("Id,Target\ntest-0,1\n", "more than one of train.csv, sample_submission.csv"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Id,Target\n../train-0,1\n", "not plain file names"),
+        ("Id,Target\ntrain-0,1\ntrain-0,2\n", "appear more than once"),
+        ("Id,Target\ntrain-0,28\n", "train-0: '28'"),
+        ("Id,Target\ntrain-0,x\n", "train-0: 'x'"),
+        ("", "is not a CSV file"),
+        ("Id,Target\n", "has no rows"),
+        ("Id,Target\ntest-0,1\n", "more than one of train.csv, sample_submission.csv"),
+    ],
+)
 def test_bad_tables(refuses, small_data, text, message):
     if "test-0" in text:
         for path in list((small_data / "test_full_size").glob("test-0_*")):
@@ -337,6 +372,7 @@ def test_misspelt_flags_and_recipes_name_the_nearest(fails, small_data):
 
 
 # --- real images -------------------------------------------------------------------------------------------
+
 
 def test_real_full_size_tiffs(run_script, real_data, tmp_path):
     run_script(SCRIPT, "--data", real_data / "kaggle_tiff", "--work", tmp_path)
@@ -389,7 +425,10 @@ def test_keep_going_leaves_samples_out_by_name_everywhere(make, run_script, refu
     work = tmp_path / "work"
     left_out = pd.read_csv(work / "left_out.csv", dtype=str)
     assert left_out[["Id", "part", "place"]].to_numpy().tolist() == [
-        ["train-1", "train", "1"], ["train-2", "train", "2"], ["test-0", "test", "1"]]
+        ["train-1", "train", "1"],
+        ["train-2", "train", "2"],
+        ["test-0", "test", "1"],
+    ]
     assert "up to date" in make(small_data, "--keep-going")
     for name in ("samples.csv", "images/96.csv"):
         ids = set(pd.read_csv(work / name, dtype=str)["Id"])
@@ -401,6 +440,9 @@ def test_keep_going_leaves_samples_out_by_name_everywhere(make, run_script, refu
 def test_a_full_disk_is_noticed_before_the_first_image(tmp_path):
     from common.errors import UserError
     from common.preprocess import check_space
-    with pytest.raises(UserError, match=r"about 3307.0 GB are needed in .* for 4000000 images, .* GB are free; make room"):
+
+    with pytest.raises(
+        UserError, match=r"about 3307.0 GB are needed in .* for 4000000 images, .* GB are free; make room"
+    ):
         check_space([768] * 4_000_000, tmp_path)
     check_space([768], tmp_path)

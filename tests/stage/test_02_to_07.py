@@ -20,12 +20,20 @@ TINY = ("--set", "cycle_epochs=1", "max_cycles=1", "buffers=16")
 @pytest.fixture
 def stages(run_script, tmp_path):
     """Run stages by number on one work folder; returns their output together."""
+
     def run(data, numbers, *more):
         places = ("--data", data, "--work", tmp_path / "work")
-        names = {1: ("01_preprocess.py", "--recipes", RECIPE), 2: ("02_dedup.py",), 3: ("03_make_folds.py", "--n-folds", 2),
-                 4: ("04_train.py", "--recipe", RECIPE, *TINY), 5: ("05_predict_oof.py", "--recipes", RECIPE),
-                 6: ("06_thresholds.py", "--recipes", RECIPE), 7: ("07_ensemble.py", "--recipes", RECIPE)}
+        names = {
+            1: ("01_preprocess.py", "--recipes", RECIPE),
+            2: ("02_dedup.py",),
+            3: ("03_make_folds.py", "--n-folds", 2),
+            4: ("04_train.py", "--recipe", RECIPE, *TINY),
+            5: ("05_predict_oof.py", "--recipes", RECIPE),
+            6: ("06_thresholds.py", "--recipes", RECIPE),
+            7: ("07_ensemble.py", "--recipes", RECIPE),
+        }
         return "".join(run_script(names[n][0], *places, *names[n][1:], *more).stdout for n in numbers)
+
     return run
 
 
@@ -38,7 +46,9 @@ def test_each_stage_names_the_one_that_is_missing_before_it(fails, stages, small
     stages(small_data, [1, 2, 3])
     assert "has no finished training; run: python 04_train.py" in fails("05_predict_oof.py", *work, "--recipes", RECIPE)
     assert "oof.npz is missing; run: python 05_predict_oof.py" in fails("06_thresholds.py", *work, "--recipes", RECIPE)
-    assert "thresholds.json is missing; run: python 06_thresholds.py" in fails("07_ensemble.py", *work, "--recipes", RECIPE)
+    assert "thresholds.json is missing; run: python 06_thresholds.py" in fails(
+        "07_ensemble.py", *work, "--recipes", RECIPE
+    )
 
 
 def test_the_whole_row(stages, fails, small_data, tmp_path):
@@ -49,8 +59,10 @@ def test_the_whole_row(stages, fails, small_data, tmp_path):
     # One fold predicted: all that stands on it says so, with the commands for the other one.
     assert "oof.npz stands on 1 of 2 folds (1)" in stages(small_data, [5], "--folds", "1")
     out = stages(small_data, [6, 7])
-    told = (f"warning: {RECIPE} stands on 1 of 2 folds (1); for the others run: "
-            f"python 04_train.py --work {work} --folds 0 --recipe {RECIPE} && python 05_predict_oof.py --work {work} --folds 0 --recipes {RECIPE}\n")
+    told = (
+        f"warning: {RECIPE} stands on 1 of 2 folds (1); for the others run: "
+        f"python 04_train.py --work {work} --folds 0 --recipe {RECIPE} && python 05_predict_oof.py --work {work} --folds 0 --recipes {RECIPE}\n"
+    )
     assert out.count(told) == 2 and "6 out-of-fold samples" in out
     few = {"folds": {RECIPE: [1]}, "n_folds": 2}
     read = lambda name: {key: value for key, value in json.loads((work / name).read_text()).items() if key in few}
@@ -60,7 +72,9 @@ def test_the_whole_row(stages, fails, small_data, tmp_path):
     assert "oof.npz stands on all 2 folds (0, 1)" in stages(small_data, [5], "--folds", "0")
     out = stages(small_data, [6, 7])
     assert "macro F1" in out and "12 out-of-fold samples" in out and "submission.csv: 3 rows" in out
-    assert out.count("each recipe stands on all 2 folds") == 2 and read("submission.csv.meta.json")["folds"] == {RECIPE: [0, 1]}
+    assert out.count("each recipe stands on all 2 folds") == 2 and read("submission.csv.meta.json")["folds"] == {
+        RECIPE: [0, 1]
+    }
 
     # Out-of-fold: each kept sample once; test: in the order of sample_submission.csv.
     folds = pd.read_csv(work / "folds.csv", dtype=str)
@@ -70,7 +84,9 @@ def test_the_whole_row(stages, fails, small_data, tmp_path):
         part, _ = load_predictions(work / "predictions" / RECIPE / f"fold{fold}_oof.npz", "")
         assert sorted(part) == sorted(folds["Id"][folds["fold"] == fold])
     parts = [load_predictions(work / "predictions" / RECIPE / f"fold{k}_test.npz", "")[1] for k in (0, 1)]
-    np.testing.assert_allclose(load_predictions(work / "predictions" / RECIPE / "test.npz", "")[1], np.mean(parts, axis=0), atol=1e-7)
+    np.testing.assert_allclose(
+        load_predictions(work / "predictions" / RECIPE / "test.npz", "")[1], np.mean(parts, axis=0), atol=1e-7
+    )
     submission = pd.read_csv(work / "submission.csv", dtype=str)
     assert list(submission.columns) == ["Id", "Predicted"] and list(submission["Id"]) == ["test-2", "test-0", "test-1"]
     found = json.loads((work / "thresholds.json").read_text())
@@ -146,14 +162,19 @@ def test_a_held_out_part_is_predicted_by_all_folds_and_scored(stages, run_script
     stages(small_data, [5], "--no-test")
     assert "samples held out" not in stages(small_data, [6])
     assert "n_held_out" not in json.loads((work / "thresholds.json").read_text())
-    assert f"{RECIPE}/test.npz was predicted by other networks than" in fails("07_ensemble.py", "--work", work, "--recipes", RECIPE)
+    assert f"{RECIPE}/test.npz was predicted by other networks than" in fails(
+        "07_ensemble.py", "--work", work, "--recipes", RECIPE
+    )
     stages(small_data, [5, 7])
 
 
 def test_planted_duplicates_are_grouped_and_stay_together(stages, small_data, tmp_path):
     for channel in ("red", "green", "blue", "yellow"):
         source = small_data / "train_full_size" / f"train-0_{channel}.tif"
-        for copy in (small_data / "train_full_size" / f"train-4_{channel}.tif", small_data / "test_full_size" / f"test-1_{channel}.tif"):
+        for copy in (
+            small_data / "train_full_size" / f"train-4_{channel}.tif",
+            small_data / "test_full_size" / f"test-1_{channel}.tif",
+        ):
             copy.write_bytes(source.read_bytes())
     out = stages(small_data, [1, 2])
     assert "1 groups of near-identical samples" in out and "2 pairs join test samples with other parts" in out
@@ -173,8 +194,9 @@ def test_the_planted_duplicates_of_the_demo_data_are_found_and_no_others(stages,
     planted = pd.read_csv(tmp_path / "demo" / "planted_duplicates.csv", dtype=str)
     pairs = pd.read_csv(tmp_path / "work" / "duplicate_pairs.csv", dtype=str)
     assert len(planted) > 0
-    assert ({frozenset(pair) for pair in pairs[["Id", "other_Id"]].to_numpy()}
-            == {frozenset(pair) for pair in planted[["Id", "duplicate_of"]].to_numpy()})
+    assert {frozenset(pair) for pair in pairs[["Id", "other_Id"]].to_numpy()} == {
+        frozenset(pair) for pair in planted[["Id", "duplicate_of"]].to_numpy()
+    }
 
 
 def test_black_channels_match_nothing(stages, small_data):

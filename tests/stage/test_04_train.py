@@ -43,7 +43,9 @@ def train(run_script, work):
 
 def test_recipes_are_listed_for_people_and_for_programs(run_script):
     lines = run_script("04_train.py", "--list-recipes").stdout.splitlines()
-    assert "parameters" in lines[0] and any(line.split()[:2] == ["gapnet_pl", "gapnet_pl"] and line.endswith("630076") for line in lines)
+    assert "parameters" in lines[0] and any(
+        line.split()[:2] == ["gapnet_pl", "gapnet_pl"] and line.endswith("630076") for line in lines
+    )
     records = json.loads(run_script("04_train.py", "--list-recipes", "--json").stdout)
     assert {"recipe", "encoder", "parameters", "learning_rates"} <= records[0].keys()
 
@@ -57,24 +59,54 @@ def test_class_weights_are_shown_before_training(train, work):
 def test_smaller_sizes_than_the_recipes_are_said_here_too(run_script, work):
     told = run_script("04_train.py", "--work", work, "--recipe", RECIPE, "--set", "image_size=1600", check=False)
     assert told.returncode == 2 and "160.csv is missing" in told.stderr
-    assert "demo-quick uses 160 px with crops of 96 instead of 200 and 64; nothing is enlarged. To enlarge" in told.stdout
+    assert (
+        "demo-quick uses 160 px with crops of 96 instead of 200 and 64; nothing is enlarged. To enlarge" in told.stdout
+    )
 
 
 def test_variants_have_runs_of_their_own_and_ta_is_the_recipe(train, run_script, work, fails):
     train(*TINY[:3], "--folds", "0", recipe="demo-original-quick,demo-ta-quick")
     assert sorted(path.name for path in (work / "runs").iterdir()) == ["demo-original-quick", "demo-quick"]
-    assert read_json(sidecar(work / "runs" / "demo-original-quick" / "fold0" / "best.pt"))["parameters"]["pooling"] == "average"
-    out = run_script("05_predict_oof.py", "--work", work, "--recipes", "demo-quick-original,demo-quick-ta", "--folds", "0",
-                     "--no-test").stdout
+    assert (
+        read_json(sidecar(work / "runs" / "demo-original-quick" / "fold0" / "best.pt"))["parameters"]["pooling"]
+        == "average"
+    )
+    out = run_script(
+        "05_predict_oof.py",
+        "--work",
+        work,
+        "--recipes",
+        "demo-quick-original,demo-quick-ta",
+        "--folds",
+        "0",
+        "--no-test",
+    ).stdout
     assert out.count("oof samples x 8 views") == 2
-    assert sorted(path.name for path in (work / "predictions" / "demo-quick").glob("*.npz")) == ["fold0_oof.npz", "oof.npz"]
+    assert sorted(path.name for path in (work / "predictions" / "demo-quick").glob("*.npz")) == [
+        "fold0_oof.npz",
+        "oof.npz",
+    ]
     message = fails("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0")
-    assert "runs are missing; run: bash run_tables.sh" in message and "or give --partial to leave these columns empty:" in message
+    assert (
+        "runs are missing; run: bash run_tables.sh" in message
+        and "or give --partial to leave these columns empty:" in message
+    )
     assert "Customised of demo-quick: demo-customised-quick has no predictions of fold 0" in message
     assert "bash run_tables.sh --recipes demo-quick" in message
     out = run_script("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0", "--partial").stdout
     assert "## Table 3" in out and "TA + TE" in out
-    run_script("05_predict_oof.py", "--work", work, "--recipes", "demo-original-quick", "--folds", "0", "--no-test", "--tta", "none")
+    run_script(
+        "05_predict_oof.py",
+        "--work",
+        work,
+        "--recipes",
+        "demo-original-quick",
+        "--folds",
+        "0",
+        "--no-test",
+        "--tta",
+        "none",
+    )
     message = fails("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0", "--partial")
     assert "run stage 05 for all runs with the same --tta, --view and --checkpoint" in message
 
@@ -101,7 +133,12 @@ def test_a_file_of_weights_its_normalisation_and_its_record(train, work, fails, 
     out = train(*RESNET18, "--folds", "0", "--pretrained", tmp_path / "mine.pth")
     assert "demo-quick fold 0: from mine.pth, images normalised as for those" in out
     meta = read_json(sidecar(work / "runs" / RECIPE / "fold0" / "best.pt"))
-    assert meta["start"] == "from mine.pth, images normalised as for those" and meta["mean"] == [0.485, 0.456, 0.406, 0.485]
+    assert meta["start"] == "from mine.pth, images normalised as for those" and meta["mean"] == [
+        0.485,
+        0.456,
+        0.406,
+        0.485,
+    ]
     assert "is up to date" in train(*RESNET18, "--folds", "0")  # auto: as it began
     flags = ("04_train.py", "--work", work, "--recipe", RECIPE, *RESNET18, "--folds", "0")
     assert "(changed: weights); use --force" in fails(*flags, "--pretrained", "none")
@@ -119,8 +156,9 @@ def test_without_a_network_auto_says_where_the_file_goes_and_goes_on(train, work
     assert str(tmp_path / "weights" / "resnet18-f37072fd.pth") in out and "https://download.pytorch.org" in out
     for fold in (0, 1):
         meta = read_json(sidecar(work / "runs" / RECIPE / f"fold{fold}" / "best.pt"))
-        assert meta["start"] == ("from random weights (the published ones could not be had), images normalised as the data "
-                                 "asks for")
+        assert meta["start"] == (
+            "from random weights (the published ones could not be had), images normalised as the data asks for"
+        )
         log = (work / "runs" / RECIPE / f"fold{fold}" / "log.jsonl").read_text()
         assert json.loads(log)["start"] == meta["start"]
 
@@ -135,9 +173,27 @@ def test_parts_of_a_batch_and_bf16_train_too_and_tensorboard_has_all_folds(train
 
 
 def test_torchrun_trains_a_fold_on_two_processes(work, run_script):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "04_train.py"),
-               "--work", str(work), "--recipe", RECIPE, "--folds", "0", "--set", "cycle_epochs=1", "max_cycles=2", "buffers=16",
-               "hard_warmup_epochs=1", "min_cycle_gain=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "04_train.py"),
+        "--work",
+        str(work),
+        "--recipe",
+        RECIPE,
+        "--folds",
+        "0",
+        "--set",
+        "cycle_epochs=1",
+        "max_cycles=2",
+        "buffers=16",
+        "hard_warmup_epochs=1",
+        "min_cycle_gain=0",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -148,4 +204,6 @@ def test_torchrun_trains_a_fold_on_two_processes(work, run_script):
     assert pd.read_csv(run / "hard_samples.csv")["ranked"].sum() == rows  # of both processes
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "is up to date" in again.stdout
-    assert "6 oof samples" in run_script("05_predict_oof.py", "--work", work, "--recipes", RECIPE, "--folds", "0").stdout
+    assert (
+        "6 oof samples" in run_script("05_predict_oof.py", "--work", work, "--recipes", RECIPE, "--folds", "0").stdout
+    )

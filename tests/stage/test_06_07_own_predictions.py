@@ -37,14 +37,45 @@ def read(path):
 
 
 def test_from_files_to_a_submission(own, run_script):
-    find = ("06_thresholds.py", "--oof", own / "a.npz", own / "b.csv", "--labels", own / "train.csv", "--work", own / "w")
-    decide = ("07_ensemble.py", "--test", own / "a_test.npz", own / "b_test.npy", "--ids", own / "sample_submission.csv",
-              "--thresholds", own / "w" / "thresholds.json", "--sample", own / "sample_submission.csv", "--out", own / "out.csv")
+    find = (
+        "06_thresholds.py",
+        "--oof",
+        own / "a.npz",
+        own / "b.csv",
+        "--labels",
+        own / "train.csv",
+        "--work",
+        own / "w",
+    )
+    decide = (
+        "07_ensemble.py",
+        "--test",
+        own / "a_test.npz",
+        own / "b_test.npy",
+        "--ids",
+        own / "sample_submission.csv",
+        "--thresholds",
+        own / "w" / "thresholds.json",
+        "--sample",
+        own / "sample_submission.csv",
+        "--out",
+        own / "out.csv",
+    )
     out = run_script(*find).stdout
-    assert "cross-fitted, 150 out-of-fold samples, mean of" in out and "rest on fewer than 10 positives: Nucleoplasm (" in out
+    assert (
+        "cross-fitted, 150 out-of-fold samples, mean of" in out
+        and "rest on fewer than 10 positives: Nucleoplasm (" in out
+    )
     found = read(own / "w" / "thresholds.json")
     assert found["method"] == "calibrated" and len(found["thresholds"]) == 28 and len(found["members"]) == 2
-    assert found["per_class"][27].keys() == {"class", "threshold", "positives", "f1_cross_fitted", "interval", "f1_in_sample"}
+    assert found["per_class"][27].keys() == {
+        "class",
+        "threshold",
+        "positives",
+        "f1_cross_fitted",
+        "interval",
+        "f1_in_sample",
+    }
     out = run_script(*decide).stdout
     assert "40 rows" in out and "labelled" in out and "WARNING" not in out
     submission = pd.read_csv(own / "out.csv", dtype=str, keep_default_na=False)
@@ -59,7 +90,10 @@ def test_from_files_to_a_submission(own, run_script):
     found = read(own / "w" / "thresholds.json")
     assert found["combine"] == "weighted" and sum(found["weights"]) == pytest.approx(1) and found["method"] == "ratio"
     assert "weighted of" in run_script(*decide, "--fallback", "empty").stdout
-    assert "is a valid submission of 40 rows" in run_script("07_ensemble.py", "--check", own / "out.csv", *decide[-4:-2]).stdout
+    assert (
+        "is a valid submission of 40 rows"
+        in run_script("07_ensemble.py", "--check", own / "out.csv", *decide[-4:-2]).stdout
+    )
 
     run_script("06_thresholds.py", "--oof", own / "a_test.npz", "--reproduce", own / "out.csv", "--work", own / "r")
     assert len(read(own / "r" / "thresholds.json")["limits"]) == 28
@@ -73,9 +107,13 @@ def check_the_page(own):
     """It knows that all was made from these files, and shows them."""
     states = stage_table(Work(own / "w")).set_index("stage")[["main file", "state"]]
     assert states.loc["06 thresholds"].to_list() == ["thresholds.json", "complete"]
-    assert states.loc["07 ensemble"].to_list() == [str(own / "out.csv"), "complete"] and "05 predict" not in states.index
+    assert (
+        states.loc["07 ensemble"].to_list() == [str(own / "out.csv"), "complete"] and "05 predict" not in states.index
+    )
     blocks = predictions(Work(own / "w"))
-    assert blocks[0].items["mean of"] == "a.npz, b.csv" and "If a network was trained on these samples" in blocks[1].text
+    assert (
+        blocks[0].items["mean of"] == "a.npz, b.csv" and "If a network was trained on these samples" in blocks[1].text
+    )
     assert [row["name"] for row in read(own / "w" / "thresholds.json")["members"]] == ["a.npz", "b.csv"]
     (known,) = [block.items for block in scores(Work(own / "w")) if block.kind == "facts"]
     assert known["samples"] == "150" and errors(Work(own / "w"))[0].items["missed labels"]
@@ -89,7 +127,17 @@ def check_the_page(own):
 def test_groups_of_other_predictions_stay_together(own, run_script):
     ids = pd.read_csv(own / "train.csv", dtype=str)["Id"]
     pd.DataFrame({"Id": ids, "group": ids.index // 3}).to_csv(own / "groups.csv", index=False)
-    find = ("06_thresholds.py", "--oof", own / "a.npz", "--labels", own / "train.csv", "--work", own / "w", "--method", "greedy")
+    find = (
+        "06_thresholds.py",
+        "--oof",
+        own / "a.npz",
+        "--labels",
+        own / "train.csv",
+        "--work",
+        own / "w",
+        "--method",
+        "greedy",
+    )
     scores = []
     for more in ((), ("--groups", own / "groups.csv")):
         run_script(*find, *more)
@@ -108,22 +156,43 @@ def test_what_does_not_fit_together_is_one_clear_error(own, fails, run_script):
     assert "150 Ids are in all files; of the labelled ones 1 are left out" in out
     assert "none.csv is missing" in fails(*find, own / "none.csv")
 
-    decide = ("07_ensemble.py", "--thresholds", own / "w" / "thresholds.json", "--sample", own / "sample_submission.csv",
-              "--out", own / "out.csv", "--test")
+    decide = (
+        "07_ensemble.py",
+        "--thresholds",
+        own / "w" / "thresholds.json",
+        "--sample",
+        own / "sample_submission.csv",
+        "--out",
+        own / "out.csv",
+        "--test",
+    )
     message = fails(*decide, own / "a_test.npz", own / "b_test.npy", "--ids", own / "sample_submission.csv")
     assert "is for 1 members" in message and "found 2" in message
     assert "lacks 40 Ids" in fails(*decide, own / "a.npz")
-    assert "the one file of predictions" in fails("06_thresholds.py", "--reproduce", own / "out.csv", "--work", own / "w")
+    assert "the one file of predictions" in fails(
+        "06_thresholds.py", "--reproduce", own / "out.csv", "--work", own / "w"
+    )
     pd.DataFrame({"Id": ["t0"], "Predicted": ["30"]}).to_csv(own / "bad.csv", index=False)
-    assert "missing: 39" in fails("07_ensemble.py", "--check", own / "bad.csv", "--sample", own / "sample_submission.csv")
+    assert "missing: 39" in fails(
+        "07_ensemble.py", "--check", own / "bad.csv", "--sample", own / "sample_submission.csv"
+    )
 
 
 def test_test_samples_take_known_labels_only_when_asked_and_loudly(own, run_script, fails):
     run_script("06_thresholds.py", "--oof", own / "a.npz", "--labels", own / "train.csv", "--work", own / "w")
-    decide = ("07_ensemble.py", "--test", own / "a_test.npz", "--work", own / "w", "--sample", own / "sample_submission.csv")
+    decide = (
+        "07_ensemble.py",
+        "--test",
+        own / "a_test.npz",
+        "--work",
+        own / "w",
+        "--sample",
+        own / "sample_submission.csv",
+    )
     assert "duplicate_pairs.csv is missing; run: python 02_dedup.py" in fails(*decide, "--override-duplicates")
-    pd.DataFrame([("s3", "train", "t7", "test", 0, 1, 2, "11 13", "", "")], columns=[
-        "Id", "part", "other_Id", "other_part", "red", "green", "blue", "Target", "other_Target", "agreement"]
+    pd.DataFrame(
+        [("s3", "train", "t7", "test", 0, 1, 2, "11 13", "", "")],
+        columns=["Id", "part", "other_Id", "other_part", "red", "green", "blue", "Target", "other_Target", "agreement"],
     ).to_csv(own / "w" / "duplicate_pairs.csv", index=False)
     assert "WARNING" not in run_script(*decide).stdout
     before = read_table(own / "w" / "submission.csv", "")
@@ -136,7 +205,16 @@ def test_test_samples_take_known_labels_only_when_asked_and_loudly(own, run_scri
 def test_a_submission_does_not_take_the_place_of_its_inputs(own, run_script, fails):
     run_script("06_thresholds.py", "--oof", own / "a.npz", "--labels", own / "train.csv", "--work", own / "w")
     found = own / "w" / "thresholds.json"
-    decide = ("07_ensemble.py", "--test", own / "a_test.npz", "--thresholds", found, "--sample", own / "sample_submission.csv", "--out")
+    decide = (
+        "07_ensemble.py",
+        "--test",
+        own / "a_test.npz",
+        "--thresholds",
+        found,
+        "--sample",
+        own / "sample_submission.csv",
+        "--out",
+    )
     for path in (own / "a_test.npz", found, own / "w" / ".." / "sample_submission.csv"):
         before = path.read_bytes()
         assert f"--out {path} is one of the inputs; give another file" in fails(*decide, path)

@@ -30,10 +30,24 @@ def work(run_stages, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     make_demo_data(folder / "data", n_train=60, n_test=10)
     places = ("--data", folder / "data", "--work", folder / "work")
-    out = run_stages(*places, "--quick", "--recipes", "demo", "--set", "cycle_epochs=2", "--set", "buffers=16",
-                     "--set", "finder=record", "--set", "min_cycle_gain=0")
-    assert re.fullmatch(rf"08_report: \d\.\d MB, open it in a browser: {re.escape(str(folder / 'work' / 'report.html'))}",
-                        out.splitlines()[-1])
+    out = run_stages(
+        *places,
+        "--quick",
+        "--recipes",
+        "demo",
+        "--set",
+        "cycle_epochs=2",
+        "--set",
+        "buffers=16",
+        "--set",
+        "finder=record",
+        "--set",
+        "min_cycle_gain=0",
+    )
+    assert re.fullmatch(
+        rf"08_report: \d\.\d MB, open it in a browser: {re.escape(str(folder / 'work' / 'report.html'))}",
+        out.splitlines()[-1],
+    )
     return folder / "work"
 
 
@@ -62,9 +76,13 @@ def test_the_page_in_a_browser(work, browser):
 
 def test_dark_readers_get_a_dark_page(work, browser):
     def colours(scheme):
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
-        return browser.execute_script("const colour = e => getComputedStyle(document.querySelector(e));"
-                                      "return [colour('section').backgroundColor, colour('.plot text').fill]")
+        browser.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
+        return browser.execute_script(
+            "const colour = e => getComputedStyle(document.querySelector(e));"
+            "return [colour('section').backgroundColor, colour('.plot text').fill]"
+        )
 
     show(browser, work / "report.html")
     assert colours("light") == ["rgb(255, 255, 255)", "rgb(27, 31, 36)"]
@@ -79,8 +97,11 @@ def test_one_sample_in_a_browser(work, run_script, browser, tmp_path):
         page.write_text(sample_page(Work(work), Id), encoding="utf-8")
         check_page(browser, page)
         text = browser.execute_script("return document.querySelector('#heat').textContent")
-        assert {"train": "which this network was not trained on", "test": "which no network was trained on",
-                "external": "so that every network was trained on it"}[part] in text
+        assert {
+            "train": "which this network was not trained on",
+            "test": "which no network was trained on",
+            "external": "so that every network was trained on it",
+        }[part] in text
         assert (f"Means over the networks of {RECIPE}, folds 0, 1." in text) == (part != "train")
         assert browser.execute_script("return document.querySelectorAll('#heat img').length") > 0
         show(browser, page)
@@ -133,7 +154,9 @@ def test_the_page_says_what_is_older_and_what_is_damaged(work, tmp_path):
     folds.iloc[::-1].to_csv(tmp_path / "folds.csv", index=False)
     ids, probs = load_predictions(tmp_path / "predictions" / RECIPE / "oof.npz", "")
     stages = Work(tmp_path)
-    states = next(block for block in collect(stages)[0].blocks if block.kind == "table").frame.set_index("stage")["state"]
+    states = next(block for block in collect(stages)[0].blocks if block.kind == "table").frame.set_index("stage")[
+        "state"
+    ]
     assert states["02 dedup"] == "complete" and states["04 train"] == "from an older folds.csv: run its stage again"
     assert states["09 tables"] == "not made yet"
     save_predictions(tmp_path / "predictions" / RECIPE / "oof.npz", [f"other-{k}" for k in range(len(ids))], probs)
@@ -163,7 +186,8 @@ def test_names_from_files_are_never_markup(work, tmp_path, browser):
         (tmp_path / kind / RECIPE).rename(tmp_path / kind / ATTACK)
     found = json.loads((tmp_path / "thresholds.json").read_text()) | {
         "recipes": [ATTACK],
-        "members": [{"name": ATTACK, "score_cross_fitted": 0.5, "interval": [0.4, 0.6], "leave_one_out": 0.4}]}
+        "members": [{"name": ATTACK, "score_cross_fitted": 0.5, "interval": [0.4, 0.6], "leave_one_out": 0.4}],
+    }
     write_json(tmp_path / "thresholds.json", found)
     log = tmp_path / "runs" / ATTACK / "fold0" / "log.jsonl"
     log.write_text(log.read_text().replace("from random weights", ATTACK.replace('"', '\\"')))

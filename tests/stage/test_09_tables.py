@@ -15,7 +15,12 @@ def test_the_script_writes_every_form_and_shows_them_again(run_script, fails, tm
     text = (work / "tables" / "tables.md").read_text()
     assert text in out and out.count("## Table") == 3
     assert {path.name for path in (work / "tables").glob("*.csv")} == {
-        "table1.csv", "table2.csv", "table3.csv", "tables.csv", "gains.csv"}
+        "table1.csv",
+        "table2.csv",
+        "table3.csv",
+        "tables.csv",
+        "gains.csv",
+    }
     tidy = pd.read_csv(work / "tables" / "tables.csv")
     assert list(tidy.columns) == tables.SCORE_FIELDS and len(tidy) == 5 * (7 + 4)
     assert list(pd.read_csv(work / "tables" / "gains.csv").columns) == tables.GAIN_FIELDS

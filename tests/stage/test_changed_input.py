@@ -18,11 +18,19 @@ TINY = ("--set", "cycle_epochs=1", "max_cycles=1", "buffers=16")
 def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     work = tmp_path / "work"
     places = ("--data", small_data, "--work", work)
-    commands = [("01_preprocess.py", *places, "--recipes", RECIPE), ("02_dedup.py", *places), ("03_make_folds.py", *places, "--n-folds", 2),
-                ("04_train.py", *places, "--recipe", RECIPE, *TINY), ("05_predict_oof.py", *places, "--recipes", RECIPE),
-                ("06_thresholds.py", *places, "--recipes", RECIPE), ("07_ensemble.py", *places, "--recipes", RECIPE)]
+    commands = [
+        ("01_preprocess.py", *places, "--recipes", RECIPE),
+        ("02_dedup.py", *places),
+        ("03_make_folds.py", *places, "--n-folds", 2),
+        ("04_train.py", *places, "--recipe", RECIPE, *TINY),
+        ("05_predict_oof.py", *places, "--recipes", RECIPE),
+        ("06_thresholds.py", *places, "--recipes", RECIPE),
+        ("07_ensemble.py", *places, "--recipes", RECIPE),
+    ]
     stages = lambda *numbers: "".join(run_script(*commands[n - 1]).stdout for n in numbers)
-    times = lambda: {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.suffix in (".tif", ".npz", ".pt")}
+    times = lambda: {
+        path: path.stat().st_mtime_ns for path in work.rglob("*") if path.suffix in (".tif", ".npz", ".pt")
+    }
     check = lambda: run_script(*commands[0], "--check", "--n-folds", 2, "--folds", 0, *TINY, check=False)
     changed = lambda before: {path.name for path, time in times().items() if before.get(path) != time}
     stages(1, 2, 3, 4, 5, 6, 7)
@@ -35,7 +43,11 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     out = stages(1, 2, 3, 4, 5, 6, 7)
     assert changed(before) == {"test-1.tif", "fold0_test.npz", "fold1_test.npz", "test.npz"}
     assert "samples.csv again (changed: image files)" in out and "duplicates.csv again (changed: images)" in out
-    assert "folds.csv is up to date" in out and out.count("best.pt is up to date") == 2 and "thresholds.json is up to date" in out
+    assert (
+        "folds.csv is up to date" in out
+        and out.count("best.pt is up to date") == 2
+        and "thresholds.json is up to date" in out
+    )
     assert "fold0_test.npz again (changed: images)" in out and "submission.csv again (changed: demo-quick)" in out
 
     # A training image: every fold is trained or validated on it, so training asks.
@@ -77,8 +89,11 @@ def test_a_fold_that_had_to_wait_is_not_trained_on_other_folds_than_its_record_n
     run_script("02_dedup.py", *places)
     run_script("03_make_folds.py", *places, "--n-folds", 2)
     recipes = {RECIPE: get_recipe(RECIPE, list(TINY[1:]))}
-    job, = plan(work, recipes, read_table(work / "folds.csv", ""), [0], 0, False, "none", None, Team())
+    (job,) = plan(work, recipes, read_table(work / "folds.csv", ""), [0], 0, False, "none", None, Team())
     run_script("03_make_folds.py", *places, "--n-folds", 3)
-    with pytest.raises(UserError, match=r"another process wrote its inputs anew since this command began \(changed: folds.csv\); run it again"):
+    with pytest.raises(
+        UserError,
+        match=r"another process wrote its inputs anew since this command began \(changed: folds.csv\); run it again",
+    ):
         train_job(*job, work, 0, HardwareOptions("cpu", "fp32", 0))
     assert not (work / "runs" / RECIPE / "fold0" / "best.pt").exists()

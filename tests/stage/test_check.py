@@ -17,15 +17,27 @@ QUICK = ("--recipes", "demo-quick", "--n-folds", 2, "--pretrained", "none")
 
 def test_a_good_folder_is_fine_and_nothing_is_written(run_script, small_data, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    out = run_script("run_all.sh", "--check", "--data", small_data, "--work", tmp_path / "work", "--quick", "--recipes", "demo").stdout
+    out = run_script(
+        "run_all.sh", "--check", "--data", small_data, "--work", tmp_path / "work", "--quick", "--recipes", "demo"
+    ).stdout
     assert sorted(tmp_path.rglob("*")) == before
     lines = out.splitlines()
-    for beginning in ("fine       packages", "fine       work folder", "fine       tables                 12 train samples, 3 test samples",
-                      "fine       images                 15 of 15 samples have four good headers (15 of 160 px)",
-                      "warning    labels                 25 of 28 classes have no sample", "fine       labels                 12 labelled",
-                      "fine       weights                resnet10_narrow: from random weights", "fine       memory, demo-quick     a batch of 8 fits",
-                      "fine       disk", "estimate   time, 01 and 02", "estimate   time, 04 demo-quick    ", "estimate   time, 05 demo-quick",
-                      "estimate   time, in all", "nothing will fail that could be seen from here; warnings: 1"):
+    for beginning in (
+        "fine       packages",
+        "fine       work folder",
+        "fine       tables                 12 train samples, 3 test samples",
+        "fine       images                 15 of 15 samples have four good headers (15 of 160 px)",
+        "warning    labels                 25 of 28 classes have no sample",
+        "fine       labels                 12 labelled",
+        "fine       weights                resnet10_narrow: from random weights",
+        "fine       memory, demo-quick     a batch of 8 fits",
+        "fine       disk",
+        "estimate   time, 01 and 02",
+        "estimate   time, 04 demo-quick    ",
+        "estimate   time, 05 demo-quick",
+        "estimate   time, in all",
+        "nothing will fail that could be seen from here; warnings: 1",
+    ):
         assert any(line.startswith(beginning) for line in lines), (beginning, out)
 
 
@@ -47,9 +59,17 @@ def test_all_that_is_wrong_is_told_in_one_go_with_its_cure(run_script, small_dat
     with Lock(work / "runs" / "demo-quick" / "fold0"):
         told = run_script(SCRIPT, "--check", "--data", small_data, "--work", work, *QUICK, check=False)
     assert told.returncode == 2 and told.stderr.endswith("error: 1 of these will fail; mend them as said after '->'\n")
-    for text in ("fold0 is being made by ", "train_full_size has images of 1 Ids that no table has, such as stray", "3 samples cannot be used:",
-                 "train: train-0_green not found", "train-1_red.png is a colour image", "train-2_blue.tif cannot be read",
-                 "-> mend or remove them, or leave them out with --keep-going", "the 16-bit files use ", "run_all.sh --white-level 4095"):
+    for text in (
+        "fold0 is being made by ",
+        "train_full_size has images of 1 Ids that no table has, such as stray",
+        "3 samples cannot be used:",
+        "train: train-0_green not found",
+        "train-1_red.png is a colour image",
+        "train-2_blue.tif cannot be read",
+        "-> mend or remove them, or leave them out with --keep-going",
+        "the 16-bit files use ",
+        "run_all.sh --white-level 4095",
+    ):
         assert text in told.stdout, (text, told.stdout)
 
     shutil.rmtree(folder)
@@ -60,9 +80,17 @@ def test_all_that_is_wrong_is_told_in_one_go_with_its_cure(run_script, small_dat
     table = pd.read_csv(small_data / "train.csv", dtype=str)
     table.assign(Target=["28", *table["Target"][1:]]).to_csv(small_data / "train.csv", index=False)
     (tmp_path / "file").write_text("")
-    told = run_script(SCRIPT, "--check", "--data", small_data, "--work", tmp_path / "file" / "work", *QUICK, check=False)
-    assert told.returncode == 2 and "train.csv: Target must be labels 0 to 27" in told.stdout and "train-0: '28'" in told.stdout
-    assert "cannot be written (Not a directory)" in told.stdout and "are looked at when the input is mended" in told.stdout
+    told = run_script(
+        SCRIPT, "--check", "--data", small_data, "--work", tmp_path / "file" / "work", *QUICK, check=False
+    )
+    assert (
+        told.returncode == 2
+        and "train.csv: Target must be labels 0 to 27" in told.stdout
+        and "train-0: '28'" in told.stdout
+    )
+    assert (
+        "cannot be written (Not a directory)" in told.stdout and "are looked at when the input is mended" in told.stdout
+    )
 
 
 def test_missing_packages_are_told_like_the_rest(run_script, small_data, tmp_path, monkeypatch):

@@ -29,8 +29,13 @@ def test_a_cluster_does_the_jobs_and_a_killed_worker_loses_nothing(run_script, s
         run_script("01_preprocess.py", *places, "--recipes", RECIPE, *cluster_flags)
         run_script("02_dedup.py", *places, *cluster_flags)
         run_script("03_make_folds.py", *places, "--n-folds", "2")
-        return [(name, *flags, *places, *cluster_flags) for name, flags in (
-            ("04_train.py", ("--recipe", RECIPE, *TINY)), ("05_predict_oof.py", ("--recipes", RECIPE)))]
+        return [
+            (name, *flags, *places, *cluster_flags)
+            for name, flags in (
+                ("04_train.py", ("--recipe", RECIPE, *TINY)),
+                ("05_predict_oof.py", ("--recipes", RECIPE)),
+            )
+        ]
 
     for command in stages(tmp_path / "here"):
         run_script(*command)
@@ -51,5 +56,15 @@ def test_a_cluster_does_the_jobs_and_a_killed_worker_loses_nothing(run_script, s
 
 
 def test_a_cluster_that_does_not_answer_is_one_message(fails, small_data, tmp_path, monkeypatch):
-    message = fails("01_preprocess.py", "--data", small_data, "--work", tmp_path, "--recipes", RECIPE, "--cluster", "tcp://127.0.0.1:9")
+    message = fails(
+        "01_preprocess.py",
+        "--data",
+        small_data,
+        "--work",
+        tmp_path,
+        "--recipes",
+        RECIPE,
+        "--cluster",
+        "tcp://127.0.0.1:9",
+    )
     assert "no dask scheduler answers at tcp://127.0.0.1:9" in message and "dask scheduler" in message

@@ -18,15 +18,23 @@ from common.checkpoints import save_checkpoint
 from tests.conftest import ROOT
 
 RECIPE = "demo-quick"
-STAGES = {"01_preprocess.py": ("--recipes", RECIPE, "--jobs", "1"), "02_dedup.py": ("--jobs", "1"), "03_make_folds.py": ("--n-folds", "2"),
-          "04_train.py": ("--recipe", RECIPE, "--set", "cycle_epochs=1", "max_cycles=2", "buffers=16"),
-          "05_predict_oof.py": ("--recipes", RECIPE, "--tta", "none"), "06_thresholds.py": ("--recipes", RECIPE),
-          "07_ensemble.py": ("--recipes", RECIPE), "09_tables.py": ("--recipes", RECIPE, "--partial"), "08_report.py": ()}
+STAGES = {
+    "01_preprocess.py": ("--recipes", RECIPE, "--jobs", "1"),
+    "02_dedup.py": ("--jobs", "1"),
+    "03_make_folds.py": ("--n-folds", "2"),
+    "04_train.py": ("--recipe", RECIPE, "--set", "cycle_epochs=1", "max_cycles=2", "buffers=16"),
+    "05_predict_oof.py": ("--recipes", RECIPE, "--tta", "none"),
+    "06_thresholds.py": ("--recipes", RECIPE),
+    "07_ensemble.py": ("--recipes", RECIPE),
+    "09_tables.py": ("--recipes", RECIPE, "--partial"),
+    "08_report.py": (),
+}
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Run a stage in this process; returns its exit code and what it wrote to stderr."""
+
     def run(script, data, work):
         monkeypatch.setattr(sys, "argv", [script, "--data", str(data), "--work", str(work), *STAGES[script]])
         capsys.readouterr()
@@ -36,6 +44,7 @@ def call(monkeypatch, capsys):
         except SystemExit as stop:
             code = stop.code
         return code, capsys.readouterr().err
+
     return run
 
 
@@ -61,8 +70,11 @@ class Disk:
 def contents(work: Path) -> dict[str, bytes]:
     """Return the files of a work folder but those that tell times or only help to go on."""
     passing = ("journal.jsonl", "log.jsonl", "last.pt", "report.html")
-    return {str(path.relative_to(work)): path.read_bytes() for path in work.rglob("*")
-            if path.is_file() and path.name not in passing and not path.name.endswith((".meta.json", ".lock", ".lock.json"))}
+    return {
+        str(path.relative_to(work)): path.read_bytes()
+        for path in work.rglob("*")
+        if path.is_file() and path.name not in passing and not path.name.endswith((".meta.json", ".lock", ".lock.json"))
+    }
 
 
 def test_a_disk_that_is_full_at_each_write_of_each_stage_in_turn(call, small_data, tmp_path, monkeypatch):
@@ -80,13 +92,19 @@ def test_a_disk_that_is_full_at_each_write_of_each_stage_in_turn(call, small_dat
     for script, count in counts.items():
         shutil.rmtree(before, ignore_errors=True)
         shutil.copytree(work, before)
-        for fails in sorted({1, 2, *range(3, count, 7), *range(count - 6, count + 1)}) if script == "01_preprocess.py" else range(1, count + 1):
+        for fails in (
+            sorted({1, 2, *range(3, count, 7), *range(count - 6, count + 1)})
+            if script == "01_preprocess.py"
+            else range(1, count + 1)
+        ):
             shutil.rmtree(work)
             shutil.copytree(before, work)
             disk.writes, disk.fails = 0, fails
             code, error = call(script, small_data, work)
             assert code == 2 and error.count("error: ") == 1 and "Traceback" not in error, error
-            assert "No space left on device" in error and ("can be written and has space" in error or "make room" in error)
+            assert "No space left on device" in error and (
+                "can be written and has space" in error or "make room" in error
+            )
             made = contents(work)
             assert all(made[name] == good[name] for name in made if not name.endswith("best.pt")), (script, fails)
             assert not [name for name in made if ".tmp" in name]
@@ -103,10 +121,15 @@ def test_a_disk_that_is_full_at_a_line_of_the_journal(call, small_data, tmp_path
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     journal = tmp_path / "work" / "images" / "journal.jsonl"
-    monkeypatch.setattr(preprocess, "open", lambda *_, **__: type("Full", (io.StringIO,), {step: full})(), raising=False)
+    monkeypatch.setattr(
+        preprocess, "open", lambda *_, **__: type("Full", (io.StringIO,), {step: full})(), raising=False
+    )
     code, error = call("01_preprocess.py", small_data, tmp_path / "work")
     assert code == 2 and error.count("error: ") == 1, error
-    assert f"error: No space left on device: {journal}; check that the folder exists, can be written and has space" in error
+    assert (
+        f"error: No space left on device: {journal}; check that the folder exists, can be written and has space"
+        in error
+    )
     assert not (tmp_path / "work" / "samples.csv").exists()
 
 
@@ -117,7 +140,7 @@ def test_a_disk_that_is_full_within_a_checkpoint_is_told_as_such(tmp_path):
     (tmp_path / "last.pt").write_text("old")
     (tmp_path / f".last.{os.getpid()}.tmp.pt").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device: .*last.pt"):
-        save_checkpoint(tmp_path / "last.pt", {"model": torch.zeros(10 ** 6)})
+        save_checkpoint(tmp_path / "last.pt", {"model": torch.zeros(10**6)})
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("last.pt", "old")]
 
 
@@ -153,7 +176,11 @@ def test_folders_that_cannot_be_written_and_input_that_goes_away(call, small_dat
         before = contents(work)
         with read_only(work):  # a mode gives "Permission denied" where a mount gives the other
             code, error = call(script, small_data, work)
-        assert code == 2 and error.count("error: ") == 1 and any(why in error for why in ("Read-only file system", "Permission denied")), error
+        assert (
+            code == 2
+            and error.count("error: ") == 1
+            and any(why in error for why in ("Read-only file system", "Permission denied"))
+        ), error
         assert contents(work) == before
         assert_made(call(script, small_data, work))
 
@@ -171,7 +198,9 @@ def test_folders_that_cannot_be_written_and_input_that_goes_away(call, small_dat
 
     store, source = images.store_sample, small_data / "train_full_size" / "train-5_blue.tif"
     lost = source.read_bytes()
-    monkeypatch.setattr(images, "store_sample", lambda *sample: (sample[0] == "train-2" and source.unlink()) or store(*sample))
+    monkeypatch.setattr(
+        images, "store_sample", lambda *sample: (sample[0] == "train-2" and source.unlink()) or store(*sample)
+    )
     shutil.rmtree(work)
     code, error = call("01_preprocess.py", small_data, work)
     assert code == 2 and "1 samples cannot be used" in error and f"{source} cannot be read (" in error, error

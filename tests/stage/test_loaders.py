@@ -15,14 +15,30 @@ RECIPE = "demo-quick"
 def test_folds_at_once_have_loader_processes_and_the_same_results(run_script, small_data, tmp_path):
     work, results = tmp_path / "work", []
     places = ("--data", small_data, "--work", work)
-    for script, *flags in (("01_preprocess.py", "--recipes", RECIPE), ("02_dedup.py",), ("03_make_folds.py", "--n-folds", 2)):
+    for script, *flags in (
+        ("01_preprocess.py", "--recipes", RECIPE),
+        ("02_dedup.py",),
+        ("03_make_folds.py", "--n-folds", 2),
+    ):
         run_script(script, *places, *flags)
     for at_once in ((), ("--jobs", 2, "--workers", 1)):
-        out = run_script("04_train.py", *places, "--recipe", RECIPE, "--set", "cycle_epochs=1", "max_cycles=1", "buffers=16",
-                         "--force", *at_once).stdout
+        out = run_script(
+            "04_train.py",
+            *places,
+            "--recipe",
+            RECIPE,
+            "--set",
+            "cycle_epochs=1",
+            "max_cycles=1",
+            "buffers=16",
+            "--force",
+            *at_once,
+        ).stdout
         out += run_script("05_predict_oof.py", *places, "--recipes", RECIPE, *at_once).stdout
         assert out.count("2 jobs at once, each on CPU") == out.count("1 loader process,") == (2 if at_once else 0)
-        results.append([(work / name).read_bytes() for name in (f"runs/{RECIPE}/fold1/best.pt", f"predictions/{RECIPE}/oof.npz")])
+        results.append(
+            [(work / name).read_bytes() for name in (f"runs/{RECIPE}/fold1/best.pt", f"predictions/{RECIPE}/oof.npz")]
+        )
     assert results[0] == results[1]
 
 

@@ -23,20 +23,43 @@ def setup(tmp_path):
     (tmp_path / "requirements.txt").write_text("torch>=99\nno-such-package-anywhere>=1\n")
 
     def start(path, wheels="", options=""):
-        environment = {**os.environ, "PATH": str(path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_CONFIG_FILE": os.devnull}
+        environment = {
+            **os.environ,
+            "PATH": str(path),
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(wheels),
+            "PIP_CONFIG_FILE": os.devnull,
+        }
         script = f'set -euo pipefail; source common/setup.sh {options} requirements.txt; echo "$PYTHON"'
-        return subprocess.Popen(["/bin/bash", "-c", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            ["/bin/bash", "-c", script],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
     return start
 
 
 def distribution(name, version, *needs):
     """Return the files of an installed package that holds nothing but its name and what it needs."""
     folder = f"{name}-{version}.dist-info"
-    metadata = "".join(f"{line}\n" for line in ("Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}",
-                                                *(f"Requires-Dist: {need}" for need in needs)))
-    return {f"{folder}/METADATA": metadata, f"{folder}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-            f"{folder}/RECORD": f"{folder}/METADATA,,\n{folder}/WHEEL,,\n{folder}/RECORD,,\n"}
+    metadata = "".join(
+        f"{line}\n"
+        for line in (
+            "Metadata-Version: 2.1",
+            f"Name: {name}",
+            f"Version: {version}",
+            *(f"Requires-Dist: {need}" for need in needs),
+        )
+    )
+    return {
+        f"{folder}/METADATA": metadata,
+        f"{folder}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{folder}/RECORD": f"{folder}/METADATA,,\n{folder}/WHEEL,,\n{folder}/RECORD,,\n",
+    }
 
 
 def wheel(folder, name, version, *needs):
@@ -55,7 +78,11 @@ def notebook(tmp_path):
     venv.create(tmp_path / "active", with_pip=False, symlinks=True)
     packages = next((tmp_path / "active" / "lib").glob("python*/site-packages"))
     zipfile.ZipFile(pip).extractall(packages)
-    for made in (("torch", "2.6.0+cu124", "nvidia-cublas-cu12==12.4.5.8"), ("torchvision", "0.21.0", "torch==2.6.0"), ("numpy", "1.26.4")):
+    for made in (
+        ("torch", "2.6.0+cu124", "nvidia-cublas-cu12==12.4.5.8"),
+        ("torchvision", "0.21.0", "torch==2.6.0"),
+        ("numpy", "1.26.4"),
+    ):
         for path, text in distribution(*made).items():
             (packages / path).parent.mkdir(exist_ok=True)
             (packages / path).write_text(text)
@@ -76,7 +103,10 @@ def test_without_a_python_that_is_new_enough(setup, tmp_path):
         (old / name).write_text("#!/bin/sh\nexit 1\n")
         (old / name).chmod(0o755)
     process = setup(old)
-    assert process.communicate(timeout=60) == ("", "error: Python 3.11 or later is needed and was not found; install it, then run this again\n")
+    assert process.communicate(timeout=60) == (
+        "",
+        "error: Python 3.11 or later is needed and was not found; install it, then run this again\n",
+    )
     assert process.returncode == 2
 
 
@@ -90,24 +120,37 @@ def test_one_at_a_time_and_packages_that_cannot_be_had(setup, tmp_path):
     assert process.returncode == 2 and error.startswith("setting up .venv once (several GB, mostly torch)\n")
     assert "error: the packages could not be installed into .venv; these are missing:\n" in error
     assert "no-such-package-anywhere: expected >=1, found nothing\n" in error
-    assert error.endswith("with internet, or with their wheels in a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER bash run_all.sh\n")
+    assert error.endswith(
+        "with internet, or with their wheels in a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER bash run_all.sh\n"
+    )
 
 
 def test_a_torch_in_range_is_kept_and_only_what_it_lacks_is_installed(setup, notebook, tmp_path):
     active, wheels = notebook
     path = f"{active}:/usr/bin:/bin"
-    (tmp_path / "requirements.txt").write_text("torch>=2.6,<3\ntorchvision>=0.21,<1\nnumpy>=1.26,<3\ncaptum>=0.7,<1\nhashes>=1\n")
-    assert setup(path, options="--dry-run").communicate(timeout=60)[0].startswith("bash common/setup.sh requirements.txt\n")
+    (tmp_path / "requirements.txt").write_text(
+        "torch>=2.6,<3\ntorchvision>=0.21,<1\nnumpy>=1.26,<3\ncaptum>=0.7,<1\nhashes>=1\n"
+    )
+    assert (
+        setup(path, options="--dry-run")
+        .communicate(timeout=60)[0]
+        .startswith("bash common/setup.sh requirements.txt\n")
+    )
     assert not (tmp_path / ".venv").exists()
 
     (wheels / "munch-4.0.0-py3-none-any.whl").rename(tmp_path / "munch")
     interrupted = setup(path, wheels)
-    assert "munch: expected any version, found nothing" in interrupted.communicate(timeout=120)[1] and interrupted.returncode == 2
+    assert (
+        "munch: expected any version, found nothing" in interrupted.communicate(timeout=120)[1]
+        and interrupted.returncode == 2
+    )
     (tmp_path / "munch").rename(wheels / "munch-4.0.0-py3-none-any.whl")
 
     process = setup(path, wheels)
-    assert process.communicate(timeout=120) == (".venv/bin/python\n", "setting up .venv once: small packages that the active Python lacks "
-                                                "(its torch is used)\n")
+    assert process.communicate(timeout=120) == (
+        ".venv/bin/python\n",
+        "setting up .venv once: small packages that the active Python lacks (its torch is used)\n",
+    )
     installed = {path.name for path in tmp_path.glob(".venv/lib/python*/site-packages/*.dist-info")}
     assert installed == {"captum-0.9.0.dist-info", "munch-4.0.0.dist-info", "hashes-1.0.dist-info"}
     assert setup(path).communicate(timeout=60) == (".venv/bin/python\n", "")

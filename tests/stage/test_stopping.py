@@ -19,9 +19,17 @@ ENVIRONMENT = {**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "
 def stopped(command, number, when, whole_group, seconds=60):
     """Start a command, send it a signal when its output has had all of `when`; returns exit code, output, seconds to its end."""
     missing = set(when)
-    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # nohup ignores it
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        bufsize=1,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # nohup ignores it
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -49,10 +57,14 @@ def train(work, *more):
 
 def test_a_preempted_job_saves_each_fold_and_goes_on(work):
     for whole_group in (True, False):
-        code, output, _ = stopped(train(work, "--jobs", "2"), signal.SIGTERM, ("fold 0: epoch", "fold 1: epoch"), whole_group)
+        code, output, _ = stopped(
+            train(work, "--jobs", "2"), signal.SIGTERM, ("fold 0: epoch", "fold 1: epoch"), whole_group
+        )
         assert code == 143 and "Traceback" not in output, output
         assert output.count("saved in epoch") == 2
-        assert f"stopped; finished work is kept. To go on: python 04_train.py --work {work} --recipe demo-quick" in output
+        assert (
+            f"stopped; finished work is kept. To go on: python 04_train.py --work {work} --recipe demo-quick" in output
+        )
         assert all((work / "runs" / RECIPE / f"fold{fold}" / "last.pt").is_file() for fold in (0, 1))
     assert output.count("going on at epoch") == 2
     assert not sidecar(work / "runs" / RECIPE / "fold0" / "best.pt").exists()
@@ -60,7 +72,9 @@ def test_a_preempted_job_saves_each_fold_and_goes_on(work):
 
 def test_the_command_that_goes_on_does_not_throw_away_again(work):
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        code, output, _ = stopped(train(work, "--folds", "0", "--force", "--workers", "1"), number, ["epoch 2/300"], whole_group=True)
+        code, output, _ = stopped(
+            train(work, "--folds", "0", "--force", "--workers", "1"), number, ["epoch 2/300"], whole_group=True
+        )
         assert code == 128 + number and "saved in epoch" in output and "Traceback" not in output, output
         assert "To go on: python 04_train.py" in output and "--folds 0 --workers 1\n" in output, output
     goes_on = output.rpartition("To go on: python ")[2].split()
@@ -69,22 +83,48 @@ def test_the_command_that_goes_on_does_not_throw_away_again(work):
 
 def test_torchruns_main_process_saves(work):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    code, output, _ = stopped((*launcher, *train(work, "--folds", "0")[1:]), signal.SIGTERM, ["epoch 2/300"], whole_group=False)
+    code, output, _ = stopped(
+        (*launcher, *train(work, "--folds", "0")[1:]), signal.SIGTERM, ["epoch 2/300"], whole_group=False
+    )
     assert code != 0 and output.count("saved in epoch") == 1
     assert "To go on: torchrun --nproc-per-node 2" in output
     assert (work / "runs" / RECIPE / "fold0" / "last.pt").is_file()
     assert "RuntimeError" not in output, output  # of the other process, which loses the main one
 
 
-@pytest.mark.parametrize(("when", "number", "code"), [("01_preprocess: ", signal.SIGINT, 130), ("epoch 1/300", signal.SIGINT, 130),
-                                                     ("epoch 1/300", signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("when", "number", "code"),
+    [
+        ("01_preprocess: ", signal.SIGINT, 130),
+        ("epoch 1/300", signal.SIGINT, 130),
+        ("epoch 1/300", signal.SIGTERM, -signal.SIGTERM),
+    ],
+)
 def test_run_all_names_itself(small_data, tmp_path, when, number, code):
-    flags = ["--data", small_data, "--work", tmp_path / "my work", "--quick", "--recipes", "demo", "--set", "cycle_epochs=300", "--set",
-             "max_cycles=1", "--set", "evaluate_epochs=1"]
-    found, output, seconds = stopped(["bash", "run_all.sh", *flags], number, [when], whole_group=number == signal.SIGINT)
+    flags = [
+        "--data",
+        small_data,
+        "--work",
+        tmp_path / "my work",
+        "--quick",
+        "--recipes",
+        "demo",
+        "--set",
+        "cycle_epochs=300",
+        "--set",
+        "max_cycles=1",
+        "--set",
+        "evaluate_epochs=1",
+    ]
+    found, output, seconds = stopped(
+        ["bash", "run_all.sh", *flags], number, [when], whole_group=number == signal.SIGINT
+    )
     assert found == code and "Traceback" not in output, output
     assert output.count("To go on: ") == 1
-    assert f"To go on: bash run_all.sh --data {small_data} --work {str(tmp_path / 'my work').replace(' ', chr(92) + ' ')} --quick" in output
+    assert (
+        f"To go on: bash run_all.sh --data {small_data} --work {str(tmp_path / 'my work').replace(' ', chr(92) + ' ')} --quick"
+        in output
+    )
     assert seconds < 20  # a few, on a machine that does nothing else
 
 
@@ -109,8 +149,15 @@ cli.run(lambda: run_jobs(work, [(None,), (3,), (0,), (2,)], 3, None, "jobs"))
 
 @pytest.mark.parametrize("whole_group", [True, False])
 def test_whoever_has_saved_does_not_take_others_with_it(whole_group):
-    process = subprocess.Popen([sys.executable, "-c", SLOW_TO_SAVE], cwd=ROOT, env=ENVIRONMENT, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_TO_SAVE],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     begun = [process.stdout.readline() for _ in range(3)]
     assert begun == ["begun\n"] * 3
     (os.killpg if whole_group else os.kill)(process.pid, signal.SIGTERM)
@@ -120,34 +167,50 @@ def test_whoever_has_saved_does_not_take_others_with_it(whole_group):
 
 def test_a_worker_that_is_told_to_end_alone_does_not_pass_for_done():
     code = SLOW_TO_SAVE.replace("while not", "os.kill(os.getpid(), signal.SIGTERM)\n        while not")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 2 and "saved" in result.stdout, result.stdout + result.stderr
     assert "error: jobs: a worker process was killed (perhaps memory ran out); finished work is kept" in result.stderr
 
 
 def test_sigterm_after_the_last_job_does_not_wait_for_idle_workers():
-    code = ("import os, signal, time; from common import cli; from common.parallel import run_jobs\n"
-            "def main():\n    run_jobs(abs, [(1,), (2,)], 2, None, 'jobs')\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
-            "cli.run(main)")
+    code = (
+        "import os, signal, time; from common import cli; from common.parallel import run_jobs\n"
+        "def main():\n    run_jobs(abs, [(1,), (2,)], 2, None, 'jobs')\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+        "cli.run(main)"
+    )
     started = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=90)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=90
+    )
     assert result.returncode == 143 and time.monotonic() - started < 15, result.stdout + result.stderr
 
 
 def test_a_thread_that_loses_the_other_end_says_nothing_and_other_errors_are_told():
-    code = ("import sys, threading, common\n"
-            "def fail(error):\n    try:\n        raise error\n    except Exception:\n        sys.excepthook(*sys.exc_info())\n"
-            "for error in (ConnectionResetError('gone'), EOFError('ended'), ValueError('a bug')):\n"
-            "    thread = threading.Thread(target=fail, args=(error,)); thread.start(); thread.join()")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0 and result.stderr.count("Traceback") == 1 and "ValueError: a bug" in result.stderr, result.stderr
+    code = (
+        "import sys, threading, common\n"
+        "def fail(error):\n    try:\n        raise error\n    except Exception:\n        sys.excepthook(*sys.exc_info())\n"
+        "for error in (ConnectionResetError('gone'), EOFError('ended'), ValueError('a bug')):\n"
+        "    thread = threading.Thread(target=fail, args=(error,)); thread.start(); thread.join()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0 and result.stderr.count("Traceback") == 1 and "ValueError: a bug" in result.stderr, (
+        result.stderr
+    )
 
 
 def test_worker_processes_never_see_ctrl_c():
-    code = ("import signal; from common.parallel import run_parallel\n"
-            "for _, blocked in run_parallel(signal.pthread_sigmask, [(signal.SIG_BLOCK, [])] * 2, 2, 'jobs'): print(signal.SIGINT in blocked)\n"
-            "print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    code = (
+        "import signal; from common.parallel import run_parallel\n"
+        "for _, blocked in run_parallel(signal.pthread_sigmask, [(signal.SIG_BLOCK, [])] * 2, 2, 'jobs'): print(signal.SIGINT in blocked)\n"
+        "print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
     assert result.stdout.split() == ["True", "True", "False"], result.stdout + result.stderr
 
 
@@ -198,14 +261,22 @@ def test_loaders_that_have_just_begun_are_there_until_all_is_saved():
 
 def test_loaders_that_have_just_begun_say_nothing_of_ctrl_c():
     slow_fork = "import multiprocessing.util as u, time\nu.register_after_fork(u.register_after_fork, lambda _: time.sleep(2))\n"
-    command = [sys.executable, "-c", slow_fork + LOADING.replace("SECONDS", "0").replace("stopping.HELD", "nullcontext()")]
+    command = [
+        sys.executable,
+        "-c",
+        slow_fork + LOADING.replace("SECONDS", "0").replace("stopping.HELD", "nullcontext()"),
+    ]
     code, output, _ = stopped(command, signal.SIGINT, ("begun",), whole_group=True)
     assert code in (130, -2) and output.count("To go on: ") == 1 and "Traceback" not in output, output
 
 
 def test_a_forked_process_ends_without_a_word():
-    code = ("import os, multiprocessing as m, time; from common import stopping; stopping.listen(); "
-            "child = m.get_context('fork').Process(target=time.sleep, args=(60,)); child.start(); time.sleep(0.5); "
-            "child.terminate(); child.join(); print(child.exitcode)")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    code = (
+        "import os, multiprocessing as m, time; from common import stopping; stopping.listen(); "
+        "child = m.get_context('fork').Process(target=time.sleep, args=(60,)); child.start(); time.sleep(0.5); "
+        "child.terminate(); child.join(); print(child.exitcode)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
     assert (result.stdout.strip(), result.stderr) == ("143", "")

@@ -21,10 +21,12 @@ def start():
     started = []
 
     def run(*command):
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   text=True)
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         started.append(process)
         return process
+
     yield run
     for process in started:
         process.kill()
@@ -47,7 +49,10 @@ def test_folds_are_trained_side_by_side_and_each_thing_by_one_process(run_script
     first = ("01_preprocess.py", *places, "--recipes", RECIPE)
     with Lock(work / "samples.csv"):
         message = fails(*first)
-        assert message.startswith(f"error: {work}/samples.csv is being made by ") and f"process {os.getpid()}, since" in message
+        assert (
+            message.startswith(f"error: {work}/samples.csv is being made by ")
+            and f"process {os.getpid()}, since" in message
+        )
         assert not (work / "images").exists()
     run_script(*first)
     with Lock(work / "samples.csv"):
@@ -65,15 +70,28 @@ def test_folds_are_trained_side_by_side_and_each_thing_by_one_process(run_script
     message = fails(*short, "1,0", "--force")
     assert f"{runs}/fold0 is being made by " in message and f"process {long.pid}" in message
     assert "--folds 0" in message and "wait for its end, or stop it there" in message
-    assert (runs / "fold0" / "last.pt").is_file() and sidecar(runs / "fold1" / "best.pt").is_file()  # nothing is thrown away
+    assert (runs / "fold0" / "last.pt").is_file() and sidecar(
+        runs / "fold1" / "best.pt"
+    ).is_file()  # nothing is thrown away
 
     os.kill(long.pid, signal.SIGKILL)
     run_script(*short, "0", "--force")  # a killed process is in nobody's way
     assert read_json(sidecar(runs / "fold0" / "best.pt"))["epochs"] == 2
 
     # Whoever comes to a fold that another took meanwhile waits, and goes on after it.
-    train = ("04_train.py", "--work", work, "--recipe", WAITING, "--set", "max_cycles=1", "buffers=16", "cycle_epochs=40",
-             "evaluate_epochs=1", "--folds")
+    train = (
+        "04_train.py",
+        "--work",
+        work,
+        "--recipe",
+        WAITING,
+        "--set",
+        "max_cycles=1",
+        "buffers=16",
+        "cycle_epochs=40",
+        "evaluate_epochs=1",
+        "--folds",
+    )
     both = start(*train, "0,1")
     read_until(both, f"{WAITING} fold 0: epoch 1/40")
     with Lock(work / "runs" / WAITING / "fold1", wait=True):

@@ -13,12 +13,12 @@ SCRIPTS = {
     "an error": "import sys\nprint('out', flush=True)\nprint('err', file=sys.stderr)\n1 / 0\n",
     "a signal": "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n",
     "its surroundings": "import os, sys\nprint(__name__, sys.argv, sys.path[0], os.getcwd(), sys.stdin.read())\n"
-                        "print(os.environ['OF_TEST'], 'common' in sys.modules)\n",
+    "print(os.environ['OF_TEST'], 'common' in sys.modules)\n",
     "what comes last": "import atexit, threading, time\natexit.register(print, 'last')\n"
-                       "threading.Thread(target=lambda: (time.sleep(0.2), print('later'))).start()\n",
+    "threading.Thread(target=lambda: (time.sleep(0.2), print('later'))).start()\n",
     "its hook": "import sys\nsys.excepthook = lambda *error: print('hook', error[0].__name__)\nraise KeyError\n",
     "a process": "import multiprocessing\nif __name__ == '__main__':\n"
-                 "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n        print(pool.map(abs, [-1, 2]))\n",
+    "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n        print(pool.map(abs, [-1, 2]))\n",
 }
 
 
@@ -28,8 +28,14 @@ def test_a_fork_is_like_a_new_python(warm, tmp_path, name):
     script.write_text(SCRIPTS[name])
     environment = {**os.environ, "OF_TEST": "x y\nz"}
     ours = warm.run([str(script), "a b"], environment, ROOT, tmp_path)
-    python = subprocess.run([sys.executable, str(script), "a b"], env=environment, cwd=ROOT, capture_output=True, text=True,
-                            stdin=subprocess.DEVNULL)
+    python = subprocess.run(
+        [sys.executable, str(script), "a b"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert (ours.returncode, ours.stdout) == (python.returncode, python.stdout)
     assert ours.stderr.splitlines()[-1:] == python.stderr.splitlines()[-1:]  # the last line of a traceback
 

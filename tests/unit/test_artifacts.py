@@ -27,12 +27,15 @@ def test_predictions_come_back_as_written(tmp_path):
     np.testing.assert_array_equal(read_probs, probs.astype(np.float32))
 
 
-@pytest.mark.parametrize(("ids", "probs", "message"), [
-    (["a", "a"], np.zeros((2, N_CLASSES)), "appear more than once:\n  a"),
-    (["a", "b"], np.full((2, N_CLASSES), 1.5), "in \\[0, 1\\]"),
-    (["a", "b"], np.full((2, N_CLASSES), np.nan), "NaN"),
-    (["a", "b"], np.zeros((2, 27)), r"expected probabilities of shape \(2, 28\), found \(2, 27\)"),
-])
+@pytest.mark.parametrize(
+    ("ids", "probs", "message"),
+    [
+        (["a", "a"], np.zeros((2, N_CLASSES)), "appear more than once:\n  a"),
+        (["a", "b"], np.full((2, N_CLASSES), 1.5), "in \\[0, 1\\]"),
+        (["a", "b"], np.full((2, N_CLASSES), np.nan), "NaN"),
+        (["a", "b"], np.zeros((2, 27)), r"expected probabilities of shape \(2, 28\), found \(2, 27\)"),
+    ],
+)
 def test_bad_predictions_are_refused(tmp_path, ids, probs, message):
     with pytest.raises(UserError, match=message):
         save_predictions(tmp_path / "p.npz", ids, probs)
@@ -98,9 +101,17 @@ def test_a_damaged_sidecar_is_an_error_with_its_name(tmp_path):
         stage.why_stale()
 
 
-@pytest.mark.parametrize("changes", [
-    {"parameters": None}, {"inputs": ["in.txt"]}, {"outputs": "out.txt"}, {"outputs": {"out.txt": "x", "/etc/passwd": "x"}},
-    {"outputs": {"/etc/passwd": "x", "out.txt": "x"}}, {"outputs": {"out.txt": "x", "a\0b": "x"}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parameters": None},
+        {"inputs": ["in.txt"]},
+        {"outputs": "out.txt"},
+        {"outputs": {"out.txt": "x", "/etc/passwd": "x"}},
+        {"outputs": {"/etc/passwd": "x", "out.txt": "x"}},
+        {"outputs": {"out.txt": "x", "a\0b": "x"}},
+    ],
+)
 def test_one_wrong_part_of_a_sidecar_is_enough(tmp_path, changes):
     stage = make_stage(tmp_path)
     write_text(stage.artifact, "made")
@@ -115,5 +126,7 @@ def test_inputs_that_another_process_wrote_anew_are_noticed(tmp_path):
     inputs = {name: tmp_path / name for name in stage.inputs}
     stage.check_unchanged(inputs)
     next(iter(inputs.values())).write_text("other")
-    with pytest.raises(UserError, match=r"another process wrote its inputs anew since this command began \(changed: .*\); run it again"):
+    with pytest.raises(
+        UserError, match=r"another process wrote its inputs anew since this command began \(changed: .*\); run it again"
+    ):
         stage.check_unchanged(inputs)

@@ -29,7 +29,7 @@ def test_counts_equal_a_plain_histogram():
     positives, everything = logit_counts(targets, probs)
     assert (everything.sum(axis=1) == 500).all() and (positives.sum(axis=1) == targets.sum(axis=0)).all()
     assert everything[0, 0] == everything[0, -1] == 1
-    middle = (np.abs(CENTRES) < 8)
+    middle = np.abs(CENTRES) < 8
     for c in range(1, 28):
         width = CENTRES[1] - CENTRES[0]
         edges = np.append(CENTRES[middle] - width / 2, CENTRES[middle][-1] + width / 2)
@@ -67,8 +67,9 @@ def test_the_threshold_is_half_the_best_f1_where_probabilities_are_right():
     np.testing.assert_allclose(calibrated_thresholds(targets, probs), best / 2, atol=0.04)
 
 
-@pytest.mark.parametrize("distort", [lambda p: p, lambda p: p**3, np.sqrt, lambda p: 0.1 + 0.6 * p,
-                                     lambda p: expit(logit(p) / 3)])
+@pytest.mark.parametrize(
+    "distort", [lambda p: p, lambda p: p**3, np.sqrt, lambda p: 0.1 + 0.6 * p, lambda p: expit(logit(p) / 3)]
+)
 def test_it_is_better_than_greedy_on_unseen_rows_whatever_the_scale(distort):
     def scaled(probs):
         return distort(np.clip(probs.astype(np.float64), 1e-6, 1 - 1e-6)).astype(np.float32)
@@ -77,8 +78,10 @@ def test_it_is_better_than_greedy_on_unseen_rows_whatever_the_scale(distort):
     gains = []
     for seed in range(3):
         targets, probs = calibrated_world(300, seed=10 + seed)
-        ours, greedy = (class_f1(unseen, scaled(values) >= find(targets, scaled(probs))).mean()
-                        for find in (calibrated_thresholds, greedy_thresholds))
+        ours, greedy = (
+            class_f1(unseen, scaled(values) >= find(targets, scaled(probs))).mean()
+            for find in (calibrated_thresholds, greedy_thresholds)
+        )
         gains.append(ours - greedy)
     assert np.mean(gains) > 0.005
 
@@ -109,13 +112,20 @@ def small_fit(seed=0):
     everything = rng.integers(0, 3, (2, len(CENTRES))).astype(float)
     everything[1, 50:] = 0
     positives = np.floor(everything * rng.random(everything.shape) + 0.5)
-    return positives, everything, np.array([0.1, 0.9, 1.2]), np.array([[2.0, 0.3, 0.0], [0.3, 1.0, 0.1], [0.0, 0.1, 3.0]])
+    return (
+        positives,
+        everything,
+        np.array([0.1, 0.9, 1.2]),
+        np.array([[2.0, 0.3, 0.0], [0.3, 1.0, 0.1], [0.0, 0.1, 3.0]]),
+    )
 
 
 def slow_log_posterior(coefs, positives, everything, mean, precision):
     p = expit(CENTRES)
     q = expit(coefs[0] + coefs[1] * np.log(p) - coefs[2] * np.log1p(-p))
-    likelihood = sum(k * np.log(x) + (n - k) * np.log1p(-x) for k, n, x in zip(positives, everything, q, strict=True) if n)
+    likelihood = sum(
+        k * np.log(x) + (n - k) * np.log1p(-x) for k, n, x in zip(positives, everything, q, strict=True) if n
+    )
     return likelihood - (coefs - mean) @ precision @ (coefs - mean) / 2
 
 
@@ -134,7 +144,9 @@ def test_newtons_steps_climb_to_the_maximum_and_give_its_curvature():
         values.append(log_posterior(coefs, positives, everything, mean, precision))
     assert (np.diff(values, axis=0) >= -1e-9).all()
     for c in range(2):
-        found = minimize(lambda x, c=c: -slow_log_posterior(x, positives[c], everything[c], mean, precision), mean, tol=1e-12)
+        found = minimize(
+            lambda x, c=c: -slow_log_posterior(x, positives[c], everything[c], mean, precision), mean, tol=1e-12
+        )
         np.testing.assert_allclose(coefs[c], found.x, atol=1e-3)
         p = expit(CENTRES)
         features = np.stack([np.ones(len(p)), np.log(p), -np.log1p(-p)])

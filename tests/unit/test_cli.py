@@ -12,6 +12,7 @@ from common.errors import UserError, listing, nearest
 def stopped_by(error, capsys):
     def main():
         raise error
+
     with pytest.raises(SystemExit) as stop:
         cli.run(main)
     return stop.value.code, capsys.readouterr().err
@@ -35,6 +36,7 @@ def test_ctrl_c_names_the_command_that_goes_on(capsys, monkeypatch):
 def test_a_bug_keeps_its_traceback():
     def main():
         raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
         cli.run(main)
 

@@ -62,12 +62,19 @@ def test_a_set_of_standardised_images_standardises_whole_images_before_crops_are
 
 def test_a_sample_that_is_not_stored_is_named_with_the_cure(tmp_path):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "96.csv").write_text("Id,side,crc" + "".join(f",{what}_{c}" for what in (
-        "mean", "std", "zeros", "saturated") for c in CHANNELS) + "\na,96,0" + ",0" * 16 + "\n")
+    (tmp_path / "images" / "96.csv").write_text(
+        "Id,side,crc"
+        + "".join(f",{what}_{c}" for what in ("mean", "std", "zeros", "saturated") for c in CHANNELS)
+        + "\na,96,0"
+        + ",0" * 16
+        + "\n"
+    )
     with pytest.raises(UserError) as error:
         stored_images(tmp_path, "96", ["a", "b", "c"])
-    assert str(error.value) == (f"{tmp_path}/images/96 lacks 2 samples, such as b; run: python 01_preprocess.py --set "
-                                f"size_rule=fixed size_divisor=1 image_size=96 crop_size=96 --work {tmp_path}")
+    assert str(error.value) == (
+        f"{tmp_path}/images/96 lacks 2 samples, such as b; run: python 01_preprocess.py --set "
+        f"size_rule=fixed size_divisor=1 image_size=96 crop_size=96 --work {tmp_path}"
+    )
 
 
 def test_a_crop_is_the_window_of_its_draw_in_the_symmetry_of_its_draw():
@@ -85,12 +92,16 @@ def test_each_row_comes_once_an_epoch_in_another_order():
 
 def test_rows_are_drawn_as_often_as_their_weights_say_rounded_up_or_down():
     weights = np.array([1, 1, 1, 5, 0.5, 3.5])
-    counts = np.array([np.bincount(EpochBatches(6, 3, 0, epoch, weights=weights).order, minlength=6) for epoch in range(4000)])
+    counts = np.array(
+        [np.bincount(EpochBatches(6, 3, 0, epoch, weights=weights).order, minlength=6) for epoch in range(4000)]
+    )
     expected = 6 * weights / weights.sum()
     assert (counts >= np.floor(expected)).all() and (counts <= np.ceil(expected)).all()
     np.testing.assert_allclose(counts.mean(axis=0), expected, atol=0.04)
     assert sorted(EpochBatches(40, 8, 0, 0, weights=np.full(40, 0.1)).order) == list(range(40))
-    places = np.array([np.flatnonzero(EpochBatches(6, 3, 0, epoch, weights=weights).order == 3)[0] for epoch in range(300)])
+    places = np.array(
+        [np.flatnonzero(EpochBatches(6, 3, 0, epoch, weights=weights).order == 3)[0] for epoch in range(300)]
+    )
     assert set(places) >= {0, 1, 2, 3}  # in any order
 
 
@@ -110,7 +121,9 @@ def test_batches_are_full_and_small_sets_make_one():
 def test_a_resumed_epoch_goes_on_where_it_stopped():
     whole, rest = list(EpochBatches(40, 8, 3, 2)), list(EpochBatches(40, 8, 3, 2, start=3))
     assert [row for batch in rest for row, _ in batch] == [row for batch in whole[3:] for row, _ in batch]
-    np.testing.assert_array_equal([draw for batch in rest for _, draw in batch], [draw for batch in whole[3:] for _, draw in batch])
+    np.testing.assert_array_equal(
+        [draw for batch in rest for _, draw in batch], [draw for batch in whole[3:] for _, draw in batch]
+    )
 
 
 @pytest.fixture
@@ -123,12 +136,15 @@ def stored(tmp_path):
 def test_items_do_not_depend_on_the_number_of_workers(stored):
     def images(workers):
         return torch.cat([batch[0] for batch in loader(stored, workers, False, EpochBatches(6, 2, 0, 4))])
+
     assert torch.equal(images(0), images(2))
 
 
 def test_small_images_are_decoded_once_and_no_more_are_kept_than_there_is_room_for(stored, monkeypatch):
     decoded = []
-    monkeypatch.setattr(data, "read_planes", lambda path, *how, **more: decoded.append(path.stem) or read_planes(path, *how, **more))
+    monkeypatch.setattr(
+        data, "read_planes", lambda path, *how, **more: decoded.append(path.stem) or read_planes(path, *how, **more)
+    )
     stored.cache.room = 2 * 4 * 48 * 48 + 1
     first = [stored[row, DRAWS[row]][0].copy() for row in range(3)]
     again = [stored[row, DRAWS[row]][0] for row in range(3)]
@@ -140,8 +156,14 @@ def test_small_images_are_decoded_once_and_no_more_are_kept_than_there_is_room_f
 def test_crops_are_the_same_whether_the_image_is_kept_or_read_in_part(tmp_path, raw, standardised):
     planes = RNG.integers(0, 40, (4, 300, 300), dtype=np.uint8)
     write_planes(tmp_path / "a.tif", planes, raw)
-    stored = ImageSet(tmp_path, np.array(["a"]), np.eye(1, 28, dtype=bool), crop=200, crcs={"a": checksum(planes)},
-                      standardised=standardised)
+    stored = ImageSet(
+        tmp_path,
+        np.array(["a"]),
+        np.eye(1, 28, dtype=bool),
+        crop=200,
+        crcs={"a": checksum(planes)},
+        standardised=standardised,
+    )
     in_part = replace(stored, cache=data.Cache(room=0))
     for draw in DRAWS:
         crop, part = stored[0, draw][0], in_part[0, draw][0]

@@ -16,8 +16,8 @@ from common.estimate import Cost
 from common.preprocess import Sample
 from common.recipes import get_recipe
 
-GB = 10 ** 9
-COST = Cost(parameters=10 ** 6, images=2, steps=3, train=1.0, predict=0.5, fixed=12 * 10 ** 6, activations=GB)
+GB = 10**9
+COST = Cost(parameters=10**6, images=2, steps=3, train=1.0, predict=0.5, fixed=12 * 10**6, activations=GB)
 
 
 def found(check):
@@ -33,13 +33,21 @@ def found(check):
 def test_a_line_has_state_name_what_was_found_and_below_it_the_cure():
     assert str(Check("disk", FINE, "enough")) == "fine       disk                   enough"
     assert str(Check("disk", FAILS, "two\nlines", "mend")).splitlines() == [
-        "will fail  disk                   two", " " * 34 + "lines", " " * 34 + "-> mend"]
+        "will fail  disk                   two",
+        " " * 34 + "lines",
+        " " * 34 + "-> mend",
+    ]
 
 
-@pytest.mark.parametrize(("error", "told"), [
-    (UserError("no train.csv"), "no train.csv"), (ModuleNotFoundError(name="cv2"), "the package cv2 cannot be imported"),
-    (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied"),
-    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), cli.OUT_OF_MEMORY)])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UserError("no train.csv"), "no train.csv"),
+        (ModuleNotFoundError(name="cv2"), "the package cv2 cannot be imported"),
+        (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), cli.OUT_OF_MEMORY),
+    ],
+)
 def test_what_ends_a_check_is_its_last_line(error, told):
     def check():
         yield Check("a", FINE, "before")
@@ -50,8 +58,15 @@ def test_what_ends_a_check_is_its_last_line(error, told):
 
 
 def test_missing_packages_fail_and_other_versions_warn(monkeypatch):
-    monkeypatch.setattr(doctor, "unmet", lambda files: ["numpy: expected >=9, found 2.0", "scipy: expected >=1, found nothing",
-                                                        "python: expected 3.11 or later, found 3.9"])
+    monkeypatch.setattr(
+        doctor,
+        "unmet",
+        lambda files: [
+            "numpy: expected >=9, found 2.0",
+            "scipy: expected >=1, found nothing",
+            "python: expected 3.11 or later, found 3.9",
+        ],
+    )
     lines, _ = found(doctor.packages())
     assert [line.state for line in lines] == [WARNING, FAILS, FAILS] and "-m pip install -r" in lines[1].cure
 
@@ -69,17 +84,19 @@ def test_a_gpu_without_driver_or_that_cannot_add_is_told(monkeypatch):
 
 def test_shared_memory_is_for_three_batches_a_loader_process():
     recipe = get_recipe("resnet50")
-    needed = 3 * 8 * 74 * 4 * 512 ** 2
+    needed = 3 * 8 * 74 * 4 * 512**2
     assert doctor.shared_memory(recipe, 8, needed, "a").state == FINE
-    whole = 3 * 8 * 32 * 4 * 1024 ** 2  # images for validation take more than crops here
+    whole = 3 * 8 * 32 * 4 * 1024**2  # images for validation take more than crops here
     assert doctor.shared_memory(get_recipe("resnet50", ["size_rule=by-source"]), 8, whole - 1, "a").state == WARNING
-    line = doctor.shared_memory(recipe, 8, 200 * 2 ** 20, "a")
+    line = doctor.shared_memory(recipe, 8, 200 * 2**20, "a")
     assert line.state == WARNING and line.found == "8 loader processes need 1.9 GB of /dev/shm, 0.2 GB are free"
     assert "will start 0; give more" in line.cure and "--shm-size" in line.cure
 
 
-@pytest.mark.parametrize(("free", "state", "told"), [
-    (112, FINE, "a batch of 74 fits"), (50, FAILS, "--micro-batch 32"), (2, FAILS, "use a smaller crop")])
+@pytest.mark.parametrize(
+    ("free", "state", "told"),
+    [(112, FINE, "a batch of 74 fits"), (50, FAILS, "--micro-batch 32"), (2, FAILS, "use a smaller crop")],
+)
 def test_a_batch_must_fit_into_memory(monkeypatch, free, state, told):
     monkeypatch.setattr(estimate, "measure", lambda recipe: COST)
     monkeypatch.setattr(estimate, "free_memory", lambda hardware: free * GB)
@@ -122,7 +139,9 @@ def test_time_is_scaled_from_what_was_measured(monkeypatch):
     assert lines["time, 05 resnet50"].startswith("32 s: 8 images x 8 views")  # 6 of two folds, one test sample twice
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (119, "119 s"), (150, "2.5 min"), (9000, "2.5 hours"), (216000, "2.5 days")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3, "3 s"), (119, "119 s"), (150, "2.5 min"), (9000, "2.5 hours"), (216000, "2.5 days")]
+)
 def test_times_are_told_in_the_unit_that_suits(seconds, text):
     assert doctor.duration(seconds) == text
 
@@ -135,15 +154,18 @@ def test_a_step_that_is_killed_for_want_of_memory_is_told(monkeypatch):
     monkeypatch.setattr(estimate, "measure_here", killed)
     with pytest.raises(UserError) as error:
         estimate.measure(get_recipe("demo"))
-    assert str(error.value) == ("a step of two 128 px images was killed, most likely for want of memory; use smaller crops: --set "
-                                "crop_size=...")
+    assert str(error.value) == (
+        "a step of two 128 px images was killed, most likely for want of memory; use smaller crops: --set crop_size=..."
+    )
 
 
 def test_weights_that_nobody_hands_out_are_a_warning_with_the_file_to_save(monkeypatch, tmp_path):
     monkeypatch.setattr(weights, "answers", lambda url: False)
     (line,), _ = found(doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path), input_of()))
-    assert line.state == WARNING and line.found == ("resnet50: the published weights are not at hand and their host does not answer, "
-                                                    "so training starts from random ones and learns much less")
+    assert line.state == WARNING and line.found == (
+        "resnet50: the published weights are not at hand and their host does not answer, "
+        "so training starts from random ones and learns much less"
+    )
     published = weights.PUBLISHED["resnet50"]
     assert line.cure == f"save {published.urls[0]} as {tmp_path / published.file}"
 

@@ -22,6 +22,7 @@ from tests.conftest import ROOT
 
 # --- signals -----------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def listening(monkeypatch):
     """This process listens to signals as a stage does, until the test ends."""
@@ -70,6 +71,7 @@ def test_a_signal_that_is_ignored_stays_so(monkeypatch):
 
 # --- causes ------------------------------------------------------------------------------------------------
 
+
 def hidden(outer, inner, cause=False):
     """Return an error that hides another one."""
     try:
@@ -86,34 +88,56 @@ def hidden(outer, inner, cause=False):
 FULL = OSError(28, "No space left on device", "last.pt")
 
 
-@pytest.mark.parametrize(("error", "message"), [
-    (hidden(RuntimeError("unexpected pos 64 vs 0"), FULL), "No space left on device: last.pt; check that"),
-    (hidden(RuntimeError("unexpected pos 64 vs 0"), FULL, cause=True), "No space left on device: last.pt; check that"),
-    (hidden(ValueError("a"), UserError("give another file")), "give another file"),
-    (hidden(TypeError("a bug"), FULL), None),  # of this project's own: a traceback
-    (OSError(28, "No space left on device"), "No space left on device; check that"),
-    (OSError(5, "Input/output error", "a.tif"), "Input/output error: a.tif; check that"),
-    (OSError("of a library"), None),
-    (ConnectionResetError(104, "Connection reset by peer"), "a connection to another process or machine was lost"),
-    (TimeoutError(110, "timed out"), "a connection to another process or machine was lost"),
-    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm) for file </torch_1>"),
-     "/dev/shm is full, where loader processes put batches; finished work is kept: give it more"),
-    (ImportError("libtorch_cuda.so: failed to map segment from shared object"), "out of memory while loading a library (libtorch_cuda.so"),
-    (ImportError("No module named 'x'"), None), (RuntimeError("a bug"), None)])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (hidden(RuntimeError("unexpected pos 64 vs 0"), FULL), "No space left on device: last.pt; check that"),
+        (
+            hidden(RuntimeError("unexpected pos 64 vs 0"), FULL, cause=True),
+            "No space left on device: last.pt; check that",
+        ),
+        (hidden(ValueError("a"), UserError("give another file")), "give another file"),
+        (hidden(TypeError("a bug"), FULL), None),  # of this project's own: a traceback
+        (OSError(28, "No space left on device"), "No space left on device; check that"),
+        (OSError(5, "Input/output error", "a.tif"), "Input/output error: a.tif; check that"),
+        (OSError("of a library"), None),
+        (ConnectionResetError(104, "Connection reset by peer"), "a connection to another process or machine was lost"),
+        (TimeoutError(110, "timed out"), "a connection to another process or machine was lost"),
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm) for file </torch_1>"
+            ),
+            "/dev/shm is full, where loader processes put batches; finished work is kept: give it more",
+        ),
+        (
+            ImportError("libtorch_cuda.so: failed to map segment from shared object"),
+            "out of memory while loading a library (libtorch_cuda.so",
+        ),
+        (ImportError("No module named 'x'"), None),
+        (RuntimeError("a bug"), None),
+    ],
+)
 def test_the_cause_that_is_told_is_the_true_one(error, message):
     found = cli.explain(error)
     assert found is None if message is None else found.startswith(message), found
 
 
-@pytest.mark.parametrize("error", [RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"),
-                                   type("DistBackendError", (RuntimeError,), {})("NCCL communicator was aborted")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"),
+        type("DistBackendError", (RuntimeError,), {})("NCCL communicator was aborted"),
+    ],
+)
 def test_a_lost_process_of_torchrun_is_one_message(monkeypatch, error):
     assert cli.explain(error) is None
     for name, value in {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["04_train.py", "--folds", "0"])
-    assert cli.explain(error) == ("another of torchrun's 2 processes was lost (perhaps memory ran out); finished work is kept. To resume: "
-                                  "torchrun --nproc-per-node 2 04_train.py --folds 0")
+    assert cli.explain(error) == (
+        "another of torchrun's 2 processes was lost (perhaps memory ran out); finished work is kept. To resume: "
+        "torchrun --nproc-per-node 2 04_train.py --folds 0"
+    )
 
 
 def test_the_file_of_a_full_disk_is_named_also_where_another_error_hides_it(tmp_path):
@@ -124,22 +148,29 @@ def test_the_file_of_a_full_disk_is_named_also_where_another_error_hides_it(tmp_
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
 def test_closed_output_is_no_error(tmp_path, closed):
-    code = ("import sys; from common import cli\n"
-            "def main():\n    print('out'); print('err', file=sys.stderr); open('made', 'w').write('whole')\n"
-            "cli.run(main)")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                               preexec_fn=lambda: [os.close(number) for number in closed])
+    code = (
+        "import sys; from common import cli\n"
+        "def main():\n    print('out'); print('err', file=sys.stderr); open('made', 'w').write('whole')\n"
+        "cli.run(main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: [os.close(number) for number in closed],
+    )
     assert process.wait() == 0 and (tmp_path / "made").read_text() == "whole"
 
 
 # --- damage ------------------------------------------------------------------------------------------------
+
 
 def test_one_byte_of_a_checkpoint_that_changed_is_noticed_before_it_is_used(tmp_path):
     path, weights = tmp_path / "last.pt", torch.arange(1000.0)
     save_checkpoint(path, {"model": {"a": weights}})
     data = path.read_bytes()
     place = data.index(weights.numpy().tobytes()) + 400
-    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1:])
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     assert not torch.equal(torch.load(path, weights_only=True)["model"]["a"], weights)  # torch itself does not look
     with pytest.raises(UserError, match="last.pt is not a checkpoint that can be read .its part .*data/0 is damaged."):
         load_checkpoint(path)
@@ -162,7 +193,10 @@ def predicted(tmp_path):
 def test_predictions_that_were_edited_are_refused(predicted):
     work, path = predicted
     save_predictions(path, ["a"], np.full((1, 28), 0.6))
-    with pytest.raises(UserError, match=rf"is not the file that stage 05 wrote; run: python 05_predict_oof.py --work {work} --recipes demo"):
+    with pytest.raises(
+        UserError,
+        match=rf"is not the file that stage 05 wrote; run: python 05_predict_oof.py --work {work} --recipes demo",
+    ):
         check_origin(work, ["demo"], "oof")
 
 
@@ -177,7 +211,10 @@ def test_predictions_of_other_folds_or_labels_are_refused(predicted):
     work, _ = predicted
     folds = pd.read_csv(work / "folds.csv")
     folds.assign(Target=1).to_csv(work / "folds.csv", index=False)
-    with pytest.raises(UserError, match=r"trained on another .*folds.csv, such as .*best.pt; run: python 04_train.py .* --folds 0 --force, then"):
+    with pytest.raises(
+        UserError,
+        match=r"trained on another .*folds.csv, such as .*best.pt; run: python 04_train.py .* --folds 0 --force, then",
+    ):
         check_origin(work, ["demo"], "oof")
     shutil.rmtree(work / "runs")  # nobody knows now; the file is what stage 05 wrote
     check_origin(work, ["demo"], "oof")

@@ -23,7 +23,9 @@ def probs(*rows):
 
 
 def test_the_mean_is_taken_by_id():
-    ids, mean = mean_predictions([(np.array(["a", "b"]), probs(0.2, 0.4)), (np.array(["b", "a"]), probs(0.8, 0.6))], ["x", "y"])
+    ids, mean = mean_predictions(
+        [(np.array(["a", "b"]), probs(0.2, 0.4)), (np.array(["b", "a"]), probs(0.8, 0.6))], ["x", "y"]
+    )
     assert ids.tolist() == ["a", "b"]
     np.testing.assert_allclose(mean[:, 0], [0.4, 0.6])
     double = stack_members([(ids, probs(0.2, 0.4).astype(np.float64))] * 2, ["x", "y"])
@@ -81,7 +83,9 @@ def test_the_table_names_members_and_what_each_adds():
     good, noise = result["members"]
     assert result["combine"] == "mean" and result["weights"] == [0.5, 0.5] == [good["weight"], noise["weight"]]
     assert (good["name"], noise["name"]) == ("good", "noise")
-    assert good["score_cross_fitted"] > noise["score_cross_fitted"] and noise["leave_one_out"] > 0 > good["leave_one_out"]
+    assert (
+        good["score_cross_fitted"] > noise["score_cross_fitted"] and noise["leave_one_out"] > 0 > good["leave_one_out"]
+    )
     assert noise["score_cross_fitted"] - result["score_cross_fitted"] == pytest.approx(good["leave_one_out"])
     combined = {row["combine"]: row["score_cross_fitted"] for row in result["combinations"]}
     assert combined["mean"] == pytest.approx(result["score_cross_fitted"]) and combined["weighted"] > combined["mean"]
@@ -90,9 +94,15 @@ def test_the_table_names_members_and_what_each_adds():
     assert methods["greedy"]["score_cross_fitted"] == pytest.approx(result["score_cross_fitted"])
     assert methods["half"]["score_cross_fitted"] == pytest.approx(methods["half"]["score_in_sample"])
     for name, row in methods.items():  # `exact` has its thresholds on probabilities
-        assert row["score_in_sample"] == pytest.approx(macro_f1(targets, mixed >= find_thresholds(targets, mixed, name)))
+        assert row["score_in_sample"] == pytest.approx(
+            macro_f1(targets, mixed >= find_thresholds(targets, mixed, name))
+        )
     text = "\n".join(describe_ensemble({"recipes": ["good", "noise"], **result}))
-    assert text.count("<- used") == 2 and "rest on fewer than 10 positives: Nucleoplasm (" in text and "held out" not in text
+    assert (
+        text.count("<- used") == 2
+        and "rest on fewer than 10 positives: Nucleoplasm (" in text
+        and "held out" not in text
+    )
     held_out = {"score_held_out": 0.456, "interval_held_out": [0.4, 0.5], "n_held_out": 9}
     text = "\n".join(describe_ensemble({"recipes": ["good", "noise"], **result, **held_out}))
     assert "9 samples held out" in text and "0.456 [0.400, 0.500]" in text
@@ -123,9 +133,13 @@ def test_weights_that_are_found_make_the_thresholds_too():
 def test_one_member_is_the_whole():
     targets, good = simulated(40)
     result = evaluate_ensemble(targets, good[None], ["good"], np.arange(40), "half", "mean")
-    assert result["members"] == [{"name": "good", "weight": 1.0, "leave_one_out": None,
-                                  "score_cross_fitted": result["score_cross_fitted"]}]
-    assert result["combinations"] == [] and result.items() >= evaluate_thresholds(targets, good, np.arange(40), "half").items()
+    assert result["members"] == [
+        {"name": "good", "weight": 1.0, "leave_one_out": None, "score_cross_fitted": result["score_cross_fitted"]}
+    ]
+    assert (
+        result["combinations"] == []
+        and result.items() >= evaluate_thresholds(targets, good, np.arange(40), "half").items()
+    )
     text = "\n".join(describe_ensemble({"recipes": ["good"], **result}))
     assert "without it" not in text and text.count("<- used") == 1
 
@@ -135,7 +149,9 @@ def test_weights_do_not_depend_on_classes_without_samples_and_many_samples_are_t
     stack = np.stack([first, simulated(120, seed=1)[1] * 0.5 + first * 0.5])
     targets[:, 5] = False
     present = targets.any(axis=0)
-    assert find_weights(targets, stack) == pytest.approx(find_weights(targets[:, present], stack[:, :, present]), abs=1e-4)
+    assert find_weights(targets, stack) == pytest.approx(
+        find_weights(targets[:, present], stack[:, :, present]), abs=1e-4
+    )
     assert find_weights(targets & False, stack) == pytest.approx([0.5, 0.5])  # which nothing speaks for or against
     monkeypatch.setattr("common.ensemble.N_WEIGHED", 60)
     assert find_weights(targets, stack) == pytest.approx(find_weights(targets[::2], stack[:, ::2]), abs=1e-6)
@@ -143,8 +159,11 @@ def test_weights_do_not_depend_on_classes_without_samples_and_many_samples_are_t
 
 def test_classes_are_described_with_those_not_to_be_trusted():
     row = {"threshold": 0.25, "f1_cross_fitted": 0.5, "f1_in_sample": 0.75, "interval": [0.125, 0.875]}
-    result = {"per_class": [{"class": name, "positives": n, **row} for name, n in (("a", 10), ("b", 9), ("c", 1), ("d", 0))],
-              "n_present": 3, "score_cross_fitted_present": 0.5}
+    result = {
+        "per_class": [{"class": name, "positives": n, **row} for name, n in (("a", 10), ("b", 9), ("c", 1), ("d", 0))],
+        "n_present": 3,
+        "score_cross_fitted_present": 0.5,
+    }
     lines = describe_classes(result)
     assert lines[1].split() == ["a", "0.500", "0.750", "[0.125,", "0.875]", "0.250", "10"]
     assert [line.split()[0] for line in lines[1:4]] == ["a", "b", "c"]

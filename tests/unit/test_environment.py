@@ -20,13 +20,30 @@ def test_the_python_of_the_tests_has_all():
     assert unmet([str(ROOT / "requirements.txt"), str(ROOT / "tests" / "requirements.txt")]) == []
 
 
-@pytest.mark.parametrize(("there", "expected"), [
-    ({}, ["-r", "FILE"]),
-    ({"torch": "2.5.1", "torchvision": "0.20.1", "captum": "0.9.0"}, ["-r", "FILE"]),
-    ({"torch": "2.6.0+cu124", "numpy": "1.26.4"}, ["-r", "FILE"]),
-    ({"torch": "2.6.0+cu124", "torchvision": "0.21.0"}, ["--no-deps", "captum<1,>=0.7"]),
-    ({"torch": "2.6.0", "torchvision": "0.21.0", "captum": "0.9.0"}, ["numpy>=1.26", "opencv-python-headless>=4.9", "numpy<2", "munch"]),
-    ({"torch": "2.6.0", "torchvision": "0.21.0", "captum": "0.9.0", "numpy": "1.26.4", "munch": "4.0", "opencv-python": "4.11"}, [])])
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ({}, ["-r", "FILE"]),
+        ({"torch": "2.5.1", "torchvision": "0.20.1", "captum": "0.9.0"}, ["-r", "FILE"]),
+        ({"torch": "2.6.0+cu124", "numpy": "1.26.4"}, ["-r", "FILE"]),
+        ({"torch": "2.6.0+cu124", "torchvision": "0.21.0"}, ["--no-deps", "captum<1,>=0.7"]),
+        (
+            {"torch": "2.6.0", "torchvision": "0.21.0", "captum": "0.9.0"},
+            ["numpy>=1.26", "opencv-python-headless>=4.9", "numpy<2", "munch"],
+        ),
+        (
+            {
+                "torch": "2.6.0",
+                "torchvision": "0.21.0",
+                "captum": "0.9.0",
+                "numpy": "1.26.4",
+                "munch": "4.0",
+                "opencv-python": "4.11",
+            },
+            [],
+        ),
+    ],
+)
 def test_what_pip_is_to_install_next(tmp_path, monkeypatch, there, expected):
     def version(name):
         if name not in there:
@@ -34,9 +51,17 @@ def test_what_pip_is_to_install_next(tmp_path, monkeypatch, there, expected):
         return there[name]
 
     monkeypatch.setattr(environment.metadata, "version", version)
-    monkeypatch.setattr(environment.metadata, "requires", lambda name: ["torch>=1.10", "numpy<2", "munch", 'pytest; extra == "test"'])
+    monkeypatch.setattr(
+        environment.metadata, "requires", lambda name: ["torch>=1.10", "numpy<2", "munch", 'pytest; extra == "test"']
+    )
     path = tmp_path / "requirements.txt"
     path.write_text("torch>=2.6,<3\ntorchvision>=0.21\ncaptum>=0.7,<1\nnumpy>=1.26\nopencv-python-headless>=4.9\n")
     assert next_install([str(path)]) == [str(path) if argument == "FILE" else argument for argument in expected]
     if not expected:
-        assert pins([str(path)]) == ["torch==2.6.0", "torchvision==0.21.0", "captum==0.9.0", "numpy==1.26.4", "opencv-python==4.11"]
+        assert pins([str(path)]) == [
+            "torch==2.6.0",
+            "torchvision==0.21.0",
+            "captum==0.9.0",
+            "numpy==1.26.4",
+            "opencv-python==4.11",
+        ]

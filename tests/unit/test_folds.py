@@ -24,8 +24,15 @@ RNG = np.random.default_rng(0)
 def table(n=300, n_groups=200):
     targets = RNG.random((n, 28)) < np.linspace(0.02, 0.3, 28)
     targets[:, 27] |= ~targets.any(axis=1)
-    return pd.DataFrame({"Id": [f"s{i}" for i in range(n)], "part": "train", "Target": format_targets(targets),
-                         "group": [f"g{g}" for g in RNG.integers(n_groups, size=n)], "kept": 1})
+    return pd.DataFrame(
+        {
+            "Id": [f"s{i}" for i in range(n)],
+            "part": "train",
+            "Target": format_targets(targets),
+            "group": [f"g{g}" for g in RNG.integers(n_groups, size=n)],
+            "kept": 1,
+        }
+    )
 
 
 def test_groups_are_whole_and_folds_disjoint_and_complete():
@@ -129,14 +136,24 @@ def test_the_real_labels_are_spread_evenly(real_data):
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.4, 0.45, 0.5])
 def test_the_share_that_is_held_out_is_the_one_asked_for(share):
     ids = [f"s{i}" for i in range(200)]
-    table = pd.DataFrame({"Id": ids, "part": "train", "Target": [str(i % 5) for i in range(200)], "group": ids, "kept": 1})
+    table = pd.DataFrame(
+        {"Id": ids, "part": "train", "Target": [str(i % 5) for i in range(200)], "group": ids, "kept": 1}
+    )
     folds = make_folds(table, 2, 1, 0, hold_out=share)
     assert (folds["fold"] == HOLD_OUT).mean() == pytest.approx(share, abs=0.02)
 
 
 def made_of(folds, targets):
-    return pd.DataFrame({"Id": [f"s{i}" for i in range(len(folds))], "Target": targets, "part": "train", "fold": folds,
-                         "group": [f"g{i}" for i in range(len(folds))], "copies": 1})
+    return pd.DataFrame(
+        {
+            "Id": [f"s{i}" for i in range(len(folds))],
+            "Target": targets,
+            "part": "train",
+            "fold": folds,
+            "group": [f"g{i}" for i in range(len(folds))],
+            "copies": 1,
+        }
+    )
 
 
 def test_the_audit_names_the_class_that_is_spread_worst():
@@ -164,9 +181,13 @@ def test_each_place_is_counted_and_described():
     assert counts.iloc[[0, 2], 1:].to_numpy().tolist() == [[1, 1, 0, 1, 3], [0, 0, 2, 0, 2]]
 
 
-@pytest.mark.parametrize(("n", "share", "message"), [
-    (30, 0.001, "--hold-out 0.001 of 30 distinct samples is none; give a larger share"),
-    (300, 0.001, "--hold-out 0.001: the smallest share is 0.01")])
+@pytest.mark.parametrize(
+    ("n", "share", "message"),
+    [
+        (30, 0.001, "--hold-out 0.001 of 30 distinct samples is none; give a larger share"),
+        (300, 0.001, "--hold-out 0.001: the smallest share is 0.01"),
+    ],
+)
 def test_a_share_that_holds_nothing_out_is_refused(n, share, message):
     data = table(n)
     data["group"] = data["Id"]

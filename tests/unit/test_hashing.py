@@ -17,8 +17,12 @@ def random_hashes(n):
 def brute_force(hashes, flat, thresholds):
     """Every pair by itself, bit by bit."""
     bits = np.unpackbits(hashes, axis=2).astype(int)
-    return [(i, j) for i in range(len(bits)) for j in range(i + 1, len(bits))
-            if not flat[i] and not flat[j] and all(abs(bits[i] - bits[j]).sum(axis=1) <= thresholds)]
+    return [
+        (i, j)
+        for i in range(len(bits))
+        for j in range(i + 1, len(bits))
+        if not flat[i] and not flat[j] and all(abs(bits[i] - bits[j]).sum(axis=1) <= thresholds)
+    ]
 
 
 @pytest.mark.parametrize("block", [8192, 50, 7])
@@ -81,7 +85,9 @@ def test_one_rare_class_among_common_ones_keeps_a_sample():
     assert choose_kept(np.zeros(6), targets, floor=2).tolist() == [True, False, True, True, False, False]
 
 
-@pytest.mark.parametrize(("high", "flat"), [(100, True), (101, False), (102, False)])  # deviations of 0, 0.5 and 1 grey levels
+@pytest.mark.parametrize(
+    ("high", "flat"), [(100, True), (101, False), (102, False)]
+)  # deviations of 0, 0.5 and 1 grey levels
 def test_a_channel_that_varies_by_half_a_grey_level_is_not_flat(high, flat):
     planes = RNG.integers(0, 256, (4, 64, 64), dtype=np.uint8)
     planes[1], planes[1, ::2] = 100, high
@@ -93,20 +99,28 @@ def test_test_samples_are_listed_and_never_grouped():
     samples = pd.DataFrame({"Id": ["a", "b", "c"], "part": ["train", "test", "external"], "Target": ["1", "", "1"]})
     duplicates, pairs = duplicate_tables(samples, hashes, np.zeros(3, dtype=bool), (12, 12, 12), floor=0)
     assert duplicates[["Id", "group", "kept"]].values.tolist() == [["a", "a", 1], ["c", "a", 0]]
-    assert pairs[["Id", "other_Id", "agreement"]].values.tolist() == [["a", "b", ""], ["a", "c", "1.00"], ["b", "c", ""]]
+    assert pairs[["Id", "other_Id", "agreement"]].values.tolist() == [
+        ["a", "b", ""],
+        ["a", "c", "1.00"],
+        ["b", "c", ""],
+    ]
 
 
 def test_a_test_sample_joins_no_labelled_ones():
     hashes = random_hashes(4)
     hashes[2:] = hashes[0]  # two test samples are as the first one
-    samples = pd.DataFrame({"Id": list("abcd"), "part": ["train", "train", "test", "test"], "Target": ["1", "1", "", ""]})
+    samples = pd.DataFrame(
+        {"Id": list("abcd"), "part": ["train", "train", "test", "test"], "Target": ["1", "1", "", ""]}
+    )
     duplicates, pairs = duplicate_tables(samples, hashes, np.zeros(4, dtype=bool), (5, 5, 5), floor=0)
     assert duplicates[["Id", "group", "kept"]].values.tolist() == [["a", "a", 1], ["b", "b", 1]]
     assert pairs[["Id", "other_Id"]].values.tolist() == [["a", "c"], ["a", "d"], ["c", "d"]]
 
 
 def test_fields_of_one_antibody_are_a_group_but_do_not_replace_each_other():
-    samples = pd.DataFrame({"Id": ["a", "77_1_A_1", "77_2_B_9", "8_1_A_1"], "part": ["train", *["external"] * 3], "Target": "1"})
+    samples = pd.DataFrame(
+        {"Id": ["a", "77_1_A_1", "77_2_B_9", "8_1_A_1"], "part": ["train", *["external"] * 3], "Target": "1"}
+    )
     hashes = random_hashes(4)
     hashes[2] = hashes[0]  # the competition has one of the antibody's fields
     flat = np.zeros(4, dtype=bool)
@@ -143,6 +157,17 @@ def test_a_pair_is_described_by_its_parts_its_distances_and_its_labels():
     hashes[1, :, 0] = [0b1, 0b11, 0b111]
     samples = pd.DataFrame({"Id": ["a", "b"], "part": ["train", "external"], "Target": ["1 2", "2 3 4"]})
     _, pairs = duplicate_tables(samples, hashes, np.zeros(2, dtype=bool), (3, 3, 3), floor=0)
-    assert pairs.to_dict("records") == [{
-        "Id": "a", "part": "train", "other_Id": "b", "other_part": "external", "red": 1, "green": 2, "blue": 3, "Target": "1 2",
-        "other_Target": "2 3 4", "agreement": "0.25"}]
+    assert pairs.to_dict("records") == [
+        {
+            "Id": "a",
+            "part": "train",
+            "other_Id": "b",
+            "other_part": "external",
+            "red": 1,
+            "green": 2,
+            "blue": 3,
+            "Target": "1 2",
+            "other_Target": "2 3 4",
+            "agreement": "0.25",
+        }
+    ]

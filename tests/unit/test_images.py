@@ -26,7 +26,9 @@ def test_16_bit_is_averaged_in_16_bit_and_mapped_linearly():
 @pytest.mark.parametrize("levels", [Levels(0, 4095), Levels(32768, 36863), Levels(100, 101), Levels(65534, 65535)])
 def test_16_bit_between_black_and_white_is_mapped_linearly_and_the_rest_is_cut_off(levels):
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    expected = np.floor(np.clip(255 * (ramp.astype(float) - levels.black) / (levels.white - levels.black), 0, 255) + 0.5)
+    expected = np.floor(
+        np.clip(255 * (ramp.astype(float) - levels.black) / (levels.white - levels.black), 0, 255) + 0.5
+    )
     np.testing.assert_array_equal(resize(ramp, 256, levels), expected)
     eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
     np.testing.assert_array_equal(resize(eight, 16, levels), eight)
@@ -35,7 +37,12 @@ def test_16_bit_between_black_and_white_is_mapped_linearly_and_the_rest_is_cut_o
 def test_what_is_enlarged_is_interpolated_and_keeps_its_mean():
     plane = np.array([[0, 200], [100, 40]], np.uint8).repeat(4, axis=0).repeat(4, axis=1)
     large = resize(plane, 16)
-    assert large.shape == (16, 16) and large.max() <= 200 and abs(large.mean() - plane.mean()) < 1 and len(np.unique(large)) > 4
+    assert (
+        large.shape == (16, 16)
+        and large.max() <= 200
+        and abs(large.mean() - plane.mean()) < 1
+        and len(np.unique(large)) > 4
+    )
 
 
 def test_stored_planes_come_back_and_the_statistics_are_theirs(tmp_path):
@@ -54,7 +61,7 @@ def test_stored_planes_come_back_and_damaged_ones_are_refused(tmp_path, size):
     path = tmp_path / "a.tif"
     write_planes(path, planes)
     np.testing.assert_array_equal(read_planes(path), planes)
-    path.write_bytes(path.read_bytes()[:size * size * 2])
+    path.write_bytes(path.read_bytes()[: size * size * 2])
     with pytest.raises(UserError, match=r"a.tif cannot be read \(.*\); delete it, and run: python 01_preprocess.py"):
         read_planes(path)
     path.write_bytes(b"no image" * size)
@@ -66,7 +73,9 @@ def test_stored_planes_come_back_and_damaged_ones_are_refused(tmp_path, size):
 def test_the_space_that_is_asked_for_is_what_an_image_takes(tmp_path, side):
     rng = np.random.default_rng(0)
     cells = cv2.GaussianBlur(rng.random((side, side), dtype=np.float32), (0, 0), 4)
-    planes = np.stack([cv2.normalize(cells, None, 0, 200, cv2.NORM_MINMAX) + 4 * rng.random((side, side))] * 4).astype(np.uint8)
+    planes = np.stack([cv2.normalize(cells, None, 0, 200, cv2.NORM_MINMAX) + 4 * rng.random((side, side))] * 4).astype(
+        np.uint8
+    )
     write_planes(tmp_path / "a.tif", planes)
     size = (tmp_path / "a.tif").stat().st_size
     assert size == pytest.approx(space_needed([side]), rel=0.02 if side <= 256 else 0.6)

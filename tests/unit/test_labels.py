@@ -31,7 +31,9 @@ def test_absent_classes_are_named():
     targets = np.ones((1, 28), dtype=bool)
     targets[0, 27] = False
     assert absent_classes(targets) == ["Rods & rings"]
-    assert absent_classes(np.vstack([targets, np.eye(1, 28, 3, dtype=bool)])) == ["Rods & rings"]  # one sample is enough
+    assert absent_classes(np.vstack([targets, np.eye(1, 28, 3, dtype=bool)])) == [
+        "Rods & rings"
+    ]  # one sample is enough
 
 
 def test_ids_stay_text(tmp_path):
@@ -55,15 +57,18 @@ def test_a_wrong_label_is_refused_with_its_id(tmp_path, target):
         read_labels(table(tmp_path, f'Id,Target\nfirst,1\ngood-id,"{target}"\nlast,2 3\n'))
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "is not a CSV file but empty"),
-    ("Id,Target\n", "has no rows"),
-    ("Id,Label\na,1\n", "has no column Target; its columns are 'Id', 'Label'"),
-    ("Id,Target,Target\na,1,2\n", "has the column 'Target' 2 times; expected once"),
-    ("Id,Target," + "x" * 10_000, "has a first line of over 10000 characters"),
-    ("Id,Target\na,1\nb,2\na,3\n", "appear more than once:\n  a"),
-    ("Id,Target\na,1,2,3,4\nb,1\nc,1,2,3,4,5,6\n", "."),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not a CSV file but empty"),
+        ("Id,Target\n", "has no rows"),
+        ("Id,Label\na,1\n", "has no column Target; its columns are 'Id', 'Label'"),
+        ("Id,Target,Target\na,1,2\n", "has the column 'Target' 2 times; expected once"),
+        ("Id,Target," + "x" * 10_000, "has a first line of over 10000 characters"),
+        ("Id,Target\na,1\nb,2\na,3\n", "appear more than once:\n  a"),
+        ("Id,Target\na,1,2,3,4\nb,1\nc,1,2,3,4,5,6\n", "."),
+    ],
+)
 def test_a_wrong_table_is_refused(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read_labels(table(tmp_path, text))
@@ -84,15 +89,43 @@ def test_lists_of_errors_show_ten_and_the_count(tmp_path):
 
 def test_the_real_labels_have_the_published_counts(real_data):
     counts = parse_targets(read_labels(real_data / "labels" / "train.csv")["Target"]).sum(axis=0)
-    assert counts.tolist() == [12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530,
-                               210, 902, 1482, 172, 3777, 802, 2965, 322, 8228, 328, 11]
+    assert counts.tolist() == [
+        12885,
+        1254,
+        3621,
+        1561,
+        1858,
+        2513,
+        1008,
+        2822,
+        53,
+        45,
+        28,
+        1093,
+        688,
+        537,
+        1066,
+        21,
+        530,
+        210,
+        902,
+        1482,
+        172,
+        3777,
+        802,
+        2965,
+        322,
+        8228,
+        328,
+        11,
+    ]
 
 
 def test_a_file_may_have_128_mib_and_not_a_byte_more(tmp_path):
     path = table(tmp_path, "Id,Target\n")
-    os.truncate(path, 2 ** 27)  # sparse: nothing is written
+    os.truncate(path, 2**27)  # sparse: nothing is written
     with pytest.raises(UserError, match="^(?!.*MB)"):  # for its content, not for its size
         read_labels(path)
-    os.truncate(path, 2 ** 27 + 1)
+    os.truncate(path, 2**27 + 1)
     with pytest.raises(UserError, match="train.csv has 134 MB; expected a CSV file of at most 134 MB"):
         read_labels(path)

@@ -38,7 +38,9 @@ time.sleep(60)
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock of `tmp_path`/thing."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "thing")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "thing")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -48,9 +50,12 @@ def holder(tmp_path):
 def test_the_second_is_told_who_holds_it_since_when_and_what_to_do(holder, tmp_path):
     with pytest.raises(UserError) as error:
         Lock(tmp_path / "thing")
-    assert re.fullmatch(rf"{tmp_path}/thing is being made by \S+ on \S+, process {holder.pid}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d "
-                        r"[+-]\d{4}: python -c \S+\nwait for its end, or stop it there, and run this again; or give another "
-                        "--work", str(error.value))
+    assert re.fullmatch(
+        rf"{tmp_path}/thing is being made by \S+ on \S+, process {holder.pid}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d "
+        r"[+-]\d{4}: python -c \S+\nwait for its end, or stop it there, and run this again; or give another "
+        "--work",
+        str(error.value),
+    )
     with Lock(tmp_path / "other"):
         pass
 
@@ -66,14 +71,18 @@ def test_a_killed_holder_blocks_nobody(holder, tmp_path):
 
 
 def test_who_may_wait_gets_it_when_the_other_ends(holder, tmp_path, capsys):
-    command = HOLD.replace('(Path(sys.argv[1]))', '(Path(sys.argv[1]), wait=True)').replace("time.sleep(60)", "")
-    waiting = subprocess.Popen([sys.executable, "-c", command, str(tmp_path / "thing")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = HOLD.replace("(Path(sys.argv[1]))", "(Path(sys.argv[1]), wait=True)").replace("time.sleep(60)", "")
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", command, str(tmp_path / "thing")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert waiting.stdout.readline().startswith(f"waiting: {tmp_path}/thing is being made by ")
     holder.kill()
     assert waiting.communicate(timeout=20)[0] == "held\n"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"pid": {"a": 1}, "host": 3}', '{"pid": "-1"}', '{"pid": 99999999999999999999}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "null", '{"pid": {"a": 1}, "host": 3}', '{"pid": "-1"}', '{"pid": 99999999999999999999}']
+)
 def test_a_damaged_record_is_no_more_than_a_poor_message(holder, tmp_path, text):
     (tmp_path / ".thing.lock.json").write_text(text)
     with pytest.raises(UserError, match="thing is being made by "):
@@ -84,6 +93,7 @@ def test_a_damaged_record_is_no_more_than_a_poor_message(holder, tmp_path, text)
 def test_a_user_without_a_name_is_told_by_number(monkeypatch, error):
     def nameless():
         raise error
+
     monkeypatch.setattr(getpass, "getuser", nameless)
     assert this_process()["user"] == f"user {os.getuid()}"
 
@@ -112,7 +122,9 @@ def test_a_pid_of_another_machine_says_nothing(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/thing cannot be made: .*file cannot be written to .*or give another --work"):
+    with pytest.raises(
+        UserError, match="file/thing cannot be made: .*file cannot be written to .*or give another --work"
+    ):
         Lock(tmp_path / "file" / "thing")
 
 
@@ -151,18 +163,24 @@ def test_of_a_lock_file_that_may_not_be_written_the_record_tells_the_holder(shar
     told = f"{place} is being made by bob on elsewhere, process 7, since noon: python 01.py"
     with pytest.raises(UserError) as error:
         Lock(place)
-    assert str(error.value) == (f"{told}\nwait for its end, or stop it there, and run this again; if it has ended already, delete "
-                                f"{shared}/.thing.lock; or give another --work")
+    assert str(error.value) == (
+        f"{told}\nwait for its end, or stop it there, and run this again; if it has ended already, delete "
+        f"{shared}/.thing.lock; or give another --work"
+    )
     assert list(holders(shared)) == [told]
 
 
-@pytest.mark.parametrize("record", [{}, {"host": os.uname().nodename, "pid": str(2 ** 22 + 1)}], ids=["none", "of the dead"])
+@pytest.mark.parametrize(
+    "record", [{}, {"host": os.uname().nodename, "pid": str(2**22 + 1)}], ids=["none", "of the dead"]
+)
 def test_of_a_lock_file_that_nobody_holds_the_message_says_which_to_delete(shared, record):
     place = locked_by(shared, **record)
     with pytest.raises(UserError) as error:
         Lock(place)
-    assert str(error.value) == (f"{place} cannot be made: its lock file {shared}/.thing.lock may not be written by you, and nobody "
-                                "holds it; delete it or have its owner do so, and run this again; or give another --work")
+    assert str(error.value) == (
+        f"{place} cannot be made: its lock file {shared}/.thing.lock may not be written by you, and nobody "
+        "holds it; delete it or have its owner do so, and run this again; or give another --work"
+    )
     assert list(holders(shared)) == []
     (shared / ".thing.lock").unlink()
     with Lock(place):

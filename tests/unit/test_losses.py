@@ -69,8 +69,9 @@ def test_bce_and_weights_on_positives_only():
     logits, targets, weights = torch.randn(4, 3), (torch.rand(4, 3) > 0.5).float(), torch.tensor([1.0, 2.0, 3.0])
     bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     recipe = Recipe(base_loss="bce", weighted_part="positives")
-    torch.testing.assert_close(sample_losses(logits, targets, weights, recipe),
-                               (bce * (1 + targets * (weights - 1))).sum(dim=1))
+    torch.testing.assert_close(
+        sample_losses(logits, targets, weights, recipe), (bce * (1 + targets * (weights - 1))).sum(dim=1)
+    )
 
 
 def test_the_loss_stays_finite_for_extreme_logits():
@@ -92,7 +93,7 @@ def test_the_hard_sampler_equals_a_sort_also_with_ties(share):
     rng = np.random.default_rng(0)
     for _ in range(50):
         losses = rng.integers(0, 4, rng.integers(1, 20)) / 4  # few values: many ties
-        expected = sorted(range(len(losses)), key=lambda i: (-losses[i], i))[:max(1, round(share * len(losses)))]
+        expected = sorted(range(len(losses)), key=lambda i: (-losses[i], i))[: max(1, round(share * len(losses)))]
         assert hard_samples(torch.tensor(losses), share).tolist() == expected
 
 

@@ -13,7 +13,8 @@ def test_memory_that_is_freed_is_kept_for_the_next_batch():
 
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        np.empty(2 ** 24, np.uint8).fill(1)
+        np.empty(2**24, np.uint8).fill(1)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
     faults()
     assert min(faults() for _ in range(5)) < 100  # of 4,096 pages

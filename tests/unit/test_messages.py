@@ -50,82 +50,191 @@ def other_classes(path):
     return path
 
 
-@pytest.mark.parametrize(("do", "message"), [
-    (lambda f: check_probabilities(["a"], np.full((1, 28), 2.0), "p.npz"),
-     "p.npz: expected probabilities in [0, 1], found NaN or values outside in 1 rows, such as:\n  a: 2 for Nucleoplasm"),
-    (lambda f: load_predictions(other_classes(f / "p.npz"), "CURE"), "{f}/p.npz was made for other classes; run: CURE"),
-    (lambda f: read_json(written(f / "x.json", "{")), "{f}/x.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 "
-     "column 2 (char 1)); delete it and run its stage again"),
-    (lambda f: read_sidecar(written(f / "x.meta.json", '{"outputs": []}').with_name("x")),
-     "{f}/x.meta.json is not a record that a stage wrote; delete it and run its stage again"),
-    (lambda f: read_table(written(f / "x.csv", ""), "CURE"), "{f}/x.csv is not a CSV file but empty; expected a line with the names of columns, and one per "
-     "sample; delete it and run: CURE"),
-    (lambda f: read_table(written(f / "folds.csv", "Id,Target,part,group,fold\na,0,train,a,0\n"), "CURE"),
-     "{f}/folds.csv has no column copies, which its stage writes; delete it and run: CURE"),
-    (lambda f: read_table(written(f / "samples.csv", "Id,part,Target,side\na,train,0,x\n"), "CURE"),
-     "{f}/samples.csv has text in its column side, expected whole numbers (line 2: 'x'); delete it and run: CURE"),
-    (lambda f: read_labels(written(f / "x.csv", "Id,Target" + 10 ** 4 * "," + "\na,0\n")),
-     "{f}/x.csv has a first line of over 10000 characters; expected the names of a few columns"),
-    (lambda f: read_labels(written(f / "x.csv", 'Id,"Target\n' + 10 ** 4 * "," + '"\na,0\n')),
-     "{f}/x.csv has a first line of over 10000 characters; expected the names of a few columns"),
-    (lambda f: read_labels(written(f / "x.csv", "Id,Target,Target\na,0,1\n")), "{f}/x.csv has the column 'Target' 2 times; expected once"),
-    (lambda f: read_groups(written(f / "g.csv", "Id,group\na,\nb,x\n"), np.array(["a", "b"])), "{f}/g.csv has no group for 1 Ids:\n  a"),
-    (lambda f: get_recipe("demo", ["pooling=own"]), "recipe fields do not fit: pooling 'own' with encoder 'resnet10_narrow'; gapnet_pl and "
-     "gapnet_pl_plus need pooling=own, the other encoders one of the others"),
-    (lambda f: get_recipe("demo_large", ["size_rule=by-source", "crop_size=1024"]), "recipe fields do not fit: crops of 256 px from images that "
-     "are stored at 192 px with size_rule=by-source; give a smaller crop_size"),
-    (lambda f: get_recipe("demo", ["focal_gamma=inf"]), "recipe field focal_gamma has an impossible value: inf"),
-    (lambda f: get_recipe("demo", ["learning_rates=0.1,inf"]), "recipe field learning_rates has an impossible value: (0.1, inf)"),
-    (lambda f: choose_hardware(HardwareOptions("meta", "fp32", 0)), "device 'meta' cannot be used (neither a CPU nor a CUDA GPU); try --device cpu"),
-    (lambda f: make_folds(kept(9), 2, 1, 0, hold_out=0.05), "--hold-out 0.05 of 9 distinct samples is none; give a larger share"),
-    (lambda f: make_folds(kept(200), 2, 1, 0, hold_out=1e-320), "--hold-out 9.99989e-321: the smallest share is 0.01"),
-    (lambda f: check_there([f / "oof.npz"], "CURE"), "{f}/oof.npz is missing; run: CURE"),
-    (lambda f: check_there([f / "a.csv"], None), "{f}/a.csv is missing; expected predictions as .npz, .csv or .npy"),
-    (lambda f: read_table(written(f / "x.csv", "Id\n../a\n"), "CURE"), "{f}/x.csv has Ids that are not plain file names:\n  '../a'"),
-    (lambda f: read_csv(written(f / "x.csv", "Id,Predicted\n"), "Predicted"), "{f}/x.csv has no rows; expected one per sample"),
-    (lambda f: read_labels(written(f / "x.csv", "Id,Target\na,28\n")), "{f}/x.csv: Target must be labels 0 to 27 separated by spaces, found:\n"
-     "  a: '28'"),
-    (lambda f: parse_targets(["0", "-1"]), "expected labels 0 to 27 separated by spaces, found:\n  '-1'"),
-    (lambda f: refuse_bad({Sample("a", "train", "0", ()): "a_red is bad"}, [Sample("a", "train", "0", ())], f / "bad.csv"),
-     "1 samples cannot be used (all of them in {f}/bad.csv):\n  a_red is bad\nmend or remove them and run this again, or leave them out with "
-     "--keep-going"),
-    (lambda f: labelled_rows(pd.DataFrame({"Id": ["a"]}), ["a", "b"], "CURE"),
-     "the predictions have Ids that folds.csv does not have; run: CURE\n  b"),
-    (lambda f: repeated_folds(np.ones((2, 28), bool), np.array(["g", "g"])),
-     "2 samples in 1 groups leave none to try thresholds on; give at least 2 groups"),
-    (lambda f: cli.names("a,a"), "expected distinct names separated by commas, found 'a,a'"),
-    (lambda f: cli.positive("0"), "expected a whole number above 0, found '0'"),
-    (lambda f: cli.fold_numbers("0,x"), "expected fold numbers separated by commas such as 0,2, found '0,x'"),
-    (lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8, 3), np.uint8), photometric="rgb"), "red"),
-     "is a colour image; expected one grey channel a file"),
-    (lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8, 4), np.uint8), photometric="rgb", extrasamples=["unassalpha"]), "red"),
-     "has an alpha channel; save it without"),
-    (lambda f: read_channel(tiff(f / "a.tif", np.zeros((3, 8, 8), np.uint8), photometric="minisblack"), "red"),
-     "has 3 pages; expected one channel a file"),
-    (lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8), np.float32)), "red"), "holds float32; expected unsigned integers of at most 16 bits"),
-])
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [
+        (
+            lambda f: check_probabilities(["a"], np.full((1, 28), 2.0), "p.npz"),
+            "p.npz: expected probabilities in [0, 1], found NaN or values outside in 1 rows, such as:\n  a: 2 for Nucleoplasm",
+        ),
+        (
+            lambda f: load_predictions(other_classes(f / "p.npz"), "CURE"),
+            "{f}/p.npz was made for other classes; run: CURE",
+        ),
+        (
+            lambda f: read_json(written(f / "x.json", "{")),
+            "{f}/x.json is not valid JSON (Expecting property name enclosed in double quotes: line 1 "
+            "column 2 (char 1)); delete it and run its stage again",
+        ),
+        (
+            lambda f: read_sidecar(written(f / "x.meta.json", '{"outputs": []}').with_name("x")),
+            "{f}/x.meta.json is not a record that a stage wrote; delete it and run its stage again",
+        ),
+        (
+            lambda f: read_table(written(f / "x.csv", ""), "CURE"),
+            "{f}/x.csv is not a CSV file but empty; expected a line with the names of columns, and one per "
+            "sample; delete it and run: CURE",
+        ),
+        (
+            lambda f: read_table(written(f / "folds.csv", "Id,Target,part,group,fold\na,0,train,a,0\n"), "CURE"),
+            "{f}/folds.csv has no column copies, which its stage writes; delete it and run: CURE",
+        ),
+        (
+            lambda f: read_table(written(f / "samples.csv", "Id,part,Target,side\na,train,0,x\n"), "CURE"),
+            "{f}/samples.csv has text in its column side, expected whole numbers (line 2: 'x'); delete it and run: CURE",
+        ),
+        (
+            lambda f: read_labels(written(f / "x.csv", "Id,Target" + 10**4 * "," + "\na,0\n")),
+            "{f}/x.csv has a first line of over 10000 characters; expected the names of a few columns",
+        ),
+        (
+            lambda f: read_labels(written(f / "x.csv", 'Id,"Target\n' + 10**4 * "," + '"\na,0\n')),
+            "{f}/x.csv has a first line of over 10000 characters; expected the names of a few columns",
+        ),
+        (
+            lambda f: read_labels(written(f / "x.csv", "Id,Target,Target\na,0,1\n")),
+            "{f}/x.csv has the column 'Target' 2 times; expected once",
+        ),
+        (
+            lambda f: read_groups(written(f / "g.csv", "Id,group\na,\nb,x\n"), np.array(["a", "b"])),
+            "{f}/g.csv has no group for 1 Ids:\n  a",
+        ),
+        (
+            lambda f: get_recipe("demo", ["pooling=own"]),
+            "recipe fields do not fit: pooling 'own' with encoder 'resnet10_narrow'; gapnet_pl and "
+            "gapnet_pl_plus need pooling=own, the other encoders one of the others",
+        ),
+        (
+            lambda f: get_recipe("demo_large", ["size_rule=by-source", "crop_size=1024"]),
+            "recipe fields do not fit: crops of 256 px from images that "
+            "are stored at 192 px with size_rule=by-source; give a smaller crop_size",
+        ),
+        (lambda f: get_recipe("demo", ["focal_gamma=inf"]), "recipe field focal_gamma has an impossible value: inf"),
+        (
+            lambda f: get_recipe("demo", ["learning_rates=0.1,inf"]),
+            "recipe field learning_rates has an impossible value: (0.1, inf)",
+        ),
+        (
+            lambda f: choose_hardware(HardwareOptions("meta", "fp32", 0)),
+            "device 'meta' cannot be used (neither a CPU nor a CUDA GPU); try --device cpu",
+        ),
+        (
+            lambda f: make_folds(kept(9), 2, 1, 0, hold_out=0.05),
+            "--hold-out 0.05 of 9 distinct samples is none; give a larger share",
+        ),
+        (
+            lambda f: make_folds(kept(200), 2, 1, 0, hold_out=1e-320),
+            "--hold-out 9.99989e-321: the smallest share is 0.01",
+        ),
+        (lambda f: check_there([f / "oof.npz"], "CURE"), "{f}/oof.npz is missing; run: CURE"),
+        (
+            lambda f: check_there([f / "a.csv"], None),
+            "{f}/a.csv is missing; expected predictions as .npz, .csv or .npy",
+        ),
+        (
+            lambda f: read_table(written(f / "x.csv", "Id\n../a\n"), "CURE"),
+            "{f}/x.csv has Ids that are not plain file names:\n  '../a'",
+        ),
+        (
+            lambda f: read_csv(written(f / "x.csv", "Id,Predicted\n"), "Predicted"),
+            "{f}/x.csv has no rows; expected one per sample",
+        ),
+        (
+            lambda f: read_labels(written(f / "x.csv", "Id,Target\na,28\n")),
+            "{f}/x.csv: Target must be labels 0 to 27 separated by spaces, found:\n  a: '28'",
+        ),
+        (lambda f: parse_targets(["0", "-1"]), "expected labels 0 to 27 separated by spaces, found:\n  '-1'"),
+        (
+            lambda f: refuse_bad(
+                {Sample("a", "train", "0", ()): "a_red is bad"}, [Sample("a", "train", "0", ())], f / "bad.csv"
+            ),
+            "1 samples cannot be used (all of them in {f}/bad.csv):\n  a_red is bad\nmend or remove them and run this again, or leave them out with "
+            "--keep-going",
+        ),
+        (
+            lambda f: labelled_rows(pd.DataFrame({"Id": ["a"]}), ["a", "b"], "CURE"),
+            "the predictions have Ids that folds.csv does not have; run: CURE\n  b",
+        ),
+        (
+            lambda f: repeated_folds(np.ones((2, 28), bool), np.array(["g", "g"])),
+            "2 samples in 1 groups leave none to try thresholds on; give at least 2 groups",
+        ),
+        (lambda f: cli.names("a,a"), "expected distinct names separated by commas, found 'a,a'"),
+        (lambda f: cli.positive("0"), "expected a whole number above 0, found '0'"),
+        (lambda f: cli.fold_numbers("0,x"), "expected fold numbers separated by commas such as 0,2, found '0,x'"),
+        (
+            lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8, 3), np.uint8), photometric="rgb"), "red"),
+            "is a colour image; expected one grey channel a file",
+        ),
+        (
+            lambda f: read_channel(
+                tiff(f / "a.tif", np.zeros((8, 8, 4), np.uint8), photometric="rgb", extrasamples=["unassalpha"]), "red"
+            ),
+            "has an alpha channel; save it without",
+        ),
+        (
+            lambda f: read_channel(tiff(f / "a.tif", np.zeros((3, 8, 8), np.uint8), photometric="minisblack"), "red"),
+            "has 3 pages; expected one channel a file",
+        ),
+        (
+            lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8), np.float32)), "red"),
+            "holds float32; expected unsigned integers of at most 16 bits",
+        ),
+    ],
+)
 def test_texts(tmp_path, do, message):
     with pytest.raises((UserError, BadImage, argparse.ArgumentTypeError)) as error:
         do(tmp_path)
     assert str(error.value) == message.replace("{f}", str(tmp_path))
 
 
-@pytest.mark.parametrize(("script", "arguments", "message"), [
-    ("02_dedup.py", ["--threshold", "65"], "argument --threshold: expected one or three distances from 0 to 64, found '65'"),
-    ("02_dedup.py", ["--threshold", "1,2"], "argument --threshold: expected one or three distances from 0 to 64, found '1,2'"),
-    ("03_make_folds.py", ["--n-folds", "1"], "--n-folds must be at least 2"),
-    ("03_make_folds.py", ["--max-copies", "0"], "--max-copies must be at least 1"),
-    ("03_make_folds.py", ["--hold-out", "0.6"], "--hold-out must be a share from 0 to 0.5"),
-    ("03_make_folds.py", ["--seed", "-1"], "argument --seed: expected a whole number from 0 to 4294967295, found '-1'"),
-    ("01_preprocess.py", ["--white-level", "70000"], "argument --white-level: expected a whole number from 1 to 65535, found '70000'"),
-    ("01_preprocess.py", ["--black-level", "4095", "--white-level", "4095"], "--black-level 4095 must be below --white-level 4095"),
-    ("01_preprocess.py", ["--check", "--n-folds", "1"], "argument --n-folds: expected a whole number above 1, found '1'"),
-    ("03_make_folds.py", ["--work", ""], "argument --work: expected a folder, found nothing"),
-    ("01_preprocess.py", ["--jobs", "0"], "argument --jobs: expected a whole number above 0, found '0'"),
-    ("02_dedup.py", ["--jobs", "-2"], "argument --jobs: expected a whole number above 0, found '-2'"),
-    ("04_train.py", ["--jobs", "x"], "argument --jobs: expected a whole number above 0, found 'x'"),
-    ("05_predict_oof.py", ["--workers", "-1"], "argument --workers: expected a whole number from 0 to 4294967295, found '-1'"),
-])
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (
+            "02_dedup.py",
+            ["--threshold", "65"],
+            "argument --threshold: expected one or three distances from 0 to 64, found '65'",
+        ),
+        (
+            "02_dedup.py",
+            ["--threshold", "1,2"],
+            "argument --threshold: expected one or three distances from 0 to 64, found '1,2'",
+        ),
+        ("03_make_folds.py", ["--n-folds", "1"], "--n-folds must be at least 2"),
+        ("03_make_folds.py", ["--max-copies", "0"], "--max-copies must be at least 1"),
+        ("03_make_folds.py", ["--hold-out", "0.6"], "--hold-out must be a share from 0 to 0.5"),
+        (
+            "03_make_folds.py",
+            ["--seed", "-1"],
+            "argument --seed: expected a whole number from 0 to 4294967295, found '-1'",
+        ),
+        (
+            "01_preprocess.py",
+            ["--white-level", "70000"],
+            "argument --white-level: expected a whole number from 1 to 65535, found '70000'",
+        ),
+        (
+            "01_preprocess.py",
+            ["--black-level", "4095", "--white-level", "4095"],
+            "--black-level 4095 must be below --white-level 4095",
+        ),
+        (
+            "01_preprocess.py",
+            ["--check", "--n-folds", "1"],
+            "argument --n-folds: expected a whole number above 1, found '1'",
+        ),
+        ("03_make_folds.py", ["--work", ""], "argument --work: expected a folder, found nothing"),
+        ("01_preprocess.py", ["--jobs", "0"], "argument --jobs: expected a whole number above 0, found '0'"),
+        ("02_dedup.py", ["--jobs", "-2"], "argument --jobs: expected a whole number above 0, found '-2'"),
+        ("04_train.py", ["--jobs", "x"], "argument --jobs: expected a whole number above 0, found 'x'"),
+        (
+            "05_predict_oof.py",
+            ["--workers", "-1"],
+            "argument --workers: expected a whole number from 0 to 4294967295, found '-1'",
+        ),
+    ],
+)
 def test_texts_of_flags(monkeypatch, capsys, script, arguments, message):
     monkeypatch.setattr(sys, "argv", [script, *arguments])  # stage 01 looks there itself
     with pytest.raises(SystemExit) as stop:
@@ -133,29 +242,51 @@ def test_texts_of_flags(monkeypatch, capsys, script, arguments, message):
     assert (stop.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
 
 
-@pytest.mark.parametrize(("error", "code", "message"), [
-    (OSError(28, "No space left on device", "x.csv"), 2,
-     "error: No space left on device: x.csv; check that the folder exists, can be written and has space\n"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 2,
-     "error: DataLoader worker (pid 7) is killed by signal: Killed. (perhaps memory ran out); finished work is kept. To go on: python 04_train.py "
-     "--jobs 2, if need be with fewer --workers\n"),
-    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 2,
-     "error: the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, or try "
-     "--device cpu\n"),
-    (BrokenPipeError(32, "Broken pipe"), 2,
-     "error: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, if need be "
-     "with a lower --jobs\n"),
-    (MemoryError("Unable to allocate 3 GiB"), 2,
-     "error: out of memory (Unable to allocate 3 GiB); finished work is kept: take a smaller batch (04_train.py --micro-batch), a "
-     "smaller crop, or a smaller network\n"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory\nmore"), 2,
-     "error: out of memory ([enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory); finished work is kept: take "
-     "a smaller batch (04_train.py --micro-batch), a smaller crop, or a smaller network\n"),
-    (KeyboardInterrupt(), 130, "\nstopped; finished work is kept. To go on: python 04_train.py --jobs 2\n"),
-])
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            OSError(28, "No space left on device", "x.csv"),
+            2,
+            "error: No space left on device: x.csv; check that the folder exists, can be written and has space\n",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            2,
+            "error: DataLoader worker (pid 7) is killed by signal: Killed. (perhaps memory ran out); finished work is kept. To go on: python 04_train.py "
+            "--jobs 2, if need be with fewer --workers\n",
+        ),
+        (
+            type("OutOfMemoryError", (RuntimeError,), {})("CUDA"),
+            2,
+            "error: the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, or try "
+            "--device cpu\n",
+        ),
+        (
+            BrokenPipeError(32, "Broken pipe"),
+            2,
+            "error: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, if need be "
+            "with a lower --jobs\n",
+        ),
+        (
+            MemoryError("Unable to allocate 3 GiB"),
+            2,
+            "error: out of memory (Unable to allocate 3 GiB); finished work is kept: take a smaller batch (04_train.py --micro-batch), a "
+            "smaller crop, or a smaller network\n",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory\nmore"),
+            2,
+            "error: out of memory ([enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory); finished work is kept: take "
+            "a smaller batch (04_train.py --micro-batch), a smaller crop, or a smaller network\n",
+        ),
+        (KeyboardInterrupt(), 130, "\nstopped; finished work is kept. To go on: python 04_train.py --jobs 2\n"),
+    ],
+)
 def test_texts_at_the_end_of_a_script(monkeypatch, capsys, error, code, message):
     def main():
         raise error
+
     monkeypatch.setattr(sys, "argv", ["04_train.py", "--jobs", "2"])
     with pytest.raises(SystemExit) as stop:
         cli.run(main)
@@ -169,6 +300,7 @@ def test_a_signal_while_a_module_in_c_is_imported_is_no_traceback(capsys, stop, 
             raise stop
         except BaseException as error:
             raise ImportError("initialization failed") from error
+
     with pytest.raises(SystemExit) as end:
         cli.run(main)
     assert end.value.code == code and "stopped; finished work is kept. To go on: " in capsys.readouterr().err
@@ -178,6 +310,7 @@ def test_after_sigterm_any_error_is_the_end_that_was_asked_for(capsys, monkeypat
     def main():
         monkeypatch.setattr(stopping.STATE, "asked", signal.SIGTERM)
         raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+
     with pytest.raises(SystemExit) as end:
         cli.run(main)
     assert end.value.code == 143 and "stopped; finished work is kept. To go on: " in capsys.readouterr().err
@@ -185,20 +318,42 @@ def test_after_sigterm_any_error_is_the_end_that_was_asked_for(capsys, monkeypat
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signals_wait_for_the_end_of_an_import(tmp_path, number, code):
-    (tmp_path / "slow.py").write_text(f"import os, signal, time\nos.kill(os.getpid(), signal.{number})\ntime.sleep(0.3)\nprint('whole')\n")
+    (tmp_path / "slow.py").write_text(
+        f"import os, signal, time\nos.kill(os.getpid(), signal.{number})\ntime.sleep(0.3)\nprint('whole')\n"
+    )
     script = f"import sys, time; sys.path.insert(0, {str(tmp_path)!r})\nfrom common import cli\ndef main():\n    import slow\n    time.sleep(9)\ncli.run(main)"
-    end = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    assert (end.returncode, end.stdout, end.stderr) == (code, "whole\n", "\nstopped; finished work is kept. To go on: python -c\n")
+    end = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (end.returncode, end.stdout, end.stderr) == (
+        code,
+        "whole\n",
+        "\nstopped; finished work is kept. To go on: python -c\n",
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signals_wait_until_worker_processes_are_begun(number, code):
-    script = (f"import os, signal, time; from common import cli, stopping\ndef main():\n    with stopping.undisturbed():\n"
-              f"        os.kill(os.getpid(), signal.{number}); time.sleep(0.3); print('whole')\n    time.sleep(9)\ncli.run(main)")
-    end = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    assert (end.returncode, end.stdout, end.stderr) == (code, "whole\n", "\nstopped; finished work is kept. To go on: python -c\n")
+    script = (
+        f"import os, signal, time; from common import cli, stopping\ndef main():\n    with stopping.undisturbed():\n"
+        f"        os.kill(os.getpid(), signal.{number}); time.sleep(0.3); print('whole')\n    time.sleep(9)\ncli.run(main)"
+    )
+    end = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (end.returncode, end.stdout, end.stderr) == (
+        code,
+        "whole\n",
+        "\nstopped; finished work is kept. To go on: python -c\n",
+    )
 
 
 def test_when_all_is_done_there_is_nothing_to_stop():
@@ -210,7 +365,13 @@ def test_when_all_is_done_there_is_nothing_to_stop():
 
 def test_paths_that_are_no_text_can_be_told():
     script = "import os; from common import cli; cli.run(lambda: print(os.fsdecode(b'n\\xff')))"
-    end = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    end = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )
     assert (end.returncode, end.stdout) == (0, "n\\udcff\n")
 
 
@@ -250,11 +411,14 @@ def test_a_killed_worker_process_is_one_message(monkeypatch):
     def broken(*_):
         raise BrokenProcessPool
         yield
+
     monkeypatch.setattr(parallel, "progress", broken)
     with pytest.raises(UserError) as error:
         list(run_parallel(abs, [(1,)], 1, "hashing"))
-    assert str(error.value) == ("hashing: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command "
-                                "again to go on, if need be with a lower --jobs")
+    assert str(error.value) == (
+        "hashing: a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command "
+        "again to go on, if need be with a lower --jobs"
+    )
 
 
 def test_a_cluster_needs_dask(monkeypatch):
@@ -264,10 +428,10 @@ def test_a_cluster_needs_dask(monkeypatch):
 
 
 def test_a_csv_file_of_gigabytes_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_tables, "MAX_BYTES", 10 ** 6)
+    monkeypatch.setattr(text_tables, "MAX_BYTES", 10**6)
     path = tmp_path / "train.csv"
     with open(path, "wb") as file:
-        file.truncate(2 * 10 ** 6)
+        file.truncate(2 * 10**6)
     with pytest.raises(UserError, match="train.csv has 2 MB; expected a CSV file of at most 1 MB"):
         read_labels(path)
 
@@ -279,17 +443,33 @@ def test_a_stage_names_what_changed_before_training_is_lost(tmp_path):
     write_json(tmp_path / "in", 1)
     before = Stage("04_train", tmp_path / "best.pt", {"alpha": 0.9}, {"folds.csv": tmp_path / "in"})
     now = Stage("04_train", tmp_path / "best.pt", {"alpha": 0.5}, {"folds.csv": tmp_path / "in"})
-    save_checkpoint(tmp_path / "last.pt", {"format": FORMAT, "classes": list(CLASS_NAMES), "recipe": {}, "model": {}, "mean": [0.5] * 4,
-                                           "std": [0.3] * 4, "made_from": before.made_from()})
+    save_checkpoint(
+        tmp_path / "last.pt",
+        {
+            "format": FORMAT,
+            "classes": list(CLASS_NAMES),
+            "recipe": {},
+            "model": {},
+            "mean": [0.5] * 4,
+            "std": [0.3] * 4,
+            "made_from": before.made_from(),
+        },
+    )
     with pytest.raises(UserError) as error:
         prepare([now], False)
     cure = "use --force to throw it away and train anew, or another --work"
-    assert str(error.value) == f"{tmp_path} holds an unfinished training made from something else (alpha was 0.9, now 0.5); {cure}"
+    assert (
+        str(error.value)
+        == f"{tmp_path} holds an unfinished training made from something else (alpha was 0.9, now 0.5); {cure}"
+    )
     write_text(before.artifact, "network")
     before.finish(rows=1)
     with pytest.raises(UserError) as error:
         prepare([now], False)
-    assert str(error.value) == f"{tmp_path} holds a finished training made from something else (alpha was 0.9, now 0.5); {cure}"
+    assert (
+        str(error.value)
+        == f"{tmp_path} holds a finished training made from something else (alpha was 0.9, now 0.5); {cure}"
+    )
     prepare([now], True)
     assert not tmp_path.exists()
 

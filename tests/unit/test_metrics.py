@@ -49,7 +49,9 @@ def test_groups_are_drawn_whole():
     twice = np.repeat(np.arange(200), 2)
     alone, doubled = bootstrap_f1(TARGETS, [PREDICTED]), bootstrap_f1(TARGETS[twice], [PREDICTED[twice]], groups=twice)
     np.testing.assert_allclose(alone, doubled, atol=1e-6)
-    assert bootstrap_f1(TARGETS[twice], [PREDICTED[twice]]).std() < alone.std()  # the same rows taken for independent ones
+    assert (
+        bootstrap_f1(TARGETS[twice], [PREDICTED[twice]]).std() < alone.std()
+    )  # the same rows taken for independent ones
 
 
 def test_the_draws_of_equal_repeats_are_those_of_one():
@@ -61,7 +63,10 @@ def test_rows_beyond_the_blocks_are_thrown_together(monkeypatch):
     expected = bootstrap_f1(TARGETS, [PREDICTED])
     monkeypatch.setattr("common.metrics.N_BLOCKS", 100)
     found = bootstrap_f1(TARGETS, [PREDICTED])
-    assert abs(found.mean() - expected.mean()) < 0.01 and 0.8 < found.mean(axis=1).std() / expected.mean(axis=1).std() < 1.25
+    assert (
+        abs(found.mean() - expected.mean()) < 0.01
+        and 0.8 < found.mean(axis=1).std() / expected.mean(axis=1).std() < 1.25
+    )
 
 
 def test_the_interval_by_hand():

@@ -13,15 +13,26 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("matrix", [random(16, 100), random(100, 16), random(32, 32), random(1, 9), random(7, 1),
-                                    random(64, 3) @ random(3, 90, seed=1), 1e-12 * random(8, 72), 1e12 * random(8, 72)],
-                         ids=["wide", "tall", "square", "row", "column", "of rank 3", "tiny", "huge"])
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        random(16, 100),
+        random(100, 16),
+        random(32, 32),
+        random(1, 9),
+        random(7, 1),
+        random(64, 3) @ random(3, 90, seed=1),
+        1e-12 * random(8, 72),
+        1e12 * random(8, 72),
+    ],
+    ids=["wide", "tall", "square", "row", "column", "of rank 3", "tiny", "huge"],
+)
 def test_singular_values_come_near_1_and_singular_vectors_stay(matrix):
     left, values, right = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
-    values /= max(np.sqrt((values ** 2).sum()), 1e-7)
+    values /= max(np.sqrt((values**2).sum()), 1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(5):
-        values = a * values + b * values ** 3 + c * values ** 5
+        values = a * values + b * values**3 + c * values**5
     assert orthogonalised(matrix).numpy() == pytest.approx(left * values @ right, abs=1e-4)
     assert torch.linalg.matrix_rank(matrix) == sum(values > 0.5) or matrix.abs().max() < 1e-7
 
@@ -51,9 +62,11 @@ def steps(optimizer, held, n=5, scaler=None, unscaled=False):
 
 
 def muon(convolutions, others=()):
-    groups = [{"params": list(convolutions), "muon": True, "weight_decay": 0.3},
-              {"params": list(others), "muon": False, "weight_decay": 0.1}]
-    return Muon(groups[:1 + bool(others)], lr=0.02, betas=(0.9, 0.99), fused=True)
+    groups = [
+        {"params": list(convolutions), "muon": True, "weight_decay": 0.3},
+        {"params": list(others), "muon": False, "weight_decay": 0.1},
+    ]
+    return Muon(groups[: 1 + bool(others)], lr=0.02, betas=(0.9, 0.99), fused=True)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon of its own")
@@ -100,7 +113,9 @@ def test_it_goes_on_from_its_state_exactly():
 @pytest.mark.parametrize("unscaled", [False, True])  # before the step, as for clipping
 def test_a_scaled_loss_gives_the_same_steps_and_one_that_overflows_none(unscaled, monkeypatch):
     # A step that the scaler decides upon, not the optimizer, waits for the GPU.
-    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", lambda *_: pytest.fail("the scaler reads what overflowed"))
+    monkeypatch.setattr(
+        torch.amp.GradScaler, "_maybe_opt_step", lambda *_: pytest.fail("the scaler reads what overflowed")
+    )
     ours, scaled = parameters((8, 4, 3, 3), (5, 7))
     steps(muon(ours[:1], ours[1:]), ours)
     optimizer, scaler = muon(scaled[:1], scaled[1:]), torch.amp.GradScaler("cpu")
@@ -113,4 +128,6 @@ def test_a_scaled_loss_gives_the_same_steps_and_one_that_overflows_none(unscaled
     if unscaled:
         scaler.unscale_(optimizer)
     scaler.step(optimizer)
-    torch.testing.assert_close(([parameter.detach() for parameter in scaled], optimizer.state_dict()["state"]), before, rtol=0, atol=0)
+    torch.testing.assert_close(
+        ([parameter.detach() for parameter in scaled], optimizer.state_dict()["state"]), before, rtol=0, atol=0
+    )

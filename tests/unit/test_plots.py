@@ -17,7 +17,11 @@ def test_the_svg_takes_size_font_and_colours_from_the_page():
     svg = plots.bars("a", ["1", "2"], [3, 1234], "labels", "samples")
     root = ElementTree.fromstring(svg)
     assert root.get("viewBox") == "0 0 360 172.8" and root.get("width") is None and root.get("height") is None
-    assert not any(colour in svg for colour in plots.STAND_INS.values()) and "font-family" not in svg and "<style" not in svg
+    assert (
+        not any(colour in svg for colour in plots.STAND_INS.values())
+        and "font-family" not in svg
+        and "<style" not in svg
+    )
     assert set(re.findall(r"var\(--(\w+)\)", svg)) <= set(plots.STAND_INS)
     assert {"labels", "samples", "3", "1,234"} <= set(texts(svg))
 

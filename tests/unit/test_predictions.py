@@ -57,20 +57,26 @@ def changed(row, column, value):
     return frame
 
 
-@pytest.mark.parametrize(("frame", "message"), [
-    (table().drop(columns="27"), "expected the column Id and 28 columns of probabilities, found Id and 27 others"),
-    (table().assign(more=0), "found Id and 29 others"),
-    (table().drop(columns="Id"), "found no Id and 28 others"),
-    (table([f"x{c}y" for c in range(28)]), "expected columns named by class or by label"),
-    (table([*map(str, range(27)), "26b1"]), "expected columns named by class or by label"),
-    (table(ids=["a", "b", "a"]), "Ids that appear more than once:\n  a"),
-    (table(ids=["a", "../b", "c"]), "not plain file names"),
-    (changed(1, "3", 1.5), r"found NaN or values outside in 1 rows, such as:\n  b: 1.5 for Nucleoli fibrillar center"),
-    (changed(1, "3", -0.1), r"b: -0.1 for Nucleoli"),
-    (changed(2, "3", np.nan), r"c: nan for Nucleoli"),
-    (changed(2, "3", "high"), r"has text in its column 3, expected numbers \(line 4: 'high'\)"),
-    (table().iloc[:0], "has no rows"),
-])
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (table().drop(columns="27"), "expected the column Id and 28 columns of probabilities, found Id and 27 others"),
+        (table().assign(more=0), "found Id and 29 others"),
+        (table().drop(columns="Id"), "found no Id and 28 others"),
+        (table([f"x{c}y" for c in range(28)]), "expected columns named by class or by label"),
+        (table([*map(str, range(27)), "26b1"]), "expected columns named by class or by label"),
+        (table(ids=["a", "b", "a"]), "Ids that appear more than once:\n  a"),
+        (table(ids=["a", "../b", "c"]), "not plain file names"),
+        (
+            changed(1, "3", 1.5),
+            r"found NaN or values outside in 1 rows, such as:\n  b: 1.5 for Nucleoli fibrillar center",
+        ),
+        (changed(1, "3", -0.1), r"b: -0.1 for Nucleoli"),
+        (changed(2, "3", np.nan), r"c: nan for Nucleoli"),
+        (changed(2, "3", "high"), r"has text in its column 3, expected numbers \(line 4: 'high'\)"),
+        (table().iloc[:0], "has no rows"),
+    ],
+)
 def test_what_a_table_may_not_be(tmp_path, frame, message):
     with pytest.raises(UserError, match=message):
         read_predictions(written(tmp_path, frame))
@@ -87,7 +93,9 @@ def test_suffixes_are_read_in_any_case(tmp_path, suffix):
     np.testing.assert_array_equal(read_predictions(tmp_path / f"p{suffix}", tmp_path / "ids.csv")[1], PROBS)
 
 
-@pytest.mark.parametrize(("value", "taken"), [(1 + 1e-6, 1), (1.00000536, 1), (-1e-9, 0), (-5e-6, 0), (1, 1), (0.5, 0.5)])
+@pytest.mark.parametrize(
+    ("value", "taken"), [(1 + 1e-6, 1), (1.00000536, 1), (-1e-9, 0), (-5e-6, 0), (1, 1), (0.5, 0.5)]
+)
 def test_rounding_outside_the_range_is_taken_as_its_end(tmp_path, value, taken):
     for kind in (np.float32, np.float64):
         probs = PROBS.astype(kind)
@@ -99,7 +107,9 @@ def test_rounding_outside_the_range_is_taken_as_its_end(tmp_path, value, taken):
             assert found[1, 3] == taken and 0 <= found.min() <= found.max() <= 1
 
 
-@pytest.mark.parametrize(("value", "told"), [(1.0001, "1.0001"), (-0.001, "-0.001"), (1 + 2e-5, "1.00002"), (np.inf, "inf"), (255, "255")])
+@pytest.mark.parametrize(
+    ("value", "told"), [(1.0001, "1.0001"), (-0.001, "-0.001"), (1 + 2e-5, "1.00002"), (np.inf, "inf"), (255, "255")]
+)
 def test_a_value_outside_is_told_in_full(tmp_path, value, told):
     with pytest.raises(UserError, match=f"\n  b: {told} for Nucleoli fibrillar center"):
         read_predictions(written(tmp_path, changed(1, "3", value)))
@@ -110,13 +120,16 @@ def test_ids_of_arrays_are_compared_in_composed_form_too(tmp_path):
     assert read_predictions(tmp_path / "p.npz")[0][0] == "Malmö"
 
 
-@pytest.mark.parametrize(("array", "message"), [
-    (PROBS[:2], r"expected probabilities of shape \(3, 28\), found \(2, 28\)"),
-    (PROBS[:, :27], r"found \(3, 27\)"),
-    (PROBS * np.nan, "found NaN or values outside in 3 rows"),
-    (PROBS.astype(object), "not an array that can be read"),
-    (PROBS.astype(str), "expected numbers"),
-])
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (PROBS[:2], r"expected probabilities of shape \(3, 28\), found \(2, 28\)"),
+        (PROBS[:, :27], r"found \(3, 27\)"),
+        (PROBS * np.nan, "found NaN or values outside in 3 rows"),
+        (PROBS.astype(object), "not an array that can be read"),
+        (PROBS.astype(str), "expected numbers"),
+    ],
+)
 def test_what_an_array_may_not_be(tmp_path, array, message):
     np.save(tmp_path / "p.npy", array, allow_pickle=True)
     pd.DataFrame({"Id": IDS}).to_csv(tmp_path / "ids.csv", index=False)
@@ -137,10 +150,16 @@ def test_other_files_are_refused(tmp_path):
         member_files([tmp_path / "p.npy", tmp_path / "x" / ".." / "p.npy"], tmp_path, [], "oof")
 
 
-@pytest.mark.parametrize(("paths", "names"), [
-    (["runs/a/fold0_oof.npz", "runs/b/fold0_oof.npz"], ["a/fold0_oof.npz", "b/fold0_oof.npz"]),
-    (["/x/a/p/oof.npz", "/x/b/p/oof.npz"], ["a/p/oof.npz", "b/p/oof.npz"]), (["runs/a.npz", "b.npz"], ["a.npz", "b.npz"]),
-    (["/p.csv", "/x/p.csv"], ["/p.csv", "x/p.csv"]), (["/long/way/to/p.npy"], ["p.npy"])])
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/a/fold0_oof.npz", "runs/b/fold0_oof.npz"], ["a/fold0_oof.npz", "b/fold0_oof.npz"]),
+        (["/x/a/p/oof.npz", "/x/b/p/oof.npz"], ["a/p/oof.npz", "b/p/oof.npz"]),
+        (["runs/a.npz", "b.npz"], ["a.npz", "b.npz"]),
+        (["/p.csv", "/x/p.csv"], ["/p.csv", "x/p.csv"]),
+        (["/long/way/to/p.npy"], ["p.npy"]),
+    ],
+)
 def test_members_are_named_by_what_tells_their_paths_apart(paths, names):
     assert short_names([Path(path) for path in paths]) == names
 
@@ -164,5 +183,8 @@ def test_predictions_of_networks_that_are_gone_are_refused(tmp_path):
         check_networks(tmp_path, ["demo"], "test", "CURE")
     for networks in (["c", "d"], ["a", "c"]):
         sealed("test", networks)
-        with pytest.raises(UserError, match="test.npz was predicted by other networks than .*oof.npz: a fold has been trained anew since; run: CURE"):
+        with pytest.raises(
+            UserError,
+            match="test.npz was predicted by other networks than .*oof.npz: a fold has been trained anew since; run: CURE",
+        ):
             check_networks(tmp_path, ["demo"], "test", "CURE")

@@ -30,8 +30,11 @@ def make(tmp_path):
         samples, bad = list_samples(tmp_path / "data")
         states = {sample: source_state(sample) for sample in samples}
         stored = store_all(samples, states, bad, recipes_of(stores), tmp_path / "work", 1, raw=raw)
-        files = {f"{path.parent.name}/{path.stem}": path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.tif")}
+        files = {
+            f"{path.parent.name}/{path.stem}": path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.tif")
+        }
         return {store: statistics_table(stored.samples, rows) for store, rows in stored.statistics.items()}, files
+
     return run
 
 
@@ -74,13 +77,22 @@ def test_stores_of_earlier_versions_are_taken_as_they_are(make, tmp_path):
 
 
 def test_the_disk_is_asked_for_the_room_of_the_kind(make, tmp_path):
-    assert space_needed([300], raw=True) == pytest.approx(4 * 300 ** 2, rel=0.01)
+    assert space_needed([300], raw=True) == pytest.approx(4 * 300**2, rel=0.01)
     assert space_needed([300]) < space_needed([300], raw=True) / 2
     assert space_needed([128], raw=True) == space_needed([128])
     make()
     samples = list_samples(tmp_path / "data")[0]
-    seen = SimpleNamespace(sides=dict.fromkeys(samples, 304), side=lambda sample: 304, usable=samples,
-                           recipes={"a": SimpleNamespace(store="300")})
+    seen = SimpleNamespace(
+        sides=dict.fromkeys(samples, 304),
+        side=lambda sample: 304,
+        usable=samples,
+        recipes={"a": SimpleNamespace(store="300")},
+    )
     for store, found in (("zstd", "stored images 0 MB"), ("raw", "stored images 1 MB")):
-        line, = doctor.disk(SimpleNamespace(work=tmp_path / "work", folds=[0], store=store, black_level=0, white_level=65535), seen, [], {})
+        (line,) = doctor.disk(
+            SimpleNamespace(work=tmp_path / "work", folds=[0], store=store, black_level=0, white_level=65535),
+            seen,
+            [],
+            {},
+        )
         assert found in line.found

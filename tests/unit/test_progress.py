@@ -8,18 +8,23 @@ import pytest
 
 from tests.conftest import ROOT
 
-LOOP = ("import common.progress as p; p.SECONDS_BETWEEN_LINES = 0\n"
-        "for _ in p.progress(iter(range(3)), 3, 'epoch 1/2', 'batches'): pass")
-WORKERS = ("import joblib; from common.progress import has_terminal\n"
-           "print(joblib.Parallel(2)([joblib.delayed(has_terminal)()] * 2), has_terminal())")
+LOOP = (
+    "import common.progress as p; p.SECONDS_BETWEEN_LINES = 0\n"
+    "for _ in p.progress(iter(range(3)), 3, 'epoch 1/2', 'batches'): pass"
+)
+WORKERS = (
+    "import joblib; from common.progress import has_terminal\n"
+    "print(joblib.Parallel(2)([joblib.delayed(has_terminal)()] * 2), has_terminal())"
+)
 
 
 def on_a_terminal(code: str, **environment) -> str:
     """Return what a process shows whose streams are a terminal."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(leader, (24, 80))
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=follower, stderr=follower,
-                               env={**os.environ, **environment})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=follower, stderr=follower, env={**os.environ, **environment}
+    )
     process.wait()
     os.write(follower, b"END")
     shown = b""

@@ -38,7 +38,8 @@ def test_pairs_of_classes_against_chance():
     targets = targets_of((0, 25), (0, 25), (0,), (21,))
     _, table = co_occurrence(targets, np.argsort(-targets.sum(axis=0), kind="stable"))
     assert table.frame.to_dict("records") == [
-        {"class": "Nucleoplasm", "and": "Cytosol", "together": 2, "by chance": 3 * 2 / 4, "ratio": 2 / 1.5}]
+        {"class": "Nucleoplasm", "and": "Cytosol", "together": 2, "by chance": 3 * 2 / 4, "ratio": 2 / 1.5}
+    ]
 
 
 def test_every_class_shows_a_sample_of_its_own_with_few_other_labels(tmp_path):
@@ -47,7 +48,9 @@ def test_every_class_shows_a_sample_of_its_own_with_few_other_labels(tmp_path):
     write_csv(tmp_path / "samples.csv", samples)
     sheet = contact_sheet(work, targets_of((0, 25), (0,), (25, 0)), np.array(list("abc")))
     assert [(card.Id, card.lines) for card in sheet.cards] == [
-        ("a", ["Cytosol", "with Nucleoplasm"]), ("b", ["Nucleoplasm", "alone"])]
+        ("a", ["Cytosol", "with Nucleoplasm"]),
+        ("b", ["Nucleoplasm", "alone"]),
+    ]
     assert sheet.cards[0].images == [("", "sample a: Nucleoplasm, Cytosol")]  # its image is not stored
 
 
@@ -68,8 +71,14 @@ def test_a_wrong_label_is_the_first_suspect_however_many_labels_others_have(tmp_
     assert table["Id"][0] in ("s7", *(f"s{k}" for k in range(60, 80))) and table.set_index("Id")["suspicion"]["s7"] == 1
 
     # With the hard sampler's books both ranks count.
-    book = pd.DataFrame({"Id": rows["Id"], "Target": [" ".join(map(str, np.flatnonzero(row))) for row in targets],
-                         "share_kept": 0.5, "mean_loss": np.where(rows["Id"] == "s7", 9, rng.random(80))})
+    book = pd.DataFrame(
+        {
+            "Id": rows["Id"],
+            "Target": [" ".join(map(str, np.flatnonzero(row))) for row in targets],
+            "share_kept": 0.5,
+            "mean_loss": np.where(rows["Id"] == "s7", 9, rng.random(80)),
+        }
+    )
     write_csv(tmp_path / "runs" / "a" / "fold0" / "hard_samples.csv", book)
     (tmp_path / "runs" / "a" / "fold0" / "log.jsonl").write_text('{"epoch": 1}\n')
     table = suspects(Work(tmp_path), rows, targets, probs, probs >= 0.5)
@@ -84,6 +93,7 @@ def test_the_calibration_leaves_out_what_is_too_rare():
 
 
 # --- what state it is in -----------------------------------------------------------------------------------
+
 
 def sealed(path, inputs, **more):
     """Write an artifact as its stage does."""
@@ -114,7 +124,9 @@ def test_a_state_is_compared_with_the_files_that_it_was_made_from(tmp_path, vers
     write_text(given, "another one")
     assert state() == ("from an older a.npz: run its stage again" if version == "this" else "complete")
     given.unlink()
-    assert state() == ("complete; cannot be compared with a.npz, which cannot be read now" if version == "this" else "complete")
+    assert state() == (
+        "complete; cannot be compared with a.npz, which cannot be read now" if version == "this" else "complete"
+    )
     write_text(work / "folds.csv", "another one")
     assert state() == "from an older folds.csv: run its stage again"
 
@@ -132,26 +144,42 @@ def test_a_networks_predictions_are_compared_with_its_sidecar(tmp_path):
 def test_seconds_of_training_are_those_of_the_epochs_and_submissions_elsewhere_are_found(tmp_path):
     for fold in range(2):
         folder = tmp_path / "work" / "runs" / "a" / f"fold{fold}"
-        write_text(folder / "log.jsonl", '{"epoch": 1, "seconds": 50, "valid_seconds": 1.5}\n{"epoch": 2, "seconds": 0.5}\n')
+        write_text(
+            folder / "log.jsonl", '{"epoch": 1, "seconds": 50, "valid_seconds": 1.5}\n{"epoch": 2, "seconds": 0.5}\n'
+        )
         sealed(folder / "best.pt", {}, seconds=364)
     write_text(tmp_path / "fold1" / "mine.csv", "Id,Predicted\n")
     sealed(tmp_path / "fold1" / "mine.csv", {})
-    write_json(tmp_path / "work" / "submissions.json", [str(tmp_path / "gone.csv"), str(tmp_path / "fold1" / "mine.csv")])
+    write_json(
+        tmp_path / "work" / "submissions.json", [str(tmp_path / "gone.csv"), str(tmp_path / "fold1" / "mine.csv")]
+    )
     table = stage_table(Work(tmp_path / "work")).set_index("stage")
     assert table.loc["04 train", ["main file", "seconds"]].to_list() == ["runs/a/fold*/best.pt", 104]
-    assert table.loc["07 ensemble", ["main file", "state"]].to_list() == [str(tmp_path / "fold1" / "mine.csv"), "complete"]
+    assert table.loc["07 ensemble", ["main file", "state"]].to_list() == [
+        str(tmp_path / "fold1" / "mine.csv"),
+        "complete",
+    ]
     assert Work(tmp_path / "work").submission_file == tmp_path / "fold1" / "mine.csv"
 
 
 # --- what may not be claimed -------------------------------------------------------------------------------
 
+
 def small_work(folder, recipes=("a",), combine="mean", weights=(1.0,), thresholds=0.5):
     """A work folder of three labelled samples in two folds, one for training only, one held out and two of test; of the
     labelled ones `b` is a copy of `a`."""
     work = folder / "work"
-    rows = [("a", "train", "0 25", 0), ("b", "train", "0", None), ("c", "train", "7", 1), ("x", "external", "3", -1), ("h", "train", "4", -2)]
+    rows = [
+        ("a", "train", "0 25", 0),
+        ("b", "train", "0", None),
+        ("c", "train", "7", 1),
+        ("x", "external", "3", -1),
+        ("h", "train", "4", -2),
+    ]
     table = pd.DataFrame(rows, columns=["Id", "part", "Target", "fold"])
-    table = table.assign(side=9, near_group=table["Id"].replace("b", "a"), group=table["Id"].replace("b", "a"), kept=1, copies=1)
+    table = table.assign(
+        side=9, near_group=table["Id"].replace("b", "a"), group=table["Id"].replace("b", "a"), kept=1, copies=1
+    )
     write_csv(work / "duplicates.csv", table.assign(kept=table["fold"].notna().astype(int)).drop(columns="fold"))
     write_csv(work / "folds.csv", table.dropna().astype({"fold": int}))
     test = pd.DataFrame({"Id": ["t", "u"], "part": "test", "Target": "", "side": 9})
@@ -160,17 +188,24 @@ def small_work(folder, recipes=("a",), combine="mean", weights=(1.0,), threshold
         probs = np.full((2, 28), 0.25 + k / 2)
         save_predictions(work / "predictions" / recipe / "oof.npz", ["a", "c"], probs)
         save_predictions(work / "predictions" / recipe / "test.npz", ["t", "u"], probs)
-    write_json(work / "thresholds.json", {"recipes": list(recipes), "combine": combine, "weights": list(weights),
-                                          "thresholds": [thresholds] * 28})
+    write_json(
+        work / "thresholds.json",
+        {"recipes": list(recipes), "combine": combine, "weights": list(weights), "thresholds": [thresholds] * 28},
+    )
     return work
 
 
-@pytest.mark.parametrize(("Id", "fold", "words"), [
-    ("a", 0, "in fold 0, which this network was not trained on"),
-    ("b", 0, "left out as a duplicate of samples in fold 0, which this network was not trained on"),
-    ("c", 1, "in fold 1, which this network was not trained on"), ("t", None, "a test sample, which no network was trained on"),
-    ("h", None, "held out, so that no network was trained on it"),
-    ("x", None, "for training only, so that every network was trained on it")])
+@pytest.mark.parametrize(
+    ("Id", "fold", "words"),
+    [
+        ("a", 0, "in fold 0, which this network was not trained on"),
+        ("b", 0, "left out as a duplicate of samples in fold 0, which this network was not trained on"),
+        ("c", 1, "in fold 1, which this network was not trained on"),
+        ("t", None, "a test sample, which no network was trained on"),
+        ("h", None, "held out, so that no network was trained on it"),
+        ("x", None, "for training only, so that every network was trained on it"),
+    ],
+)
 def test_which_networks_may_explain_a_sample(tmp_path, Id, fold, words):
     assert place(Work(small_work(tmp_path)), Id) == (fold, words)
 
@@ -179,8 +214,12 @@ def test_a_sample_is_decided_as_the_submission_is_and_labels_of_test_are_unknown
     work = small_work(tmp_path, ("a", "b"), "weighted", (0.8, 0.2), thresholds=0.36)  # 0.8 * 0.25 + 0.2 * 0.75 = 0.35
     write_csv(work / "submission.csv", pd.DataFrame({"Id": ["t", "u"], "Predicted": ["3", ""]}))
     facts, _, table = probabilities(Work(work), "t")
-    assert facts.items == {"labelled": "unknown", "predicted": "none", "in the submission": CLASS_NAMES[3],
-                           "weighted mean of": "a, b"}
+    assert facts.items == {
+        "labelled": "unknown",
+        "predicted": "none",
+        "in the submission": CLASS_NAMES[3],
+        "weighted mean of": "a, b",
+    }
     np.testing.assert_allclose(table.frame["together"], 0.35, atol=1e-6)
     assert (table.frame["state"] == "").all() and "labelled" not in table.text
     assert probabilities(Work(work), "u")[0].items["in the submission"] == "none"
@@ -193,14 +232,24 @@ def test_an_id_that_is_not_there_says_why(tmp_path):
     work = small_work(tmp_path)
     samples = pd.read_csv(work / "samples.csv", keep_default_na=False)
     write_csv(work / "samples.csv", samples.assign(Id=[f"0{Id}04cd3ba-6269" for Id in samples["Id"]]))
-    write_csv(work / "left_out.csv", pd.DataFrame([("lost", "test", "", 2, "lost_red.png is cut short")],
-                                                  columns=["Id", "part", "Target", "place", "reason"]))
-    for Id, message in (("lost", "stage 01 left out the sample lost: lost_red.png is cut short"),
-                        ("lots", "did you mean lost?"), ("0C", "did you mean 0c04cd3ba-6269?"),
-                        ("0h04cd3ab-6269_green.png", "did you mean 0h04cd3ba-6269?"), ("?", "one of them is 0a04cd3ba-6269")):
+    write_csv(
+        work / "left_out.csv",
+        pd.DataFrame(
+            [("lost", "test", "", 2, "lost_red.png is cut short")], columns=["Id", "part", "Target", "place", "reason"]
+        ),
+    )
+    for Id, message in (
+        ("lost", "stage 01 left out the sample lost: lost_red.png is cut short"),
+        ("lots", "did you mean lost?"),
+        ("0C", "did you mean 0c04cd3ba-6269?"),
+        ("0h04cd3ab-6269_green.png", "did you mean 0h04cd3ba-6269?"),
+        ("?", "one of them is 0a04cd3ba-6269"),
+    ):
         assert why_unknown(Work(work), Id).endswith(message)
     (shown,) = left_out(Work(work))
-    assert shown.title == "Samples left out: 1" and shown.frame.to_numpy().tolist() == [["lost", "test", "lost_red.png is cut short"]]
+    assert shown.title == "Samples left out: 1" and shown.frame.to_numpy().tolist() == [
+        ["lost", "test", "lost_red.png is cut short"]
+    ]
 
 
 def test_errors_are_those_of_the_thresholds_however_small(tmp_path):
@@ -215,20 +264,40 @@ def test_errors_are_those_of_the_thresholds_however_small(tmp_path):
 
 def test_scores_that_say_little_are_named():
     notes = few_positives(pd.DataFrame({"class": ["a", "b", "c", "d"], "positives": [0, 9, 10, 0]}))
-    assert [note.text for note in notes] == ["Without a sample, so that they count as 0: a, d.",
-                                             "With thresholds that rest on fewer than 10 positives: b."]
+    assert [note.text for note in notes] == [
+        "Without a sample, so that they count as 0: a, d.",
+        "With thresholds that rest on fewer than 10 positives: b.",
+    ]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda f: None, None), (lambda f: write_text(f / "labels.csv", "Id,Target\nz,0\n"), "have no Ids in common now; run: python 06_thresholds.py"),
-    (lambda f: (f / "a.npz").unlink(), "a.npz is missing"),
-    (lambda f: write_json(f / "thresholds.json", json.loads((f / "thresholds.json").read_text()) | {"recipes": ["b.npz"]}),
-     "thresholds.json is for other files than its sidecar says; run: python 06_thresholds.py")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: None, None),
+        (
+            lambda f: write_text(f / "labels.csv", "Id,Target\nz,0\n"),
+            "have no Ids in common now; run: python 06_thresholds.py",
+        ),
+        (lambda f: (f / "a.npz").unlink(), "a.npz is missing"),
+        (
+            lambda f: write_json(
+                f / "thresholds.json", json.loads((f / "thresholds.json").read_text()) | {"recipes": ["b.npz"]}
+            ),
+            "thresholds.json is for other files than its sidecar says; run: python 06_thresholds.py",
+        ),
+    ],
+)
 def test_predictions_given_to_stage_06_are_read_where_they_lie(tmp_path, change, message):
     save_predictions(tmp_path / "a.npz", ["b", "a", "more"], np.tile([[0.2], [0.8], [0.5]], 28))
     write_text(tmp_path / "labels.csv", "Id,Target\na,0\nb,1 2\nelse,3\n")
-    write_json(tmp_path / "thresholds.json", {"recipes": ["a.npz"], "combine": "mean", "weights": [1.0], "thresholds": [0.5] * 28})
-    sealed(tmp_path / "thresholds.json", {name: tmp_path / path for name, path in (("labels", "labels.csv"), ("a.npz", "a.npz"))})
+    write_json(
+        tmp_path / "thresholds.json",
+        {"recipes": ["a.npz"], "combine": "mean", "weights": [1.0], "thresholds": [0.5] * 28},
+    )
+    sealed(
+        tmp_path / "thresholds.json",
+        {name: tmp_path / path for name, path in (("labels", "labels.csv"), ("a.npz", "a.npz"))},
+    )
     change(tmp_path)
     if message:
         with pytest.raises(UserError, match=message):
@@ -245,4 +314,6 @@ def test_the_page_repeats_what_stage_01_warned_of(tmp_path):
     for ranges, notes in (([[0, 65535]], 0), ([[32768, 36848]], 1)):
         found = judge(["train"], [{"ranges": ranges, "misplaced": {}}], WHOLE)
         sealed(tmp_path / "samples.csv", {}, exposure=found)
-        assert [note.text.split(" use ")[0] for note in exposure(Work(tmp_path))] == ["Warning: the 16-bit files"] * notes
+        assert [note.text.split(" use ")[0] for note in exposure(Work(tmp_path))] == [
+            "Warning: the 16-bit files"
+        ] * notes

@@ -6,8 +6,17 @@ import pytest
 from common.errors import UserError
 from common.scalars import scalars, summary_writer, write_finished
 
-ROWS = [{"epoch": k, "cycle": 1, "learning_rate": 0.1 / k, "train_loss": 1 / k, "seconds": 2.0,
-         **({"valid_loss": 2 / k, "macro_f1": k / 10} if k % 2 else {})} for k in range(1, 6)]
+ROWS = [
+    {
+        "epoch": k,
+        "cycle": 1,
+        "learning_rate": 0.1 / k,
+        "train_loss": 1 / k,
+        "seconds": 2.0,
+        **({"valid_loss": 2 / k, "macro_f1": k / 10} if k % 2 else {}),
+    }
+    for k in range(1, 6)
+]
 
 
 def events(folder) -> dict:
@@ -15,7 +24,10 @@ def events(folder) -> dict:
 
     reader = EventAccumulator(str(folder / "tensorboard"))
     reader.Reload()
-    return {name: [(event.step, round(event.value, 5)) for event in reader.Scalars(name)] for name in reader.Tags()["scalars"]}
+    return {
+        name: [(event.step, round(event.value, 5)) for event in reader.Scalars(name)]
+        for name in reader.Tags()["scalars"]
+    }
 
 
 def test_a_training_that_was_stopped_and_went_on_has_every_step_once(tmp_path):

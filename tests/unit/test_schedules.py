@@ -60,7 +60,7 @@ def test_halving_on_a_plateau_equals_torch(patience):
         losses.append(1 / (1 + len(losses)) + rng.random())
         scheduler.step(losses[-1])
         # torch stops at steps below 1e-8
-        assert optimizer.param_groups[0]["lr"] == max(0.5 ** plateau_halvings(losses, patience), 2 ** -26)
+        assert optimizer.param_groups[0]["lr"] == max(0.5 ** plateau_halvings(losses, patience), 2**-26)
 
 
 def flattening(epoch):
@@ -100,8 +100,10 @@ def test_cycles_still_end_with_one_that_gains_nothing():
 
 def test_equal_losses_are_not_better():
     assert plateau_halvings([1.0] * 10, patience=2) == 3
-    assert plateau_halvings([1 - 1e-5 * k for k in range(10)], patience=2) == 3  # each better by less than the threshold
-    assert plateau_halvings([0.999 ** k for k in range(10)], patience=2) == 0
+    assert (
+        plateau_halvings([1 - 1e-5 * k for k in range(10)], patience=2) == 3
+    )  # each better by less than the threshold
+    assert plateau_halvings([0.999**k for k in range(10)], patience=2) == 0
     assert plateau_halvings([1.0, 0.99989], patience=0) == 0 and plateau_halvings([1.0, 0.99991], patience=0) == 1
 
 
@@ -156,28 +158,37 @@ def range_test(loss, noise, seed):
     return rates[:n], losses[:n]
 
 
-STEP = math.log(10 ** 6) / 99  # between two rates of a test
+STEP = math.log(10**6) / 99  # between two rates of a test
 
 
 @pytest.mark.parametrize("lowest", [-3, -2, -1.25])
-@pytest.mark.parametrize("loss", [
-    lambda m: valley(m, 2.5), lambda m: valley(m, 5), lambda m: valley(m, 10), lambda m: lambda x: 1 + (x - m) ** 2,
-    lambda m: lambda x: 1 + np.where(x < m, (m - x) / 5, 3 * (x - m))])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda m: valley(m, 2.5),
+        lambda m: valley(m, 5),
+        lambda m: valley(m, 10),
+        lambda m: lambda x: 1 + (x - m) ** 2,
+        lambda m: lambda x: 1 + np.where(x < m, (m - x) / 5, 3 * (x - m)),
+    ],
+)
 def test_the_finder_suggests_the_lowest_point_without_the_lag_of_an_average(loss, lowest):
-    found = math.log(suggest_learning_rate(*range_test(loss(lowest), 0, 0)) / 10 ** lowest)
+    found = math.log(suggest_learning_rate(*range_test(loss(lowest), 0, 0)) / 10**lowest)
     assert abs(found) <= 1.51 * STEP
     # Noise of 3 % of each loss moves it by chance, not to one side.
-    errors = [math.log(suggest_learning_rate(*range_test(loss(lowest), 0.03, seed)) / 10 ** lowest) / STEP for seed in range(9)]
+    errors = [
+        math.log(suggest_learning_rate(*range_test(loss(lowest), 0.03, seed)) / 10**lowest) / STEP for seed in range(9)
+    ]
     assert -3.1 <= np.median(errors) <= 1.1
 
 
 @pytest.mark.parametrize("rise", [2.5, 5, 10])
 def test_the_steepest_point_is_found_too(rise):
     found = steepest_learning_rate(*range_test(valley(-1.5, rise), 0, 0))
-    assert abs(math.log(found / 10 ** -2.7)) <= 2 * STEP
+    assert abs(math.log(found / 10**-2.7)) <= 2 * STEP
     rates, losses = range_test(valley(-1.5, rise), 0.02, 1)
     steepest = steepest_learning_rate(rates, losses)
-    assert 0.5 < steepest / 10 ** -2.7 < 2 and steepest < suggest_learning_rate(rates, losses)
+    assert 0.5 < steepest / 10**-2.7 < 2 and steepest < suggest_learning_rate(rates, losses)
 
 
 def test_a_clean_curve_stays_sharp_and_a_noisy_one_is_smoothed():

@@ -12,11 +12,22 @@ def sources(*sides):
     return {Sample(f"s{k}", "train", "0", ()): side for k, side in enumerate(sides)}
 
 
-@pytest.mark.parametrize(("sides", "size", "crop", "n_small"), [
-    ([512] * 8, 512, 384, 0), ([2048] * 8, 768, 512, 0), ([767], 767, 544, 0), ([768], 768, 512, 0),
-    ([300] + [2048] * 8, 768, 512, 1), ([300] + [512] * 8, 512, 384, 1),  # one odd image does not count
-    ([2048] + [512] * 8, 512, 384, 0), ([300, 2048, 2048], 300, 224, 0),
-    ([512] * 4 + [2048] * 4, 512, 384, 0), ([512] * 3 + [2048] * 8, 512, 384, 0), ([512] * 2 + [2048] * 6, 768, 512, 2)])
+@pytest.mark.parametrize(
+    ("sides", "size", "crop", "n_small"),
+    [
+        ([512] * 8, 512, 384, 0),
+        ([2048] * 8, 768, 512, 0),
+        ([767], 767, 544, 0),
+        ([768], 768, 512, 0),
+        ([300] + [2048] * 8, 768, 512, 1),
+        ([300] + [512] * 8, 512, 384, 1),  # one odd image does not count
+        ([2048] + [512] * 8, 512, 384, 0),
+        ([300, 2048, 2048], 300, 224, 0),
+        ([512] * 4 + [2048] * 4, 512, 384, 0),
+        ([512] * 3 + [2048] * 8, 512, 384, 0),
+        ([512] * 2 + [2048] * 6, 768, 512, 2),
+    ],
+)
 def test_a_recipe_has_the_size_that_three_quarters_of_the_sources_have(sides, size, crop, n_small):
     for some in (sides, sides[::-1]):
         fitted, small = fit_recipes({"resnet50": get_recipe("resnet50")}, sources(*some))
@@ -32,7 +43,8 @@ def test_a_sample_must_be_large_enough_for_every_recipe():
     assert fitted == recipes
     assert [(sample.Id, reason) for sample, reason in small.items()] == [
         ("s0", "train: s0 has 800 px, fewer than the 1024 px of gapnet_pl"),
-        ("s1", "train: s1 has 100 px, fewer than the 768, 1024, 192 px of resnet50, gapnet_pl, demo")]
+        ("s1", "train: s1 has 100 px, fewer than the 768, 1024, 192 px of resnet50, gapnet_pl, demo"),
+    ]
 
 
 def test_sizes_by_source_leave_out_what_is_smaller_than_the_smallest_of_them():
@@ -47,18 +59,25 @@ def test_with_enlarge_nothing_is_too_small_and_no_recipe_changes():
         assert fit_recipes({"a": recipe}, sources(300, 512, 512, 2048)) == ({"a": recipe}, {})
 
 
-@pytest.mark.parametrize(("names", "settings", "command"), [
-    (["resnet50"], [], "--set image_size=300 crop_size=224 (in"),
-    (["resnet50", "demo"], [], "--set image_size=300 crop_size=224 (in"),
-    (["resnet50", "demo_large"], ["size_divisor=2"], "--set image_size=300 crop_size=224 size_divisor=1 (in"),
-    (["resnet50"], ["size_rule=by-source"], "--set size_rule=fixed image_size=300 crop_size=224 (in")])
+@pytest.mark.parametrize(
+    ("names", "settings", "command"),
+    [
+        (["resnet50"], [], "--set image_size=300 crop_size=224 (in"),
+        (["resnet50", "demo"], [], "--set image_size=300 crop_size=224 (in"),
+        (["resnet50", "demo_large"], ["size_divisor=2"], "--set image_size=300 crop_size=224 size_divisor=1 (in"),
+        (["resnet50"], ["size_rule=by-source"], "--set size_rule=fixed image_size=300 crop_size=224 (in"),
+    ],
+)
 def test_what_to_give_instead_is_said_and_works(tmp_path, names, settings, command):
     recipes, sides = get_recipes(names, settings), sources(300, *[2048] * 8)
     small = fit_recipes(recipes, sides)[1]
     with pytest.raises(UserError) as error:
         refuse_bad(small, list(sides), tmp_path / "bad_files.csv", cure_small(recipes, sides))
     message = str(error.value)
-    assert "leave them out with --keep-going; enlarge those that are too small with --set enlarge=true, or use all at" in message
+    assert (
+        "leave them out with --keep-going; enlarge those that are too small with --set enlarge=true, or use all at"
+        in message
+    )
     assert command in message and "s0 has 300 px" in message
     changed = command.removeprefix("--set ").removesuffix(" (in").split()
     given = {setting.split("=")[0] for setting in changed}
@@ -70,11 +89,14 @@ def test_the_line_of_stages_01_and_04_says_what_is_used_and_what_to_give_instead
     recipe = get_recipe("resnet50")
     assert describe_fit("resnet50", recipe, fit_to_source(recipe, 512)) == (
         "the smallest source image has 512 px: resnet50 uses 512 px with crops of 384 instead of 768 and 512; nothing is "
-        "enlarged. To enlarge instead, give stages 01 and 04 --set enlarge=true")
+        "enlarged. To enlarge instead, give stages 01 and 04 --set enlarge=true"
+    )
 
 
 def test_stage_01_runs_again_when_it_is_to_enlarge(tmp_path):
-    plain, enlarging = (preprocess_stage(tmp_path, [], {}, ["128"], WHOLE, False, enlarge=enlarge) for enlarge in (False, True))
+    plain, enlarging = (
+        preprocess_stage(tmp_path, [], {}, ["128"], WHOLE, False, enlarge=enlarge) for enlarge in (False, True)
+    )
     assert enlarging.changes(plain.made_from()) == "enlarge was False, now True"
     before = {"parameters": {"sizes": ["128"], "white_level": 65535, "keep_going": False}, "inputs": plain.inputs}
     assert plain.changes(before) is None  # as before there was the field

@@ -47,7 +47,9 @@ def test_other_rights_or_owners_change_nothing_and_are_looked_at_once(stored, tm
     for path in stored[0].files:
         path.chmod(0o444)
     assert source_state(stored[0]) != states[stored[0]]
-    assert known_states(stored, tmp_path / "work", None) == states and journal(tmp_path) == before  # --check reads and writes nothing
+    assert (
+        known_states(stored, tmp_path / "work", None) == states and journal(tmp_path) == before
+    )  # --check reads and writes nothing
     assert known_states(stored, tmp_path / "work", 1) == states and len(journal(tmp_path)) == 3
     assert known_states(stored, tmp_path / "work", 1) == states and len(journal(tmp_path)) == 3
     store(stored, tmp_path)
@@ -84,6 +86,7 @@ def test_a_file_that_can_no_longer_be_read_is_a_changed_one(stored, tmp_path, mo
 
     def refused(*_):
         raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr("common.preprocess.tiff.read_bytes", refused)
     assert known_states(stored, tmp_path / "work", 1)[stored[0]] != states[stored[0]]
 
@@ -110,4 +113,6 @@ def test_where_no_test_sample_has_images_the_message_says_what_follows(tmp_path)
     for bad, told in (({train: "x", test: "y"}, True), ({train: "x"}, False)):
         with pytest.raises(UserError) as error:
             refuse_bad(bad, [train, test], tmp_path / "bad.csv")
-        assert str(error.value).endswith("--keep-going there is no submission" if told else "leave them out with --keep-going")
+        assert str(error.value).endswith(
+            "--keep-going there is no submission" if told else "leave them out with --keep-going"
+        )

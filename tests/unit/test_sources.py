@@ -30,7 +30,9 @@ def grey(path, size=64, dtype=np.uint8):
     return image
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("a.tif", np.uint8), ("a.tif", np.uint16), ("a.png", np.uint8), ("a.png", np.uint16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("a.tif", np.uint8), ("a.tif", np.uint16), ("a.png", np.uint8), ("a.png", np.uint16)]
+)
 def test_grey_images_come_back_as_they_are(tmp_path, name, dtype):
     image = grey(tmp_path / name, dtype=dtype)
     read = read_channel(tmp_path / name, "green")
@@ -44,19 +46,22 @@ def test_a_truncated_image_is_refused(tmp_path, name, share):
     path = tmp_path / name
     grey(path)
     content = path.read_bytes()
-    path.write_bytes(content[:int(len(content) * share)])
+    path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(BadImage, match="cannot be"):
         read_channel(path, "green")
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda p: tifffile.imwrite(p, np.zeros((8, 8, 3), np.uint8), photometric="rgb"), "is a colour image"),
-    (lambda p: tifffile.imwrite(p, np.zeros((8, 9), np.uint8)), r"is not square \(9 x 8 px\)"),
-    (lambda p: tifffile.imwrite(p, np.zeros((8, 8), np.float32)), "holds float32"),
-    (lambda p: tifffile.imwrite(p, np.zeros((3, 8, 8), np.uint8), photometric="minisblack"), "has 3 pages"),
-    (lambda p: p.write_bytes(b""), "cannot be read"),
-    (lambda p: p.write_bytes(b"not a picture"), "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: tifffile.imwrite(p, np.zeros((8, 8, 3), np.uint8), photometric="rgb"), "is a colour image"),
+        (lambda p: tifffile.imwrite(p, np.zeros((8, 9), np.uint8)), r"is not square \(9 x 8 px\)"),
+        (lambda p: tifffile.imwrite(p, np.zeros((8, 8), np.float32)), "holds float32"),
+        (lambda p: tifffile.imwrite(p, np.zeros((3, 8, 8), np.uint8), photometric="minisblack"), "has 3 pages"),
+        (lambda p: p.write_bytes(b""), "cannot be read"),
+        (lambda p: p.write_bytes(b"not a picture"), "cannot be read"),
+    ],
+)
 def test_an_unusable_tiff_is_refused(tmp_path, make, message):
     make(tmp_path / "a.tif")
     with pytest.raises(BadImage, match=message):
@@ -86,8 +91,10 @@ def test_channels_of_rgb_coded_images_are_their_planes(tmp_path):
         np.testing.assert_allclose(read, max(colour), atol=2)
 
 
-@pytest.mark.parametrize(("colour", "expected"), [((90, 91, 0), 91), ((91, 90, 7), 91), ((90, 90, 9), 90), ((255, 254, 0), 255),
-                                                  ((0, 1, 255), 1), ((0, 0, 255), 0)])
+@pytest.mark.parametrize(
+    ("colour", "expected"),
+    [((90, 91, 0), 91), ((91, 90, 7), 91), ((90, 90, 9), 90), ((255, 254, 0), 255), ((0, 1, 255), 1), ((0, 0, 255), 0)],
+)
 def test_the_mean_of_two_planes_is_rounded_half_up(tmp_path, colour, expected):
     Image.new("RGB", (8, 8), colour).save(tmp_path / "a.png")
     assert set(read_channel(tmp_path / "a.png", "yellow", rgb_coded=True).ravel()) == {expected}
@@ -104,7 +111,9 @@ def test_tiff_is_preferred_over_png_and_whole_samples_over_parts(tmp_path):
         if colour != "red":
             grey(full / f"a_{colour}.tif")
     folders = [list_files(full), list_files(small)]
-    assert [path.name for path in channel_files("a", folders)[0]] == [f"a_{c}.png" for c in ("red", "green", "blue", "yellow")]
+    assert [path.name for path in channel_files("a", folders)[0]] == [
+        f"a_{c}.png" for c in ("red", "green", "blue", "yellow")
+    ]
     assert all(path.suffix == ".tif" for path in channel_files("b", folders)[0])
     assert channel_files("c", folders) == ([], ["c_red", "c_green", "c_blue", "c_yellow"])
     assert channel_files("a", [folders[0]]) == ([], ["a_red"])
@@ -126,20 +135,31 @@ def test_channels_of_different_sizes_are_refused(tmp_path):
         read_sample(files)
 
 
-
-
 # --- TIFF: tags that change what the pixels mean ------------------------------------------------------------
+
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("fill_order", [1, 2])
 @pytest.mark.parametrize("bits", [1, 2, 4, 6, 8, 10, 12, 14, 16])
 @pytest.mark.parametrize("photometric", [0, 1])
 def test_values_of_any_depth_become_the_whole_range(tmp_path, bits, photometric, fill_order, order):
-    values = RNG.integers(0, 2 ** bits, (16, 16))
-    values[0, :2] = 0, 2 ** bits - 1
-    write_tiff(tmp_path / "a.tif", values, bits, photometric, fill_order, order=order, rows=5, compression=8 if bits == 8 else 1)
+    values = RNG.integers(0, 2**bits, (16, 16))
+    values[0, :2] = 0, 2**bits - 1
+    write_tiff(
+        tmp_path / "a.tif",
+        values,
+        bits,
+        photometric,
+        fill_order,
+        order=order,
+        rows=5,
+        compression=8 if bits == 8 else 1,
+    )
     image = read_channel(tmp_path / "a.tif", "green")
-    assert image.dtype == (np.uint8 if bits <= 8 else np.uint16) and (image.min(), image.max()) == (0, np.iinfo(image.dtype).max)
+    assert image.dtype == (np.uint8 if bits <= 8 else np.uint16) and (image.min(), image.max()) == (
+        0,
+        np.iinfo(image.dtype).max,
+    )
     expected = stretched(values, bits)
     np.testing.assert_array_equal(image, expected if photometric else np.iinfo(image.dtype).max - expected)
     other = agreed(tmp_path / "a.tif")
@@ -165,12 +185,20 @@ def test_planes_stored_one_after_the_other_are_those_stored_pixel_by_pixel(tmp_p
     for planar in (1, 2):
         write_tiff(tmp_path / "a.tif", values, photometric=2, planar=planar, rows=6, orientation=6)
         for k, channel in enumerate(("red", "green", "blue")):
-            np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", channel, rgb_coded=True), np.rot90(values[..., k], -1))
+            np.testing.assert_array_equal(
+                read_channel(tmp_path / "a.tif", channel, rgb_coded=True), np.rot90(values[..., k], -1)
+            )
 
 
-@pytest.mark.parametrize(("shape", "kind"), [
-    *((shape, {}) for shape in [(1, 16, 16), (16, 16, 1), (1, 1, 16, 16), (1, 16, 16, 1)]), ((1, 16, 16), {"imagej": True}),
-    ((1, 16, 16), {"ome": True}), ((16, 16, 1), {"tile": (16, 16)})])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        *((shape, {}) for shape in [(1, 16, 16), (16, 16, 1), (1, 1, 16, 16), (1, 16, 16, 1)]),
+        ((1, 16, 16), {"imagej": True}),
+        ((1, 16, 16), {"ome": True}),
+        ((16, 16, 1), {"tile": (16, 16)}),
+    ],
+)
 def test_axes_of_size_one_are_no_further_images(tmp_path, shape, kind):
     values = RNG.integers(0, 256, (16, 16), dtype=np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", values.reshape(shape), photometric="minisblack", **kind)
@@ -179,13 +207,19 @@ def test_axes_of_size_one_are_no_further_images(tmp_path, shape, kind):
 
 def test_smaller_copies_old_descriptions_and_other_files_of_the_series_are_no_further_images(tmp_path):
     values = RNG.integers(0, 256, (16, 16))
-    for tags in ({"subfiles": (0, 1, 1)}, {"description": "ImageJ=1.53t\nimages=4\n", "compression": 8}, {"description": '{"shape": "x"}'}):
+    for tags in (
+        {"subfiles": (0, 1, 1)},
+        {"description": "ImageJ=1.53t\nimages=4\n", "compression": 8},
+        {"description": '{"shape": "x"}'},
+    ):
         write_tiff(tmp_path / "a.tif", values, **tags)
         np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), values)
-    ome = ('<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" Type="uint8" '
-           'DimensionOrder="XYCZT" SizeX="16" SizeY="16" SizeC="2" SizeZ="1" SizeT="1">'
-           '<TiffData FirstC="0" PlaneCount="1"><UUID FileName="a.tif">urn:uuid:1</UUID></TiffData>'
-           '<TiffData FirstC="1" PlaneCount="1"><UUID FileName="b.tif">urn:uuid:2</UUID></TiffData></Pixels></Image></OME>')
+    ome = (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" Type="uint8" '
+        'DimensionOrder="XYCZT" SizeX="16" SizeY="16" SizeC="2" SizeZ="1" SizeT="1">'
+        '<TiffData FirstC="0" PlaneCount="1"><UUID FileName="a.tif">urn:uuid:1</UUID></TiffData>'
+        '<TiffData FirstC="1" PlaneCount="1"><UUID FileName="b.tif">urn:uuid:2</UUID></TiffData></Pixels></Image></OME>'
+    )
     write_tiff(tmp_path / "a.tif", values, description=ome)
     write_tiff(tmp_path / "b.tif", 255 - values, description=ome)
     np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), values)
@@ -194,23 +228,26 @@ def test_smaller_copies_old_descriptions_and_other_files_of_the_series_are_no_fu
 VALUES = np.arange(256).reshape(16, 16)
 
 
-@pytest.mark.parametrize(("tags", "message"), [
-    ({"subfiles": (0, 0)}, "has 2 pages"),
-    ({"subfiles": (1, 0)}, "has 2 pages"),
-    ({"description": '{"shape": [3, 16, 16], "truncated": true}', "images": 3}, "has 3 images in one page"),
-    ({"description": "ImageJ=1.53t\nimages=4\nslices=4\n", "images": 4}, "has 4 images in one page"),
-    ({"photometric": 6}, "is stored as YCBCR with 1 values a pixel"),
-    ({"photometric": 2}, "is stored as RGB with 1 values a pixel"),
-    ({"photometric": 4}, "is stored as MASK"),
-    ({"more": [(262, "H", None)]}, "does not say whether 0 is black"),
-    ({"more": [(339, "H", [2])]}, "holds int8"),
-    ({"more": [(317, "H", [2])]}, "has the predictor HORIZONTAL for 8 bits compressed as NONE"),
-    ({"more": [(279, "I", [0])]}, "is cut short: strip 0 of 0 to 0 has no data"),
-    ({"rows": 4, "more": [(273, "I", [8, 72, 0, 200])]}, "is cut short: strip 2 of 0 to 3 has no data"),
-    ({"rows": 4, "more": [(273, "I", [8, 72])]}, "is cut short: strip 2 of 0 to 3 has no data"),
-    ({"fill_order": 3}, "has the FillOrder 3"),
-    ({"table": RNG.integers(0, 65536, (256, 3)), "photometric": 3}, "is a colour image"),
-])
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"subfiles": (0, 0)}, "has 2 pages"),
+        ({"subfiles": (1, 0)}, "has 2 pages"),
+        ({"description": '{"shape": [3, 16, 16], "truncated": true}', "images": 3}, "has 3 images in one page"),
+        ({"description": "ImageJ=1.53t\nimages=4\nslices=4\n", "images": 4}, "has 4 images in one page"),
+        ({"photometric": 6}, "is stored as YCBCR with 1 values a pixel"),
+        ({"photometric": 2}, "is stored as RGB with 1 values a pixel"),
+        ({"photometric": 4}, "is stored as MASK"),
+        ({"more": [(262, "H", None)]}, "does not say whether 0 is black"),
+        ({"more": [(339, "H", [2])]}, "holds int8"),
+        ({"more": [(317, "H", [2])]}, "has the predictor HORIZONTAL for 8 bits compressed as NONE"),
+        ({"more": [(279, "I", [0])]}, "is cut short: strip 0 of 0 to 0 has no data"),
+        ({"rows": 4, "more": [(273, "I", [8, 72, 0, 200])]}, "is cut short: strip 2 of 0 to 3 has no data"),
+        ({"rows": 4, "more": [(273, "I", [8, 72])]}, "is cut short: strip 2 of 0 to 3 has no data"),
+        ({"fill_order": 3}, "has the FillOrder 3"),
+        ({"table": RNG.integers(0, 65536, (256, 3)), "photometric": 3}, "is a colour image"),
+    ],
+)
 def test_a_tiff_that_would_be_read_wrongly_is_refused_by_name(tmp_path, tags, message):
     write_tiff(tmp_path / "a.tif", VALUES, **tags)
     with pytest.raises(BadImage, match=message):
@@ -219,8 +256,14 @@ def test_a_tiff_that_would_be_read_wrongly_is_refused_by_name(tmp_path, tags, me
         read_side(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize(("n", "extra", "message"), [(2, [2], "has an alpha channel; save it without"), (4, [1], "has an alpha channel"),
-                                                     (2, [0], "has 2 values a pixel; expected one")])
+@pytest.mark.parametrize(
+    ("n", "extra", "message"),
+    [
+        (2, [2], "has an alpha channel; save it without"),
+        (4, [1], "has an alpha channel"),
+        (2, [0], "has 2 values a pixel; expected one"),
+    ],
+)
 def test_more_values_a_pixel_are_refused_by_name(tmp_path, n, extra, message):
     write_tiff(tmp_path / "a.tif", np.zeros((8, 8, n), int), photometric=1 if n == 2 else 2, more=[(338, "H", extra)])
     with pytest.raises(BadImage, match=message):
@@ -239,16 +282,24 @@ def test_a_tile_without_data_is_refused_as_cut_short(tmp_path):
 
 # --- colour tables -----------------------------------------------------------------------------------------
 
+
 def test_a_display_table_leaves_values_as_they_are_and_a_grey_one_gives_the_levels(tmp_path):
     values = RNG.integers(0, 256, (16, 16))
     cut = np.clip((RAMP - 20000) * 3, 0, 65535)  # contrast that ImageJ has set for display only
     hot = np.stack([np.clip(RAMP * 2 - 65535, 0, 65535), np.clip(RAMP * 2, 0, 65535), RAMP // 2], axis=1)
-    for table, expected in [(GREEN, values), (np.stack([cut, cut, 0 * cut], axis=1), values), (hot, values),
-                            (np.stack([RAMP] * 3, axis=1), values), (np.stack([RAMP[::-1]] * 3, axis=1), 255 - values)]:
+    for table, expected in [
+        (GREEN, values),
+        (np.stack([cut, cut, 0 * cut], axis=1), values),
+        (hot, values),
+        (np.stack([RAMP] * 3, axis=1), values),
+        (np.stack([RAMP[::-1]] * 3, axis=1), 255 - values),
+    ]:
         write_tiff(tmp_path / "a.tif", values, photometric=3, table=table)
         np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), expected)
     levels = np.zeros((256, 3), int)
-    levels[:4] = np.array([0, 30, 100, 255])[:, None] * 257  # the few levels that a picture has, as optimizers write them
+    levels[:4] = (
+        np.array([0, 30, 100, 255])[:, None] * 257
+    )  # the few levels that a picture has, as optimizers write them
     write_tiff(tmp_path / "a.tif", values % 4, photometric=3, table=levels)
     np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), np.array([0, 30, 100, 255])[values % 4])
 
@@ -271,6 +322,7 @@ def test_a_table_of_colours_is_looked_up_where_colours_code_the_channel(tmp_path
 
 
 # --- PNG and JPEG ------------------------------------------------------------------------------------------
+
 
 def test_grey_pngs_of_any_kind_are_read_as_they_are(tmp_path):
     values = RNG.integers(0, 256, (16, 16), dtype=np.uint8)
@@ -298,7 +350,9 @@ def test_a_png_of_several_frames_is_refused(tmp_path):
         read_channel(tmp_path / "a.png", "green")
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\x08\0\0\0\x05\0\x0e\x01", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0nonsense"])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0II*\0\x08\0\0\0\x05\0\x0e\x01", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0nonsense"]
+)
 def test_damaged_exif_data_harm_no_pixels(tmp_path, exif):
     image = RNG.integers(0, 256, (16, 16), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "a.jpg", exif=exif)
@@ -307,21 +361,31 @@ def test_damaged_exif_data_harm_no_pixels(tmp_path, exif):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
-@pytest.mark.parametrize("text", ["../annex/objects/SHA256-s12--ab", "version https://git-lfs.github.com/spec/v1\noid sha256:ab\n"])
+@pytest.mark.parametrize(
+    "text", ["../annex/objects/SHA256-s12--ab", "version https://git-lfs.github.com/spec/v1\noid sha256:ab\n"]
+)
 def test_a_pointer_to_a_file_that_is_not_there_is_called_so(tmp_path, suffix, text):
     (tmp_path / f"a{suffix}").write_text(text)
     with pytest.raises(BadImage) as error:
         read_channel(tmp_path / f"a{suffix}", "green")
-    assert str(error.value) == (f"cannot be read: a link to a file that is not there? It holds only the text "
-                                f"'{' '.join(text.split())}'")
+    assert str(error.value) == (
+        f"cannot be read: a link to a file that is not there? It holds only the text '{' '.join(text.split())}'"
+    )
 
 
 # --- names -------------------------------------------------------------------------------------------------
 
+
 def test_names_are_compared_in_one_spelling_and_dot_files_are_none(tmp_path):
     name = "M\u00fcller"
-    for file in (f"{unicodedata.normalize('NFD', name)}_red.TIF", f"{name}_green.ome.tif", f"{name}_blue.Ome.TIFF", f"{name}_yellow.PNG",
-                 f"._{name}_red.tif", ".x_red.png"):
+    for file in (
+        f"{unicodedata.normalize('NFD', name)}_red.TIF",
+        f"{name}_green.ome.tif",
+        f"{name}_blue.Ome.TIFF",
+        f"{name}_yellow.PNG",
+        f"._{name}_red.tif",
+        ".x_red.png",
+    ):
         (tmp_path / file).touch()
     files = list_files(tmp_path)
     assert set(files) == {f"{name}_{channel}" for channel in sources.CHANNELS}
@@ -336,22 +400,30 @@ def test_of_two_files_for_one_channel_the_same_is_always_taken(tmp_path):
     assert list_files(tmp_path)["a_red"].name == "a_red.TIF"
 
 
-@pytest.mark.parametrize(("make", "hint"), [
-    (lambda f: (f / "a_red.tif.gz").touch(), "; there is a_red.tif.gz (unpack it)"),
-    (lambda f: (f / "a_red.bmp").touch(), "; there is a_red.bmp (save it as TIFF, PNG or JPEG)"),
-    (lambda f: (f / "a_red.png").symlink_to("gone.png"), "; there is a_red.png (a link to gone.png, which is not there)"),
-    (lambda f: (f / "a_red.tif").mkdir(), "; there is a_red.tif (a folder)"),
-    (lambda f: os.mkfifo(f / "a_red.tif"), "; there is a_red.tif (not a regular file)"),
-    (lambda f: (f / "A_Red.tif").touch(), "; there is A_Red.tif (rename it to a_red.tif)"),
-    (lambda f: (f / "._a_red.tif").touch(), ""),
-    (lambda f: (f / "ab_red.tif.gz").touch(), ""),
-])
+@pytest.mark.parametrize(
+    ("make", "hint"),
+    [
+        (lambda f: (f / "a_red.tif.gz").touch(), "; there is a_red.tif.gz (unpack it)"),
+        (lambda f: (f / "a_red.bmp").touch(), "; there is a_red.bmp (save it as TIFF, PNG or JPEG)"),
+        (
+            lambda f: (f / "a_red.png").symlink_to("gone.png"),
+            "; there is a_red.png (a link to gone.png, which is not there)",
+        ),
+        (lambda f: (f / "a_red.tif").mkdir(), "; there is a_red.tif (a folder)"),
+        (lambda f: os.mkfifo(f / "a_red.tif"), "; there is a_red.tif (not a regular file)"),
+        (lambda f: (f / "A_Red.tif").touch(), "; there is A_Red.tif (rename it to a_red.tif)"),
+        (lambda f: (f / "._a_red.tif").touch(), ""),
+        (lambda f: (f / "ab_red.tif.gz").touch(), ""),
+    ],
+)
 def test_a_file_of_nearly_the_same_name_is_named_with_the_cure(tmp_path, make, hint):
     make(tmp_path)
     files = list_files(tmp_path)
     lacking = channel_files("a", [files])[1]
     assert lacking[0] == "a_red"
-    assert not_found(["a_red"], [list_files(tmp_path / "none"), files]) == f"a_red not found as .tif, .png or .jpg{hint}"
+    assert (
+        not_found(["a_red"], [list_files(tmp_path / "none"), files]) == f"a_red not found as .tif, .png or .jpg{hint}"
+    )
 
 
 def test_a_channel_in_another_folder_is_named(tmp_path):
@@ -361,17 +433,24 @@ def test_a_channel_in_another_folder_is_named(tmp_path):
             (tmp_path / folder / f"a_{channel}.png").touch()
     folders = [list_files(tmp_path / "full"), list_files(tmp_path / "small")]
     assert not_found(channel_files("a", folders)[1], folders) == (
-        f"a_red not found as .tif, .png or .jpg; there is {tmp_path}/small/a_red.png (put all four files into one folder)")
+        f"a_red not found as .tif, .png or .jpg; there is {tmp_path}/small/a_red.png (put all four files into one folder)"
+    )
 
 
 # --- exposure of a sample ----------------------------------------------------------------------------------
+
 
 def test_a_sample_says_which_values_its_16_bit_files_use_and_which_colours_are_misplaced(tmp_path):
     files = [tmp_path / f"a_{channel}.png" for channel in sources.CHANNELS]
     for path, colour in zip(files, [(0, 0, 90), (0, 90, 0), (90, 0, 0), (0, 90, 90)], strict=True):
         Image.new("RGB", (16, 16), colour).save(path)
-    assert examine_sample(files, rgb_coded=True)[1] == {"ranges": [], "misplaced": {
-        "a_red.png": "blue plane", "a_blue.png": "red plane", "a_yellow.png": "green and blue planes"}}
+    assert examine_sample(files, rgb_coded=True)[1] == {
+        "ranges": [],
+        "misplaced": {"a_red.png": "blue plane", "a_blue.png": "red plane", "a_yellow.png": "green and blue planes"},
+    }
     for path, level in zip(files, (0, 40000, 50000, 65535), strict=True):
         Image.fromarray(np.full((16, 16), level, np.uint16)).save(path)
-    assert examine_sample(files)[1] == {"ranges": [[level, level] for level in (0, 40000, 50000, 65535)], "misplaced": {}}
+    assert examine_sample(files)[1] == {
+        "ranges": [[level, level] for level in (0, 40000, 50000, 65535)],
+        "misplaced": {},
+    }

@@ -42,30 +42,56 @@ ROW = {"class": "a", "positives": 1}
 GOOD = {"recipes": ["a", "b"], "combine": "mean", "weights": [0.5, 0.5], "thresholds": [0.5] * 28}
 
 
-@pytest.mark.parametrize(("found", "expected"), [
-    ([], "is not what stage 06 writes"), (GOOD | {"thresholds": [50] * 28}, "expected 28 thresholds from 0 to 1"),
-    (GOOD | {"thresholds": [float("nan")] * 28}, "28 thresholds"), (GOOD | {"thresholds": [0.5] * 27}, "28 thresholds"),
-    (GOOD | {"thresholds": ["0.5"] * 28}, "28 thresholds"), (GOOD | {"combine": "sum"}, "combine to be one of mean, weighted, rank"),
-    (GOOD | {"weights": [1]}, "one weight from 0 to 1 a network, 1 in all"), (GOOD | {"weights": [1, 1]}, "one weight"),
-    (GOOD | {"thresholds": [*[0.5] * 27, 50]}, "28 thresholds"), (GOOD | {"thresholds": [*[0.5] * 27, "0.5"]}, "28 thresholds"),
-    (GOOD | {"thresholds": [-0.1, *[0.5] * 27]}, "28 thresholds"), (GOOD | {"recipes": ["a", 3]}, "names of networks"),
-    (GOOD | {"weights": [1.5, -0.5]}, "one weight"), (GOOD | {"weights": [1, "0"]}, "one weight"),
-    (GOOD | {"weights": [0.5, 0.499]}, "one weight"), (GOOD | {"weights": [1], "recipes": ["a", "b"]}, "one weight"),
-    (GOOD | {"interval": [0.1, 20], "score_cross_fitted": 0.5}, "interval"),
-    (GOOD | {"interval": [0.1, 0.2], "score_cross_fitted": 50}, "interval"),
-    (GOOD | {"interval": [0.1, 0.2, 0.3], "score_cross_fitted": 0.2}, "interval"),
-    (GOOD | {"per_class": [*[ROW] * 27, {"class": "a"}], "n_samples": 3}, "of 28 classes"),
-    (GOOD | {"per_class": [*[ROW] * 27, {"class": 3, "positives": 1}], "n_samples": 3}, "of 28 classes"),
-    (GOOD | {"per_class": [*[ROW] * 27, {"class": "a", "positives": -1}], "n_samples": 3}, "28 classes"),
-    (GOOD | {"per_class": [ROW] * 27, "n_samples": 3}, "of 28 classes"),
-    (GOOD | {"recipes": "ab"}, "names of networks"), (GOOD | {"fallback": "none"}, "argmax or empty as fallback"),
-    (GOOD | {"interval": [0.1, 0.2]}, "score_cross_fitted and its interval"), (GOOD | {"interval": 3, "score_cross_fitted": 0.5}, "interval"),
-    (GOOD | {"per_class": [{"class": "a"}] * 28, "n_samples": 3}, "class and positives of 28 classes"),
-    (GOOD | {"per_class": [ROW] * 28, "n_samples": 0}, "and n_samples"),
-    (GOOD | {"per_class": [ROW] * 28, "n_samples": 1.5}, "and n_samples"),
-    ({key: GOOD[key] for key in ("recipes", "thresholds")}, "has no combine, weights"), (GOOD, None),
-    (GOOD | {"per_class": [{"class": "a", "positives": 0}] * 28, "n_samples": 1, "interval": [0, 1], "score_cross_fitted": 1,
-             "fallback": "empty", "weights": [0.0, 1.0], "thresholds": [0, 1, *[0.5] * 26]}, None)])
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([], "is not what stage 06 writes"),
+        (GOOD | {"thresholds": [50] * 28}, "expected 28 thresholds from 0 to 1"),
+        (GOOD | {"thresholds": [float("nan")] * 28}, "28 thresholds"),
+        (GOOD | {"thresholds": [0.5] * 27}, "28 thresholds"),
+        (GOOD | {"thresholds": ["0.5"] * 28}, "28 thresholds"),
+        (GOOD | {"combine": "sum"}, "combine to be one of mean, weighted, rank"),
+        (GOOD | {"weights": [1]}, "one weight from 0 to 1 a network, 1 in all"),
+        (GOOD | {"weights": [1, 1]}, "one weight"),
+        (GOOD | {"thresholds": [*[0.5] * 27, 50]}, "28 thresholds"),
+        (GOOD | {"thresholds": [*[0.5] * 27, "0.5"]}, "28 thresholds"),
+        (GOOD | {"thresholds": [-0.1, *[0.5] * 27]}, "28 thresholds"),
+        (GOOD | {"recipes": ["a", 3]}, "names of networks"),
+        (GOOD | {"weights": [1.5, -0.5]}, "one weight"),
+        (GOOD | {"weights": [1, "0"]}, "one weight"),
+        (GOOD | {"weights": [0.5, 0.499]}, "one weight"),
+        (GOOD | {"weights": [1], "recipes": ["a", "b"]}, "one weight"),
+        (GOOD | {"interval": [0.1, 20], "score_cross_fitted": 0.5}, "interval"),
+        (GOOD | {"interval": [0.1, 0.2], "score_cross_fitted": 50}, "interval"),
+        (GOOD | {"interval": [0.1, 0.2, 0.3], "score_cross_fitted": 0.2}, "interval"),
+        (GOOD | {"per_class": [*[ROW] * 27, {"class": "a"}], "n_samples": 3}, "of 28 classes"),
+        (GOOD | {"per_class": [*[ROW] * 27, {"class": 3, "positives": 1}], "n_samples": 3}, "of 28 classes"),
+        (GOOD | {"per_class": [*[ROW] * 27, {"class": "a", "positives": -1}], "n_samples": 3}, "28 classes"),
+        (GOOD | {"per_class": [ROW] * 27, "n_samples": 3}, "of 28 classes"),
+        (GOOD | {"recipes": "ab"}, "names of networks"),
+        (GOOD | {"fallback": "none"}, "argmax or empty as fallback"),
+        (GOOD | {"interval": [0.1, 0.2]}, "score_cross_fitted and its interval"),
+        (GOOD | {"interval": 3, "score_cross_fitted": 0.5}, "interval"),
+        (GOOD | {"per_class": [{"class": "a"}] * 28, "n_samples": 3}, "class and positives of 28 classes"),
+        (GOOD | {"per_class": [ROW] * 28, "n_samples": 0}, "and n_samples"),
+        (GOOD | {"per_class": [ROW] * 28, "n_samples": 1.5}, "and n_samples"),
+        ({key: GOOD[key] for key in ("recipes", "thresholds")}, "has no combine, weights"),
+        (GOOD, None),
+        (
+            GOOD
+            | {
+                "per_class": [{"class": "a", "positives": 0}] * 28,
+                "n_samples": 1,
+                "interval": [0, 1],
+                "score_cross_fitted": 1,
+                "fallback": "empty",
+                "weights": [0.0, 1.0],
+                "thresholds": [0, 1, *[0.5] * 26],
+            },
+            None,
+        ),
+    ],
+)
 def test_thresholds_that_cannot_be_are_refused(tmp_path, found, expected):
     (tmp_path / "t.json").write_text(json.dumps(found))
     if expected is None:
@@ -75,14 +101,21 @@ def test_thresholds_that_cannot_be_are_refused(tmp_path, found, expected):
         read_thresholds(tmp_path / "t.json", None, "CURE")
 
 
-@pytest.mark.parametrize(("ids", "predicted", "message"), [
-    (["a"], ["1"], "not those of sample_submission.csv; missing: 1, unexpected: 0, repeated: 0"),
-    (["a", "a", "b", "x"], ["1"] * 4, "missing: 0, unexpected: 1, repeated: 1"),
-    (["b", "a"], ["1", "1"], "not in the order of sample_submission.csv"),
-    (["a", "b"], ["1", "28"], "labels other than 0 to 27, one twice, or other text between them than single blanks:\n  b: '28'"),
-    (["a", "b"], ["1 x", ""], "a: '1 x'"),
-    (["a", "b"], ["1 01", ""], "a: '1 01'"),
-])
+@pytest.mark.parametrize(
+    ("ids", "predicted", "message"),
+    [
+        (["a"], ["1"], "not those of sample_submission.csv; missing: 1, unexpected: 0, repeated: 0"),
+        (["a", "a", "b", "x"], ["1"] * 4, "missing: 0, unexpected: 1, repeated: 1"),
+        (["b", "a"], ["1", "1"], "not in the order of sample_submission.csv"),
+        (
+            ["a", "b"],
+            ["1", "28"],
+            "labels other than 0 to 27, one twice, or other text between them than single blanks:\n  b: '28'",
+        ),
+        (["a", "b"], ["1 x", ""], "a: '1 x'"),
+        (["a", "b"], ["1 01", ""], "a: '1 01'"),
+    ],
+)
 def test_a_wrong_submission_is_refused(ids, predicted, message):
     with pytest.raises(UserError, match=message):
         check_submission(pd.DataFrame({"Id": ids, "Predicted": predicted}), ["a", "b"])
@@ -94,19 +127,35 @@ def test_labels_are_separated_by_single_blanks_only(predicted):
         check_submission(pd.DataFrame({"Id": ["a"], "Predicted": [predicted]}), ["a"])
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (",Id,Predicted\n0,a,1\n", r"has 3 columns \('', 'Id', 'Predicted'\), expected exactly Id,Predicted; pandas adds .* index=False"),
-    ("Unnamed: 0,Id,Predicted\n0,a,1\n", "has 3 columns .* index=False"), ("Id,Predicted,note\na,1,x\n", "has 3 columns .*, 'note'"),
-    ("Predicted,Id\n1,a\n", "expected exactly Id,Predicted$"), ("Id,Predicted \na,1\n", "'Predicted '"), ("id,predicted\na,1\n", "'id'"),
-    ("Id\na\n", "has 1 columns"), ("Id,Predicted\na,1,\n", r"others below \(line 2 has 3\)"), ("Id,Predicted,\na,1,\n", "has 3 columns"),
-    ("Id;Predicted\na;1\n", "is separated by ';'"), ("Id,Predicted\na,1\na,2\n", "more than once"), ("Id,Predicted\n", "has no rows")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            ",Id,Predicted\n0,a,1\n",
+            r"has 3 columns \('', 'Id', 'Predicted'\), expected exactly Id,Predicted; pandas adds .* index=False",
+        ),
+        ("Unnamed: 0,Id,Predicted\n0,a,1\n", "has 3 columns .* index=False"),
+        ("Id,Predicted,note\na,1,x\n", "has 3 columns .*, 'note'"),
+        ("Predicted,Id\n1,a\n", "expected exactly Id,Predicted$"),
+        ("Id,Predicted \na,1\n", "'Predicted '"),
+        ("id,predicted\na,1\n", "'id'"),
+        ("Id\na\n", "has 1 columns"),
+        ("Id,Predicted\na,1,\n", r"others below \(line 2 has 3\)"),
+        ("Id,Predicted,\na,1,\n", "has 3 columns"),
+        ("Id;Predicted\na;1\n", "is separated by ';'"),
+        ("Id,Predicted\na,1\na,2\n", "more than once"),
+        ("Id,Predicted\n", "has no rows"),
+    ],
+)
 def test_a_submission_is_checked_as_strictly_as_by_kaggle(tmp_path, text, message):
     (tmp_path / "s.csv").write_text(text)
     with pytest.raises(UserError, match=f"s.csv .*{message}"):
         read_submission(tmp_path / "s.csv")
 
 
-@pytest.mark.parametrize("text", ["Id,Predicted\na,1 2\nb,\n", 'Id,Predicted\r\n"a","1 2"\r\n"b",""\r\n', "\ufeffId,Predicted\na,1 2\nb,"])
+@pytest.mark.parametrize(
+    "text", ["Id,Predicted\na,1 2\nb,\n", 'Id,Predicted\r\n"a","1 2"\r\n"b",""\r\n', "\ufeffId,Predicted\na,1 2\nb,"]
+)
 def test_a_submission_may_have_quotes_and_any_ends_of_lines(tmp_path, text):
     (tmp_path / "s.csv").write_text(text, encoding="utf-8", newline="")
     submission = read_submission(tmp_path / "s.csv")
@@ -126,9 +175,15 @@ def test_lost_samples_have_empty_rows_at_their_places():
 
 
 def test_test_samples_take_the_labels_of_their_nearest_labelled_twin():
-    pairs = pd.DataFrame([("t1", "test", "a", "train", 2, 2, 2, "", "3"), ("b", "train", "t1", "test", 0, 1, 0, "4 5", ""),
-                          ("t2", "test", "t3", "test", 0, 0, 0, "", ""), ("a", "train", "b", "train", 0, 0, 0, "3", "4 5")],
-                         columns=["Id", "part", "other_Id", "other_part", "red", "green", "blue", "Target", "other_Target"])
+    pairs = pd.DataFrame(
+        [
+            ("t1", "test", "a", "train", 2, 2, 2, "", "3"),
+            ("b", "train", "t1", "test", 0, 1, 0, "4 5", ""),
+            ("t2", "test", "t3", "test", 0, 0, 0, "", ""),
+            ("a", "train", "b", "train", 0, 0, 0, "3", "4 5"),
+        ],
+        columns=["Id", "part", "other_Id", "other_part", "red", "green", "blue", "Target", "other_Target"],
+    )
     ids = np.array(["t2", "t1"])
     known = known_labels(pairs, ids)
     assert known.to_numpy().tolist() == [["t1", "b", 1, "4 5"]]
@@ -188,9 +243,17 @@ def test_a_submission_that_no_thresholds_make_is_refused():
 
 
 def test_the_shortest_decimal_between_two_limits():
-    assert shortest_decimal(0.1478, 0.1503) == 0.15 and shortest_decimal(0.2, 0.3) == 0.3 and shortest_decimal(0.1, 1.0) == 1
+    assert (
+        shortest_decimal(0.1478, 0.1503) == 0.15
+        and shortest_decimal(0.2, 0.3) == 0.3
+        and shortest_decimal(0.1, 1.0) == 1
+    )
     assert shortest_decimal(0.5, 0.5) == 0.5
-    assert shortest_decimal(0.2, 0.35) == 0.3 and shortest_decimal(0.3, 0.35) == 0.35 and shortest_decimal(0.29, 0.3) == 0.3
+    assert (
+        shortest_decimal(0.2, 0.35) == 0.3
+        and shortest_decimal(0.3, 0.35) == 0.35
+        and shortest_decimal(0.29, 0.3) == 0.3
+    )
     assert shortest_decimal(0.1 - 1e-10, 0.1) == 0.1 and shortest_decimal(0.25 - 1e-12, 0.25 - 1e-13) == 0.25 - 1e-13
 
 
@@ -206,8 +269,12 @@ def test_thresholds_found_for_other_recipes_are_refused(tmp_path):
 def test_what_was_written_is_described_with_all_that_is_no_prediction(tmp_path):
     predicted = np.zeros((4, 28), dtype=bool)
     predicted[0, :3] = predicted[1, 0] = predicted[2, 0] = True
-    thresholds = GOOD | {"interval": [0.1, 0.3], "score_cross_fitted": 0.2, "n_samples": 10,
-                         "per_class": [{"class": f"class {c}", "positives": 1} for c in range(28)]}
+    thresholds = GOOD | {
+        "interval": [0.1, 0.3],
+        "score_cross_fitted": 0.2,
+        "n_samples": 10,
+        "per_class": [{"class": f"class {c}", "positives": 1} for c in range(28)],
+    }
     known = pd.DataFrame({"Id": ["t1"], "other_Id": ["s1"], "bits": [1], "Target": ["4"]})
     lost = pd.DataFrame({"Id": ["t9"], "place": [0]})
     text = "\n".join(describe_submission(tmp_path / "s.csv", predicted, thresholds, ["a", "b"], known, lost))

@@ -12,9 +12,16 @@ from common.labels import format_targets
 from common.recipes import ablation_runs
 from common.thresholds import cross_fit, greedy_thresholds
 
-SYSTEMS = {"resnet50": {"original": "resnet50-original", "customised": "resnet50-customised", "hard": "resnet50-hard",
-                        "eloss": "resnet50-eloss", "ta": "resnet50"},
-           "gapnet_pl": {"eloss": "gapnet_pl"}}
+SYSTEMS = {
+    "resnet50": {
+        "original": "resnet50-original",
+        "customised": "resnet50-customised",
+        "hard": "resnet50-hard",
+        "eloss": "resnet50-eloss",
+        "ta": "resnet50",
+    },
+    "gapnet_pl": {"eloss": "gapnet_pl"},
+}
 RUNS = [run for runs in SYSTEMS.values() for run in runs.values()]
 
 
@@ -31,13 +38,23 @@ def make_work(work, n=120, n_folds=3, seed=0, skill=SKILL):
     targets = rng.random((n, 28)) < np.linspace(0.02, 0.4, 28)
     targets[:, 5] = False
     targets[~targets.any(axis=1), 27] = True
-    folds = pd.DataFrame({"Id": [f"s{i}" for i in range(n)], "Target": format_targets(targets), "part": "train",
-                          "group": [f"g{i // 2}" for i in range(n)], "fold": np.arange(n) // 2 % n_folds, "copies": 1})
+    folds = pd.DataFrame(
+        {
+            "Id": [f"s{i}" for i in range(n)],
+            "Target": format_targets(targets),
+            "part": "train",
+            "group": [f"g{i // 2}" for i in range(n)],
+            "fold": np.arange(n) // 2 % n_folds,
+            "copies": 1,
+        }
+    )
     folds.loc[[n - 2, n - 1], "fold"] = -1  # for training only
     work.mkdir()
     folds.to_csv(work / "folds.csv", index=False)
-    probs = {run: 1 / (1 + np.exp(1 - rng.normal(size=targets.shape) - s * targets))
-             for run, s in zip(RUNS, skill, strict=True)}
+    probs = {
+        run: 1 / (1 + np.exp(1 - rng.normal(size=targets.shape) - s * targets))
+        for run, s in zip(RUNS, skill, strict=True)
+    }
     for run in RUNS:
         for fold in range(n_folds):
             here = rng.permutation(np.flatnonzero(folds["fold"] == fold))
@@ -62,6 +79,7 @@ def cell(scores, model, column, fold, value="macro_f1"):
 
 # --- scores and gains --------------------------------------------------------------------------------------
 
+
 def slow_gain(targets, folds, after, before, n_draws, seed):
     """Draw rows one set at a time, fold by fold, and score the drawn rows themselves."""
     rng = np.random.default_rng(seed)
@@ -73,8 +91,13 @@ def slow_gain(targets, folds, after, before, n_draws, seed):
             scores = [np.mean([macro(targets[rows], p[rows]) for p in side]) for side in (after, before)]
             differences[draw, k] = scores[0] - scores[1]
     low, high = np.quantile(differences.mean(axis=1), [0.025, 0.975])
-    gain = np.mean([np.mean([macro(targets[folds == k], p[folds == k]) for p in after])
-                    - np.mean([macro(targets[folds == k], p[folds == k]) for p in before]) for k in np.unique(folds)])
+    gain = np.mean(
+        [
+            np.mean([macro(targets[folds == k], p[folds == k]) for p in after])
+            - np.mean([macro(targets[folds == k], p[folds == k]) for p in before])
+            for k in np.unique(folds)
+        ]
+    )
     return gain, low, high
 
 
@@ -138,9 +161,14 @@ def test_tuned_columns_are_cross_fitted_and_do_not_flatter(made):
 def test_each_column_gains_over_the_one_that_it_adds_to(made):
     _, rows, targets, probs, scores, gains = made
     assert gains[["model", "column", "against"]].to_numpy().tolist() == [
-        ["resnet50", "customised", "original"], ["resnet50", "hard", "customised"], ["resnet50", "eloss", "hard"],
-        ["resnet50", "ta", "eloss"], ["resnet50", "te", "eloss"], ["resnet50", "ta_te", "ta"],
-        ["gapnet_pl", "te", "eloss"]]
+        ["resnet50", "customised", "original"],
+        ["resnet50", "hard", "customised"],
+        ["resnet50", "eloss", "hard"],
+        ["resnet50", "ta", "eloss"],
+        ["resnet50", "te", "eloss"],
+        ["resnet50", "ta_te", "ta"],
+        ["gapnet_pl", "te", "eloss"],
+    ]
     for line in gains.itertuples():
         means = [cell(scores, line.model, column, "mean") for column in (line.column, line.against)]
         assert line.gain == pytest.approx(means[0] - means[1]) and line.low < line.gain < line.high
@@ -162,31 +190,37 @@ def test_one_fold_has_no_standard_deviation(made):
     scores, _ = tables.score_systems(SYSTEMS, probs, tables.validation_rows(rows, [1]))
     assert np.isnan(cell(scores, "resnet50", "original", "standard deviation"))
     assert cell(scores, "resnet50", "original", "mean") == cell(scores, "resnet50", "original", 1)
-    assert cell(scores, "resnet50", "original", "mean", "paper") == .729
+    assert cell(scores, "resnet50", "original", "mean", "paper") == 0.729
 
 
 # --- the paper's figures -----------------------------------------------------------------------------------
 
+
 def test_the_papers_figures():
-    assert tables.paper_cells("resnet50", "customised", range(5))[2] == .746
-    assert tables.paper_cells("resnet50", "customised", range(5))["mean"] == pytest.approx(.7402)
-    assert tables.paper_cells("resnet50", "ta_te", [4])["mean"] == .767
-    assert tables.paper_cells("senet", "ta_te", range(5)) == {"mean": .789}
-    assert tables.paper_cells("senet", "customised", range(5)) == {"mean": .736}
-    assert tables.paper_cells("inceptionv4", "ta", [0]) == {"mean": .772}
-    assert tables.paper_cells("resnet101", "te", [0]) == {"mean": .784}
-    assert tables.paper_cells("gapnet_pl", "te", [0]) == {"mean": .765}
+    assert tables.paper_cells("resnet50", "customised", range(5))[2] == 0.746
+    assert tables.paper_cells("resnet50", "customised", range(5))["mean"] == pytest.approx(0.7402)
+    assert tables.paper_cells("resnet50", "ta_te", [4])["mean"] == 0.767
+    assert tables.paper_cells("senet", "ta_te", range(5)) == {"mean": 0.789}
+    assert tables.paper_cells("senet", "customised", range(5)) == {"mean": 0.736}
+    assert tables.paper_cells("inceptionv4", "ta", [0]) == {"mean": 0.772}
+    assert tables.paper_cells("resnet101", "te", [0]) == {"mean": 0.784}
+    assert tables.paper_cells("gapnet_pl", "te", [0]) == {"mean": 0.765}
     assert tables.paper_cells("densenet50", "hard", range(5)).keys() == {0, 1, 2, "mean", "standard deviation"}
-    assert tables.paper_cells("densenet50", "hard", range(5))[2] == .754  # its "random fold 3"
+    assert tables.paper_cells("densenet50", "hard", range(5))[2] == 0.754  # its "random fold 3"
     assert tables.paper_cells("densenet50", "hard", [3, 4]) == tables.paper_cells("demo", "hard", [0]) == {}
     assert all(len(figures) == len(tables.COLUMNS) for folds in tables.PAPER.values() for figures in folds.values())
     # Only the customised SENet, and nothing else up to E-loss, is worse than what it adds to.
-    rows = [(model, figures[:4]) for model, folds in tables.PAPER.items() for figures in folds.values()
-            if model != "gapnet_pl"]
+    rows = [
+        (model, figures[:4])
+        for model, folds in tables.PAPER.items()
+        for figures in folds.values()
+        if model != "gapnet_pl"
+    ]
     assert [model for model, figures in rows if not np.all(np.diff(figures) > 0)] == ["senet"]
 
 
 # --- files and their layout --------------------------------------------------------------------------------
+
 
 def test_predictions_are_brought_into_the_order_of_the_folds(made):
     work, rows, _, probs, _, _ = made
@@ -223,7 +257,8 @@ def test_markdown_lines_up_and_has_a_row_for_each_model_and_fold(made):
     assert header == ["Model", "Original", "paper", "Customised", "paper", "With hard sampler", "paper"]
     assert set("".join(rule)) == {"-", ":"}
     assert [line[0] for line in lines] == [
-        f"resnet50 {row}" for row in ("(fold 0)", "(fold 1)", "(fold 2)", "mean", "standard deviation")]
+        f"resnet50 {row}" for row in ("(fold 0)", "(fold 1)", "(fold 2)", "mean", "standard deviation")
+    ]
     ours = [f"{cell(scores, 'resnet50', column, 0):.3f}" for column in ("original", "customised", "hard")]
     assert lines[0] == ["resnet50 (fold 0)", ours[0], "0.737", ours[1], "0.750", ours[2], "0.761"]
     gapnet = [line for line in blocks[2] if "gapnet_pl (fold 0)" in line or "gapnet_pl mean" in line]
@@ -237,7 +272,8 @@ def test_absent_classes_are_counted_and_the_first_named():
     rows = pd.DataFrame({"fold": [0, 1, 2, 3], "Target": ["0 1 2", everything, "2 1 0", everything]})
     assert tables.absent_notes(rows) == [
         "Without a positive in fold 0, 2: 25 of the 28 classes, each of which counts as 0 there: "
-        "Nucleoli fibrillar center, Nuclear speckles, Nuclear bodies, ..."]
+        "Nucleoli fibrillar center, Nuclear speckles, Nuclear bodies, ..."
+    ]
 
 
 def test_wide_tables_end_each_model_with_its_gains(made):
@@ -248,7 +284,9 @@ def test_wide_tables_end_each_model_with_its_gains(made):
     gain = wide[wide["fold"] == "gain"].set_index("model")
     expected = gains[(gains["model"] == "resnet50") & (gains["column"] == "ta")]
     assert gain.loc["resnet50", "ta"] == expected["gain"].item()
-    assert gain.loc["resnet50", "ta_paper"] == pytest.approx(np.mean([.774, .769, .773]) - np.mean([.770, .766, .768]))
+    assert gain.loc["resnet50", "ta_paper"] == pytest.approx(
+        np.mean([0.774, 0.769, 0.773]) - np.mean([0.770, 0.766, 0.768])
+    )
     assert np.isnan(gain.loc["gapnet_pl", "ta"])
 
 
@@ -269,6 +307,7 @@ def test_tables_of_nothing_still_have_their_columns(made):
 
 
 # --- the script --------------------------------------------------------------------------------------------
+
 
 def test_the_runs_here_are_those_of_the_recipes():
     assert {model: ablation_runs(model) for model in SYSTEMS} == SYSTEMS

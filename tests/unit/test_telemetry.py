@@ -14,8 +14,22 @@ def targets(*labels):
 
 def test_the_mix_counts_labels_of_ranked_and_kept_samples():
     mix = class_mix(3, targets([0], [0, 2], [2]), ranked=np.array([1, 1, 2]), kept=np.array([0, 1, 2]))
-    assert mix[0] == {"epoch": 3, "class": "Nucleoplasm", "ranked": 2, "kept": 1, "share_of_ranked": 0.4, "share_of_kept": 0.25}
-    assert mix[2] == {"epoch": 3, "class": "Nucleoli", "ranked": 3, "kept": 3, "share_of_ranked": 0.6, "share_of_kept": 0.75}
+    assert mix[0] == {
+        "epoch": 3,
+        "class": "Nucleoplasm",
+        "ranked": 2,
+        "kept": 1,
+        "share_of_ranked": 0.4,
+        "share_of_kept": 0.25,
+    }
+    assert mix[2] == {
+        "epoch": 3,
+        "class": "Nucleoli",
+        "ranked": 3,
+        "kept": 3,
+        "share_of_ranked": 0.6,
+        "share_of_kept": 0.75,
+    }
     assert mix[1]["share_of_kept"] == 0
 
 
@@ -24,10 +38,21 @@ def test_nothing_kept_is_no_share_of_nothing():
 
 
 def test_copies_of_a_sample_are_one_row_and_suspects_come_first():
-    table = sample_table(np.array(["a", "b", "b", "c", "d"]), targets([0], [1], [1], [2], [3]),
-                         ranked=np.array([4, 2, 2, 4, 0]), kept=np.array([4, 1, 2, 4, 0]), loss_sums=np.array([4.0, 1, 3, 8, 0]))
-    assert table.to_dict("list") == {"Id": ["c", "a", "b"], "Target": ["2", "0", "1"], "ranked": [4, 4, 4], "kept": [4, 4, 3],
-                                     "share_kept": [1, 1, 0.75], "mean_loss": [2, 1, 1]}
+    table = sample_table(
+        np.array(["a", "b", "b", "c", "d"]),
+        targets([0], [1], [1], [2], [3]),
+        ranked=np.array([4, 2, 2, 4, 0]),
+        kept=np.array([4, 1, 2, 4, 0]),
+        loss_sums=np.array([4.0, 1, 3, 8, 0]),
+    )
+    assert table.to_dict("list") == {
+        "Id": ["c", "a", "b"],
+        "Target": ["2", "0", "1"],
+        "ranked": [4, 4, 4],
+        "kept": [4, 4, 3],
+        "share_kept": [1, 1, 0.75],
+        "mean_loss": [2, 1, 1],
+    }
 
 
 def test_nothing_ranked_is_no_share_of_nothing():

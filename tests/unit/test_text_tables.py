@@ -47,40 +47,74 @@ def test_a_table_is_the_same_whatever_wrote_it(tmp_path, dialect):
     assert frame.to_numpy().tolist() == [["001", "0 25"], ["1e5", "4"], ["NA", "16"]]
 
 
-@pytest.mark.parametrize("text", ["", "nan", "null", "None", "True", "1.0", "1e400", "0x10", "007", "-", "=1+1", "2018-01-02", "1,5"])
+@pytest.mark.parametrize(
+    "text", ["", "nan", "null", "None", "True", "1.0", "1e400", "0x10", "007", "-", "=1+1", "2018-01-02", "1,5"]
+)
 def test_text_stays_text(tmp_path, text):
     assert read(tmp_path, f'a,b\nx,"{text}"\n')["b"].tolist() == [text]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "is not a CSV file but empty; expected a line with the names of columns"),
-    (b"\n\n", "is not a CSV file but empty"), (b",,\n", "is not a CSV file but empty"),
-    ("Id,Target\na,0\nb,1,7\nc\n\nd,1,,x\n", r"^has 2 fields in its header and others below \(line 3 has 3, line 4 has 1, line 6 has 4\)$"),
-    ("Id\n" + 7 * "a,b\n", r"\(line 2 has 2, .*line 6 has 2 and 2 more lines\)$"),
-    ('Id,Target\n"a\nb",0\nc,0,1\n', r"\(line 4 has 3\)"),
-    ("Id,Id \na,0\n", "has the column 'Id' 2 times; expected once"), ("Id,,,x\na,,,\n", "has the column '' 2 times"),
-    ('Id,Target\n"a,0\nb,1\n', r"is not a CSV file \(unexpected end of data in line 2\)"),
-    ('Id,Target\n"a"b,0\n', r"is not a CSV file \(.* in line 2\)"),
-    ("Id,Target\na,0\nZ\xfcrich,1\n".encode("latin-1"), r"is not text in UTF-8 \(byte 0xfc in line 3\); save it as CSV in UTF-8"),
-    (PLAIN.encode("utf-16-le"), "holds bytes of value 0, as UTF-16 does; save it as CSV in UTF-8"),
-    (PLAIN.encode("utf-32"), "bytes of value 0"), (PLAIN.encode("utf-16")[:-1], "is not text in UTF-16"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not a CSV file but empty; expected a line with the names of columns"),
+        (b"\n\n", "is not a CSV file but empty"),
+        (b",,\n", "is not a CSV file but empty"),
+        (
+            "Id,Target\na,0\nb,1,7\nc\n\nd,1,,x\n",
+            r"^has 2 fields in its header and others below \(line 3 has 3, line 4 has 1, line 6 has 4\)$",
+        ),
+        ("Id\n" + 7 * "a,b\n", r"\(line 2 has 2, .*line 6 has 2 and 2 more lines\)$"),
+        ('Id,Target\n"a\nb",0\nc,0,1\n', r"\(line 4 has 3\)"),
+        ("Id,Id \na,0\n", "has the column 'Id' 2 times; expected once"),
+        ("Id,,,x\na,,,\n", "has the column '' 2 times"),
+        ('Id,Target\n"a,0\nb,1\n', r"is not a CSV file \(unexpected end of data in line 2\)"),
+        ('Id,Target\n"a"b,0\n', r"is not a CSV file \(.* in line 2\)"),
+        (
+            "Id,Target\na,0\nZ\xfcrich,1\n".encode("latin-1"),
+            r"is not text in UTF-8 \(byte 0xfc in line 3\); save it as CSV in UTF-8",
+        ),
+        (PLAIN.encode("utf-16-le"), "holds bytes of value 0, as UTF-16 does; save it as CSV in UTF-8"),
+        (PLAIN.encode("utf-32"), "bytes of value 0"),
+        (PLAIN.encode("utf-16")[:-1], "is not text in UTF-16"),
+    ],
+)
 def test_what_is_no_table_is_refused_by_line(tmp_path, content, message):
     with pytest.raises(BadTable, match=message):
         read(tmp_path, content)
 
 
-@pytest.mark.parametrize(("kind", "good", "values"), [
-    (int, ["0", "-2", "+3", "4.0", "007"], [0, -2, 3, 4, 7]),
-    (float, ["0", "-.5", "1e-3", "2.", "inf", " 7 "], [0, -0.5, 0.001, 2, np.inf, 7])])
+@pytest.mark.parametrize(
+    ("kind", "good", "values"),
+    [
+        (int, ["0", "-2", "+3", "4.0", "007"], [0, -2, 3, 4, 7]),
+        (float, ["0", "-.5", "1e-3", "2.", "inf", " 7 "], [0, -0.5, 0.001, 2, np.inf, 7]),
+    ],
+)
 def test_numbers_are_numbers(tmp_path, kind, good, values):
     column = read(tmp_path, "x,y\n" + "".join(f"{text},a\n" for text in good), kinds=lambda header: {"x": kind})["x"]
     assert column.dtype == np.dtype(kind) and column.tolist() == values
     assert read(tmp_path, "x,y\n,a\nnan,a\n", kinds=lambda header: {"x": float})["x"].isna().all()
 
 
-@pytest.mark.parametrize(("kind", "text"), [(int, ""), (int, "1.5"), (int, "1e3"), (int, "9" * 19), (int, "nan"), (float, "NA"), (float, "0,5"),
-                                            (float, "1_0"), (float, "٣"), (float, "high"), (float, "0x1"), (float, "1e"), (float, "--1")])
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (int, ""),
+        (int, "1.5"),
+        (int, "1e3"),
+        (int, "9" * 19),
+        (int, "nan"),
+        (float, "NA"),
+        (float, "0,5"),
+        (float, "1_0"),
+        (float, "٣"),
+        (float, "high"),
+        (float, "0x1"),
+        (float, "1e"),
+        (float, "--1"),
+    ],
+)
 def test_what_is_no_number_is_named_by_line(tmp_path, kind, text):
     with pytest.raises(BadTable, match=rf"has text in its column x, expected (whole )?numbers \(line 4: '{text}'\)$"):
         read(tmp_path, f'y,x\na,1\n\nb,"{text}"\n', kinds=lambda header: {"x": kind})
@@ -92,9 +126,14 @@ def test_statistics_come_back_as_they_were_written(tmp_path):  # fingerprints of
     assert read(tmp_path, text, kinds=lambda header: {"x": float}).to_csv(index=False) == text
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (PLAIN.encode("utf-16"), "is text in UTF-16; save it in UTF-8"), (PLAIN.replace(",", ";"), "is separated by ';'; expected commas"),
-    ("Id,Target\na,0,\n", r"has 2 fields in its header and others below \(line 2 has 3\)")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (PLAIN.encode("utf-16"), "is text in UTF-16; save it in UTF-8"),
+        (PLAIN.replace(",", ";"), "is separated by ';'; expected commas"),
+        ("Id,Target\na,0,\n", r"has 2 fields in its header and others below \(line 2 has 3\)"),
+    ],
+)
 def test_plain_tables_are_as_every_program_reads_them(tmp_path, content, message):
     with pytest.raises(BadTable, match=message):
         read(tmp_path, content, plain=True)
@@ -118,9 +157,13 @@ def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path):
 
 
 TABLES = {
-    "samples.csv": "Id,part,Target,side\n", "left_out.csv": "Id,part,Target,place\n", "folds.csv": "Id,Target,part,group,fold,copies\n",
-    "duplicates.csv": "Id,part,Target,near_group,group,kept\n", "submission.csv": "Id,Predicted\n",
-    "duplicate_pairs.csv": "Id,part,other_Id,other_part,red,green,blue,Target,other_Target,agreement\n"}
+    "samples.csv": "Id,part,Target,side\n",
+    "left_out.csv": "Id,part,Target,place\n",
+    "folds.csv": "Id,Target,part,group,fold,copies\n",
+    "duplicates.csv": "Id,part,Target,near_group,group,kept\n",
+    "submission.csv": "Id,Predicted\n",
+    "duplicate_pairs.csv": "Id,part,other_Id,other_part,red,green,blue,Target,other_Target,agreement\n",
+}
 NUMBERS = {"side", "place", "fold", "copies", "kept", "red", "green", "blue", "agreement"}
 
 
@@ -128,6 +171,8 @@ NUMBERS = {"side", "place", "fold", "copies", "kept", "red", "green", "blue", "a
 @pytest.mark.parametrize("text", ["001", "1e5", "16", "NA", "TRUE"])
 def test_ids_labels_and_groups_of_our_own_tables_stay_text(tmp_path, name, text):
     columns = TABLES[name].strip().split(",")
-    (tmp_path / name).write_text(TABLES[name] + ",".join("1" if column in NUMBERS else text for column in columns) + "\n")
+    (tmp_path / name).write_text(
+        TABLES[name] + ",".join("1" if column in NUMBERS else text for column in columns) + "\n"
+    )
     row = read_table(tmp_path / name, "CURE").iloc[0]
     assert all(row[column] == (1 if column in NUMBERS else text) for column in columns)

@@ -33,7 +33,25 @@ def macro(targets, predicted):
 
 
 def test_the_grid_is_the_papers():
-    assert GRID.tolist() == [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
+    assert GRID.tolist() == [
+        0.1,
+        0.15,
+        0.2,
+        0.25,
+        0.3,
+        0.35,
+        0.4,
+        0.45,
+        0.5,
+        0.55,
+        0.6,
+        0.65,
+        0.7,
+        0.75,
+        0.8,
+        0.85,
+        0.9,
+    ]
 
 
 def test_curves_equal_scikit_learn_also_on_the_thresholds_themselves():
@@ -103,12 +121,16 @@ def test_every_method_finds_28_thresholds_whatever_the_data(method):
 def test_weights_are_found_on_the_other_rows_too():
     targets, probs = simulated(100)
     seen = []
+
     def weigh(some, members):
         seen.append((len(some), members.shape))
         return np.array([1.0, 0.0])
+
     found = cross_fit(targets, np.stack([probs, probs * 0]), np.arange(100), "greedy", repeats=1, weigh=weigh)
     assert len(seen) == 5 and all(shape == (2, n, 28) and n < 100 for n, shape in seen)
-    np.testing.assert_array_equal(found[0], cross_fit(targets, probs.astype(np.float64), np.arange(100), "greedy", repeats=1)[0])
+    np.testing.assert_array_equal(
+        found[0], cross_fit(targets, probs.astype(np.float64), np.arange(100), "greedy", repeats=1)[0]
+    )
 
 
 def test_cross_fitted_rows_do_not_see_their_own_labels():
@@ -126,7 +148,15 @@ def test_the_report_has_the_contracts_fields_and_no_flattery_on_noise():
     rng = np.random.default_rng(0)
     targets, probs = rng.random((400, 28)) < 0.1, rng.random((400, 28))
     result = evaluate_thresholds(targets, probs, np.arange(400), "greedy")
-    assert result.keys() >= {"method", "thresholds", "single", "score_cross_fitted", "interval", "score_in_sample", "per_class"}
+    assert result.keys() >= {
+        "method",
+        "thresholds",
+        "single",
+        "score_cross_fitted",
+        "interval",
+        "score_in_sample",
+        "per_class",
+    }
     assert len(result["thresholds"]) == len(result["per_class"]) == 28
     assert result["score_in_sample"] > result["score_cross_fitted"]
     low, high = result["interval"]
@@ -161,7 +191,9 @@ def test_repeats_are_three_of_five_folds_or_of_as_many_as_there_are_groups():
     for repeat, fold in enumerate(folds):
         np.testing.assert_array_equal(fold, stratified_group_folds(targets, np.arange(40), 5, seed=repeat))
     assert [sorted(set(fold)) for fold in repeated_folds(targets, np.arange(40) % 2, repeats=1)] == [[0, 1]]
-    with pytest.raises(UserError, match="40 samples in 1 groups leave none to try thresholds on; give at least 2 groups"):
+    with pytest.raises(
+        UserError, match="40 samples in 1 groups leave none to try thresholds on; give at least 2 groups"
+    ):
         repeated_folds(targets, np.zeros(40))
 
 
@@ -206,6 +238,7 @@ def test_on_real_predictions_greedy_flatters_itself_and_calibration_is_better_on
     import pandas as pd
 
     from common.labels import parse_targets
+
     labels = pd.read_csv(real_data / "predictions" / "labels.csv", dtype=str)
     order = pd.read_csv(real_data / "labels" / "sample_submission.csv", dtype=str)["Id"]
     rows = pd.Series(range(len(order)), index=order)[labels["Id"]]

@@ -12,7 +12,9 @@ from common.images import checksum, corner, read_planes, write_planes
 
 SIDE = 300  # above PLAIN_SIDE
 WINDOWS = [(100, 0, 0), (100, 0.999, 0.5), (20, 0.33, 0.999), (96, 0.4706, 0), (299, 0.6, 0.4), (300, 0.9, 0.9)]
-REFUSED = r"a.tif cannot be read \(its pixels are not those that were stored\); delete it, and run: python 01_preprocess.py"
+REFUSED = (
+    r"a.tif cannot be read \(its pixels are not those that were stored\); delete it, and run: python 01_preprocess.py"
+)
 
 
 def noise(side=SIDE, seed=0):
@@ -31,17 +33,23 @@ def tags(path):
 
 def swap_bytes(path, old: int, new: bytes):
     content = bytearray(path.read_bytes())
-    content[old:old + len(new)] = new
+    content[old : old + len(new)] = new
     path.write_bytes(content)
 
 
 # What earlier versions called, word for word.
 EARLIER = {
-    "deflate with predictor": {"metadata": {"axes": "CYX", "channels": images.CHANNELS},
-                               "compression": "zlib", "predictor": True},
+    "deflate with predictor": {
+        "metadata": {"axes": "CYX", "channels": images.CHANNELS},
+        "compression": "zlib",
+        "predictor": True,
+    },
     "without names": {"compression": "zlib", "predictor": True},
-    "deflate in strips, with their checksums in a tag": {"compression": "zlib", "rowsperstrip": 96,
-                                                         "extratags": [(65001, "I", 2, (1, 2), True)]},
+    "deflate in strips, with their checksums in a tag": {
+        "compression": "zlib",
+        "rowsperstrip": 96,
+        "extratags": [(65001, "I", 2, (1, 2), True)],
+    },
     "uncompressed": {"metadata": {"axes": "CYX", "channels": images.CHANNELS}},
     "on a big-endian machine": {"compression": "zlib", "predictor": True, "byteorder": ">"},
 }
@@ -55,7 +63,9 @@ def test_what_earlier_versions_stored_is_read(tmp_path, how, side):
     crc = f"{zlib.crc32(planes):08x}"
     np.testing.assert_array_equal(read_planes(tmp_path / "a.tif", crc), planes)
     top, left = corner(0.4, 5, side), corner(0.9, 5, side)
-    np.testing.assert_array_equal(read_planes(tmp_path / "a.tif", crc, (5, 0.4, 0.9)), planes[:, top:top + 5, left:left + 5])
+    np.testing.assert_array_equal(
+        read_planes(tmp_path / "a.tif", crc, (5, 0.4, 0.9)), planes[:, top : top + 5, left : left + 5]
+    )
     with pytest.raises(UserError, match=REFUSED):
         read_planes(tmp_path / "a.tif", "00000000", (5, 0.4, 0.9))
 
@@ -71,7 +81,7 @@ def test_stored_planes_and_their_windows_come_back(tmp_path, planes, raw):
         for size, down, right in WINDOWS:
             top, left = int(down * (SIDE - size + 1)), int(right * (SIDE - size + 1))
             found = read_planes(path, crc, (size, down, right), lent)
-            np.testing.assert_array_equal(found, planes[:, top:top + size, left:left + size])
+            np.testing.assert_array_equal(found, planes[:, top : top + size, left : left + size])
     assert (path.stat().st_size > planes.size) == raw
 
 
@@ -80,7 +90,9 @@ def test_large_images_are_pages_of_one_strip_and_only_smooth_ones_have_a_predict
         write_planes(tmp_path / name, planes)
         pages = tags(tmp_path / name)
         assert len(pages) == 4 and all(len(page["StripOffsets"]) == 1 for page in pages)
-        assert {(page["Compression"], page["SamplesPerPixel"], page.get("Predictor", 1)) for page in pages} == {(50000, 1, predictor)}
+        assert {(page["Compression"], page["SamplesPerPixel"], page.get("Predictor", 1)) for page in pages} == {
+            (50000, 1, predictor)
+        }
         with tifffile.TiffFile(tmp_path / name) as file:
             assert [(series.axes, series.shape) for series in file.series] == [("CYX", (4, SIDE, SIDE))]
 
@@ -95,7 +107,7 @@ def test_another_image_is_refused_whatever_part_of_it_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("tag", [256, 257, 259, 273, 278, 279])
-@pytest.mark.parametrize("value", [0, 2 ** 32 - 1])
+@pytest.mark.parametrize("value", [0, 2**32 - 1])
 def test_a_header_that_lies_is_refused(tmp_path, tag, value):
     path, planes = tmp_path / "a.tif", noise()
     write_planes(path, planes)

@@ -59,7 +59,7 @@ def test_a_column_that_newer_versions_add_to_the_table_of_images_changes_nothing
 
 
 def test_a_setting_that_differs_still_refuses(work):
-    (stage, *_), = planned(work, "l1=0.001")
+    ((stage, *_),) = planned(work, "l1=0.001")
     with pytest.raises(UserError, match=r"made from something else \(l1 was 0.0, now 0.001\)"):
         check_unfinished(stage)
 
@@ -84,7 +84,9 @@ def both(work):
 def together(work, **changes):
     folds = read_table(work / "folds.csv", "")
     settings = {"tta": "none", "view": "whole", "checkpoint": "best", **changes}
-    return predicted_folds(work, "demo-quick", [1], folds, lambda fold: {"oof": folds[folds["fold"] == fold]}, settings)["oof"]
+    return predicted_folds(
+        work, "demo-quick", [1], folds, lambda fold: {"oof": folds[folds["fold"] == fold]}, settings
+    )["oof"]
 
 
 def test_folds_that_were_predicted_before_are_put_together_with_new_ones(both, capsys):
@@ -116,7 +118,12 @@ def test_a_network_of_before_predicts(work):
 
 def test_a_training_of_before_is_continued(work):
     run = begin_fold(work / "runs" / "demo-quick" / "fold0", DATA, RECIPE, CPU, 0, 0, Start(), "test")
-    assert run.epoch == 2 and len(run.history) == 2 and is_finished(run) and run.best_score == pytest.approx(0.0417, abs=1e-4)
+    assert (
+        run.epoch == 2
+        and len(run.history) == 2
+        and is_finished(run)
+        and run.best_score == pytest.approx(0.0417, abs=1e-4)
+    )
 
 
 def test_what_newer_versions_add_to_the_state_keeps_its_default(work, tmp_path, monkeypatch):
@@ -130,9 +137,9 @@ def test_what_newer_versions_add_to_the_state_keeps_its_default(work, tmp_path, 
     assert run.newer == 8
 
 
-@pytest.mark.parametrize(("added", "refused"), [
-    ({"ema": 0.0, "teacher": "none"}, None),
-    ({"ema": 0.99}, r"\(ema was 0.99, now absent\)")])
+@pytest.mark.parametrize(
+    ("added", "refused"), [({"ema": 0.0, "teacher": "none"}, None), ({"ema": 0.99}, r"\(ema was 0.99, now absent\)")]
+)
 def test_a_training_of_a_version_with_more_fields(work, added, refused):
     path = work / "runs" / "demo-quick" / "fold0" / "best.pt"
     meta = read_json(sidecar(path))

@@ -85,6 +85,7 @@ def test_each_file_can_be_checked_and_has_the_normalisation_of_its_network(encod
 
 # --- reading: the same features as the network that the file comes from ------------------------------------
 
+
 def source(encoder: str) -> nn.Module:
     """Return the network whose weights are published for `encoder`, every parameter and statistic drawn at random."""
     torch.manual_seed(0)
@@ -94,8 +95,12 @@ def source(encoder: str) -> nn.Module:
         network = getattr(torchvision.models, encoder)(weights=None)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in ((module.weight, 0.5, 1), (module.bias, -0.5, 0.5),
-                                      (module.running_mean, -0.5, 0.5), (module.running_var, 1, 2)):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1),
+                (module.bias, -0.5, 0.5),
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 1, 2),
+            ):
                 nn.init.uniform_(tensor, low, high)
     return network.eval()
 
@@ -154,14 +159,25 @@ FORMS = {
     "state_dict": lambda state: {"state_dict": state, "epoch": 3},
     "model": lambda state: {"model": state, "classes": ["a"]},
     "module.": lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
-    "model_state_dict": lambda state: {"model_state_dict": state, "optimizer": {"state": {0: {"step": 1}}, "param_groups": []}},
+    "model_state_dict": lambda state: {
+        "model_state_dict": state,
+        "optimizer": {"state": {0: {"step": 1}}, "param_groups": []},
+    },
     "a wrapper in a wrapper": lambda state: {"checkpoint": {"epoch": 3}, "state_dict": {"model": state}},
     "ema": lambda state: {"ema": state, "epoch": 3},
     "a name of one's own": lambda state: {"my_network": state, "epoch": 3, "optimizer": {"state": {}}},
     "_orig_mod.": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
-    "module._orig_mod.model.": lambda state: {f"module._orig_mod.model.{name}": tensor for name, tensor in state.items()},
-    "an average's": lambda state: {"n_averaged": torch.tensor(3), **{f"module.{name}": tensor for name, tensor in state.items()}},
-    "backbone and a head": lambda state: {"head.weight": torch.ones(3), **{f"backbone.{name}": tensor for name, tensor in state.items()}},
+    "module._orig_mod.model.": lambda state: {
+        f"module._orig_mod.model.{name}": tensor for name, tensor in state.items()
+    },
+    "an average's": lambda state: {
+        "n_averaged": torch.tensor(3),
+        **{f"module.{name}": tensor for name, tensor in state.items()},
+    },
+    "backbone and a head": lambda state: {
+        "head.weight": torch.ones(3),
+        **{f"backbone.{name}": tensor for name, tensor in state.items()},
+    },
     "batches not counted": lambda state: {name: tensor for name, tensor in state.items() if "num_batches" not in name},
 }
 
@@ -199,8 +215,15 @@ def test_of_a_checkpoint_of_this_project_the_encoder_is_read(tmp_path):
 
 
 def test_only_the_encoder_is_read_under_its_own_names(tmp_path):
-    names = ("features.0.conv.weight", "layer1.0.fc1.weight", "last_linear.bias", "fc.bias", "classifier.weight",
-             "AuxLogits.fc.weight", "head.weight")
+    names = (
+        "features.0.conv.weight",
+        "layer1.0.fc1.weight",
+        "last_linear.bias",
+        "fc.bias",
+        "classifier.weight",
+        "AuxLogits.fc.weight",
+        "head.weight",
+    )
     torch.save({name: torch.ones(1) for name in names}, tmp_path / "a.pth")
     assert list(read_weights(tmp_path / "a.pth")) == ["0.conv.weight", "layer1.0.fc1.weight"]
 
@@ -217,7 +240,10 @@ class Trap:
 
 def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"conv1.weight": torch.ones(1), "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match=r"evil\.pth holds other things than tensors \(.+\), which might run code, so it is not read; save the"):
+    with pytest.raises(
+        UserError,
+        match=r"evil\.pth holds other things than tensors \(.+\), which might run code, so it is not read; save the",
+    ):
         read_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "sprung").exists()
 
@@ -233,26 +259,45 @@ def test_damaged_files_are_named(tmp_path, suffix, content):
 
 
 def test_a_file_that_claims_more_than_its_size_is_refused(tmp_path):
-    torch.save({"conv1.weight": torch.zeros(10 ** 7)}, tmp_path / "a.pth")
-    with zipfile.ZipFile(tmp_path / "a.pth") as whole, zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as small:
+    torch.save({"conv1.weight": torch.zeros(10**7)}, tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as whole,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
         for name in whole.namelist():
             small.writestr(name, whole.read(name))
-    with pytest.raises(UserError, match=r"b\.pth cannot be read as weights \(claims 40,000,\d+ bytes in \d\d,\d+\); expected a \.pth"):
+    with pytest.raises(
+        UserError, match=r"b\.pth cannot be read as weights \(claims 40,000,\d+ bytes in \d\d,\d+\); expected a \.pth"
+    ):
         read_weights(tmp_path / "b.pth")
 
 
-@pytest.mark.parametrize(("content", "found"), [
-    (torch.ones(3), "one Tensor"), ([torch.ones(3)], "one list"), ({}, "nothing"), ({"conv1.weight": 3}, r"'conv1.weight' \(int\)"),
-    ({0: torch.ones(3)}, r"0 \(torch.strided of torch.float32\)"), ({"state_dict": torch.ones(3), "x": 1}, r"'x' \(int\)"),
-    ({"model": [3]}, r"'model' \(list\)"), ({"conv1.weight": torch.ones(3), "epoch": 3, "args": {"lr": 1}}, r"'epoch' \(int\), 'args' \(dict\)"),
-    ({"conv1.weight": torch.ones(3).to_sparse()}, r"'conv1.weight' \(torch.sparse_coo of torch.float32\)"),
-    ({"conv1.weight": torch.ones(3, dtype=torch.complex64)}, r"'conv1.weight' \(torch.strided of torch.complex64\)"),
-    ({"a": {"x": torch.ones(1)}, "b": {"x": torch.ones(1)}}, r"'a' \(dict\), 'b' \(dict\)"),
-    ({str(k): k for k in range(9)}, r"'0' \(int\), .*'4' \(int\) and 4 more")])
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (torch.ones(3), "one Tensor"),
+        ([torch.ones(3)], "one list"),
+        ({}, "nothing"),
+        ({"conv1.weight": 3}, r"'conv1.weight' \(int\)"),
+        ({0: torch.ones(3)}, r"0 \(torch.strided of torch.float32\)"),
+        ({"state_dict": torch.ones(3), "x": 1}, r"'x' \(int\)"),
+        ({"model": [3]}, r"'model' \(list\)"),
+        ({"conv1.weight": torch.ones(3), "epoch": 3, "args": {"lr": 1}}, r"'epoch' \(int\), 'args' \(dict\)"),
+        ({"conv1.weight": torch.ones(3).to_sparse()}, r"'conv1.weight' \(torch.sparse_coo of torch.float32\)"),
+        (
+            {"conv1.weight": torch.ones(3, dtype=torch.complex64)},
+            r"'conv1.weight' \(torch.strided of torch.complex64\)",
+        ),
+        ({"a": {"x": torch.ones(1)}, "b": {"x": torch.ones(1)}}, r"'a' \(dict\), 'b' \(dict\)"),
+        ({str(k): k for k in range(9)}, r"'0' \(int\), .*'4' \(int\) and 4 more"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_what_is_no_dictionary_of_tensors_is_refused_by_what_it_holds(tmp_path, content, found):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=rf"other\.pth holds {found}.*; save the network's parameters alone with torch.save\("):
+    with pytest.raises(
+        UserError, match=rf"other\.pth holds {found}.*; save the network's parameters alone with torch.save\("
+    ):
         read_weights(tmp_path / "other.pth")
 
 
@@ -264,20 +309,30 @@ def test_a_classifier_alone_is_no_encoder(tmp_path):
 
 def test_a_number_of_numpy_in_a_file_is_named_with_its_cure(tmp_path):
     torch.save({"state_dict": {"conv1.weight": torch.ones(3)}, "score": np.float64(0.5)}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"a\.pth holds other things than tensors \(numpy.*scalar\).*; save the network's parameters alone"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.pth holds other things than tensors \(numpy.*scalar\).*; save the network's parameters alone",
+    ):
         read_weights(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_that_are_not_finite_are_refused_when_they_are_read(tmp_path, value, kind):
-    good = {"conv1.weight": torch.ones(3, 3, dtype=kind), "fc.weight": torch.tensor([torch.nan]), "bn1.num_batches_tracked": torch.tensor(3)}
+    good = {
+        "conv1.weight": torch.ones(3, 3, dtype=kind),
+        "fc.weight": torch.tensor([torch.nan]),
+        "bn1.num_batches_tracked": torch.tensor(3),
+    }
     torch.save(good, tmp_path / "good.pth")
     assert "conv1.weight" in read_weights(tmp_path / "good.pth")  # a classifier is not taken, whatever it holds
     broken = torch.ones(3, 3, dtype=kind)
     broken[2, 1] = value
     torch.save(good | {"conv2.weight": broken}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"a\.pth has weights that are NaN or infinite, such as conv2.weight \(1 tensors in all\); give another"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.pth has weights that are NaN or infinite, such as conv2.weight \(1 tensors in all\); give another",
+    ):
         read_weights(tmp_path / "a.pth")
 
 
@@ -289,12 +344,13 @@ def test_no_encoder_has_names_that_are_taken_for_wrappers(encoder):
 
 # --- finding -----------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def host(tmp_path, monkeypatch):
     """A host that publishes a small file as ResNet18's weights; returns its address."""
     folder = tmp_path / "host"
     folder.mkdir()
-    torch.save({"conv1.weight": torch.arange(600_000.)}, folder / PUBLISHED["resnet18"].file)
+    torch.save({"conv1.weight": torch.arange(600_000.0)}, folder / PUBLISHED["resnet18"].file)
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -350,7 +406,7 @@ def test_a_download_leaves_one_file_where_it_is_looked_for(tmp_path, cache, host
     folder = tmp_path / "weights" if given else cache
     path = find_weights("resnet18", "auto", folder if given else None)
     assert path == folder / PUBLISHED["resnet18"].file and list(folder.iterdir()) == [path]
-    assert torch.equal(read_weights(path)["conv1.weight"], torch.arange(600_000.))
+    assert torch.equal(read_weights(path)["conv1.weight"], torch.arange(600_000.0))
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"downloading {path.name} (3 MB) from {host.split('/')[2]}\n")
     assert find_weights("resnet18", "auto", folder) == path
@@ -374,6 +430,7 @@ def test_a_stopped_download_leaves_nothing(tmp_path, host, monkeypatch):
     def stopped(chunks, *_):
         yield next(chunks)
         raise KeyboardInterrupt
+
     monkeypatch.setattr(weights, "progress", stopped)
     with pytest.raises(KeyboardInterrupt):
         find_weights("resnet18", "auto", tmp_path / "weights")
@@ -391,8 +448,10 @@ def test_without_a_network_the_message_says_what_to_put_where(tmp_path, encoder,
     assert message.count("Connection refused") == len(published.urls)
 
 
-CANNOT_WRITE = ("the weights of resnet18 cannot be written to {folder} ({reason}); make room or get the right to, give "
-                "--weights-dir a folder that can be written, or start from random weights with --pretrained none")
+CANNOT_WRITE = (
+    "the weights of resnet18 cannot be written to {folder} ({reason}); make room or get the right to, give "
+    "--weights-dir a folder that can be written, or start from random weights with --pretrained none"
+)
 
 
 def test_a_folder_that_cannot_be_made_is_no_reason_for_random_weights(tmp_path, host):
@@ -427,10 +486,13 @@ def test_a_disk_that_takes_no_file_is_no_reason_for_random_weights(tmp_path, hos
     assert list((tmp_path / "weights").iterdir()) == []
 
 
-@pytest.mark.parametrize("failure", [TimeoutError("timed out"), ConnectionResetError(104, "reset"), IncompleteRead(b"", 9)])
+@pytest.mark.parametrize(
+    "failure", [TimeoutError("timed out"), ConnectionResetError(104, "reset"), IncompleteRead(b"", 9)]
+)
 def test_a_host_that_breaks_off_is_a_failure_of_the_network(tmp_path, host, monkeypatch, capsys, failure):
     def broken(self, size=-1):
         raise failure
+
     monkeypatch.setattr(HTTPResponse, "read", broken)
     assert find_weights("resnet18", "auto", tmp_path / "weights") is None
     assert f"{host} ({failure})" in capsys.readouterr().out
@@ -440,16 +502,18 @@ def test_a_host_that_breaks_off_is_a_failure_of_the_network(tmp_path, host, monk
 def test_the_doctor_says_whether_a_download_could_be_written(tmp_path, host):
     (tmp_path / "file").touch()
     seen = SimpleNamespace(recipes={"a": Recipe(encoder="resnet18")})
-    fine, = doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path / "weights" / "new"), seen)
+    (fine,) = doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path / "weights" / "new"), seen)
     assert (fine.state, fine.found) == (doctor.FINE, f"resnet18: will be downloaded from {host}")
-    fails, = doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path / "file"), seen)
+    (fails,) = doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path / "file"), seen)
     assert fails.found == f"resnet18: would be downloaded to {tmp_path}/file, which cannot be written (Not a directory)"
     assert fails.state == doctor.FAILS and "--weights-dir" in fails.cure and not (tmp_path / "weights").exists()
 
 
 def test_the_doctor_warns_of_a_file_that_is_not_the_published_one(tmp_path):
     torch.save(source("resnet18").state_dict(), tmp_path / PUBLISHED["resnet18"].file)
-    line, = doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path),
-                           SimpleNamespace(recipes={"a": Recipe(encoder="resnet18")}))
+    (line,) = doctor.weights(
+        SimpleNamespace(pretrained="auto", weights_dir=tmp_path),
+        SimpleNamespace(recipes={"a": Recipe(encoder="resnet18")}),
+    )
     assert line.state == doctor.WARNING and line.found.startswith(f"resnet18: from {PUBLISHED['resnet18'].file}")
     assert f"is not the published file: its SHA-256 should begin with {PUBLISHED['resnet18'].sha256}" in line.cure
