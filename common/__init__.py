@@ -22,7 +22,7 @@ def _on_exception(kind, value, trace):
         return
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from common.cli import say_stopped, stop_behind  # anew, where it came in the middle of that
+    from common.process.main import say_stopped, stop_behind  # anew, where it came in the middle of that
 
     if stop := stop_behind(value):
         say_stopped(stop)
@@ -35,6 +35,6 @@ def _on_exception(kind, value, trace):
 
 sys.excepthook = _on_exception
 
-from common import stopping  # noqa: E402  after the hook, for Ctrl+C may come now
+from common.process import stopping  # noqa: E402  after the hook, for Ctrl+C may come now
 
 stopping.spare_imports()
