@@ -7,6 +7,7 @@ import resource
 import select
 import signal
 import sys
+import threading
 
 from common.errors import WORKER_LOST, UserError, is_out_of_memory
 from common.process import stopping
@@ -45,13 +46,16 @@ def run(main) -> None:
     # Waiting OpenMP threads spin for microseconds, not milliseconds, before they sleep: nothing is lost by that on
     # a quiet machine, and on a shared one torch is ten times faster. Set before torch is loaded, which `main` does.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # OpenCV refuses headers that claim more pixels; it too asks when it is loaded.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**26))
+    sys.excepthook = tell_exception
     open_streams()
     for stream in (sys.stdout, sys.stderr):  # paths may have names that are no text
         stream.reconfigure(errors="backslashreplace")
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started one talks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     stopping.listen()
-    if "RUN_ALL_COMMAND" in os.environ:  # bash does not pass on the SIGTERM that ends it
+    if "RUN_ALL_COMMAND" in os.environ:  # SIGKILL of run_all.sh's process ends this one too
         stopping.when_parent_ends(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         main()
@@ -69,9 +73,16 @@ def run(main) -> None:
             sys.exit(141)
         raise
     finally:
-        end_loaders()
+        kill([child for child in multiprocessing.active_children() if child.daemon])  # loaders, which ignore SIGTERM
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C while Python clears up is no traceback
+
+
+def tell_exception(kind, value, trace) -> None:
+    """Print an exception that nobody caught, but for threads of multiprocessing that lose a process which has ended."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main or not isinstance(value, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, value, trace)
 
 
 def open_streams() -> None:
@@ -167,18 +178,18 @@ def fail(message: str):
     sys.exit(2)
 
 
-def end_loaders() -> None:
-    """End loader processes, which do not listen to the SIGTERM that they get when Python ends."""
-    loaders = [child for child in multiprocessing.active_children() if child.daemon]
-    if loaders:
+def kill(children) -> None:
+    """End worker or loader processes at once."""
+    if children:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
-    for loader in loaders:
-        loader.kill()
+    for child in children:
+        child.kill()
 
 
 def stopped(stop: BaseException):
     """End after a signal with the command to resume, and the exit code that shells expect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    kill(multiprocessing.active_children())  # what they had to save is saved
     say_stopped(stop)
     sys.exit(128 + ((stopping.STATE.asked or signal.SIGTERM) if isinstance(stop, stopping.Stopped) else signal.SIGINT))
 

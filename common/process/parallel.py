@@ -35,15 +35,14 @@ def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str
     """
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
     helpers = resource_tracker, loky_tracker
-    with stopping.blocked(unseen, helpers) if n_jobs != 1 else nullcontext(), stopping.undisturbed():
+    # Held, because worker processes that are half started would never end.
+    with stopping.held(), stopping.blocked(unseen, helpers) if n_jobs != 1 else nullcontext():
         results = parallel(
             joblib.delayed(_indexed)(index, function, job, os.getpid()) for index, job in enumerate(jobs)
         )
     try:
         yield from progress(results, len(jobs), label, unit)
     except BrokenProcessPool:
-        if stopping.STATE.asked:
-            raise stopping.Stopped from None
         raise UserError(f"{label}: {WORKER_LOST}") from None
 
 
@@ -91,7 +90,7 @@ def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, labe
         for job in jobs:
             function(*job)
         return
-    with workers(n_jobs, cluster) as n_workers, stopping.held(passed_on=True) if cluster is None else nullcontext():
+    with workers(n_jobs, cluster) as n_workers, stopping.held() if cluster is None else nullcontext():
         calls = [(os.getpid(), function, job) for job in jobs]
         done = run_parallel(_stoppable, calls, n_workers, label, "folds", stopping.SIGNALS)
         if any([was_stopped for _, was_stopped in done]) and not stopping.STATE.asked:
@@ -110,8 +109,8 @@ def _stoppable(parent, function, job) -> bool:
         return False
     _listen()
     try:
-        with stopping.at_work():
-            function(*job)
+        stopping.check()
+        function(*job)
     except stopping.Stopped:
         return True
     return False
@@ -119,7 +118,7 @@ def _stoppable(parent, function, job) -> bool:
 
 @cache
 def _listen() -> None:
-    """Let SIGTERM through to this worker process, for the first time; it is noted until `stopping.at_work`."""
+    """Let SIGTERM through to this worker process: it is noted until the next `stopping.check`, of this job or the next one."""
     stopping.STATE.held = True
     stopping.listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -190,10 +190,11 @@ def test_sigterm_after_the_last_job_does_not_wait_for_idle_workers():
 
 def test_a_thread_that_loses_the_other_end_says_nothing_and_other_errors_are_told():
     code = (
-        "import sys, threading, common\n"
+        "import sys, threading; from common.process.main import run\n"
         "def fail(error):\n    try:\n        raise error\n    except Exception:\n        sys.excepthook(*sys.exc_info())\n"
-        "for error in (ConnectionResetError('gone'), EOFError('ended'), ValueError('a bug')):\n"
-        "    thread = threading.Thread(target=fail, args=(error,)); thread.start(); thread.join()"
+        "def main():\n    for error in (ConnectionResetError('gone'), EOFError('ended'), ValueError('a bug')):\n"
+        "        thread = threading.Thread(target=fail, args=(error,)); thread.start(); thread.join()\n"
+        "run(main)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
