@@ -71,7 +71,7 @@ def main():
 
 
 def rerun(args, recipes):
-    return command("run_tables.sh", "--recipes", ",".join(recipes), "--data", args.data, "--work", args.work)
+    return command("run_all.sh", "--tables", "--recipes", ",".join(recipes), "--data", args.data, "--work", args.work)
 
 
 def write(stage, scores, gains, remarks):

@@ -188,7 +188,7 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
 
 
 def before_main(code: int, text: str) -> bool:
-    """Tell whether Ctrl+C came while a script's own imports ran, before `run` is there to say one message: Python's trace or nothing."""
+    """Tell whether Ctrl+C came before `run` could turn it into one message: Python ends with a trace, or without a word."""
     return code == -signal.SIGINT and (not text or text.endswith("\nKeyboardInterrupt\n") and "in main\n" not in text)
 
 

@@ -14,8 +14,8 @@ from common.process import stopping
 from common.process.command_line import command
 
 OUT_OF_MEMORY = (
-    "the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, or "
-    "try --device cpu"
+    "the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, "
+    "or try --device cpu"
 )
 
 
@@ -86,8 +86,7 @@ def tell_exception(kind, value, trace) -> None:
 
 
 def open_streams() -> None:
-    """Let what is printed go nowhere where the output was closed, as daemons and cron may do: a file that is opened would take its
-    place."""
+    """Open closed streams, as of daemons, on /dev/null: the next file to be opened would take their place."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -127,19 +126,23 @@ def explain_one(error: BaseException) -> str | None:
         return str(error).split("UserError: ")[-1].rstrip()
     if isinstance(error, BrokenPipeError):
         return None if output_is_closed() else WORKER_LOST
+    if isinstance(error, EOFError) and text == "unexpected EOF":  # of the process that starts the loaders
+        return WORKER_LOST
     if isinstance(error, (ConnectionError, TimeoutError)) and not error.filename:
-        return f"a connection to another process or machine was lost ({error}); finished work is kept. To resume: {command()}"
+        lost = f"a connection to another process or machine was lost ({error})"
+        return f"{lost}; finished work is kept. To resume: {command()}"
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in FULL_DISK):
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}; check that the folder exists, can be written and has space"
     if any(words in text for words in SHARED_MEMORY_FULL):
         return f"{SMALL_SHARED_MEMORY}. To resume: {command()}"
     if isinstance(error, ImportError) and any(words in text for words in NOT_LOADED):
-        return f"out of memory while loading a library ({text.splitlines()[-1]}){address_limit()}; ask the scheduler for more"
+        library = text.splitlines()[-1]
+        return f"out of memory while loading a library ({library}){address_limit()}; ask the scheduler for more"
     if "LOCAL_WORLD_SIZE" in os.environ and is_lost_process(error):
         return (
-            f"another of torchrun's {os.environ.get('WORLD_SIZE')} processes was lost (perhaps memory ran out); finished work is "
-            f"kept. To resume: {command()}"
+            f"another of torchrun's {os.environ.get('WORLD_SIZE')} processes was lost (perhaps memory ran out); "
+            f"finished work is kept. To resume: {command()}"
         )
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
@@ -147,8 +150,8 @@ def explain_one(error: BaseException) -> str | None:
         return f"out of memory ({(text or 'MemoryError').splitlines()[0]}){address_limit()}; {SMALLER}"
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return (
-            f"{str(error).strip()} (perhaps memory ran out); finished work is kept. To go on: {command()}, if need be with "
-            "fewer --workers"
+            f"{str(error).strip()} (perhaps memory ran out); finished work is kept. To go on: {command()}, if need be "
+            "with fewer --workers"
         )
     return None
 
@@ -195,7 +198,7 @@ def stopped(stop: BaseException):
 
 
 def say_stopped(stop: BaseException) -> None:
-    """Say how to go on, but where another process does: the main one of several, or run_all.sh, which sees Ctrl+C too."""
+    """Print the command to resume, unless another process does: torchrun's first, or on Ctrl+C run_all.sh's."""
     by_hand = isinstance(stop, KeyboardInterrupt) or stopping.STATE.asked == signal.SIGINT
     if not stopping.is_follower() and not ("RUN_ALL_COMMAND" in os.environ and by_hand):
         print(f"\nstopped; finished work is kept. To go on: {command()}", file=sys.stderr)

@@ -62,7 +62,7 @@ PLACE = []  # of this worker process: its number, and the socket that holds it
 
 @cache
 def _join(parent: int) -> None:
-    """Set this worker process up: it takes a number, and ends soon after its parent, for nobody waits for its results then."""
+    """Set this worker process up: it takes a number, and ends soon after its parent, when nobody waits for results."""
     stopping.when_parent_ends(parent, lambda: os._exit(1))
     # Loader processes, which it may start, know nothing of loky's way to start processes, its default.
     multiprocessing.set_start_method(None, force=True)
@@ -80,12 +80,12 @@ def _join(parent: int) -> None:
 
 
 def worker_number() -> int | None:
-    """Return the number of this worker process, from 0 on and different from those of its siblings; None in other processes."""
+    """Return the number of this worker process, from 0 on and unlike those of its siblings; None in other processes."""
     return PLACE[0] if PLACE else None
 
 
 def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, label: str) -> None:
-    """Call `function(*job)` for jobs of minutes or more (a recipe's fold): one after the other here, several, or elsewhere."""
+    """Call `function(*job)` for jobs of minutes or more (a recipe's fold): one by one, several at once, or elsewhere."""
     if n_jobs == 1 and not cluster:
         for job in jobs:
             function(*job)
@@ -118,7 +118,7 @@ def _stoppable(parent, function, job) -> bool:
 
 @cache
 def _listen() -> None:
-    """Let SIGTERM through to this worker process: it is noted until the next `stopping.check`, of this job or the next one."""
+    """Let SIGTERM through to this worker process, where it waits for the next `stopping.check` of any job."""
     stopping.STATE.held = True
     stopping.listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

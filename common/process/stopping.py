@@ -1,4 +1,4 @@
-"""The signals that ask a process to end: Ctrl+C, SIGTERM and SIGUSR1 as schedulers send them, SIGHUP as a closing terminal does.
+"""The signals that ask a process to end: Ctrl+C, SIGTERM and SIGUSR1 of schedulers, SIGHUP of a terminal that closes.
 
 One flag, `STATE.asked`, is checked between batches. Who does what:
 
@@ -83,7 +83,7 @@ def _ask(number: int) -> None:
 
 @contextmanager
 def held():
-    """Inside, a signal waits for the next `check`, which stands where everything can be saved; a second Ctrl+C does not."""
+    """Inside, a signal waits for the next `check`, where everything can be saved; a second Ctrl+C does not wait."""
     before, STATE.held = STATE.held, True
     try:
         yield
@@ -93,7 +93,7 @@ def held():
 
 
 def check() -> None:
-    """Raise Stopped if a signal has come. Of several processes the main one decides: it needs the others until it has saved."""
+    """Raise Stopped if a signal has come; a follower goes on until the main process has saved, which needs it."""
     if STATE.asked and not is_follower():
         raise Stopped
 

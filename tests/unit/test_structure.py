@@ -22,7 +22,7 @@ def imports(path):
 
 def test_every_module_is_in_a_room_that_says_what_it_is_for():
     common = ROOT / "common"
-    assert sorted(path.stem for path in common.glob("*.py")) == ["__init__", "classes", "errors", "recipes"]
+    assert sorted(path.stem for path in common.glob("*.py")) == ["__init__", "classes", "errors", "pipeline", "recipes"]
     for room in {path.parent for path in common.glob("*/*.py")}:
         assert ast.get_docstring(ast.parse((room / "__init__.py").read_text())), room
 
