@@ -1,6 +1,9 @@
 """The one exception for what a user can fix, and how long lists and commands are printed."""
 
 import shlex
+from pathlib import Path
+
+DATA = Path("data")  # the input folder, which commands name where it is another
 
 WORKER_LOST = (
     "a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, "

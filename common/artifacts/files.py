@@ -7,6 +7,8 @@ import re
 import time
 from pathlib import Path
 
+from common.errors import UserError
+
 LEFTOVER = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")
 SECONDS_UNTIL_LEFT = 3600
 
@@ -64,3 +66,19 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path):
+    """Read a JSON file; a damaged one is a UserError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read a file of JSON lines; a damaged one is a UserError that names it."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); train its fold again") from None

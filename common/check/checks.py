@@ -14,8 +14,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.artifacts.layout import Layout
 from common.errors import UserError, command, first_line, listing
-from common.process import command_line
 from common.process.main import explain, stop_behind
 from common.process.progress import progress
 from common.process.requirements import unmet
@@ -74,7 +74,7 @@ def checks(args):
     costs = {}
     for name, recipe in seen.recipes.items():
         print(f"measuring steps of {name}, a minute at most on most machines", file=sys.stderr, flush=True)
-        cost = yield from guarded(f"memory, {name}", memory(name, recipe, command_line.folders(args)))
+        cost = yield from guarded(f"memory, {name}", memory(name, recipe, Layout(args.work, args.data).flags()))
         costs |= {name: cost} if cost else {}
     yield from guarded("disk", disk(args, seen, folds, costs))
     yield from guarded("time", times(args, seen, folds, costs))
@@ -372,7 +372,6 @@ def labels(args, seen: Seen):
     """Yield how classes are spread; returns the folds that there are, or would be if no sample was a duplicate."""
     import pandas as pd
 
-    from common.artifacts.stage import read_table
     from common.data.folds import audit, fold_numbers, make_folds
     from common.data.labels import absent_classes, parse_targets
     from common.train.fold_data import known_folds
@@ -386,8 +385,9 @@ def labels(args, seen: Seen):
             f"{len(absent)} of 28 classes have no sample and will count as 0: {', '.join(absent)}",
             "a class needs at least one sample a fold to be learnt and scored",
         )
-    if (args.work / "folds.csv").is_file():
-        folds, origin = read_table(args.work / "folds.csv", makes_folds(args)), f"folds of {args.work / 'folds.csv'}"
+    layout = Layout(args.work, args.data)
+    if layout.folds.is_file():
+        folds, origin = layout.read_folds(), f"folds of {layout.folds}"
     else:
         rows = [(s.Id, s.part, s.Target, s.Id, 1) for s in labelled]
         folds = make_folds(pd.DataFrame(rows, columns=["Id", "part", "Target", "group", "kept"]), args.n_folds, 4, 0)
@@ -468,7 +468,7 @@ def download_to(folder: Path, encoder: str, host: str) -> Check:
 
 def work_so_far(args, seen: Seen):
     """Yield what of an earlier run in the work folder is of use, and which trainings would ask for --force."""
-    from common.artifacts.stage import Stage, read_table
+    from common.artifacts.stage import Stage
     from common.data.exposure import Levels, exposure_warning
     from common.data.folds import fold_numbers
     from common.data.ingest import known_states, preprocess_stage, wanted_stores
@@ -476,7 +476,8 @@ def work_so_far(args, seen: Seen):
     from common.train.checkpoints import FORMAT, made_from
     from common.train.fold_data import training_inputs
 
-    if not (args.work / "samples.csv").is_file():
+    layout = Layout(args.work, args.data)
+    if not layout.samples.is_file():
         return
     if line := exposure_warning(args.work):
         yield Check("work so far", WARNING, f"the images that are stored: {line.removeprefix('warning: ')}")
@@ -495,10 +496,10 @@ def work_so_far(args, seen: Seen):
         or ""
     )
     trained = []
-    folds = read_table(args.work / "folds.csv", makes_folds(args)) if (args.work / "folds.csv").is_file() else None
+    folds = layout.read_folds() if layout.folds.is_file() else None
     for name, recipe in seen.recipes.items() if folds is not None else ():
         for fold in args.folds or fold_numbers(folds):
-            folder = args.work / "runs" / name / f"fold{fold}"
+            folder = layout.run(name, fold)
             begun = made_from(folder)
             if not begun:
                 continue
@@ -517,7 +518,7 @@ def work_so_far(args, seen: Seen):
                     "work so far",
                     FAILS,
                     f"{folder} was trained on something else ({changes})",
-                    f"{command_line.other('04_train.py', args, '--recipe', name, '--folds', fold, '--force')} trains it again; or "
+                    f"{layout.command('04_train.py', '--recipe', name, '--folds', fold, '--force')} trains it again; or "
                     "give another --work",
                 )
     if "changed" in reason and trained:
@@ -589,9 +590,10 @@ def disk(args, seen: Seen, folds, costs: dict):
     from common.recipes import stored_size
 
     stores = {str(min(HASH_SIZE, *seen.sides.values())), *(recipe.store for recipe in seen.recipes.values())}
-    there = {store: stored_ids(args.work / "images" / store) for store in stores}
+    layout = Layout(args.work)
+    there = {store: stored_ids(layout.store(store)) for store in stores}
     raw, levels = args.store == "raw", Levels(args.black_level, args.white_level)
-    records = records_at(args.work / "images" / "journal.jsonl", levels)
+    records = records_at(layout.journal, levels)
     images = space_needed(
         [
             stored_size(store, seen.side(s))
@@ -606,7 +608,7 @@ def disk(args, seen: Seen, folds, costs: dict):
         checkpoint_bytes(seen.recipes[name], cost)
         for name, cost in costs.items()
         for fold in numbers
-        if not (args.work / "runs" / name / f"fold{fold}" / "last.pt").is_file()
+        if not layout.network(name, fold, "last").is_file()
     )
     predicted = len(costs) * 28 * 4 * (len(folds) + (len(numbers) + 1) * len(seen.usable))
     needed, free = images + runs + predicted, shutil.disk_usage(existing(args.work)).free
@@ -661,10 +663,6 @@ def times(args, seen: Seen, folds, costs: dict):
         f"{duration(everything)} at most, one fold after the other, on a "
         f"{hardware.device.type} as busy as it was now; training may end earlier",
     )
-
-
-def makes_folds(args) -> str:
-    return command_line.other("03_make_folds.py", args)
 
 
 # --- words -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import tifffile
 
 from common.artifacts.files import writing
-from common.artifacts.stage import preprocess_command
+from common.artifacts.layout import Layout
 from common.data import tiff
 from common.data.exposure import WHOLE, Levels
 from common.data.sources import CHANNELS, MAX_SIDE, BadImage, examine_sample
@@ -92,7 +92,7 @@ def read_planes(
         if crc and checksum(planes) != crc:
             raise ValueError("its pixels are not those that were stored")
     except Exception as error:  # decoders raise many kinds; each means a missing or damaged file
-        rerun = preprocess_command(path.parent.parent.parent, path.parent.name)
+        rerun = Layout(path.parents[2]).preprocess_command(path.parent.name)
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path} is missing; run: {rerun}") from None
         raise UserError(f"{path} cannot be read ({first_line(error)}); delete it, and run: {rerun}") from None

@@ -10,16 +10,9 @@ import numpy as np
 import pandas as pd
 
 from common.artifacts.files import clear_leftovers, csv_files, naming
-from common.artifacts.stage import (
-    Stage,
-    check_ids,
-    digest,
-    preprocess_command,
-    read_sidecar,
-    read_table,
-    sidecar,
-    write_csv,
-)
+from common.artifacts.layout import Layout
+from common.artifacts.stage import Stage, digest, read_sidecar, sidecar
+from common.artifacts.tables import check_ids, read_table, write_csv
 from common.artifacts.text_tables import composed
 from common.data import exposure, images, sources, tiff
 from common.data.exposure import WHOLE, Levels
@@ -168,7 +161,7 @@ def cure_small(recipes: dict[str, Recipe], sides: dict[Sample, int]) -> str:
 
 def kept_going(work: Path) -> bool:
     """Tell whether the run that made samples.csv was to leave out what cannot be used."""
-    table = work / "samples.csv"
+    table = Layout(work).samples
     return sidecar(table).is_file() and bool(read_sidecar(table)["parameters"].get("keep_going"))
 
 
@@ -188,7 +181,7 @@ def preprocess_stage(
     chosen = {**({"black_level": levels.black} if levels.black else {}), **({"store": "raw"} if raw else {})}
     return Stage(
         "01_preprocess",
-        work / "samples.csv",
+        Layout(work).samples,
         {"sizes": stores, "white_level": levels.white, **chosen, "keep_going": keep_going, "enlarge": enlarge},
         {"samples and labels": digest(listed), "image files": digest(list(states.values()))},
     )
@@ -244,7 +237,7 @@ def known_states(samples: list[Sample], work: Path, n_jobs: int | None) -> dict[
 
     n_jobs : processes that read files; None = content is taken for unchanged, and nothing is read or noted
     """
-    journal = work / "images" / "journal.jsonl"
+    journal = Layout(work).journal
     records, states = read_journal(journal), {sample: source_state(sample) for sample in samples}
     moved = [
         s
@@ -350,7 +343,7 @@ def store_all(
     recipes : name -> recipe whose images are stored, at sizes that fit the sources: see `fit_recipes`
     raw : store large images uncompressed; those of the other kind are made again
     """
-    folder = work / "images"
+    folder = Layout(work).images
     journal = folder / "journal.jsonl"
     records = records_at(journal, levels)
     bad = dict(bad)
@@ -445,7 +438,7 @@ def drop_outdated(folder: Path, stores, samples: list[Sample], states: dict[Samp
     tables = [table for table in csv_files(folder) if table.stem not in stores]
     records = records_at(folder / "journal.jsonl", levels) if tables else {}
     for table in tables:
-        listed = set(read_table(table, preprocess_command(folder.parent, table.stem))["Id"])
+        listed = set(read_table(table, Layout(folder.parent).preprocess_command(table.stem))["Id"])
         if any(
             sample.Id in listed and table.stem not in valid_stores(records.get(sample.Id), states[sample])
             for sample in samples

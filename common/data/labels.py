@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts.stage import check_ids
+from common.artifacts.tables import check_ids
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, listing

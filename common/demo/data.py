@@ -15,7 +15,7 @@ import pandas as pd
 import tifffile
 
 from common.artifacts.files import writing
-from common.artifacts.stage import write_csv
+from common.artifacts.tables import write_csv
 from common.data.images import CHANNELS
 from common.demo.drawing import draw_sample
 from common.errors import UserError

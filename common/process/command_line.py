@@ -6,11 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from common.errors import command as command_line
-from common.errors import nearest
+from common.errors import DATA, nearest
 from common.recipes import run_name
-
-DATA = Path("data")
 
 
 class Parser(argparse.ArgumentParser):
@@ -175,17 +172,6 @@ def fold_numbers(text: str) -> list[int]:
 def leave_out(flag: str) -> None:
     """From here on the command that goes on is without a flag: what it asks for is done, and would undo what comes now."""
     sys.argv = [argument for argument in sys.argv if argument != flag]
-
-
-def other(script: str, args, *more: str) -> str:
-    """Return the command of another script on the folders of this one."""
-    return command_line(script, *folders(args), *more)
-
-
-def folders(args) -> list[str]:
-    """Return the flags of the folders that a command line was given."""
-    data = ["--data", str(args.data)] if args.data != DATA else []
-    return [*data, "--work", str(args.work)]
 
 
 def arguments_without(flag: str) -> list[str]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from common.artifacts.stage import read_table
+from common.artifacts.tables import read_table
 from common.classes import N_CLASSES
 from common.data.labels import parse_targets
 from common.report import plots
@@ -227,7 +227,7 @@ def member_blocks(members: list[dict] | None) -> list[Table]:
 
 def paper_blocks(work: Work) -> list:
     """Show the paper's tables, where stage 09 has made them."""
-    folder = work.folder / "tables"
+    folder = work.layout.tables
     if not (folder / "tables.md").is_file():
         return [Note(f"The paper's tables have not been made; run: bash run_tables.sh --work {work.folder}")]
     blocks = gain_figures(read_table(folder / "gains.csv", "bash run_tables.sh"))

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from common.artifacts.stage import load_predictions, read_sidecar, sidecar
+from common.artifacts.layout import Layout
+from common.artifacts.predictions import load_predictions
+from common.artifacts.stage import read_sidecar, sidecar
 from common.classes import N_CLASSES
 from common.data.folds import fold_numbers
 from common.data.labels import absent_classes, parse_targets
@@ -107,7 +109,7 @@ def validation_rows(folds: pd.DataFrame, numbers: list[int] | None) -> pd.DataFr
 
 def prediction_files(work: Path, runs, numbers) -> dict[str, dict[int, Path]]:
     """Return the out-of-fold file of each run and fold, there or not."""
-    return {run: {int(fold): work / "predictions" / run / f"fold{fold}_oof.npz" for fold in numbers} for run in runs}
+    return {run: {int(fold): Layout(work).predictions(run, "oof", fold) for fold in numbers} for run in runs}
 
 
 def missing_runs(systems: dict[str, dict[str, str]], files: dict[str, dict[int, Path]]) -> dict[str, list[str]]:

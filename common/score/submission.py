@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts.files import write_json
-from common.artifacts.stage import preprocess_command, read_json, read_table
+from common.artifacts.files import read_json, write_json
+from common.artifacts.layout import Layout
+from common.artifacts.tables import read_table
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data.labels import check_samples, format_targets, is_target, parse_targets
@@ -172,13 +173,13 @@ def remember_submission(work: Path, out: Path) -> None:
     """
     path = str(out.resolve())
     others = [other for other in remembered_submissions(work) if other != path]
-    if out.resolve() != (work / "submission.csv").resolve() and os.access(work, os.W_OK):
-        write_json(work / "submissions.json", [*others, path])
+    if out.resolve() != Layout(work).submission.resolve() and os.access(work, os.W_OK):
+        write_json(Layout(work).submissions, [*others, path])
 
 
 def remembered_submissions(work: Path) -> list[str]:
     """Return the paths of the submissions that stage 07 wrote outside of a work folder, the last one last."""
-    path = work / "submissions.json"
+    path = Layout(work).submissions
     found = read_json(path) if path.is_file() else []
     if not (isinstance(found, list) and all(isinstance(place, str) and "\0" not in place for place in found)):
         raise UserError(f"{path} is not a list of paths; delete it")
@@ -192,7 +193,7 @@ def submission_table(ids, predicted: np.ndarray) -> pd.DataFrame:
 def left_out_samples(path: Path) -> pd.DataFrame:
     """Return the test samples that stage 01 left out, of its left_out.csv where there is one: Id, place."""
     none = pd.DataFrame({"part": [], "Id": [], "place": []})
-    lost = read_table(path, preprocess_command(path.parent)) if path.is_file() else none
+    lost = read_table(path, Layout(path.parent).preprocess_command()) if path.is_file() else none
     return lost.loc[lost["part"] == "test", ["Id", "place"]]
 
 

@@ -11,9 +11,10 @@ import torch
 
 from common.artifacts.arrays import refuse_damaged, refuse_inflated
 from common.artifacts.files import writing
+from common.artifacts.layout import Layout
 from common.artifacts.stage import Stage, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.errors import UserError, command, first_line
+from common.errors import UserError, first_line
 from common.recipes import Recipe, from_dict, recipe_of_run, to_dict
 from common.train.fold_data import training_inputs
 from common.train.hardware import Hardware, set_kernels
@@ -212,7 +213,7 @@ def check_alike(work: Path, name: str, numbers: list[int]) -> None:
     """Refuse finished folds of one name that were trained with different recipes: their probabilities are put together."""
     first = None
     for fold in numbers:
-        path = work / "runs" / name / f"fold{fold}" / "best.pt"
+        path = Layout(work).network(name, fold)
         if not sidecar(path).is_file():
             continue
         recipe = to_dict(recipe_of_run(read_sidecar(path)["parameters"]))
@@ -221,7 +222,7 @@ def check_alike(work: Path, name: str, numbers: list[int]) -> None:
         if changed:
             raise UserError(
                 f"folds {first[0]} and {fold} of {name} were trained with different recipes: {'; '.join(changed)}; train one "
-                f"of them again: {command('04_train.py', '--work', work, '--recipe', name, '--folds', fold, '--force')}"
+                f"of them again: {Layout(work).command('04_train.py', '--recipe', name, '--folds', fold, '--force')}"
             )
 
 
@@ -231,8 +232,8 @@ def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, w
     Raises UserError where the fold is not trained to its end, or was trained on other folds or images than
     there are now: its out-of-fold rows would not be out of fold.
     """
-    folder = work / "runs" / name / f"fold{fold}"
-    train = command("04_train.py", "--work", work, "--recipe", name, "--folds", fold)
+    folder = Layout(work).run(name, fold)
+    train = Layout(work).command("04_train.py", "--recipe", name, "--folds", fold)
     if not sidecar(folder / "best.pt").is_file():
         raise UserError(f"{folder} has no finished training; run: {train}")
     meta = read_sidecar(folder / "best.pt")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts.stage import write_csv
+from common.artifacts.tables import write_csv
 from common.classes import CLASS_NAMES
 from common.data.labels import format_targets
 

@@ -4,7 +4,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.artifacts.stage import read_lines
+from common.artifacts.files import read_lines
 from common.errors import UserError
 
 NAMES = {

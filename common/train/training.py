@@ -16,7 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from common.artifacts.files import write_text
-from common.artifacts.stage import write_csv
+from common.artifacts.tables import write_csv
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data.class_weights import draw_weights, effective_number_weights
 from common.errors import UserError, is_out_of_memory

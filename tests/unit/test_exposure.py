@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.artifacts.stage import Stage, write_csv
+from common.artifacts.stage import Record, Stage
+from common.artifacts.tables import write_csv
 from common.data.exposure import WHOLE, Levels, describe, exposure_warning, judge, signal_elsewhere, used_range
 
 RNG = np.random.default_rng(0)
@@ -120,12 +121,12 @@ def test_a_work_folder_remembers(tmp_path):
     assert exposure_warning(tmp_path) is None
     stage = Stage("01_preprocess", tmp_path / "samples.csv", {}, {})
     write_csv(stage.artifact, pd.DataFrame({"Id": ["a"]}))
-    stage.finish(rows=1)
+    stage.seal(Record(1))
     assert exposure_warning(tmp_path) is None
     for sample, line in (
         (files([0, 60000]), None),
         (files([0, 4000]), "warning: the 16-bit files use 0..4000 of 0..65535 only"),
     ):
-        stage.finish(rows=1, exposure=judge(["train"], [sample], WHOLE))
+        stage.seal(Record(1, notes={"exposure": judge(["train"], [sample], WHOLE)}))
         found = exposure_warning(tmp_path)
         assert found == line or (found.startswith(line) and "\n" not in found)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.artifacts.stage import read_table
+from common.artifacts.tables import read_table
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.data.labels import read_csv, read_labels
 from common.errors import UserError
