@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import multiprocessing
 import os
 import resource
@@ -9,7 +10,9 @@ import select
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from common import stopping
 from common.errors import WORKER_LOST, UserError, is_out_of_memory, nearest
@@ -48,19 +51,19 @@ LOST = ("onnection closed by peer", "onnection reset by peer", "gloo/transport",
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations whose errors name the nearest known flag."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str) -> None:
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
         )
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
             self.error(f"unknown argument {unknown[0]}; {nearest(unknown[0].split('=')[0], flags)}")
         return values
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 
@@ -84,7 +87,7 @@ def parser(description: str) -> Parser:
     return result
 
 
-def add_hardware_flags(parser) -> None:
+def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
     """Add what says where networks run to a stage's command line; see `hardware.HardwareOptions`."""
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     parser.add_argument(
@@ -115,7 +118,7 @@ def add_hardware_flags(parser) -> None:
     )
 
 
-def add_weight_flags(parser) -> None:
+def add_weight_flags(parser: argparse._ActionsContainer) -> None:
     """Add --pretrained and --weights-dir to a command line."""
     parser.add_argument(
         "--pretrained",
@@ -132,7 +135,7 @@ def add_weight_flags(parser) -> None:
     )
 
 
-def add_check_flags(parser) -> None:
+def add_check_flags(parser: argparse.ArgumentParser) -> None:
     """Add what the doctor is told of the later stages."""
     group = parser.add_argument_group("what is checked with --check")
     group.add_argument("--folds", type=fold_numbers, metavar="0,2", help="folds to train (default: all)")
@@ -144,7 +147,7 @@ def add_check_flags(parser) -> None:
     add_weight_flags(group)
 
 
-def add_cluster_flag(parser) -> None:
+def add_cluster_flag(parser: argparse.ArgumentParser) -> None:
     """Add --cluster to a stage that does many independent jobs."""
     parser.add_argument(
         "--cluster",
@@ -174,7 +177,7 @@ def recipe_names(text: str) -> list[str]:
     return names(",".join(run_name(name) for name in names(text)))
 
 
-def whole_number(low: int, high: int | None = None):
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     """Return a parser of whole numbers from `low` on, or from `low` to `high`."""
     expected = f"above {low - 1}" if high is None else f"from {low} to {high}"
 
@@ -204,14 +207,15 @@ def fold_numbers(text: str) -> list[int]:
     return [int(part) for part in values]
 
 
-def run(main) -> None:
+def run(main: Callable[[], object]) -> None:
     """Call a script's `main`; a user's mistake ends in one message and exit code 2, never in a traceback."""
     # Waiting OpenMP threads spin for microseconds, not milliseconds, before they sleep: nothing is lost by that on
     # a quiet machine, and on a shared one torch is ten times faster. Set before torch is loaded, which `main` does.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     open_streams()
     for stream in (sys.stdout, sys.stderr):  # paths may have names that are no text
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started one talks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     stopping.listen()
@@ -250,7 +254,7 @@ def open_streams() -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
-def stop_behind(error: BaseException) -> BaseException | None:
+def stop_behind(error: BaseException | None) -> BaseException | None:
     """Return the stop that an error comes from, Ctrl+C or another signal; None where it is one of its own.
 
     What is raised while a module in C is imported comes out as an ImportError; and when the main process of several has
@@ -263,7 +267,7 @@ def stop_behind(error: BaseException) -> BaseException | None:
     return stopping.Stopped() if stopping.STATE.asked else None
 
 
-def explain(error: BaseException) -> str | None:
+def explain(error: BaseException | None) -> str | None:
     """Return the message for an error that a user can do something about, or for one that it hides; None for others."""
     while error is not None and not isinstance(error, BUGS):
         if message := explain_one(error):
@@ -326,7 +330,7 @@ def output_is_closed() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def fail(message: str):
+def fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -340,7 +344,7 @@ def end_loaders() -> None:
         loader.kill()
 
 
-def stopped(stop: BaseException):
+def stopped(stop: BaseException) -> NoReturn:
     """End after a signal with the command to resume, and the exit code that shells expect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     say_stopped(stop)
@@ -359,12 +363,12 @@ def leave_out(flag: str) -> None:
     sys.argv = [argument for argument in sys.argv if argument != flag]
 
 
-def other(script: str, args, *more: str) -> str:
+def other(script: str, args: argparse.Namespace, *more: object) -> str:
     """Return the command of another script on the folders of this one."""
     return command_line(script, *folders(args), *more)
 
 
-def folders(args) -> list[str]:
+def folders(args: argparse.Namespace) -> list[str]:
     """Return the flags of the folders that a command line was given."""
     data = ["--data", str(args.data)] if args.data != DATA else []
     return [*data, "--work", str(args.work)]
