@@ -9,11 +9,14 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable, Collection, Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from common.arrays import read_arrays
 from common.classes import CLASS_NAMES
@@ -51,7 +54,7 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
         frame.to_csv(temporary, index=False, lineterminator="\n")
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
     """Read a JSON file; a damaged one is a UserError that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -94,9 +97,8 @@ def preprocess_command(work: Path, store: str | None = None) -> str:
     """Return the last command of stage 01, if need be with the size of a folder of stored images that it has to fill."""
     samples = work / "samples.csv"
     record = read_sidecar(samples) if sidecar(samples).is_file() else {"outputs": {}}
-    made = store is None or f"images/{store}.csv" in record["outputs"]
     arguments = record.get("arguments", [])
-    if not made:
+    if store is not None and f"images/{store}.csv" not in record["outputs"]:
         settings, fields = store_settings(store), ("size_rule", "size_divisor", "image_size", "crop_size")
         kept = [argument for argument in arguments if argument.partition("=")[0] not in fields]
         arguments = [
@@ -106,7 +108,7 @@ def preprocess_command(work: Path, store: str | None = None) -> str:
     return command("01_preprocess.py", *arguments, "--work", work)
 
 
-def stored_images(work: Path, store: str, ids) -> pd.DataFrame:
+def stored_images(work: Path, store: str, ids: Collection[str]) -> pd.DataFrame:
     """Return stage 01's statistics of the given Ids in one folder of stored images, in their order."""
     rerun = preprocess_command(work, store)
     table = read_table(work / "images" / f"{store}.csv", rerun).set_index("Id")
@@ -116,7 +118,7 @@ def stored_images(work: Path, store: str, ids) -> pd.DataFrame:
     return table.loc[list(ids)].reset_index()
 
 
-def images_digest(work: Path, store: str, ids) -> str:
+def images_digest(work: Path, store: str, ids: Collection[str]) -> str:
     """Return the fingerprint of the given Ids' stored images by the columns that all versions write: others change nothing."""
     return digest(stored_images(work, store, ids).filter(regex=r"^(Id|side|crc|(mean|std|zeros|saturated)_\w+)$"))
 
@@ -129,7 +131,7 @@ RESERVED = re.compile(
 )  # names of devices, on shares that Windows sees
 
 
-def check_ids(ids, path) -> None:
+def check_ids(ids: Iterable[str], path: Path) -> None:
     """Refuse Ids that are not plain file names: an Id becomes part of a path, and must not lead out of its folder."""
     unsafe = [Id for Id in ids if not SAFE_ID.fullmatch(Id) or RESERVED.fullmatch(Id) or len(Id.encode()) > 200]
     if unsafe:
@@ -139,7 +141,7 @@ def check_ids(ids, path) -> None:
 # --- predictions -------------------------------------------------------------------------------------------
 
 
-def check_probabilities(ids, probs, name) -> np.ndarray:
+def check_probabilities(ids: ArrayLike, probs: ArrayLike, name: object) -> np.ndarray:
     """Return probabilities within [0, 1], into which what is outside by rounding is moved.
 
     Raises UserError for repeated Ids, a wrong shape, NaN and values outside by more.
@@ -171,7 +173,7 @@ def prediction_file(work: Path, recipe_name: str, part: str, fold: int | None = 
     return work / "predictions" / recipe_name / (f"{part}.npz" if fold is None else f"fold{fold}_{part}.npz")
 
 
-def save_predictions(path: Path, ids, probs) -> None:
+def save_predictions(path: Path, ids: ArrayLike, probs: ArrayLike) -> None:
     """Write `ids (n,)`, `probs (n, 28) float32` in [0, 1] and `classes (28,)` as one .npz."""
     ids, probs = np.asarray(ids, dtype=str), np.asarray(probs, dtype=np.float32)
     probs = check_probabilities(ids, probs, path)
@@ -209,7 +211,7 @@ def fingerprint(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(value) -> str:
+def digest(value: Any) -> str:
     """Return the SHA-256 of a JSON-able value, or of a table's CSV text."""
     text = value.to_csv(index=False) if isinstance(value, pd.DataFrame) else json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -232,7 +234,7 @@ def read_sidecar(path: Path) -> dict:
     return meta
 
 
-def is_path(name) -> bool:
+def is_path(name: object) -> bool:
     return isinstance(name, str) and "\0" not in name
 
 
@@ -251,13 +253,19 @@ class Stage:
     """
 
     def __init__(
-        self, name: str, artifact: Path, parameters: dict, inputs: dict, whole: Path | None = None, complete=dict
-    ):
+        self,
+        name: str,
+        artifact: Path,
+        parameters: dict,
+        inputs: dict,
+        whole: Path | None = None,
+        complete: Callable[[dict], dict] = dict,
+    ) -> None:
         self.name = name
         self.complete = complete
         self.artifact = Path(artifact)
         self.whole = whole or self.artifact
-        self.held = None
+        self.held: Lock | None = None
         self.sidecar = sidecar(self.artifact)
         self.parameters = json.loads(json.dumps(parameters))
         self.files = {key: value for key, value in inputs.items() if isinstance(value, Path)}
@@ -325,7 +333,7 @@ class Stage:
         self.held = self.lock(wait)
         self.sidecar.unlink(missing_ok=True)
 
-    def finish(self, rows: int, also: list[Path] = (), **more) -> None:
+    def finish(self, rows: int, also: Iterable[Path] = (), **more: object) -> None:
         """Write the sidecar: the artifact and what belongs to it (`also`) are in place."""
         outputs = {os.path.relpath(path, self.sidecar.parent): fingerprint(path) for path in (self.artifact, *also)}
         write_json(
