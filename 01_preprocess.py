@@ -20,16 +20,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common import cli  # first: from here on Ctrl+C is no traceback
-from common.doctor import examine
+from common.check.checks import examine
 from common.errors import UserError
+from common.process import command_line  # first: from here on Ctrl+C is no traceback
+from common.process.main import run  # first: from here on Ctrl+C is no traceback
 
 
 def parse_args():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "--recipes",
-        type=cli.recipe_names,
+        type=command_line.recipe_names,
         default=["resnet50"],
         metavar="A,B",
         help="make the image sizes of these recipes (default: resnet50)",
@@ -43,7 +44,9 @@ def parse_args():
         dest="settings",
         help="change a field of the recipes, as in stage 04",
     )
-    parser.add_argument("--limit", type=cli.positive, metavar="N", help="use only N training samples, drawn at random")
+    parser.add_argument(
+        "--limit", type=command_line.positive, metavar="N", help="use only N training samples, drawn at random"
+    )
     parser.add_argument(
         "--keep-going",
         action="store_true",
@@ -51,7 +54,7 @@ def parse_args():
     )
     parser.add_argument(
         "--white-level",
-        type=cli.white_level,
+        type=command_line.white_level,
         default=65535,
         metavar="V",
         help="value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: 65535)",
@@ -65,13 +68,15 @@ def parse_args():
     )
     parser.add_argument(
         "--black-level",
-        type=cli.black_level,
+        type=command_line.black_level,
         default=0,
         metavar="V",
         help="value of 16-bit files that becomes 0, such as 32768 where a microscope adds that to all (default: 0)",
     )
-    parser.add_argument("--jobs", type=cli.jobs, default=-1, metavar="N", help="worker processes (default: all cores)")
-    cli.add_cluster_flag(parser)
+    parser.add_argument(
+        "--jobs", type=command_line.jobs, default=-1, metavar="N", help="worker processes (default: all cores)"
+    )
+    command_line.add_cluster_flag(parser)
     parser.add_argument(
         "--check",
         action="store_true",
@@ -79,7 +84,7 @@ def parse_args():
         "will fail and how to mend it (its own flags: --check --help)",
     )
     if "--check" in sys.argv:
-        cli.add_check_flags(parser)
+        command_line.add_check_flags(parser)
     args = parser.parse_args()
     if args.black_level >= args.white_level:
         parser.error(f"--black-level {args.black_level} must be below --white-level {args.white_level}")
@@ -92,10 +97,9 @@ def main():
         return examine(args)
 
     # Imported here, so that --check can tell which packages are missing.
-    from common.artifacts import read_table, write_csv
-    from common.exposure import Levels
-    from common.parallel import workers
-    from common.preprocess import (
+    from common.artifacts.stage import read_table, write_csv
+    from common.data.exposure import Levels
+    from common.data.ingest import (
         all_stored,
         bad_table,
         describe,
@@ -109,6 +113,7 @@ def main():
         store_all,
         wanted_stores,
     )
+    from common.process.parallel import workers
     from common.recipes import get_recipes
 
     levels = Levels(args.black_level, args.white_level)
@@ -133,7 +138,9 @@ def main():
         raw,
         any(recipe.enlarge for recipe in recipes.values()),
     )
-    if stage.is_current() and all_stored(read_table(stage.artifact, cli.command())["Id"], args.work / "images"):
+    if stage.is_current() and all_stored(
+        read_table(stage.artifact, command_line.command())["Id"], args.work / "images"
+    ):
         return
     stage.begin()
     with workers(args.jobs, args.cluster) as n_jobs:
@@ -151,10 +158,10 @@ def main():
         rows=len(stored.samples),
         also=[left_out, *tables.values()],
         exposure=stored.exposure,
-        arguments=cli.arguments_without("--work"),
+        arguments=command_line.arguments_without("--work"),
     )
     print("01_preprocess: " + "\n".join(describe(stored, args.work)))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -20,19 +20,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs wi
 
 import numpy as np
 
-from common import cli  # first: from here on Ctrl+C is no traceback
-from common.artifacts import Stage, read_table, stored_images, write_csv
-from common.contact_sheet import SHOWN, save_contact_sheet
+from common.artifacts.stage import Stage, read_table, stored_images, write_csv
+from common.data.duplicates import HASHED, doubtful_pairs, duplicate_tables, hash_file
+from common.data.ingest import HASH_SIZE
+from common.data.pictures import SHOWN, save_contact_sheet
 from common.errors import listing
-from common.hashing import HASHED, doubtful_pairs, duplicate_tables, hash_file
-from common.parallel import run_parallel, workers
-from common.preprocess import HASH_SIZE
+from common.process import command_line  # first: from here on Ctrl+C is no traceback
+from common.process.main import run  # first: from here on Ctrl+C is no traceback
+from common.process.parallel import run_parallel, workers
 
 BEYOND = 6  # bits outside the thresholds in which the contact sheet looks for doubtful pairs
 
 
 def parse_args():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "--threshold",
         type=thresholds,
@@ -49,8 +50,10 @@ def parse_args():
         choices=("antibody", "none"),
         help="keep external fields of one antibody in one fold (default), or treat each by itself",
     )
-    parser.add_argument("--jobs", type=cli.jobs, default=-1, metavar="N", help="worker processes (default: all cores)")
-    cli.add_cluster_flag(parser)
+    parser.add_argument(
+        "--jobs", type=command_line.jobs, default=-1, metavar="N", help="worker processes (default: all cores)"
+    )
+    command_line.add_cluster_flag(parser)
     return parser.parse_args()
 
 
@@ -63,7 +66,7 @@ def thresholds(text):
 
 def main():
     args = parse_args()
-    samples = read_table(args.work / "samples.csv", cli.other("01_preprocess.py", args))
+    samples = read_table(args.work / "samples.csv", command_line.other("01_preprocess.py", args))
     folder = args.work / "images" / str(min(HASH_SIZE, samples["side"].min()))
     table, pair_file = args.work / "duplicates.csv", args.work / "duplicate_pairs.csv"
     stage = Stage(
@@ -125,4 +128,4 @@ def report(samples, flat, duplicates, pairs, pair_file):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

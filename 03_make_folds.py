@@ -15,14 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common import cli
-from common.artifacts import Stage, read_table, write_csv
-from common.files import write_json
-from common.folds import audit, audit_table, describe_audit, make_folds
+from common.artifacts.files import write_json
+from common.artifacts.stage import Stage, read_table, write_csv
+from common.data.folds import audit, audit_table, describe_audit, make_folds
+from common.process import command_line
+from common.process.main import run
 
 
 def parse_args():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--n-folds", type=int, default=5, metavar="N", help="number of folds (default: 5)")
     parser.add_argument(
         "--max-copies",
@@ -44,7 +45,7 @@ def parse_args():
         metavar="SHARE",
         help="set this share of the samples aside, neither trained on nor validated on (default: none)",
     )
-    parser.add_argument("--seed", type=cli.not_negative, default=0, help="seed of the split (default: 0)")
+    parser.add_argument("--seed", type=command_line.not_negative, default=0, help="seed of the split (default: 0)")
     args = parser.parse_args()
     if args.n_folds < 2:
         parser.error("--n-folds must be at least 2")
@@ -58,7 +59,7 @@ def parse_args():
 def main():
     args = parse_args()
     source, table = args.work / "duplicates.csv", args.work / "folds.csv"
-    duplicates = read_table(source, cli.other("02_dedup.py", args))
+    duplicates = read_table(source, command_line.other("02_dedup.py", args))
     settings = {name: getattr(args, name) for name in ("n_folds", "max_copies", "seed", "external", "hold_out")}
     stage = Stage("03_make_folds", table, settings, {"duplicates.csv": source})
     if stage.is_current():
@@ -75,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

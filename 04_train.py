@@ -25,22 +25,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common import cli
-from common.artifacts import read_table
-from common.parallel import run_jobs
+from common.artifacts.stage import read_table
+from common.process import command_line
+from common.process.main import run
+from common.process.parallel import run_jobs
 from common.recipes import describe_fit, fit_to_source, get_recipes
 
 
 def parse_args():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "--recipe",
-        type=cli.recipe_names,
+        type=command_line.recipe_names,
         default=["resnet50"],
         metavar="NAME",
         help="recipe to train, or several: a,b (default: resnet50)",
     )
-    parser.add_argument("--folds", type=cli.fold_numbers, metavar="0,2", help="folds to train (default: all)")
+    parser.add_argument("--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to train (default: all)")
     parser.add_argument("--force", action="store_true", help="throw away what these folds have and train anew")
     parser.add_argument(
         "--set",
@@ -51,17 +52,20 @@ def parse_args():
         dest="settings",
         help="change fields of the recipe",
     )
-    cli.add_weight_flags(parser)
+    command_line.add_weight_flags(parser)
     parser.add_argument("--list-recipes", action="store_true", help="only print the recipes and their networks")
     parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
     parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
     parser.add_argument("--find-lr", action="store_true", help="only run the learning rate finder and save its curve")
     parser.add_argument(
-        "--seed", type=cli.not_negative, default=0, help="seed of weights, order, crops and dropout (default: 0)"
+        "--seed",
+        type=command_line.not_negative,
+        default=0,
+        help="seed of weights, order, crops and dropout (default: 0)",
     )
     parser.add_argument(
         "--micro-batch",
-        type=cli.positive,
+        type=command_line.positive,
         metavar="N",
         help="images in memory at once; a batch is accumulated from several (default: the whole batch, "
         "halved when a GPU runs out of memory)",
@@ -91,30 +95,30 @@ def parse_args():
         action="store_true",
         help="write the log as scalars for TensorBoard too, an epoch at a time: tensorboard --logdir WORK/runs",
     )
-    cli.add_hardware_flags(parser)
-    cli.add_cluster_flag(parser)
+    command_line.add_hardware_flags(parser)
+    command_line.add_cluster_flag(parser)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
     if args.list_recipes:
-        from common.overview import recipe_listing
+        from common.check.listing import recipe_listing
 
         return print(recipe_listing(args.json))
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
     recipes = get_recipes(args.recipe, args.settings)
-    samples = read_table(args.work / "samples.csv", cli.other("01_preprocess.py", args))
-    folds = read_table(args.work / "folds.csv", cli.other("03_make_folds.py", args))
+    samples = read_table(args.work / "samples.csv", command_line.other("01_preprocess.py", args))
+    folds = read_table(args.work / "folds.csv", command_line.other("03_make_folds.py", args))
 
     # Imported here, so that --help and mistakes on the command line do not wait for torch.
-    from common.checkpoints import prepare
-    from common.fold_data import known_folds
-    from common.folds import fold_numbers
-    from common.hardware import plan_hardware
-    from common.jobs import find_lr, plan, train_job
-    from common.scalars import summary_writer, write_finished
+    from common.data.folds import fold_numbers
+    from common.train.checkpoints import prepare
+    from common.train.fold_data import known_folds
+    from common.train.hardware import plan_hardware
+    from common.train.jobs import find_lr, plan, train_job
+    from common.train.tensorboard import summary_writer, write_finished
 
     if args.tensorboard:
         summary_writer()  # refuse now what would fail after hours
@@ -122,7 +126,7 @@ def main():
     known_folds(args.work, folds, numbers)
     fitted = {name: fit_to_source(recipe, int(samples["side"].min())) for name, recipe in recipes.items()}
     if args.show_class_weights:
-        from common.overview import class_weight_listing
+        from common.check.listing import class_weight_listing
 
         return print(class_weight_listing(fitted, folds, numbers))
     for name, recipe in recipes.items():
@@ -146,7 +150,7 @@ def main():
         if team.is_main:
             prepare([stage for stage, *_ in jobs], args.force)
         team.agree("prepared")
-        cli.leave_out("--force")
+        command_line.leave_out("--force")
     options = replace(options, jobs=max(1, min(options.jobs, len(jobs))))
     do = find_lr if args.find_lr else partial(train_job, on_nan=args.on_nan, tensorboard=args.tensorboard)
     run_jobs(do, [(*job, args.work, args.seed, options) for job in jobs], options.jobs, args.cluster, "training")
@@ -157,4 +161,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

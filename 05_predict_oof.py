@@ -17,23 +17,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs wi
 
 import numpy as np
 
-from common import cli  # first: from here on Ctrl+C is no traceback
-from common.artifacts import Stage, load_predictions, prediction_file, read_sidecar, read_table, save_predictions
-from common.ensemble import mean_predictions
-from common.parallel import run_jobs
-from common.predictions import describe_folds
+from common.artifacts.stage import Stage, load_predictions, prediction_file, read_sidecar, read_table, save_predictions
+from common.process import command_line  # first: from here on Ctrl+C is no traceback
+from common.process.main import run  # first: from here on Ctrl+C is no traceback
+from common.process.parallel import run_jobs
+from common.score.ensemble import mean_predictions
+from common.score.members import describe_folds
 
 
 def parse_args():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "--recipes",
-        type=cli.recipe_names,
+        type=command_line.recipe_names,
         default=["resnet50"],
         metavar="A,B",
         help="recipes to predict with (default: resnet50)",
     )
-    parser.add_argument("--folds", type=cli.fold_numbers, metavar="0,2", help="folds to predict (default: all)")
+    parser.add_argument(
+        "--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to predict (default: all)"
+    )
     parser.add_argument(
         "--tta",
         default="dihedral",
@@ -53,9 +56,11 @@ def parse_args():
         help="network of the best validation epoch (default) or of the last epoch",
     )
     parser.add_argument("--no-test", action="store_true", help="predict the validation samples only")
-    parser.add_argument("--batch-size", type=cli.positive, default=32, metavar="N", help="images at once (default: 32)")
-    cli.add_hardware_flags(parser)
-    cli.add_cluster_flag(parser)
+    parser.add_argument(
+        "--batch-size", type=command_line.positive, default=32, metavar="N", help="images at once (default: 32)"
+    )
+    command_line.add_hardware_flags(parser)
+    command_line.add_cluster_flag(parser)
     return parser.parse_args()
 
 
@@ -63,11 +68,11 @@ def main():
     args = parse_args()
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
-    folds = read_table(args.work / "folds.csv", cli.other("03_make_folds.py", args))
-    samples = read_table(args.work / "samples.csv", cli.other("01_preprocess.py", args))
+    folds = read_table(args.work / "folds.csv", command_line.other("03_make_folds.py", args))
+    samples = read_table(args.work / "samples.csv", command_line.other("01_preprocess.py", args))
 
-    from common.exposure import exposure_warning
-    from common.folds import HOLD_OUT, fold_numbers
+    from common.data.exposure import exposure_warning
+    from common.data.folds import HOLD_OUT, fold_numbers
 
     if warning := exposure_warning(args.work):
         print(warning)
@@ -80,9 +85,9 @@ def main():
     numbers = args.folds if args.folds is not None else fold_numbers(folds)
     settings = {"tta": args.tta, "view": args.view, "checkpoint": args.checkpoint}
 
-    from common.checkpoints import check_alike
-    from common.hardware import plan_hardware
-    from common.jobs import predict_job, predicted_folds
+    from common.train.checkpoints import check_alike
+    from common.train.hardware import plan_hardware
+    from common.train.jobs import predict_job, predicted_folds
 
     def parts_of(fold):
         return {"oof": folds[folds["fold"] == fold], **means}
@@ -116,7 +121,7 @@ def combine(args, recipe_name, numbers, part, how):
     if stage.is_current():
         return
     stage.begin(wait=True)  # it takes a second
-    rerun = cli.other("05_predict_oof.py", args, "--recipes", recipe_name)
+    rerun = command_line.other("05_predict_oof.py", args, "--recipes", recipe_name)
     ids, probs = how([load_predictions(path, rerun) for path in sources], [str(p) for p in sources])
     save_predictions(stage.artifact, ids, probs)
     stage.finish(rows=len(ids), networks=[read_sidecar(path)["inputs"]["network"] for path in sources])
@@ -128,4 +133,4 @@ def join_folds(members, _):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -19,9 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common import cli
-from common.artifacts import Stage, read_table
-from common.ensemble import (
+from common.artifacts.files import write_json
+from common.artifacts.stage import Stage, read_table
+from common.data.labels import parse_targets, read_labels
+from common.errors import UserError
+from common.process import command_line
+from common.process.main import run
+from common.score.ensemble import (
     COMBINATIONS,
     align,
     combine,
@@ -30,10 +34,7 @@ from common.ensemble import (
     keep_common,
     stack_members,
 )
-from common.errors import UserError
-from common.files import write_json
-from common.labels import parse_targets, read_labels
-from common.predictions import (
+from common.score.members import (
     check_origin,
     check_there,
     describe_missing_folds,
@@ -46,15 +47,15 @@ from common.predictions import (
     read_predictions,
     short_names,
 )
-from common.submission import check_submission, read_submission, recover
-from common.thresholds import METHODS, score_held_out
+from common.score.submission import check_submission, read_submission, recover
+from common.score.thresholds import METHODS, score_held_out
 
 
 def parse_args():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "--recipes",
-        type=cli.recipe_names,
+        type=command_line.recipe_names,
         default=["resnet50"],
         metavar="A,B",
         help="recipes whose probabilities are combined (default: resnet50)",
@@ -110,13 +111,13 @@ def main():
     args = parse_args()
     if args.reproduce:
         return reproduce(args)
-    hint = cli.other("05_predict_oof.py", args, "--recipes", ",".join(args.recipes))
+    hint = command_line.other("05_predict_oof.py", args, "--recipes", ",".join(args.recipes))
     names, sources = member_files(args.oof, args.work, args.recipes, "oof")
     check_there(sources, None if args.oof else hint)
     if not args.oof:
         check_origin(args.work, args.recipes, "oof")
     labels = (args.labels or args.data / "train.csv") if args.oof else args.work / "folds.csv"
-    labelled = read_labels(labels) if args.oof else read_table(labels, cli.other("03_make_folds.py", args))
+    labelled = read_labels(labels) if args.oof else read_table(labels, command_line.other("03_make_folds.py", args))
     aside = {} if args.oof else held_out_files(args.work, args.recipes, labelled, hint)
     also = {name: path for name, path in {"prior": args.prior, "groups": args.groups, "ids": args.ids}.items() if path}
     stage = Stage(
@@ -180,4 +181,4 @@ def reproduce(args):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -20,13 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs wi
 
 import numpy as np
 
-from common import cli  # first: from here on Ctrl+C is no traceback
-from common.artifacts import Stage, read_table, write_csv
-from common.ensemble import combine, stack_members
+from common.artifacts.stage import Stage, read_table, write_csv
+from common.data.exposure import exposure_warning
+from common.data.labels import read_csv
 from common.errors import UserError
-from common.exposure import exposure_warning
-from common.labels import read_csv
-from common.predictions import (
+from common.process import command_line  # first: from here on Ctrl+C is no traceback
+from common.process.main import run  # first: from here on Ctrl+C is no traceback
+from common.score.ensemble import combine, stack_members
+from common.score.members import (
     check_networks,
     check_origin,
     check_there,
@@ -35,7 +36,7 @@ from common.predictions import (
     member_files,
     read_members,
 )
-from common.submission import (
+from common.score.submission import (
     check_out,
     check_submission,
     decide,
@@ -52,10 +53,10 @@ from common.submission import (
 
 
 def parse_args():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "--recipes",
-        type=cli.recipe_names,
+        type=command_line.recipe_names,
         default=["resnet50"],
         metavar="A,B",
         help="recipes whose probabilities are combined (default: resnet50)",
@@ -105,7 +106,7 @@ def main():
         )
         return
     found = args.thresholds or args.work / "thresholds.json"
-    makes = "--oof FILES --labels CSV" if args.test else shlex.join([*cli.folders(args), "--recipes", recipes])
+    makes = "--oof FILES --labels CSV" if args.test else shlex.join([*command_line.folders(args), "--recipes", recipes])
     thresholds = read_thresholds(found, None if args.test else args.recipes, makes)
     names, sources = member_files(args.test, args.work, args.recipes, "test")
     if len(names) != len(thresholds["weights"]):
@@ -113,7 +114,7 @@ def main():
             f"{found} is for {len(thresholds['weights'])} members ({', '.join(thresholds['recipes'])}), found "
             f"{len(names)}: {', '.join(names)}; give the same networks in the same order"
         )
-    makes_members = None if args.test else cli.other("05_predict_oof.py", args, "--recipes", recipes)
+    makes_members = None if args.test else command_line.other("05_predict_oof.py", args, "--recipes", recipes)
     check_there(sources, makes_members)
     if own:
         if warning := exposure_warning(args.work):
@@ -124,7 +125,7 @@ def main():
     also, known = {"ids": args.ids} if args.ids else {}, None
     if args.override_duplicates:
         also["pairs"] = args.work / "duplicate_pairs.csv"
-        known = known_labels(read_table(also["pairs"], cli.other("02_dedup.py", args)), wanted)
+        known = known_labels(read_table(also["pairs"], command_line.other("02_dedup.py", args)), wanted)
     left_out = args.work / "left_out.csv"
     if own and left_out.is_file():
         also["left_out.csv"] = left_out
@@ -167,9 +168,9 @@ def wanted_ids(args, order, own):
     """Return the Ids of the submission in its order."""
     if not own:
         return read_csv(order)["Id"].to_numpy()
-    samples = read_table(order, cli.other("01_preprocess.py", args))
+    samples = read_table(order, command_line.other("01_preprocess.py", args))
     return samples.loc[samples["part"] == "test", "Id"].to_numpy()
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -16,16 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common import cli
 from common.errors import UserError, command
+from common.process import command_line
+from common.process.main import run
 
 
 def parse_args():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--sample", metavar="ID", help="make the page of one sample in place of the whole one")
     parser.add_argument(
         "--recipe",
-        type=cli.recipe_names,
+        type=command_line.recipe_names,
         metavar="NAME",
         help="with --sample: whose network the heat maps are of (default: the first of thresholds.json)",
     )
@@ -36,10 +37,10 @@ def main():
     args = parse_args()
 
     # Imported here, so that --help and mistakes on the command line do not wait for the plots.
-    from common.files import write_text
-    from common.report import report_page
-    from common.sample_page import sample_page
-    from common.work import Work
+    from common.artifacts.files import write_text
+    from common.report.build import report_page
+    from common.report.reader import Work
+    from common.report.sample import sample_page
 
     if not args.work.is_dir():
         raise UserError(f"{args.work} is missing; run: {command('run_all.sh', '--work', args.work)}")
@@ -54,4 +55,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

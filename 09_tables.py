@@ -14,23 +14,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common import cli, tables
-from common.artifacts import Stage, digest, read_table, write_csv
+from common.artifacts.files import write_text
+from common.artifacts.stage import Stage, digest, read_table, write_csv
 from common.errors import UserError, command, listing
-from common.files import write_text
+from common.process import command_line
+from common.process.main import run
 from common.recipes import ablation_runs
+from common.score import paper_tables
 
 
 def parse_args():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument(
         "--recipes",
-        type=cli.recipe_names,
+        type=command_line.recipe_names,
         default=["resnet50"],
         metavar="A,B",
         help="systems to show (default: resnet50)",
     )
-    parser.add_argument("--folds", type=cli.fold_numbers, metavar="0,2", help="folds to score (default: all)")
+    parser.add_argument("--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to score (default: all)")
     parser.add_argument("--partial", action="store_true", help="show '-' where a run has no predictions")
     return parser.parse_args()
 
@@ -39,18 +41,18 @@ def main():
     args = parse_args()
     systems = {recipe: ablation_runs(recipe) for recipe in args.recipes}
     source = args.work / "folds.csv"
-    rows = tables.validation_rows(read_table(source, cli.other("03_make_folds.py", args)), args.folds)
-    files = tables.prediction_files(
+    rows = paper_tables.validation_rows(read_table(source, command_line.other("03_make_folds.py", args)), args.folds)
+    files = paper_tables.prediction_files(
         args.work, {run for runs in systems.values() for run in runs.values()}, sorted(set(rows["fold"]))
     )
-    missing = tables.missing_runs(systems, files)
+    missing = paper_tables.missing_runs(systems, files)
     if missing and not args.partial:
         raise UserError(
             f"runs are missing; run: {rerun(args, missing)}\n"
             f"or give --partial to leave these columns empty:\n{listing(sum(missing.values(), []))}"
         )
     files = {run: paths for run, paths in sorted(files.items()) if all(path.is_file() for path in paths.values())}
-    tables.check_same_views(files)
+    paper_tables.check_same_views(files)
     stage = Stage(
         "09_tables",
         args.work / "tables" / "tables.md",
@@ -63,8 +65,8 @@ def main():
     )
     if not stage.is_current():
         stage.begin()
-        probs = {run: tables.load_run(paths, rows, rerun(args, args.recipes)) for run, paths in files.items()}
-        write(stage, *tables.score_systems(systems, probs, rows), tables.notes(systems, missing, rows))
+        probs = {run: paper_tables.load_run(paths, rows, rerun(args, args.recipes)) for run, paths in files.items()}
+        write(stage, *paper_tables.score_systems(systems, probs, rows), paper_tables.notes(systems, missing, rows))
     print("\n" + stage.artifact.read_text(encoding="utf-8"), end="")
 
 
@@ -78,13 +80,13 @@ def write(stage, scores, gains, remarks):
     frames = {
         "tables.csv": scores,
         "gains.csv": gains,
-        **{f"table{table}.csv": tables.wide_table(scores, gains, table) for table in tables.HEADINGS},
+        **{f"table{table}.csv": paper_tables.wide_table(scores, gains, table) for table in paper_tables.HEADINGS},
     }
     for name, frame in frames.items():
         write_csv(folder / name, frame.round(6))
-    write_text(stage.artifact, tables.markdown(scores, gains, remarks))
+    write_text(stage.artifact, paper_tables.markdown(scores, gains, remarks))
     stage.finish(rows=len(scores), also=[folder / name for name in frames])
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -146,17 +146,17 @@ if $check && $demo && [ ! -e "$data/train.csv" ]; then
 fi
 places=(--data "$data" --work "$work")
 # A check goes on without packages to draw with, and says which are missing.
-if $demo && { ! $check || "$PYTHON" -c 'import common.demo_data' 2> /dev/null; }; then
-    run "$PYTHON" -m common.demo_data --data "$data"
+if $demo && { ! $check || "$PYTHON" -c 'import common.demo.data' 2> /dev/null; }; then
+    run "$PYTHON" -m common.demo --data "$data"
 fi
 runs=$recipes parts=()
 if $tables; then
     parts=(--no-test)
     runs=$("$PYTHON" -c '
 import sys
-from common import cli
+from common.process.main import run
 from common.recipes import ablation_runs
-cli.run(lambda: print(",".join(run for name in sys.argv[1].split(",") for run in ablation_runs(name).values())))' "$recipes")
+run(lambda: print(",".join(run for name in sys.argv[1].split(",") for run in ablation_runs(name).values())))' "$recipes")
 fi
 if $check; then
     "$PYTHON" 01_preprocess.py --check "${places[@]}" --recipes "$runs" --folds "$folds" --n-folds "$n_folds" "${limit[@]}" \

@@ -12,17 +12,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import cli
-from common.artifacts import read_json, read_table
+from common.artifacts.stage import read_json, read_table
 from common.classes import N_CLASSES
-from common.labels import parse_targets
-from common.metrics import macro_f1
+from common.data.labels import parse_targets
+from common.process import command_line
+from common.process.main import run
 from common.recipes import get_recipe
-from common.thresholds import evaluate_thresholds
+from common.score.metrics import macro_f1
+from common.score.thresholds import evaluate_thresholds
 
 
 def main():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--recipe", default="demo", help="network to leave untrained (default: demo)")
     args = parser.parse_args()
     folds = read_table(args.work / "folds.csv", "bash run_all.sh")
@@ -30,10 +31,10 @@ def main():
     targets = parse_targets(folds["Target"])
     everything = macro_f1(targets, np.ones(targets.shape, dtype=bool))
 
-    from common.fold_data import image_set, load_fold
-    from common.hardware import choose_hardware
-    from common.inference import mean_probabilities, predict_logits, views
-    from common.training import new_run
+    from common.train.fold_data import image_set, load_fold
+    from common.train.hardware import choose_hardware
+    from common.train.predict import mean_probabilities, predict_logits, views
+    from common.train.training import new_run
 
     recipe, hardware = get_recipe(args.recipe), choose_hardware()
     probs = np.zeros((len(folds), N_CLASSES), dtype=np.float32)
@@ -64,4 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

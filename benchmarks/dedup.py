@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from real_data import real
 
-from common import cli
-from common.hashing import find_pairs, hash_planes
-from common.images import read_planes, resize, write_planes
-from common.sources import channel_files, list_files, read_sample
+from common.data.duplicates import find_pairs, hash_planes
+from common.data.images import read_planes, resize, write_planes
+from common.data.sources import channel_files, list_files, read_sample
+from common.process import command_line
+from common.process.main import run
 
 ORACLE_LIMIT = 42774  # hashes; beyond that NumPy takes minutes
 THRESHOLD = (12, 12, 12)
@@ -38,17 +39,17 @@ THRESHOLDS = (4, 6, 8, 10, 12, 14, 16)
 
 
 def parse_args():
-    parser = cli.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument(
         "--sizes",
-        type=lambda text: [cli.positive(n) for n in text.split(",")],
+        type=lambda text: [command_line.positive(n) for n in text.split(",")],
         metavar="N,N",
         default=[10000, 42774, 117000, 1000000],
         help="hashes (default: 10000,42774,117000,1000000)",
     )
     parser.add_argument(
         "--repeats",
-        type=cli.positive,
+        type=command_line.positive,
         default=3,
         metavar="N",
         help="runs of hashing (the median counts) and of searches that NumPy does too (the fastest; default: 3)",
@@ -279,4 +280,4 @@ def recall(samples: list) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -19,19 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from real_data import real
 
-from common import cli
 from common.classes import CLASS_NAMES
-from common.folds import make_folds
-from common.hashing import antibodies, connect
-from common.labels import parse_targets, read_labels
+from common.data.duplicates import antibodies, connect
+from common.data.folds import make_folds
+from common.data.labels import parse_targets, read_labels
+from common.process import command_line
+from common.process.main import run
 
 N_FOLDS, MAX_COPIES, SEED = 5, 4, 0
 
 
 def parse_args():
-    parser = cli.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument(
-        "--repeats", type=cli.positive, default=3, metavar="N", help="runs; the fastest counts (default: 3)"
+        "--repeats", type=command_line.positive, default=3, metavar="N", help="runs; the fastest counts (default: 3)"
     )
     return parser.parse_args()
 
@@ -103,4 +104,4 @@ def report(figures: dict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

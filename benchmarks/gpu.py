@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from train_step import bare_step, new_run
 
-from common import cli
+from common.process import command_line
+from common.process.main import run
 from common.recipes import RECIPES, Recipe, get_recipe
 
 RATIO, WAITING = 1.03, 0.02  # wanted: of stage 04 to the bare loop, and of its time
@@ -46,22 +47,22 @@ ENOUGH = 1.03  # between a batch that fits and one that does not
 
 
 def parse_args():
-    parser = cli.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument(
         "--recipes",
-        type=cli.recipe_names,
+        type=command_line.recipe_names,
         metavar="A,B",
         help="of `steps` and `largest` (default: one for each network)",
     )
     parser.add_argument("--fed", default="resnet50", metavar="RECIPE", help="of the other parts (default: resnet50)")
     parser.add_argument(
-        "--parts", type=cli.names, default=list(PARTS), metavar="A,B", help=f"default: {','.join(PARTS)}"
+        "--parts", type=command_line.names, default=list(PARTS), metavar="A,B", help=f"default: {','.join(PARTS)}"
     )
     parser.add_argument(
-        "--seconds", type=cli.positive, default=3, metavar="S", help="of each measurement, about (default: 3)"
+        "--seconds", type=command_line.positive, default=3, metavar="S", help="of each measurement, about (default: 3)"
     )
     parser.add_argument(
-        "--memory", type=cli.positive, default=15, metavar="GB", help="that `largest` may take (default: 15)"
+        "--memory", type=command_line.positive, default=15, metavar="GB", help="that `largest` may take (default: 15)"
     )
     parser.add_argument("--small", action="store_true", help="small networks, images and batches")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
@@ -78,7 +79,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    from common.hardware import HardwareOptions, choose_hardware
+    from common.train.hardware import HardwareOptions, choose_hardware
 
     options = HardwareOptions(args.device, args.precision)
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +122,7 @@ def steps(bench) -> dict:
 
 
 def step_speed(recipe: Recipe, hardware, seconds: float) -> dict:
-    from common.training import train_step
+    from common.train.training import train_step
 
     run, n = new_run(recipe, no_images(), hardware), recipe.batch_size
     images, targets = random_batch(n, recipe.crop, hardware.device)
@@ -135,7 +136,7 @@ def step_speed(recipe: Recipe, hardware, seconds: float) -> dict:
 
 def stage04(bench) -> dict:
     """Bare steps, an epoch of stage 04 whose first steps are not counted, and bare steps again."""
-    from common.training import all_batches, train_epoch
+    from common.train.training import all_batches, train_epoch
 
     recipe, hardware = replace(bench.fed, cycle_epochs=3, evaluate_epochs=3), bench.training
     run = new_run(recipe, no_images(), hardware)
@@ -180,7 +181,7 @@ def stage04(bench) -> dict:
 def loader_alone(bench) -> dict:
     from joblib import cpu_count
 
-    from common.data import EpochBatches, loader
+    from common.train.dataset import EpochBatches, loader
 
     recipe, rows = bench.fed, {}
     numbers = [workers for workers in WORKERS if workers <= cpu_count()]
@@ -218,7 +219,7 @@ def stalls(bench) -> dict:
 
 
 def epoch_gap(bench, epoch_seconds: float) -> float:
-    from common import training
+    from common.train import training
 
     recipe, hardware = replace(bench.fed, cycle_epochs=4, max_cycles=1, evaluate_epochs=4), bench.training
     real, ends, gaps = training.train_step, [], []
@@ -247,10 +248,10 @@ def epoch_gap(bench, epoch_seconds: float) -> float:
 def stage05(bench) -> dict:
     import torch
 
-    from common.data import BATCH, loader, on_device, whole_batches
-    from common.hardware import set_kernels
-    from common.inference import Normalisation, predict_logits, views
-    from common.models import build_model
+    from common.train.dataset import BATCH, loader, on_device, whole_batches
+    from common.train.hardware import set_kernels
+    from common.train.networks import build_model
+    from common.train.predict import Normalisation, predict_logits, views
 
     recipe, hardware, looks = bench.fed, bench.predicting, views("dihedral")
     set_kernels(hardware)
@@ -290,19 +291,17 @@ def stage05(bench) -> dict:
 
 
 def largest(bench) -> dict:
-    from common import estimate
+    from common.check import costs
 
     rows, free = {}, bench.args.memory * 10**9
     print(f"{'recipe':16s} {'expected':>9s} {'fits':>6s} {'ratio':>6s}   images of one batch in {free / 1e9:.0f} GB")
     for name in bench.args.recipes:
         recipe = get_recipe(name)
-        with patch.object(estimate, "SECONDS", bench.seconds / 2), patch.object(estimate, "ENOUGH", bench.seconds / 10):
-            expected = estimate.batch_that_fits(estimate.measure_here(recipe), free)
+        with patch.object(costs, "SECONDS", bench.seconds / 2), patch.object(costs, "ENOUGH", bench.seconds / 10):
+            expected = costs.batch_that_fits(costs.measure_here(recipe), free)
         tidy(bench.training)
         fits = (
-            largest_batch(recipe, bench.training, free - estimate.LIBRARIES, expected)
-            if bench.training.is_gpu
-            else None
+            largest_batch(recipe, bench.training, free - costs.LIBRARIES, expected) if bench.training.is_gpu else None
         )
         rows[name] = {"expected": expected, "fits": fits, "ratio": fits and round(expected / fits, 2)}
         print(f"{name:16s} {expected:9d} {fits or '-':>6} {rows[name]['ratio'] or '-':>6}", flush=True)
@@ -334,7 +333,7 @@ def largest_batch(recipe: Recipe, hardware, room: int, guess: int) -> int:
 
 def step_fits(run, n: int) -> bool:
     from common.errors import is_out_of_memory
-    from common.training import gradients
+    from common.train.training import gradients
 
     try:
         images, targets = random_batch(n, run.recipe.crop, run.hardware.device)
@@ -409,7 +408,7 @@ def random_batch(n: int, size: int, device):
 
 def no_images():
     """Return what a run needs to know of its data where it gets batches of noise."""
-    from common.inference import Normalisation
+    from common.train.predict import Normalisation
 
     return SimpleNamespace(
         counts=np.arange(28) + 1, train=range(2), normalisation=Normalisation((0.1,) * 4, (0.1,) * 4)
@@ -419,10 +418,10 @@ def no_images():
 def stored_images(bench, recipe: Recipe, n: int, store: str = "zstd"):
     """Return n rows of a few drawn samples, which are stored for the first call, as the data of a fold, `whole` being all of them
     as whole images."""
-    from common.data import ImageSet
-    from common.demo_drawing import draw_sample
-    from common.images import CHANNELS, checksum
-    from common.inference import Normalisation
+    from common.data.images import CHANNELS, checksum
+    from common.demo.drawing import draw_sample
+    from common.train.dataset import ImageSet
+    from common.train.predict import Normalisation
 
     if recipe.size not in bench.drawn:
         planes = (draw_sample(np.random.default_rng(k), (k % 28, 25), recipe.size) for k in range(SAMPLES))
@@ -450,7 +449,7 @@ def stored_images(bench, recipe: Recipe, n: int, store: str = "zstd"):
 
 
 def write_store(path: Path, planes: np.ndarray, raw: bool) -> None:
-    from common import images
+    from common.data import images
 
     with patch.object(images, "PLAIN_SIDE", images.MAX_SIDE if raw else images.PLAIN_SIDE):
         images.write_planes(path, planes)
@@ -460,4 +459,4 @@ STORES = {"zstd": partial(write_store, raw=False), "raw": partial(write_store, r
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

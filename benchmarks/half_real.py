@@ -19,18 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from real_data import real
 
-from common import cli
-from common.data import dihedral
-from common.images import CHANNELS
-from common.labels import read_labels
+from common.data.images import CHANNELS
+from common.data.labels import read_labels
+from common.process import command_line
+from common.process.main import run
+from common.train.dataset import dihedral
 
 SIDE = 384  # pixels of a window of the 512 px fields
 
 
 def main():
-    parser = cli.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder in the competition's layout")
-    parser.add_argument("--n-samples", type=cli.positive, default=350, metavar="N", help="samples (default: 350)")
+    parser.add_argument(
+        "--n-samples", type=command_line.positive, default=350, metavar="N", help="samples (default: 350)"
+    )
     args = parser.parse_args()
     folder = real("kaggle_png")
     fields = sorted({path.with_name(path.stem.rsplit("_", 1)[0]) for path in folder.glob("*/*.png")})
@@ -119,4 +122,4 @@ def draw(planes: dict, target: str, rng) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

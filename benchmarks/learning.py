@@ -25,14 +25,15 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import cli
-from common.artifacts import load_predictions, read_json, read_table, save_predictions
+from common.artifacts.files import write_json
+from common.artifacts.stage import load_predictions, read_json, read_table, save_predictions
+from common.data.labels import parse_targets
 from common.errors import UserError
-from common.files import write_json
-from common.labels import parse_targets
-from common.metrics import bootstrap_macro_f1, class_f1
+from common.process import command_line
+from common.process.main import run
 from common.recipes import get_recipe, idle_fields
-from common.thresholds import cross_fit
+from common.score.metrics import bootstrap_macro_f1, class_f1
+from common.score.thresholds import cross_fit
 
 SHARE = 0.97  # of the seconds that the epochs are planned for
 CALIBRATION_SECONDS = 25
@@ -53,7 +54,7 @@ def numbers(kind):
 
 
 def parse_args():
-    parser = cli.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="input in the competition's layout (default: demo data)"
     )
@@ -65,21 +66,21 @@ def parse_args():
     parser.add_argument("--n-folds", type=int, default=3, metavar="N", help="folds (default: 3)")
     parser.add_argument(
         "--ours",
-        type=cli.names,
+        type=command_line.names,
         default=["demo", "small_plus"],
         metavar="A,B",
         help="recipes; field changes after colons, such as small_plus:batch_size=64 (default: demo,small_plus)",
     )
     parser.add_argument(
         "--others",
-        type=cli.names,
+        type=command_line.names,
         default=list(OTHERS),
         metavar="A@RATE,B@RATE",
         help=f"contestants of benchmarks/others.py and their learning rates; none (default: {','.join(OTHERS)})",
     )
     parser.add_argument(
         "--at-once",
-        type=cli.positive,
+        type=command_line.positive,
         default=1,
         metavar="N",
         help="runs at once, each with its share of the cores (default: 1)",
@@ -106,7 +107,7 @@ def main():
     started = time.monotonic()
     with ThreadPoolExecutor(args.at_once) as pool:
         for done, (arm, minutes, seed, fold) in enumerate(
-            pool.map(lambda job: (run(args, *job), job)[1], todo), start=1
+            pool.map(lambda job: (run_arm(args, *job), job)[1], todo), start=1
         ):
             left = (time.monotonic() - started) / done * (len(todo) - done)
             print(
@@ -122,7 +123,7 @@ def prepare(args):
     if data is None:
         data = args.out / "demo_data"
         if not (data / "train.csv").is_file():
-            call(args, sys.executable, "-m", "common.demo_data", "--data", data)
+            call(args, sys.executable, "-m", "common.demo", "--data", data)
     stores = ",".join(dict.fromkeys([*(recipe_of(arm)[0] for arm in args.ours), "demo"]))
     for script in (
         ("01_preprocess.py", "--recipes", stores),
@@ -248,7 +249,7 @@ def calibrate(args, arm) -> None:
     print(f"{arm}: {read_json(path)}", flush=True)
 
 
-def run(args, arm, minutes, seed, fold) -> None:
+def run_arm(args, arm, minutes, seed, fold) -> None:
     target = place(args, arm, minutes, seed, fold)
     target.parent.mkdir(parents=True, exist_ok=True)
     known = read_json(args.out / "runs" / "calibration" / f"{arm}.json")
@@ -328,4 +329,4 @@ def score(args, arm, minutes, rows) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import cli
+from common.process import command_line
+from common.process.main import run
 
 # contestant -> changes of the demo's recipe, whose images and crops are used, and for plain-ours its network
 CONTESTANTS = {name: ["size_divisor=8"] for name in ("fastai-resnet18", "fastai-resnet34", "plain-resnet18")} | {
@@ -23,11 +24,11 @@ CONTESTANTS = {name: ["size_divisor=8"] for name in ("fastai-resnet18", "fastai-
 
 
 def parse_args():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--contestant", required=True, choices=CONTESTANTS)
     parser.add_argument("--fold", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=cli.positive, required=True)
+    parser.add_argument("--epochs", type=command_line.positive, required=True)
     parser.add_argument("--rate", type=float, required=True, help="top learning rate")
     parser.add_argument("--out", type=Path, required=True, help="where the probabilities go")
     return parser.parse_args()
@@ -37,9 +38,9 @@ def main():
     args = parse_args()
     import torch
 
-    from common.artifacts import read_table, save_predictions
-    from common.fold_data import load_fold
+    from common.artifacts.stage import read_table, save_predictions
     from common.recipes import fit_to_source, get_recipe
+    from common.train.fold_data import load_fold
 
     samples = read_table(args.work / "samples.csv", "01_preprocess.py")
     recipe = fit_to_source(get_recipe("demo", CONTESTANTS[args.contestant]), int(samples["side"].min()))
@@ -55,7 +56,7 @@ def predict(model, data):
     """Return the mean probability of eight symmetries, (n, 28)."""
     import torch
 
-    from common.data import dihedral
+    from common.train.dataset import dihedral
 
     images = tensors(data.valid, data.normalisation)
     model.eval()
@@ -111,8 +112,8 @@ def plain(args, recipe, data):
     from torch.utils.data import DataLoader
     from torchvision.models import resnet18
 
-    from common.data import EpochBatches, collate
-    from common.models import build_model
+    from common.train.dataset import EpochBatches, collate
+    from common.train.networks import build_model
 
     if args.contestant == "plain-ours":
         model = build_model(recipe, 28)
@@ -137,4 +138,4 @@ def plain(args, recipe, data):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

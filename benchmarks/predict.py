@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from in_turn import InTurn
 
-from common import cli
+from common.process import command_line
+from common.process.main import run
 from common.recipes import get_recipe
 
 # name -> recipe, images
@@ -34,8 +35,8 @@ WANTED = 1.03
 
 
 def main():
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--repeats", type=cli.positive, default=7, metavar="N", help="rounds (default: 7)")
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--repeats", type=command_line.positive, default=7, metavar="N", help="rounds (default: 7)")
     args = parser.parse_args()
     print(
         f"{'':8s} {'bare ms':>9s} {'stage 05 ms':>12s} {'ratio':>7s} {'95 %':>15s} "
@@ -56,11 +57,11 @@ def main():
 def measure(name: str, repeats: int) -> dict:
     import torch
 
-    from common.data import BATCH, ImageSet, loader, whole_batches
-    from common.hardware import HardwareOptions, choose_hardware
-    from common.images import write_planes
-    from common.inference import Normalisation, predict_logits, views
-    from common.models import build_model
+    from common.data.images import write_planes
+    from common.train.dataset import BATCH, ImageSet, loader, whole_batches
+    from common.train.hardware import HardwareOptions, choose_hardware
+    from common.train.networks import build_model
+    from common.train.predict import Normalisation, predict_logits, views
 
     recipe, n = NETWORKS[name]
     rng = np.random.default_rng(0)
@@ -103,4 +104,4 @@ def measure(name: str, repeats: int) -> dict:
 
 if __name__ == "__main__":
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    cli.run(main)
+    run(main)

@@ -26,8 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 from real_data import real
 
-from common import cli
 from common.errors import UserError
+from common.process import command_line
+from common.process.main import run
 
 CHANNELS = ("red", "green", "blue", "yellow")
 LEVEL = 6  # of zstd, as stage 01 stores large images
@@ -36,11 +37,15 @@ SECONDS_BETWEEN_LOOKS = 0.05
 
 
 def parse_args():
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--samples", type=cli.positive, default=40, metavar="N", help="samples to make (default: 40)")
-    parser.add_argument("--repeats", type=cli.positive, default=3, metavar="N", help="runs of each (default: 3)")
+    parser = command_line.Parser(__doc__)
     parser.add_argument(
-        "--jobs", type=cli.positive, default=os.cpu_count(), metavar="N", help="processes (default: all)"
+        "--samples", type=command_line.positive, default=40, metavar="N", help="samples to make (default: 40)"
+    )
+    parser.add_argument(
+        "--repeats", type=command_line.positive, default=3, metavar="N", help="runs of each (default: 3)"
+    )
+    parser.add_argument(
+        "--jobs", type=command_line.positive, default=os.cpu_count(), metavar="N", help="processes (default: all)"
     )
     parser.add_argument(
         "--loop", nargs=3, metavar=("NAME", "DATA", "WORK"), help="run one of the loops in this process"
@@ -233,4 +238,4 @@ def report(runs: dict, few: int, all_: int, many: int, jobs: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -14,17 +14,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import cli
+from common.process import command_line
+from common.process.main import run
 from common.recipes import RECIPES, get_recipe
 
 BATCH, STEPS = 2, 3
 
 
 def parse_args():
-    parser = cli.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument(
         "--recipes",
-        type=cli.recipe_names,
+        type=command_line.recipe_names,
         default=[name for name in RECIPES if not name.startswith("demo")],
         help="recipes to measure (default: the paper's)",
     )
@@ -55,11 +56,11 @@ def measure(name: str) -> dict:
     import torch
 
     from common.classes import N_CLASSES
-    from common.data import ImageSet
-    from common.fold_data import FoldData
-    from common.hardware import HardwareOptions, choose_hardware
-    from common.inference import Normalisation
-    from common.training import new_run, train_step
+    from common.train.dataset import ImageSet
+    from common.train.fold_data import FoldData
+    from common.train.hardware import HardwareOptions, choose_hardware
+    from common.train.predict import Normalisation
+    from common.train.training import new_run, train_step
 
     recipe = get_recipe(name)
     before = peak_gib()
@@ -88,4 +89,4 @@ def peak_gib() -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

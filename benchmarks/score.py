@@ -12,18 +12,21 @@ from sklearn.metrics import average_precision_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import cli
-from common.artifacts import load_predictions, prediction_file, read_table
-from common.labels import parse_targets
-from common.metrics import class_f1
-from common.thresholds import cross_fit
+from common.artifacts.stage import load_predictions, prediction_file, read_table
+from common.data.labels import parse_targets
+from common.process import command_line
+from common.process.main import run
+from common.score.metrics import class_f1
+from common.score.thresholds import cross_fit
 
 RARE = 30  # samples of a class at most
 
 
 def main():
-    parser = cli.parser(__doc__)
-    parser.add_argument("--recipes", type=cli.recipe_names, default=["demo"], metavar="A,B", help="runs to score")
+    parser = command_line.parser(__doc__)
+    parser.add_argument(
+        "--recipes", type=command_line.recipe_names, default=["demo"], metavar="A,B", help="runs to score"
+    )
     args = parser.parse_args()
     folds = read_table(args.work / "folds.csv", "bash run_all.sh").set_index("Id")
     print(f"{'run':32s} {'at 0.5':>8s} {'fitted':>8s} {'mean AP':>8s} {'rare':>8s} {'others':>8s} {'called':>8s}")
@@ -58,4 +61,4 @@ def score(probs, rows) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -34,26 +34,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from real_data import real
 
-from common import cli, images, sources
-from common.data import Cache, EpochBatches, ImageSet, loader
-from common.files import writing
+from common.artifacts.files import writing
+from common.process import command_line
+from common.process.main import run
+from common.train.dataset import Cache, EpochBatches, ImageSet, images, loader, sources
 
 EARLIER, OURS, RAW = "TIFF deflate+predictor, zlib.crc32", "TIFF (ours)", "TIFF raw (ours)"
 BATCH = 16
 
 
 def parse_args():
-    parser = cli.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument(
-        "--samples", type=cli.positive, default=63, metavar="N", help="PNG samples at most (default: 63)"
+        "--samples", type=command_line.positive, default=63, metavar="N", help="PNG samples at most (default: 63)"
     )
     parser.add_argument(
-        "--repeats", type=cli.positive, default=5, metavar="N", help="passes over the samples (default: 5)"
+        "--repeats", type=command_line.positive, default=5, metavar="N", help="passes over the samples (default: 5)"
     )
     parser.add_argument("--loader", action="store_true", help="time the loader")
     parser.add_argument(
         "--batches",
-        type=cli.positive,
+        type=command_line.positive,
         default=40,
         metavar="N",
         help=f"batches of {BATCH} of each loader, of which the first eighth does not count (default: 40)",
@@ -265,4 +266,4 @@ def images_a_second(dataset: ImageSet, workers: int, epoch: int) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -29,23 +29,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from real_data import real
 
-from common import cli
-from common.labels import parse_targets, read_labels
-from common.metrics import bootstrap_macro_f1, class_f1, f1_from_counts, macro_f1
-from common.progress import progress
-from common.thresholds import GRID, METHODS, cross_fit, find_thresholds, greedy_thresholds, repeated_folds
+from common.data.labels import parse_targets, read_labels
+from common.process import command_line
+from common.process.main import run
+from common.process.progress import progress
+from common.score.metrics import bootstrap_macro_f1, class_f1, f1_from_counts, macro_f1
+from common.score.thresholds import GRID, METHODS, cross_fit, find_thresholds, greedy_thresholds, repeated_folds
 
 NETWORKS = ("inceptionv3_650", "inceptionv4_800", "xception_512")
 WITH_INTERVAL = ("greedy", "calibrated")
 
 
 def main():
-    parser = cli.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--draws", type=int, default=200, metavar="N", help="draws of the simulation (default: 200)")
     parser.add_argument(
-        "--parts", type=cli.names, default=["networks", "simulation", "speed"], metavar="A,B", help="default: all three"
+        "--parts",
+        type=command_line.names,
+        default=["networks", "simulation", "speed"],
+        metavar="A,B",
+        help="default: all three",
     )
-    parser.add_argument("--cases", type=cli.names, default=["few", "all"], metavar="A,B", help="default: few,all")
+    parser.add_argument(
+        "--cases", type=command_line.names, default=["few", "all"], metavar="A,B", help="default: few,all"
+    )
     args = parser.parse_args()
     figures = {}
     if "networks" in args.parts:
@@ -250,4 +257,4 @@ def million(method: str) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

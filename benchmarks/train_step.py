@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from in_turn import InTurn, timed
 
-from common import cli
+from common.process import command_line
+from common.process.main import run
 from common.recipes import get_recipe
 
 # name -> recipe, samples in an epoch: networks that cost two, twenty and fifty milliseconds a sample; tiny is `demo` as it is,
@@ -51,8 +52,10 @@ SETTINGS = {
 
 
 def parse_args():
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--repeats", type=cli.positive, default=15, metavar="N", help="epochs of each (default: 15)")
+    parser = command_line.Parser(__doc__)
+    parser.add_argument(
+        "--repeats", type=command_line.positive, default=15, metavar="N", help="epochs of each (default: 15)"
+    )
     parser.add_argument(
         "--settings", action="store_true", help="compare settings of stage 04 in place of stage 04 and a bare loop"
     )
@@ -106,8 +109,8 @@ def in_a_process(name, what, repeats) -> dict:
 
 def measure(name: str, what: str, repeats: int) -> dict:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from common.data import EpochBatches, loader
-    from common.hardware import HardwareOptions, choose_hardware
+    from common.train.dataset import EpochBatches, loader
+    from common.train.hardware import HardwareOptions, choose_hardware
 
     recipe, n = NETWORKS[name]
     with (
@@ -139,7 +142,7 @@ def measure(name: str, what: str, repeats: int) -> dict:
 
 
 def measure_settings(recipe, n: int, data, repeats: int) -> dict:
-    from common.hardware import HardwareOptions, choose_hardware
+    from common.train.hardware import HardwareOptions, choose_hardware
 
     runs = {
         setting: new_run(recipe, data, choose_hardware(HardwareOptions("cpu", **flags)))
@@ -160,10 +163,10 @@ def measure_settings(recipe, n: int, data, repeats: int) -> dict:
 
 def drawn_data(folder: Path, recipe, n: int):
     """Write n images of blocks of noise, and return them as the data of a fold."""
-    from common.data import ImageSet
-    from common.fold_data import FoldData
-    from common.images import write_planes
-    from common.inference import Normalisation
+    from common.data.images import write_planes
+    from common.train.dataset import ImageSet
+    from common.train.fold_data import FoldData
+    from common.train.predict import Normalisation
 
     rng = np.random.default_rng(0)
     targets = rng.random((n, 28)) < 0.06
@@ -180,7 +183,7 @@ def drawn_data(folder: Path, recipe, n: int):
 
 
 def new_run(recipe, data, hardware):
-    from common import training
+    from common.train import training
 
     run = training.new_run(recipe, data, hardware, 0, 0)
     for group in run.optimizer.param_groups:
@@ -191,7 +194,7 @@ def new_run(recipe, data, hardware):
 
 def epoch(run, data, in_turn=lambda feed: feed) -> None:
     """An epoch of stage 04, after the hard sampler's warm-up."""
-    from common import training
+    from common.train import training
 
     run.epoch, run.step = 1, 0
     training.train_epoch(run, data, in_turn(training.all_batches(run, data)), "benchmark", lambda: None)
@@ -208,4 +211,4 @@ def bare_step(run, x, y) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -23,7 +23,7 @@ def _on_exception(kind: type[BaseException], value: BaseException, trace: Traceb
         return
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from common.cli import say_stopped, stop_behind  # anew, where it came in the middle of that
+    from common.process.main import say_stopped, stop_behind  # anew, where it came in the middle of that
 
     if stop := stop_behind(value):
         say_stopped(stop)
@@ -36,6 +36,6 @@ def _on_exception(kind: type[BaseException], value: BaseException, trace: Traceb
 
 sys.excepthook = _on_exception
 
-from common import stopping  # noqa: E402  after the hook, for Ctrl+C may come now
+from common.process import stopping  # noqa: E402  after the hook, for Ctrl+C may come now
 
 stopping.spare_imports()

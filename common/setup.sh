@@ -8,12 +8,12 @@ setup() {
     if [ "$1" = --dry-run ]; then dry=true; shift; fi
     local active
     active=$(command -v python || command -v python3 || true)
-    if [ -n "$active" ] && "$active" common/environment.py "$@" >/dev/null 2>&1; then
+    if [ -n "$active" ] && "$active" common/process/requirements.py "$@" >/dev/null 2>&1; then
         PYTHON=$active
         return
     fi
     PYTHON=.venv/bin/python
-    if [ -x "$PYTHON" ] && "$PYTHON" common/environment.py "$@" >/dev/null 2>&1; then
+    if [ -x "$PYTHON" ] && "$PYTHON" common/process/requirements.py "$@" >/dev/null 2>&1; then
         return
     fi
     local base='' candidate
@@ -35,7 +35,7 @@ setup() {
     if command -v flock >/dev/null && ! flock --nonblock 9; then
         echo "waiting: .venv is being made by another process" >&2
         flock 9
-        if [ -x "$PYTHON" ] && "$PYTHON" common/environment.py "$@" >/dev/null 2>&1; then
+        if [ -x "$PYTHON" ] && "$PYTHON" common/process/requirements.py "$@" >/dev/null 2>&1; then
             exec 9>&-
             return
         fi
@@ -43,7 +43,7 @@ setup() {
     if ! make_venv "$base" "$@" || ! fill_venv "$@"; then
         echo "error: the packages could not be installed into .venv; these are missing:" >&2
         if [ ! -x "$PYTHON" ]; then PYTHON=$base; fi
-        "$PYTHON" common/environment.py "$@" >&2 || true
+        "$PYTHON" common/process/requirements.py "$@" >&2 || true
         echo "run this again with internet, or with their wheels in a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER bash run_all.sh" >&2
         exit 2
     fi
@@ -54,7 +54,7 @@ setup() {
 make_venv() {
     local base=$1 options=(); shift
     if [ "$("$base" -c 'import sys; print(sys.prefix)')" -ef .venv ]; then return; fi
-    if [[ $("$base" common/environment.py --next-install "$@") = -r* ]]; then
+    if [[ $("$base" common/process/requirements.py --next-install "$@") = -r* ]]; then
         echo "setting up .venv once (several GB, mostly torch)" >&2
         rm -f .venv/lib/python*/site-packages/active.pth
         "$base" -m venv .venv
@@ -73,12 +73,12 @@ make_venv() {
 fill_venv() {
     local call _
     for _ in 1 2 3; do
-        call=$("$PYTHON" common/environment.py --next-install "$@")
+        call=$("$PYTHON" common/process/requirements.py --next-install "$@")
         [ -n "$call" ] || break
-        "$PYTHON" common/environment.py --pins "$@" > .venv/constraints.txt
+        "$PYTHON" common/process/requirements.py --pins "$@" > .venv/constraints.txt
         eval "\"\$PYTHON\" -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt $call" || return
     done
-    "$PYTHON" common/environment.py "$@" >&2
+    "$PYTHON" common/process/requirements.py "$@" >&2
 }
 
 setup "$@"

@@ -33,7 +33,7 @@ from joblib import Parallel, delayed
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.demo_data import make_demo_data  # noqa: E402
+from common.demo.data import make_demo_data  # noqa: E402
 
 RUN = "demo-quick"
 TINY = (

@@ -7,7 +7,7 @@ source common/setup.sh requirements.txt tests/requirements.txt
 all=()
 if [ $# -eq 0 ]; then
     # File by file in their order, e2e first: by default files of few tests come last, and those are the longest.
-    all=(--numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-config=tests/coveragerc
+    all=(--numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov
          --cov-fail-under=90)
     export OMP_NUM_THREADS=1  # each process has a core to itself
 fi

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from common import training
-from common.demo_data import make_demo_data
-from common.hardware import HardwareOptions, choose_hardware, idle_gpu
+from common.demo.data import make_demo_data
+from common.train import training
+from common.train.hardware import HardwareOptions, choose_hardware, idle_gpu
 from tests.conftest import ROOT
 from tests.gpu.helpers import FEW_EPOCHS
 

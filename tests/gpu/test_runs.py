@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from common import training
-from common.artifacts import read_sidecar
-from common.checkpoints import load_checkpoint
-from common.hardware import device_name
-from common.jobs import begin_fold
-from common.start import Start
+from common.artifacts.stage import read_sidecar
+from common.train import training
+from common.train.checkpoints import load_checkpoint
+from common.train.hardware import device_name
+from common.train.jobs import begin_fold
+from common.train.start import Start
 from tests.gpu.helpers import FEW_EPOCHS, RECIPES
 from tests.slow.test_training import Killed, fold_data, same
 from tests.stage.test_stopping import stopped

@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from common.training import new_run, train_step
+from common.train.training import new_run, train_step
 from tests.conftest import ROOT
 from tests.gpu.helpers import RECIPES, drawn, noise, with_rates
 from tests.slow.test_distributed import TORCHRUN, five_steps
@@ -59,8 +59,8 @@ def test_two_gpus_train_the_weights_of_one(tmp_path):
 # Each GPU that a process has touched holds a context of it, hundreds of MB.
 ONE_STEP = """
 import torch
-from common.hardware import HardwareOptions, choose_hardware
-from common.training import all_batches, new_run, train_epoch
+from common.train.hardware import HardwareOptions, choose_hardware
+from common.train.training import all_batches, new_run, train_epoch
 from tests.gpu.helpers import RECIPES, drawn
 
 data = drawn(16, 64)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoints import load_checkpoint, save_checkpoint, snapshot
 from common.errors import UserError
-from common.hardware import PRECISIONS, Hardware, HardwareOptions, choose_hardware
-from common.inference import Fitting, predict_logits, views
 from common.recipes import GAPNET_PL, RECIPES, get_recipe
-from common.training import all_batches, lr_range_test, new_run, note_ranking, train_epoch, train_step
+from common.train.checkpoints import load_checkpoint, save_checkpoint, snapshot
+from common.train.hardware import PRECISIONS, Hardware, HardwareOptions, choose_hardware
+from common.train.predict import Fitting, predict_logits, views
+from common.train.training import all_batches, lr_range_test, new_run, note_ranking, train_epoch, train_step
 from tests.gpu.helpers import RECIPES as SMALL_RECIPES
 from tests.gpu.helpers import drawn, little_memory, noise, with_rates
 from tests.slow.test_training import fold_data, same

@@ -13,12 +13,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from common.data import ImageSet
-from common.fold_data import FoldData
-from common.hardware import HardwareOptions, choose_hardware
-from common.inference import Normalisation
 from common.recipes import GAPNET_PL
-from common.training import new_run, train_step
+from common.train.dataset import ImageSet
+from common.train.fold_data import FoldData
+from common.train.hardware import HardwareOptions, choose_hardware
+from common.train.predict import Normalisation
+from common.train.training import new_run, train_step
 
 BATCH = 11  # odd, so that two processes have parts of different size
 

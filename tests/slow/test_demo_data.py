@@ -7,10 +7,10 @@ import pytest
 import tifffile
 
 from common.classes import N_CLASSES
-from common.demo_data import REAL_COUNTS, class_quotas, make_demo_data, plan_samples
-from common.demo_drawing import PATTERNS, draw_sample
+from common.data.images import CHANNELS
+from common.demo.data import REAL_COUNTS, class_quotas, make_demo_data, plan_samples
+from common.demo.drawing import PATTERNS, draw_sample
 from common.errors import UserError
-from common.images import CHANNELS
 
 SMALL = {"seed": 3, "n_train": 30, "n_test": 6}
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.data import EpochBatches
-from common.distributed import Team
 from common.errors import UserError
+from common.train.dataset import EpochBatches
+from common.train.distributed import Team
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "tests" / "slow" / "five_steps.py"

@@ -23,16 +23,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.artifacts import Stage, check_ids, load_predictions, read_table, save_predictions, sidecar
+from common.artifacts.files import write_json, write_text
+from common.artifacts.stage import Stage, check_ids, load_predictions, read_table, save_predictions, sidecar
+from common.artifacts.text_tables import BadTable, read_text_table
+from common.data.images import checksum, read_planes, write_planes
+from common.data.ingest import read_journal
+from common.data.labels import parse_targets, read_csv, read_labels
+from common.data.sources import BadImage, read_channel, read_pixels, table_kind
 from common.errors import UserError
-from common.files import write_json, write_text
-from common.images import checksum, read_planes, write_planes
-from common.labels import parse_targets, read_csv, read_labels
-from common.predictions import read_groups, read_predictions
-from common.preprocess import read_journal
-from common.sources import BadImage, read_channel, read_pixels, table_kind
-from common.submission import read_submission
-from common.text_tables import BadTable, read_text_table
+from common.score.members import read_groups, read_predictions
+from common.score.submission import read_submission
 from tests.tiffs import agreed, stretched, turned, write_tiff
 
 KINDS = 14  # of tests below, each with its share of the cases

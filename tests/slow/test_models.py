@@ -7,7 +7,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 from common.errors import UserError
-from common.models import (
+from common.recipes import CHOICES, RECIPES, Recipe, get_recipe
+from common.train.networks import (
     AdaptiveConcatPool2d,
     GapNetEncoder,
     PadTo,
@@ -22,7 +23,6 @@ from common.models import (
     stem,
     widen_stem,
 )
-from common.recipes import CHOICES, RECIPES, Recipe, get_recipe
 from tests.conftest import ROOT
 
 BACKBONES = [name for name in CHOICES["encoder"] if not name.startswith("gapnet")]
@@ -72,7 +72,7 @@ def test_small_images_stand_in_the_middle_of_zeros_and_large_ones_are_left_alone
 
 def test_weights_depend_on_the_seed_alone_also_the_first_time():
     code = (
-        "import torch; from common.models import pretrainedmodel\n"
+        "import torch; from common.train.networks import pretrainedmodel\n"
         "first, second = (torch.manual_seed(0) and pretrainedmodel('resnet50').conv1.weight for _ in range(2))\n"
         "assert torch.equal(first, second)"
     )

@@ -12,23 +12,24 @@ import pandas as pd
 import pytest
 import torch
 
-from common import hardware, stopping, training
-from common.checkpoints import load_checkpoint, load_network, save_checkpoint
-from common.data import ImageSet
-from common.distributed import Team
+from common.artifacts.files import write_text
+from common.data.images import write_planes
 from common.errors import UserError
-from common.files import write_text
-from common.finder import save_lr_curve
-from common.fold_data import FoldData, load_fold
-from common.hardware import PRECISIONS, Hardware, HardwareOptions, choose_hardware
-from common.images import write_planes
-from common.inference import Fitting, Normalisation, mean_probabilities, predict_logits, views
-from common.jobs import begin_fold
-from common.losses import sample_losses
-from common.models import build_model
+from common.process import stopping
 from common.recipes import DEMO, GAPNET_PL, RECIPES, get_recipe, to_dict
-from common.start import Start
-from common.training import Run, is_finished, lr_range_test, micro_batches, new_run, train_fold, train_step
+from common.train import hardware, training
+from common.train.checkpoints import load_checkpoint, load_network, save_checkpoint
+from common.train.dataset import ImageSet
+from common.train.distributed import Team
+from common.train.fold_data import FoldData, load_fold
+from common.train.hardware import PRECISIONS, Hardware, HardwareOptions, choose_hardware
+from common.train.jobs import begin_fold
+from common.train.losses import sample_losses
+from common.train.lr_finder import save_lr_curve
+from common.train.networks import build_model
+from common.train.predict import Fitting, Normalisation, mean_probabilities, predict_logits, views
+from common.train.start import Start
+from common.train.training import Run, is_finished, lr_range_test, micro_batches, new_run, train_fold, train_step
 
 CPU = Hardware(torch.device("cpu"))
 SMALL = replace(

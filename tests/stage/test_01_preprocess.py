@@ -9,8 +9,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from common.exposure import exposure_warning
-from common.images import CHANNELS, read_planes
+from common.data.exposure import exposure_warning
+from common.data.images import CHANNELS, read_planes
 from tests.conftest import write_sample
 
 SCRIPT = "01_preprocess.py"
@@ -438,8 +438,8 @@ def test_keep_going_leaves_samples_out_by_name_everywhere(make, run_script, refu
 
 
 def test_a_full_disk_is_noticed_before_the_first_image(tmp_path):
+    from common.data.ingest import check_space
     from common.errors import UserError
-    from common.preprocess import check_space
 
     with pytest.raises(
         UserError, match=r"about 3307.0 GB are needed in .* for 4000000 images, .* GB are free; make room"

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import tifffile
 
-from common.artifacts import Stage, load_predictions, read_json, save_predictions, sidecar
-from common.demo_data import make_demo_data
-from common.exposure import WHOLE, judge
-from common.files import write_json
+from common.artifacts.files import write_json
+from common.artifacts.stage import Stage, load_predictions, read_json, save_predictions, sidecar
+from common.data.exposure import WHOLE, judge
+from common.demo.data import make_demo_data
 
 RECIPE = "demo-quick"
 TINY = ("--set", "cycle_epochs=1", "max_cycles=1", "buffers=16")

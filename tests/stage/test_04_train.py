@@ -11,14 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from common.artifacts import load_predictions, read_json, read_table, sidecar
-from common.checkpoints import load_network
-from common.data import dihedral
-from common.fold_data import load_fold
-from common.hardware import HardwareOptions, choose_hardware
-from common.inference import Normalisation
-from common.models import build_encoder
+from common.artifacts.stage import load_predictions, read_json, read_table, sidecar
 from common.recipes import Recipe, get_recipe
+from common.train.checkpoints import load_network
+from common.train.dataset import dihedral
+from common.train.fold_data import load_fold
+from common.train.hardware import HardwareOptions, choose_hardware
+from common.train.networks import build_encoder
+from common.train.predict import Normalisation
 from tests.conftest import ROOT
 
 RECIPE = "demo-quick"

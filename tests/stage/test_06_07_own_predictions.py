@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.artifacts import read_table, save_predictions
+from common.artifacts.stage import read_table, save_predictions
+from common.data.labels import format_targets
 from common.errors import UserError
-from common.labels import format_targets
-from common.report import stage_table
-from common.report_results import errors, predictions, scores, submission
-from common.work import Work
+from common.report.build import stage_table
+from common.report.reader import Work
+from common.report.results import errors, predictions, scores, submission
 from tests.unit.test_thresholds import simulated
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.artifacts import load_predictions, save_predictions
+from common.artifacts.files import write_json
+from common.artifacts.stage import load_predictions, save_predictions
 from common.classes import CLASS_NAMES
-from common.demo_data import make_demo_data
-from common.files import write_json
-from common.page import render
-from common.report import collect, report_page, section
-from common.report_data import duplicates
-from common.sample_page import heat_maps, sample_page
-from common.work import Work
+from common.demo.data import make_demo_data
+from common.report.build import collect, report_page, section
+from common.report.inputs import duplicates
+from common.report.page import render
+from common.report.reader import Work
+from common.report.sample import heat_maps, sample_page
 from tests.browser import check_page, click_heading, column, show
 
 RECIPE = "demo-quick"
@@ -120,8 +120,10 @@ def test_an_empty_heat_map_says_so(work, monkeypatch):
         probs = np.full(28, 0.001, np.float32)
         return probs, {c: np.full((8, 8), c == 3, np.float32) for c in choose(probs)}
 
-    monkeypatch.setattr("common.explain.explain", nothing)
-    monkeypatch.setattr("common.sample_page.member_probabilities", lambda work, Id: ({}, np.eye(28)[3] + np.eye(28)[5]))
+    monkeypatch.setattr("common.report.heat_maps.explain", nothing)
+    monkeypatch.setattr(
+        "common.report.sample.member_probabilities", lambda work, Id: ({}, np.eye(28)[3] + np.eye(28)[5])
+    )
     Id = load_predictions(work / "predictions" / RECIPE / "test.npz", "")[0][0]
     _, gallery = heat_maps(Work(work), Id, None)
     lines = {card.lines[0]: card.lines[1:] for card in gallery.cards}

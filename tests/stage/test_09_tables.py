@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from common import tables
+from common.score import paper_tables
 from tests.unit.test_tables import make_work
 
 
@@ -22,8 +22,8 @@ def test_the_script_writes_every_form_and_shows_them_again(run_script, fails, tm
         "gains.csv",
     }
     tidy = pd.read_csv(work / "tables" / "tables.csv")
-    assert list(tidy.columns) == tables.SCORE_FIELDS and len(tidy) == 5 * (7 + 4)
-    assert list(pd.read_csv(work / "tables" / "gains.csv").columns) == tables.GAIN_FIELDS
+    assert list(tidy.columns) == paper_tables.SCORE_FIELDS and len(tidy) == 5 * (7 + 4)
+    assert list(pd.read_csv(work / "tables" / "gains.csv").columns) == paper_tables.GAIN_FIELDS
     again = run_script(*flags).stdout
     assert "is up to date" in again and text in again
 

@@ -3,12 +3,12 @@
 import pandas as pd
 import pytest
 
-from common.artifacts import read_table, sidecar
-from common.distributed import Team
+from common.artifacts.stage import read_table, sidecar
 from common.errors import UserError
-from common.hardware import HardwareOptions
-from common.jobs import plan, train_job
 from common.recipes import get_recipe
+from common.train.distributed import Team
+from common.train.hardware import HardwareOptions
+from common.train.jobs import plan, train_job
 from tests.conftest import write_sample
 
 RECIPE = "demo-quick"

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from common.locks import Lock
-from common.sources import looks_cut_short
+from common.artifacts.locks import Lock
+from common.data.sources import looks_cut_short
 from tests.conftest import write_sample
 
 SCRIPT = "01_preprocess.py"

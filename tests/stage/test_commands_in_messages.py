@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from common.artifacts import preprocess_command, read_table, stored_images
+from common.artifacts.stage import preprocess_command, read_table, stored_images
+from common.data.images import checksum, read_planes
 from common.errors import UserError
-from common.images import checksum, read_planes
 from tests.conftest import ROOT
 
 TINY = ("--set", "cycle_epochs=1", "max_cycles=1", "buffers=16", "finder=off")

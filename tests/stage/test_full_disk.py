@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from common import images, preprocess, training
-from common.checkpoints import save_checkpoint
+from common.data import images, ingest
+from common.train import training
+from common.train.checkpoints import save_checkpoint
 from tests.conftest import ROOT
 
 RECIPE = "demo-quick"
@@ -121,9 +122,7 @@ def test_a_disk_that_is_full_at_a_line_of_the_journal(call, small_data, tmp_path
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     journal = tmp_path / "work" / "images" / "journal.jsonl"
-    monkeypatch.setattr(
-        preprocess, "open", lambda *_, **__: type("Full", (io.StringIO,), {step: full})(), raising=False
-    )
+    monkeypatch.setattr(ingest, "open", lambda *_, **__: type("Full", (io.StringIO,), {step: full})(), raising=False)
     code, error = call("01_preprocess.py", small_data, tmp_path / "work")
     assert code == 2 and error.count("error: ") == 1, error
     assert (

@@ -5,9 +5,9 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from common.data import ImageSet, loader
-from common.images import write_planes
-from common.parallel import run_parallel
+from common.data.images import write_planes
+from common.process.parallel import run_parallel
+from common.train.dataset import ImageSet, loader
 
 RECIPE = "demo-quick"
 

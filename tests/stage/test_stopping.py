@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from common.artifacts import sidecar
+from common.artifacts.stage import sidecar
 from tests.conftest import ROOT
 
 RECIPE = "demo-quick"
@@ -130,8 +130,9 @@ def test_run_all_names_itself(small_data, tmp_path, when, number, code):
 
 SLOW_TO_SAVE = """
 import os, signal, time
-from common import cli, stopping
-from common.parallel import run_jobs
+from common.process import stopping
+from common.process.main import run
+from common.process.parallel import run_jobs
 
 def work(seconds_to_save):
     if seconds_to_save is None:  # done at once: its process waits for more
@@ -143,7 +144,7 @@ def work(seconds_to_save):
         time.sleep(seconds_to_save)
         os.write(1, b"saved\\n")
 
-cli.run(lambda: run_jobs(work, [(None,), (3,), (0,), (2,)], 3, None, "jobs"))
+run(lambda: run_jobs(work, [(None,), (3,), (0,), (2,)], 3, None, "jobs"))
 """
 
 
@@ -176,9 +177,9 @@ def test_a_worker_that_is_told_to_end_alone_does_not_pass_for_done():
 
 def test_sigterm_after_the_last_job_does_not_wait_for_idle_workers():
     code = (
-        "import os, signal, time; from common import cli; from common.parallel import run_jobs\n"
+        "import os, signal, time; from common.process.main import run; from common.process.parallel import run_jobs\n"
         "def main():\n    run_jobs(abs, [(1,), (2,)], 2, None, 'jobs')\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
-        "cli.run(main)"
+        "run(main)"
     )
     started = time.monotonic()
     result = subprocess.run(
@@ -204,7 +205,7 @@ def test_a_thread_that_loses_the_other_end_says_nothing_and_other_errors_are_tol
 
 def test_worker_processes_never_see_ctrl_c():
     code = (
-        "import signal; from common.parallel import run_parallel\n"
+        "import signal; from common.process.parallel import run_parallel\n"
         "for _, blocked in run_parallel(signal.pthread_sigmask, [(signal.SIG_BLOCK, [])] * 2, 2, 'jobs'): print(signal.SIGINT in blocked)\n"
         "print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     )
@@ -217,7 +218,8 @@ def test_worker_processes_never_see_ctrl_c():
 LOADING = """
 import os, time
 from contextlib import nullcontext
-from common import cli, stopping
+from common.process import stopping
+from common.process.main import run
 
 class Slow:
     def __len__(self):
@@ -228,7 +230,7 @@ class Slow:
         return i
 
 def main():
-    from common.data import Loader, begin_loading
+    from common.train.dataset import Loader, begin_loading
 
     def begin(worker):
         time.sleep(SECONDS)
@@ -242,7 +244,7 @@ def main():
                 os.write(1, b"saved\\n")
                 stopping.check()
 
-cli.run(main)
+run(main)
 """
 
 
@@ -272,7 +274,7 @@ def test_loaders_that_have_just_begun_say_nothing_of_ctrl_c():
 
 def test_a_forked_process_ends_without_a_word():
     code = (
-        "import os, multiprocessing as m, time; from common import stopping; stopping.listen(); "
+        "import os, multiprocessing as m, time; from common.process import stopping; stopping.listen(); "
         "child = m.get_context('fork').Process(target=time.sleep, args=(60,)); child.start(); time.sleep(0.5); "
         "child.terminate(); child.join(); print(child.exitcode)"
     )

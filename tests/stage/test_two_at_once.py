@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from common.artifacts import read_json, sidecar
-from common.locks import Lock
+from common.artifacts.locks import Lock
+from common.artifacts.stage import read_json, sidecar
 from tests.conftest import ROOT
 
 RECIPE, WAITING = "demo-quick", "demo-hard-quick"

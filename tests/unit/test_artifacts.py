@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from common.artifacts import Stage, fingerprint, load_predictions, save_predictions, sidecar
+from common.artifacts.files import write_json, write_text, writing
+from common.artifacts.stage import Stage, fingerprint, load_predictions, save_predictions, sidecar
 from common.classes import N_CLASSES
 from common.errors import UserError
-from common.files import write_json, write_text, writing
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

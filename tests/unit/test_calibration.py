@@ -3,7 +3,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from common.calibration import (
+from common.score.calibration import (
     CENTRES,
     calibrated_thresholds,
     expected_f1_curves,
@@ -12,8 +12,8 @@ from common.calibration import (
     logit_counts,
     newton_step,
 )
-from common.metrics import class_f1
-from common.thresholds import exact_thresholds, greedy_thresholds
+from common.score.metrics import class_f1
+from common.score.thresholds import exact_thresholds, greedy_thresholds
 
 
 def calibrated_world(n, seed=0, share=0.1):

@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.artifacts import Stage, sidecar
-from common.checkpoints import (
+from common.artifacts.files import write_json
+from common.artifacts.stage import Stage, sidecar
+from common.classes import CLASS_NAMES
+from common.errors import UserError
+from common.recipes import Recipe, get_recipe, recipe_of_run, run_parameters
+from common.train.checkpoints import (
     FORMAT,
     check_alike,
     check_unfinished,
@@ -22,15 +26,11 @@ from common.checkpoints import (
     prepare,
     save_checkpoint,
 )
-from common.classes import CLASS_NAMES
-from common.errors import UserError
-from common.files import write_json
-from common.inference import Hardware, Normalisation
-from common.jobs import begin_fold
-from common.models import build_model
-from common.recipes import Recipe, get_recipe, recipe_of_run, run_parameters
-from common.start import Start
-from common.training import new_run
+from common.train.jobs import begin_fold
+from common.train.networks import build_model
+from common.train.predict import Hardware, Normalisation
+from common.train.start import Start
+from common.train.training import new_run
 
 CPU = Hardware(torch.device("cpu"))
 RECIPE = Recipe(encoder="resnet10_narrow", buffers=(8,))
@@ -280,7 +280,7 @@ def test_a_network_that_changes_has_checkpoints_of_a_new_format():
     changed = [encoder for encoder in found if found[encoder] != PINNED.get(encoder)]
     assert FORMAT == PINNED_FORMAT and not changed, (
         f"networks changed: {changed}. Checkpoints of before must not be read as theirs: add one to FORMAT in "
-        f"common/checkpoints.py, then set PINNED_FORMAT to it and PINNED to {found}. "
+        f"common/train/checkpoints.py, then set PINNED_FORMAT to it and PINNED to {found}. "
         "Only where torch merely prints its layers in another way FORMAT stays"
     )
 

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from common import cli
 from common.errors import UserError, listing, nearest
+from common.process import command_line
+from common.process.main import run
 
 
 def stopped_by(error, capsys):
@@ -14,7 +15,7 @@ def stopped_by(error, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        cli.run(main)
+        run(main)
     return stop.value.code, capsys.readouterr().err
 
 
@@ -38,12 +39,12 @@ def test_a_bug_keeps_its_traceback():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cli.run(main)
+        run(main)
 
 
 def test_misspelt_flags_name_the_nearest(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.parser("").parse_args(["--wrk=x"])
+        command_line.parser("").parse_args(["--wrk=x"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: unknown argument --wrk=x; did you mean --work?\n"
 
@@ -51,11 +52,11 @@ def test_misspelt_flags_name_the_nearest(capsys):
 @pytest.mark.parametrize("text", ["a", "-1", "0,0", "", "0,"])
 def test_fold_numbers_are_numbers(text):
     with pytest.raises(argparse.ArgumentTypeError):
-        cli.fold_numbers(text)
+        command_line.fold_numbers(text)
 
 
 def test_lists_of_values():
-    assert cli.fold_numbers("0,2") == [0, 2] and cli.names("a, b") == ["a", "b"]
+    assert command_line.fold_numbers("0,2") == [0, 2] and command_line.names("a, b") == ["a", "b"]
 
 
 def test_the_nearest_word_or_all_of_them():

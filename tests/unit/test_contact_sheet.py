@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from common.contact_sheet import SHOWN, composite, save_contact_sheet
-from common.images import write_planes
+from common.data.images import write_planes
+from common.data.pictures import SHOWN, composite, save_contact_sheet
 
 
 def test_the_composite_has_the_atlas_colours():

@@ -5,12 +5,22 @@ import numpy as np
 import pytest
 import torch
 
-from common import cli, data
-from common.class_weights import draw_weights
-from common.data import EpochBatches, ImageSet, collate, dihedral, loader, random_crop, standardise, whole_batches
+from common.data.class_weights import draw_weights
+from common.data.images import CHANNELS, checksum, read_planes, write_planes
 from common.errors import UserError
-from common.fold_data import stored_images
-from common.images import CHANNELS, checksum, read_planes, write_planes
+from common.process.main import run
+from common.train import dataset
+from common.train.dataset import (
+    EpochBatches,
+    ImageSet,
+    collate,
+    dihedral,
+    loader,
+    random_crop,
+    standardise,
+    whole_batches,
+)
+from common.train.fold_data import stored_images
 
 RNG = np.random.default_rng(0)
 DRAWS = np.random.default_rng(1).random((6, 3))
@@ -55,7 +65,7 @@ def test_the_noise_of_an_empty_channel_stays_small_and_bright_spots_are_cut_off(
 
 def test_a_set_of_standardised_images_standardises_whole_images_before_crops_are_cut(stored):
     whole = standardise(read_planes(stored.folder / "a.tif"))
-    stored = replace(stored, standardised=True, cache=data.Cache())
+    stored = replace(stored, standardised=True, cache=dataset.Cache())
     np.testing.assert_array_equal(stored[0, DRAWS[0]][0], random_crop(whole, 32, DRAWS[0]))
     np.testing.assert_array_equal(replace(stored, crop=None)[0][0], whole)
 
@@ -143,7 +153,7 @@ def test_items_do_not_depend_on_the_number_of_workers(stored):
 def test_small_images_are_decoded_once_and_no_more_are_kept_than_there_is_room_for(stored, monkeypatch):
     decoded = []
     monkeypatch.setattr(
-        data, "read_planes", lambda path, *how, **more: decoded.append(path.stem) or read_planes(path, *how, **more)
+        dataset, "read_planes", lambda path, *how, **more: decoded.append(path.stem) or read_planes(path, *how, **more)
     )
     stored.cache.room = 2 * 4 * 48 * 48 + 1
     first = [stored[row, DRAWS[row]][0].copy() for row in range(3)]
@@ -164,7 +174,7 @@ def test_crops_are_the_same_whether_the_image_is_kept_or_read_in_part(tmp_path, 
         crcs={"a": checksum(planes)},
         standardised=standardised,
     )
-    in_part = replace(stored, cache=data.Cache(room=0))
+    in_part = replace(stored, cache=dataset.Cache(room=0))
     for draw in DRAWS:
         crop, part = stored[0, draw][0], in_part[0, draw][0]
         np.testing.assert_array_equal(part, random_crop(standardise(planes) if standardised else planes, 200, draw))
@@ -200,7 +210,7 @@ def test_batches_are_bytes_until_they_are_on_the_device(stored):
 def test_a_missing_image_is_one_message_also_from_a_worker_process(tmp_path, capsys):
     missing = ImageSet(tmp_path, np.array(["x", "y"]), np.zeros((2, 28)))
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: list(loader(missing, 1, False, [[0]])))
+        run(lambda: list(loader(missing, 1, False, [[0]])))
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.startswith(f"error: {tmp_path}") and "Traceback" not in message
 

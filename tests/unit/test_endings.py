@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 import torch
 
-from common import cli, stopping
-from common.artifacts import Stage, prediction_file, save_predictions, sidecar
-from common.checkpoints import load_checkpoint, save_checkpoint
+from common.artifacts.files import naming, write_text
+from common.artifacts.stage import Stage, prediction_file, save_predictions, sidecar
 from common.errors import UserError
-from common.files import naming, write_text
-from common.predictions import check_origin
+from common.process import stopping
+from common.process.main import explain, run
+from common.score.members import check_origin
+from common.train.checkpoints import load_checkpoint, save_checkpoint
 from tests.conftest import ROOT
 
 # --- signals -----------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def test_every_signal_lets_a_training_save_first(listening, capsys, number):
         os.kill(os.getpid(), number)
         assert stopping.STATE.asked == number
     with pytest.raises(SystemExit) as stop:
-        cli.run(main)
+        run(main)
     out, err = capsys.readouterr()
     assert stop.value.code == 128 + number and out == "saved\n" and "stopped; finished work is kept" in err
 
@@ -118,7 +119,7 @@ FULL = OSError(28, "No space left on device", "last.pt")
     ],
 )
 def test_the_cause_that_is_told_is_the_true_one(error, message):
-    found = cli.explain(error)
+    found = explain(error)
     assert found is None if message is None else found.startswith(message), found
 
 
@@ -130,11 +131,11 @@ def test_the_cause_that_is_told_is_the_true_one(error, message):
     ],
 )
 def test_a_lost_process_of_torchrun_is_one_message(monkeypatch, error):
-    assert cli.explain(error) is None
+    assert explain(error) is None
     for name, value in {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["04_train.py", "--folds", "0"])
-    assert cli.explain(error) == (
+    assert explain(error) == (
         "another of torchrun's 2 processes was lost (perhaps memory ran out); finished work is kept. To resume: "
         "torchrun --nproc-per-node 2 04_train.py --folds 0"
     )
@@ -143,15 +144,15 @@ def test_a_lost_process_of_torchrun_is_one_message(monkeypatch, error):
 def test_the_file_of_a_full_disk_is_named_also_where_another_error_hides_it(tmp_path):
     with pytest.raises(RuntimeError) as error, naming(tmp_path / "last.pt"):
         raise hidden(RuntimeError("unexpected pos 64 vs 0"), OSError(28, "No space left on device"))
-    assert cli.explain(error.value).startswith(f"No space left on device: {tmp_path / 'last.pt'}; ")
+    assert explain(error.value).startswith(f"No space left on device: {tmp_path / 'last.pt'}; ")
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
 def test_closed_output_is_no_error(tmp_path, closed):
     code = (
-        "import sys; from common import cli\n"
+        "import sys; from common.process.main import run\n"
         "def main():\n    print('out'); print('err', file=sys.stderr); open('made', 'w').write('whole')\n"
-        "cli.run(main)"
+        "run(main)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],

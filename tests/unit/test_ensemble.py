@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from common.ensemble import (
+from common.errors import UserError
+from common.score.ensemble import (
     align,
     combine,
     describe_classes,
@@ -12,9 +13,8 @@ from common.ensemble import (
     mean_predictions,
     stack_members,
 )
-from common.errors import UserError
-from common.metrics import macro_f1
-from common.thresholds import evaluate_thresholds, find_thresholds
+from common.score.metrics import macro_f1
+from common.score.thresholds import evaluate_thresholds, find_thresholds
 from tests.unit.test_thresholds import simulated
 
 
@@ -153,7 +153,7 @@ def test_weights_do_not_depend_on_classes_without_samples_and_many_samples_are_t
         find_weights(targets[:, present], stack[:, :, present]), abs=1e-4
     )
     assert find_weights(targets & False, stack) == pytest.approx([0.5, 0.5])  # which nothing speaks for or against
-    monkeypatch.setattr("common.ensemble.N_WEIGHED", 60)
+    monkeypatch.setattr("common.score.ensemble.N_WEIGHED", 60)
     assert find_weights(targets, stack) == pytest.approx(find_weights(targets[::2], stack[:, ::2]), abs=1e-6)
 
 

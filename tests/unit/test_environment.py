@@ -2,8 +2,8 @@ from importlib import metadata
 
 import pytest
 
-from common import environment
-from common.environment import next_install, pins, unmet
+from common.process import requirements
+from common.process.requirements import next_install, pins, unmet
 from tests.conftest import ROOT
 
 
@@ -50,9 +50,9 @@ def test_what_pip_is_to_install_next(tmp_path, monkeypatch, there, expected):
             raise metadata.PackageNotFoundError(name)
         return there[name]
 
-    monkeypatch.setattr(environment.metadata, "version", version)
+    monkeypatch.setattr(requirements.metadata, "version", version)
     monkeypatch.setattr(
-        environment.metadata, "requires", lambda name: ["torch>=1.10", "numpy<2", "munch", 'pytest; extra == "test"']
+        requirements.metadata, "requires", lambda name: ["torch>=1.10", "numpy<2", "munch", 'pytest; extra == "test"']
     )
     path = tmp_path / "requirements.txt"
     path.write_text("torch>=2.6,<3\ntorchvision>=0.21\ncaptum>=0.7,<1\nnumpy>=1.26\nopencv-python-headless>=4.9\n")

@@ -3,9 +3,9 @@ import torch
 from captum.attr import LayerGradCam
 from torch import nn
 
-from common.data import dihedral
-from common.explain import VIEWS, heat_map, turned_back
-from common.models import AdaptiveConcatPool2d, Classifier
+from common.report.heat_maps import VIEWS, heat_map, turned_back
+from common.train.dataset import dihedral
+from common.train.networks import AdaptiveConcatPool2d, Classifier
 
 
 def test_every_view_is_turned_back():

@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.artifacts import Stage, write_csv
-from common.exposure import WHOLE, Levels, describe, exposure_warning, judge, signal_elsewhere, used_range
+from common.artifacts.stage import Stage, write_csv
+from common.data.exposure import WHOLE, Levels, describe, exposure_warning, judge, signal_elsewhere, used_range
 
 RNG = np.random.default_rng(0)
 

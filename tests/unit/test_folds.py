@@ -3,8 +3,7 @@ import pandas as pd
 import pytest
 
 from common.classes import CLASS_NAMES
-from common.errors import UserError
-from common.folds import (
+from common.data.folds import (
     HOLD_OUT,
     audit,
     audit_table,
@@ -16,7 +15,8 @@ from common.folds import (
     stratified_group_folds,
     training_rows,
 )
-from common.labels import format_targets, parse_targets, read_labels
+from common.data.labels import format_targets, parse_targets, read_labels
+from common.errors import UserError
 
 RNG = np.random.default_rng(0)
 

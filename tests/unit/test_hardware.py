@@ -7,11 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import cli, hardware, parallel
 from common.errors import UserError, is_out_of_memory
-from common.hardware import Hardware, HardwareOptions, batch_bytes, choose_hardware, fit_shared_memory, plan_hardware
+from common.process import parallel
+from common.process.main import OUT_OF_MEMORY, explain
 from common.recipes import get_recipe
-from common.training import check_team
+from common.train import hardware
+from common.train.hardware import (
+    Hardware,
+    HardwareOptions,
+    batch_bytes,
+    choose_hardware,
+    fit_shared_memory,
+    plan_hardware,
+)
+from common.train.training import check_team
 
 NO_KERNELS = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be ..."
 
@@ -269,7 +278,7 @@ def test_a_batch_takes_the_bytes_of_its_crops_or_of_whole_images():
 )
 def test_a_full_gpu_is_known_by_whatever_says_so(error, expected):
     assert is_out_of_memory(error) == expected
-    assert (cli.explain(error) == cli.OUT_OF_MEMORY) == expected
+    assert (explain(error) == OUT_OF_MEMORY) == expected
 
 
 def test_fast_kernels_are_asked_for(monkeypatch):

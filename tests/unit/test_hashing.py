@@ -4,8 +4,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from common import hashing
-from common.hashing import agreement, choose_kept, connect, doubtful_pairs, duplicate_tables, find_pairs, hash_planes
+from common.data import duplicates
+from common.data.duplicates import (
+    agreement,
+    choose_kept,
+    connect,
+    doubtful_pairs,
+    duplicate_tables,
+    find_pairs,
+    hash_planes,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -28,7 +36,7 @@ def brute_force(hashes, flat, thresholds):
 @pytest.mark.parametrize("block", [8192, 50, 7])
 @pytest.mark.parametrize("thresholds", [(20, 20, 20), (30, 24, 28), (24, 30, 28), (64, 0, 64), (0, 64, 64)])
 def test_pairs_equal_brute_force(thresholds, block, monkeypatch):
-    monkeypatch.setattr(hashing, "BLOCK", block)
+    monkeypatch.setattr(duplicates, "BLOCK", block)
     hashes = random_hashes(120)
     hashes[60:70] = hashes[:10]
     hashes[65, 1, 0] ^= 1

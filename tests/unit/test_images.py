@@ -2,10 +2,10 @@ import cv2
 import numpy as np
 import pytest
 
+from common.data.exposure import Levels
+from common.data.images import read_planes, resize, statistics, write_planes
+from common.data.ingest import space_needed
 from common.errors import UserError
-from common.exposure import Levels
-from common.images import read_planes, resize, statistics, write_planes
-from common.preprocess import space_needed
 
 RNG = np.random.default_rng(0)
 

@@ -3,8 +3,8 @@ import os
 import numpy as np
 import pytest
 
+from common.data.labels import absent_classes, format_targets, parse_targets, read_csv, read_labels
 from common.errors import UserError
-from common.labels import absent_classes, format_targets, parse_targets, read_csv, read_labels
 
 
 def table(tmp_path, text):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from common import locks
+from common.artifacts import locks
+from common.artifacts.locks import Lock, holders, is_gone, read_record, this_process
 from common.errors import UserError
-from common.locks import Lock, holders, is_gone, read_record, this_process
 from tests.conftest import ROOT
 
 
@@ -28,7 +28,7 @@ def no_grace(monkeypatch):
 HOLD = """
 import sys, time
 from pathlib import Path
-from common.locks import Lock
+from common.artifacts.locks import Lock
 lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

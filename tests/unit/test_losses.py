@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.class_weights import effective_number_weights, effective_numbers
-from common.losses import hard_samples, sample_losses
+from common.data.class_weights import effective_number_weights, effective_numbers
 from common.recipes import Recipe
+from common.train.losses import hard_samples, sample_losses
 
 COUNTS = np.array([1, 2, 11, 500, 12885])
 

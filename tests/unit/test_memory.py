@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from common.hardware import HardwareOptions, choose_hardware
+from common.train.hardware import HardwareOptions, choose_hardware
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is set on Linux only")

@@ -13,19 +13,21 @@ import pandas as pd
 import pytest
 import tifffile
 
-from common import cli, parallel, stopping, text_tables
-from common.artifacts import Stage, check_probabilities, load_predictions, read_json, read_sidecar, read_table
+from common.artifacts import text_tables
+from common.artifacts.files import write_json, write_text
+from common.artifacts.stage import Stage, check_probabilities, load_predictions, read_json, read_sidecar, read_table
+from common.data.folds import make_folds
+from common.data.ingest import Sample, refuse_bad
+from common.data.labels import parse_targets, read_csv, read_labels
+from common.data.sources import BadImage, read_channel
 from common.errors import UserError
-from common.files import write_json, write_text
-from common.folds import make_folds
-from common.hardware import HardwareOptions, choose_hardware
-from common.labels import parse_targets, read_csv, read_labels
-from common.parallel import run_parallel, workers
-from common.predictions import check_there, labelled_rows, read_groups
-from common.preprocess import Sample, refuse_bad
+from common.process import command_line, parallel, stopping
+from common.process.main import run
+from common.process.parallel import run_parallel, workers
 from common.recipes import get_recipe
-from common.sources import BadImage, read_channel
-from common.thresholds import repeated_folds
+from common.score.members import check_there, labelled_rows, read_groups
+from common.score.thresholds import repeated_folds
+from common.train.hardware import HardwareOptions, choose_hardware
 from tests.conftest import ROOT
 
 
@@ -159,9 +161,12 @@ def other_classes(path):
             lambda f: repeated_folds(np.ones((2, 28), bool), np.array(["g", "g"])),
             "2 samples in 1 groups leave none to try thresholds on; give at least 2 groups",
         ),
-        (lambda f: cli.names("a,a"), "expected distinct names separated by commas, found 'a,a'"),
-        (lambda f: cli.positive("0"), "expected a whole number above 0, found '0'"),
-        (lambda f: cli.fold_numbers("0,x"), "expected fold numbers separated by commas such as 0,2, found '0,x'"),
+        (lambda f: command_line.names("a,a"), "expected distinct names separated by commas, found 'a,a'"),
+        (lambda f: command_line.positive("0"), "expected a whole number above 0, found '0'"),
+        (
+            lambda f: command_line.fold_numbers("0,x"),
+            "expected fold numbers separated by commas such as 0,2, found '0,x'",
+        ),
         (
             lambda f: read_channel(tiff(f / "a.tif", np.zeros((8, 8, 3), np.uint8), photometric="rgb"), "red"),
             "is a colour image; expected one grey channel a file",
@@ -289,7 +294,7 @@ def test_texts_at_the_end_of_a_script(monkeypatch, capsys, error, code, message)
 
     monkeypatch.setattr(sys, "argv", ["04_train.py", "--jobs", "2"])
     with pytest.raises(SystemExit) as stop:
-        cli.run(main)
+        run(main)
     assert (stop.value.code, capsys.readouterr().err) == (code, message)
 
 
@@ -302,7 +307,7 @@ def test_a_signal_while_a_module_in_c_is_imported_is_no_traceback(capsys, stop, 
             raise ImportError("initialization failed") from error
 
     with pytest.raises(SystemExit) as end:
-        cli.run(main)
+        run(main)
     assert end.value.code == code and "stopped; finished work is kept. To go on: " in capsys.readouterr().err
 
 
@@ -312,7 +317,7 @@ def test_after_sigterm_any_error_is_the_end_that_was_asked_for(capsys, monkeypat
         raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
 
     with pytest.raises(SystemExit) as end:
-        cli.run(main)
+        run(main)
     assert end.value.code == 143 and "stopped; finished work is kept. To go on: " in capsys.readouterr().err
 
 
@@ -321,7 +326,7 @@ def test_signals_wait_for_the_end_of_an_import(tmp_path, number, code):
     (tmp_path / "slow.py").write_text(
         f"import os, signal, time\nos.kill(os.getpid(), signal.{number})\ntime.sleep(0.3)\nprint('whole')\n"
     )
-    script = f"import sys, time; sys.path.insert(0, {str(tmp_path)!r})\nfrom common import cli\ndef main():\n    import slow\n    time.sleep(9)\ncli.run(main)"
+    script = f"import sys, time; sys.path.insert(0, {str(tmp_path)!r})\nfrom common.process.main import run\ndef main():\n    import slow\n    time.sleep(9)\nrun(main)"
     end = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,
@@ -339,8 +344,8 @@ def test_signals_wait_for_the_end_of_an_import(tmp_path, number, code):
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signals_wait_until_worker_processes_are_begun(number, code):
     script = (
-        f"import os, signal, time; from common import cli, stopping\ndef main():\n    with stopping.undisturbed():\n"
-        f"        os.kill(os.getpid(), signal.{number}); time.sleep(0.3); print('whole')\n    time.sleep(9)\ncli.run(main)"
+        f"import os, signal, time; from common.process import stopping; from common.process.main import run\ndef main():\n    with stopping.undisturbed():\n"
+        f"        os.kill(os.getpid(), signal.{number}); time.sleep(0.3); print('whole')\n    time.sleep(9)\nrun(main)"
     )
     end = subprocess.run(
         [sys.executable, "-c", script],
@@ -357,14 +362,14 @@ def test_signals_wait_until_worker_processes_are_begun(number, code):
 
 
 def test_when_all_is_done_there_is_nothing_to_stop():
-    script = "import atexit, os, signal; from common import cli\natexit.register(os.kill, os.getpid(), signal.{})\ncli.run(lambda: print('done'))"
+    script = "import atexit, os, signal; from common.process.main import run\natexit.register(os.kill, os.getpid(), signal.{})\nrun(lambda: print('done'))"
     for number in ("SIGINT", "SIGTERM"):
         end = subprocess.run([sys.executable, "-c", script.format(number)], cwd=ROOT, capture_output=True, text=True)
         assert (end.returncode, end.stdout, end.stderr) == (0, "done\n", "")
 
 
 def test_paths_that_are_no_text_can_be_told():
-    script = "import os; from common import cli; cli.run(lambda: print(os.fsdecode(b'n\\xff')))"
+    script = "import os; from common.process.main import run; run(lambda: print(os.fsdecode(b'n\\xff')))"
     end = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,
@@ -376,7 +381,7 @@ def test_paths_that_are_no_text_can_be_told():
 
 
 def test_who_reads_the_output_may_leave():
-    code = "from common import cli; cli.run(lambda: print('line' * 10 ** 6))"
+    code = "from common.process.main import run; run(lambda: print('line' * 10 ** 6))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(4)
     process.stdout.close()
@@ -386,12 +391,12 @@ def test_who_reads_the_output_may_leave():
 def test_run_all_and_torchrun_name_their_own_commands(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["04_train.py", "--work", "my work"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert cli.command() == "torchrun --nproc-per-node 4 04_train.py --work 'my work'"
+    assert command_line.command() == "torchrun --nproc-per-node 4 04_train.py --work 'my work'"
     monkeypatch.setenv("RUN_ALL_COMMAND", "bash run_all.sh --work x")
-    assert cli.command() == "bash run_all.sh --work x"
+    assert command_line.command() == "bash run_all.sh --work x"
 
 
-@pytest.mark.parametrize("module", ["common.cli", "common.recipes", "common.locks"])
+@pytest.mark.parametrize("module", ["common.process.command_line", "common.recipes", "common.artifacts.locks"])
 def test_ctrl_c_among_the_imports_is_no_traceback(module):
     code = f"""import sys
 class Once:
@@ -400,8 +405,9 @@ class Once:
             sys.meta_path.remove(self)
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Once())
-from common import cli
-from common.artifacts import Stage
+from common.process import command_line
+from common.process.main import run
+from common.artifacts.stage import Stage
 """
     end = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (end.returncode, end.stderr) == (-2, "\nstopped; finished work is kept. To go on: python -c\n")
@@ -437,8 +443,8 @@ def test_a_csv_file_of_gigabytes_is_not_read(tmp_path, monkeypatch):
 
 
 def test_a_stage_names_what_changed_before_training_is_lost(tmp_path):
-    from common.checkpoints import prepare, save_checkpoint
-    from common.training import CLASS_NAMES, FORMAT
+    from common.train.checkpoints import prepare, save_checkpoint
+    from common.train.training import CLASS_NAMES, FORMAT
 
     write_json(tmp_path / "in", 1)
     before = Stage("04_train", tmp_path / "best.pt", {"alpha": 0.9}, {"folds.csv": tmp_path / "in"})

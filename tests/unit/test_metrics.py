@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from common.metrics import (
+from common.score.metrics import (
     bootstrap_f1,
     bootstrap_macro_f1,
     class_f1,
@@ -61,7 +61,7 @@ def test_the_draws_of_equal_repeats_are_those_of_one():
 
 def test_rows_beyond_the_blocks_are_thrown_together(monkeypatch):
     expected = bootstrap_f1(TARGETS, [PREDICTED])
-    monkeypatch.setattr("common.metrics.N_BLOCKS", 100)
+    monkeypatch.setattr("common.score.metrics.N_BLOCKS", 100)
     found = bootstrap_f1(TARGETS, [PREDICTED])
     assert (
         abs(found.mean() - expected.mean()) < 0.01

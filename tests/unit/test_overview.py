@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
+from common.check.listing import class_weight_table, recipe_records, recipe_table
 from common.classes import CLASS_NAMES
-from common.overview import class_weight_table, recipe_records, recipe_table
 from common.recipes import RECIPES, Recipe
 
 

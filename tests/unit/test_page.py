@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.page import Card, Facts, Figure, Gallery, More, Note, Section, Table, cell, render, sha256, share
+from common.report.page import Card, Facts, Figure, Gallery, More, Note, Section, Table, cell, render, sha256, share
 
 ATTACK = '"><script>alert(1)</script>'
 

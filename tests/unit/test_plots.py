@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from common import plots
+from common.report import plots
 
 TEXT = "{http://www.w3.org/2000/svg}text"
 

@@ -5,11 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.artifacts import prediction_file, save_predictions, sidecar
+from common.artifacts.files import write_json
+from common.artifacts.stage import prediction_file, save_predictions, sidecar
 from common.classes import CLASS_NAMES
 from common.errors import UserError
-from common.files import write_json
-from common.predictions import check_networks, member_files, read_groups, read_predictions, short_names
+from common.score.members import check_networks, member_files, read_groups, read_predictions, short_names
 
 IDS = np.array(["a", "b", "c"])
 PROBS = np.random.default_rng(0).random((3, 28)).astype(np.float32)

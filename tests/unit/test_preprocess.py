@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from common import doctor
-from common.exposure import WHOLE
-from common.images import read_planes
-from common.preprocess import list_samples, preprocess_stage, source_state, space_needed, statistics_table, store_all
+from common.check import checks
+from common.data.exposure import WHOLE
+from common.data.images import read_planes
+from common.data.ingest import list_samples, preprocess_stage, source_state, space_needed, statistics_table, store_all
 from common.recipes import Recipe
 from tests.conftest import write_sample
 
@@ -89,7 +89,7 @@ def test_the_disk_is_asked_for_the_room_of_the_kind(make, tmp_path):
         recipes={"a": SimpleNamespace(store="300")},
     )
     for store, found in (("zstd", "stored images 0 MB"), ("raw", "stored images 1 MB")):
-        (line,) = doctor.disk(
+        (line,) = checks.disk(
             SimpleNamespace(work=tmp_path / "work", folds=[0], store=store, black_level=0, white_level=65535),
             seen,
             [],

@@ -9,11 +9,11 @@ import pytest
 from tests.conftest import ROOT
 
 LOOP = (
-    "import common.progress as p; p.SECONDS_BETWEEN_LINES = 0\n"
+    "import common.process.progress as p; p.SECONDS_BETWEEN_LINES = 0\n"
     "for _ in p.progress(iter(range(3)), 3, 'epoch 1/2', 'batches'): pass"
 )
 WORKERS = (
-    "import joblib; from common.progress import has_terminal\n"
+    "import joblib; from common.process.progress import has_terminal\n"
     "print(joblib.Parallel(2)([joblib.delayed(has_terminal)()] * 2), has_terminal())"
 )
 

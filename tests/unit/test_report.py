@@ -4,16 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.artifacts import Stage, save_predictions, sidecar, write_csv
+from common.artifacts.files import write_json, write_text
+from common.artifacts.stage import Stage, save_predictions, sidecar, write_csv
 from common.classes import CLASS_NAMES
+from common.data.exposure import WHOLE, judge
 from common.errors import UserError
-from common.exposure import WHOLE, judge
-from common.files import write_json, write_text
-from common.report import stage_table
-from common.report_data import co_occurrence, contact_sheet, exposure, left_out
-from common.report_results import calibration, error_tables, errors, few_positives, suspects, worst
-from common.sample_page import place, probabilities, why_unknown
-from common.work import Work, class_names
+from common.report.build import stage_table
+from common.report.inputs import co_occurrence, contact_sheet, exposure, left_out
+from common.report.reader import Work, class_names
+from common.report.results import calibration, error_tables, errors, few_positives, suspects, worst
+from common.report.sample import place, probabilities, why_unknown
 
 
 def targets_of(*labels):

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from common.errors import UserError
-from common.scalars import scalars, summary_writer, write_finished
+from common.train.tensorboard import scalars, summary_writer, write_finished
 
 ROWS = [
     {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.recipes import get_recipe
-from common.schedules import (
+from common.train.schedules import (
     centred,
     cosine_with_restarts,
     cycle_gain,
@@ -19,7 +19,7 @@ from common.schedules import (
     steepest_learning_rate,
     suggest_learning_rate,
 )
-from common.training import Run, is_evaluated, is_finished, learning_rate_factor
+from common.train.training import Run, is_evaluated, is_finished, learning_rate_factor
 
 
 def test_a_loss_of_zero_cannot_be_improved():

@@ -2,9 +2,9 @@
 
 import pytest
 
+from common.data.exposure import WHOLE
+from common.data.ingest import Sample, cure_small, fit_recipes, preprocess_stage, refuse_bad
 from common.errors import UserError
-from common.exposure import WHOLE
-from common.preprocess import Sample, cure_small, fit_recipes, preprocess_stage, refuse_bad
 from common.recipes import describe_fit, fit_to_source, get_recipe, get_recipes
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import tifffile
 
-from common.artifacts import Stage
+from common.artifacts.files import write_text
+from common.artifacts.stage import Stage
+from common.data.exposure import WHOLE
+from common.data.images import CHANNELS
+from common.data.ingest import Sample, kept_going, known_states, preprocess_stage, refuse_bad, source_state, store_all
 from common.errors import UserError
-from common.exposure import WHOLE
-from common.files import write_text
-from common.images import CHANNELS
-from common.preprocess import Sample, kept_going, known_states, preprocess_stage, refuse_bad, source_state, store_all
 from tests.unit.test_preprocess import recipes_of
 
 
@@ -87,7 +87,7 @@ def test_a_file_that_can_no_longer_be_read_is_a_changed_one(stored, tmp_path, mo
     def refused(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("common.preprocess.tiff.read_bytes", refused)
+    monkeypatch.setattr("common.data.ingest.tiff.read_bytes", refused)
     assert known_states(stored, tmp_path / "work", 1)[stored[0]] != states[stored[0]]
 
 

@@ -6,8 +6,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from common import sources
-from common.sources import (
+from common.data import sources
+from common.data.sources import (
     BadImage,
     channel_files,
     examine_sample,

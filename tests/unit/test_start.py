@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from common import start
 from common.errors import UserError
-from common.inference import Normalisation
-from common.models import build_encoder
 from common.recipes import Recipe
-from common.start import Start, start_from, weights_normalisation
+from common.train import start
+from common.train.networks import build_encoder
+from common.train.predict import Normalisation
+from common.train.start import Start, start_from, weights_normalisation
 
 RESNET = Recipe(encoder="resnet18")
 

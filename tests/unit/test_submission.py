@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from common.errors import UserError
-from common.submission import (
+from common.score.submission import (
     check_out,
     check_submission,
     decide,

@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
 
-from common import tables
-from common.artifacts import save_predictions
+from common.artifacts.stage import save_predictions
+from common.data.labels import format_targets
 from common.errors import UserError
-from common.labels import format_targets
 from common.recipes import ablation_runs
-from common.thresholds import cross_fit, greedy_thresholds
+from common.score import paper_tables
+from common.score.thresholds import cross_fit, greedy_thresholds
 
 SYSTEMS = {
     "resnet50": {
@@ -69,7 +69,7 @@ def made(tmp_path_factory):
     """A work folder with all runs: its path, rows, targets, probabilities, scores and gains."""
     work = tmp_path_factory.mktemp("tables") / "work"
     rows, targets, probs = make_work(work)
-    return work, rows, targets, probs, *tables.score_systems(SYSTEMS, probs, rows)
+    return work, rows, targets, probs, *paper_tables.score_systems(SYSTEMS, probs, rows)
 
 
 def cell(scores, model, column, fold, value="macro_f1"):
@@ -107,7 +107,7 @@ def test_the_paired_gain_equals_a_slow_bootstrap():
     targets[:, 5] = False
     after = [targets ^ (rng.random(targets.shape) < 0.1) for _ in range(3)]
     before = [targets ^ (rng.random(targets.shape) < 0.2)]
-    found = tables.paired_gain(targets, folds, after, before, n_draws=60, seed=7)
+    found = paper_tables.paired_gain(targets, folds, after, before, n_draws=60, seed=7)
     np.testing.assert_allclose(found, slow_gain(targets, folds, after, before, 60, 7), atol=1e-12)
     assert found[1] < found[0] < found[2]
 
@@ -115,8 +115,8 @@ def test_the_paired_gain_equals_a_slow_bootstrap():
 def test_equal_columns_gain_nothing_for_certain():
     rng = np.random.default_rng(0)
     targets, predicted = rng.random((2, 60, 28)) < 0.2
-    assert tables.paired_gain(targets, np.arange(60) % 3, [predicted], [predicted], n_draws=20) == (0, 0, 0)
-    repeated = tables.paired_gain(targets, np.arange(60) % 3, [predicted] * 3, [predicted], n_draws=20)
+    assert paper_tables.paired_gain(targets, np.arange(60) % 3, [predicted], [predicted], n_draws=20) == (0, 0, 0)
+    repeated = paper_tables.paired_gain(targets, np.arange(60) % 3, [predicted] * 3, [predicted], n_draws=20)
     np.testing.assert_allclose(repeated, 0, atol=1e-12)
 
 
@@ -127,9 +127,9 @@ def test_pairing_narrows_the_interval():
     before = targets ^ (rng.random(targets.shape) < 0.2)
     after = before.copy()
     after[0] = targets[0]
-    _, low, high = tables.paired_gain(targets, np.arange(200) % 2, [after], [before], 200)
+    _, low, high = paper_tables.paired_gain(targets, np.arange(200) % 2, [after], [before], 200)
     nothing = np.zeros_like(targets)
-    _, wide_low, wide_high = tables.paired_gain(targets, np.arange(200) % 2, [after], [nothing], 200)
+    _, wide_low, wide_high = paper_tables.paired_gain(targets, np.arange(200) % 2, [after], [nothing], 200)
     assert high - low < (wide_high - wide_low) / 5
 
 
@@ -152,7 +152,7 @@ def test_tuned_columns_are_cross_fitted_and_do_not_flatter(made):
         np.testing.assert_allclose([cell(scores, "resnet50", column, k) for k in range(3)], expected)
     # On noise, thresholds scored on the rows of their search would look better than they are.
     noise = np.random.default_rng(99).random(targets.shape).astype(np.float32)
-    cells, _ = tables.score_systems({"gapnet_pl": {"eloss": "noise"}}, {"noise": noise}, rows)
+    cells, _ = paper_tables.score_systems({"gapnet_pl": {"eloss": "noise"}}, {"noise": noise}, rows)
     flattering = noise >= greedy_thresholds(targets, noise)
     in_sample = np.mean([macro(targets[folds == k], flattering[folds == k]) for k in range(3)])
     assert cell(cells, "gapnet_pl", "te", "mean") < in_sample - 0.01
@@ -187,7 +187,7 @@ def test_one_fold_has_no_standard_deviation(made):
     _, rows, _, probs, _, _ = made
     one = rows["fold"] == 1
     probs = {run: p[one] for run, p in probs.items()}
-    scores, _ = tables.score_systems(SYSTEMS, probs, tables.validation_rows(rows, [1]))
+    scores, _ = paper_tables.score_systems(SYSTEMS, probs, paper_tables.validation_rows(rows, [1]))
     assert np.isnan(cell(scores, "resnet50", "original", "standard deviation"))
     assert cell(scores, "resnet50", "original", "mean") == cell(scores, "resnet50", "original", 1)
     assert cell(scores, "resnet50", "original", "mean", "paper") == 0.729
@@ -197,22 +197,24 @@ def test_one_fold_has_no_standard_deviation(made):
 
 
 def test_the_papers_figures():
-    assert tables.paper_cells("resnet50", "customised", range(5))[2] == 0.746
-    assert tables.paper_cells("resnet50", "customised", range(5))["mean"] == pytest.approx(0.7402)
-    assert tables.paper_cells("resnet50", "ta_te", [4])["mean"] == 0.767
-    assert tables.paper_cells("senet", "ta_te", range(5)) == {"mean": 0.789}
-    assert tables.paper_cells("senet", "customised", range(5)) == {"mean": 0.736}
-    assert tables.paper_cells("inceptionv4", "ta", [0]) == {"mean": 0.772}
-    assert tables.paper_cells("resnet101", "te", [0]) == {"mean": 0.784}
-    assert tables.paper_cells("gapnet_pl", "te", [0]) == {"mean": 0.765}
-    assert tables.paper_cells("densenet50", "hard", range(5)).keys() == {0, 1, 2, "mean", "standard deviation"}
-    assert tables.paper_cells("densenet50", "hard", range(5))[2] == 0.754  # its "random fold 3"
-    assert tables.paper_cells("densenet50", "hard", [3, 4]) == tables.paper_cells("demo", "hard", [0]) == {}
-    assert all(len(figures) == len(tables.COLUMNS) for folds in tables.PAPER.values() for figures in folds.values())
+    assert paper_tables.paper_cells("resnet50", "customised", range(5))[2] == 0.746
+    assert paper_tables.paper_cells("resnet50", "customised", range(5))["mean"] == pytest.approx(0.7402)
+    assert paper_tables.paper_cells("resnet50", "ta_te", [4])["mean"] == 0.767
+    assert paper_tables.paper_cells("senet", "ta_te", range(5)) == {"mean": 0.789}
+    assert paper_tables.paper_cells("senet", "customised", range(5)) == {"mean": 0.736}
+    assert paper_tables.paper_cells("inceptionv4", "ta", [0]) == {"mean": 0.772}
+    assert paper_tables.paper_cells("resnet101", "te", [0]) == {"mean": 0.784}
+    assert paper_tables.paper_cells("gapnet_pl", "te", [0]) == {"mean": 0.765}
+    assert paper_tables.paper_cells("densenet50", "hard", range(5)).keys() == {0, 1, 2, "mean", "standard deviation"}
+    assert paper_tables.paper_cells("densenet50", "hard", range(5))[2] == 0.754  # its "random fold 3"
+    assert paper_tables.paper_cells("densenet50", "hard", [3, 4]) == paper_tables.paper_cells("demo", "hard", [0]) == {}
+    assert all(
+        len(figures) == len(paper_tables.COLUMNS) for folds in paper_tables.PAPER.values() for figures in folds.values()
+    )
     # Only the customised SENet, and nothing else up to E-loss, is worse than what it adds to.
     rows = [
         (model, figures[:4])
-        for model, folds in tables.PAPER.items()
+        for model, folds in paper_tables.PAPER.items()
         for figures in folds.values()
         if model != "gapnet_pl"
     ]
@@ -224,32 +226,32 @@ def test_the_papers_figures():
 
 def test_predictions_are_brought_into_the_order_of_the_folds(made):
     work, rows, _, probs, _, _ = made
-    files = tables.prediction_files(work, RUNS, [0, 1, 2])
+    files = paper_tables.prediction_files(work, RUNS, [0, 1, 2])
     for run in RUNS:
-        np.testing.assert_array_equal(tables.load_run(files[run], rows, ""), probs[run])
+        np.testing.assert_array_equal(paper_tables.load_run(files[run], rows, ""), probs[run])
     message = r"fold1_oof.npz is not for this folds.csv \(run: make it\); it has unexpected 1 Ids"
     with pytest.raises(UserError, match=message):
-        tables.load_run(files["resnet50"], rows.drop(index=2), "make it")
+        paper_tables.load_run(files["resnet50"], rows.drop(index=2), "make it")
 
 
 def test_folds_that_are_not_there_are_refused(made):
     rows = made[1]
     with pytest.raises(UserError, match="there is no fold 7; folds.csv has the folds 0, 1, 2"):
-        tables.validation_rows(rows, [0, 7])
-    assert set(tables.validation_rows(rows, [2, 0])["fold"]) == {0, 2}
+        paper_tables.validation_rows(rows, [0, 7])
+    assert set(paper_tables.validation_rows(rows, [2, 0])["fold"]) == {0, 2}
 
 
 def test_missing_runs_are_told_by_model(made):
-    files = tables.prediction_files(made[0], RUNS, [0, 1, 2, 3])
-    assert tables.missing_runs(SYSTEMS, tables.prediction_files(made[0], RUNS, [0, 1, 2])) == {}
-    lines = tables.missing_runs(SYSTEMS, files)
+    files = paper_tables.prediction_files(made[0], RUNS, [0, 1, 2, 3])
+    assert paper_tables.missing_runs(SYSTEMS, paper_tables.prediction_files(made[0], RUNS, [0, 1, 2])) == {}
+    lines = paper_tables.missing_runs(SYSTEMS, files)
     assert lines["gapnet_pl"] == ["With E-loss of gapnet_pl: gapnet_pl has no predictions of fold 3"]
     assert len(lines["resnet50"]) == 5
 
 
 def test_markdown_lines_up_and_has_a_row_for_each_model_and_fold(made):
     _, rows, _, _, scores, gains = made
-    text = tables.markdown(scores, gains, tables.notes(SYSTEMS, {}, rows))
+    text = paper_tables.markdown(scores, gains, paper_tables.notes(SYSTEMS, {}, rows))
     blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(blocks) == 4
     assert all(len({len(line) for line in block}) == 1 for block in blocks)
@@ -263,14 +265,14 @@ def test_markdown_lines_up_and_has_a_row_for_each_model_and_fold(made):
     assert lines[0] == ["resnet50 (fold 0)", ours[0], "0.737", ours[1], "0.750", ours[2], "0.761"]
     gapnet = [line for line in blocks[2] if "gapnet_pl (fold 0)" in line or "gapnet_pl mean" in line]
     assert [line.count("0.765") for line in gapnet] == [0, 3] and gapnet[0].count("  - ") == 3
-    assert text.count("Without a positive in fold") == len(tables.absent_notes(rows)) > 0
+    assert text.count("Without a positive in fold") == len(paper_tables.absent_notes(rows)) > 0
     assert "gapnet_pl has one training of its own" in text and "Missing" not in text
 
 
 def test_absent_classes_are_counted_and_the_first_named():
     everything = " ".join(map(str, range(28)))
     rows = pd.DataFrame({"fold": [0, 1, 2, 3], "Target": ["0 1 2", everything, "2 1 0", everything]})
-    assert tables.absent_notes(rows) == [
+    assert paper_tables.absent_notes(rows) == [
         "Without a positive in fold 0, 2: 25 of the 28 classes, each of which counts as 0 there: "
         "Nucleoli fibrillar center, Nuclear speckles, Nuclear bodies, ..."
     ]
@@ -278,7 +280,7 @@ def test_absent_classes_are_counted_and_the_first_named():
 
 def test_wide_tables_end_each_model_with_its_gains(made):
     *_, scores, gains = made
-    wide = tables.wide_table(scores, gains, 3)
+    wide = paper_tables.wide_table(scores, gains, 3)
     assert list(wide.columns) == ["model", "fold", "ta", "ta_paper", "te", "te_paper", "ta_te", "ta_te_paper"]
     assert list(wide["fold"]) == ["0", "1", "2", "mean", "standard deviation", "gain", "gain low", "gain high"] * 2
     gain = wide[wide["fold"] == "gain"].set_index("model")
@@ -293,17 +295,17 @@ def test_wide_tables_end_each_model_with_its_gains(made):
 def test_a_missing_run_is_blank_and_its_gains_are_left_out(made):
     _, rows, _, probs, _, _ = made
     some = {run: p for run, p in probs.items() if run != "resnet50-hard"}
-    scores, gains = tables.score_systems({"resnet50": SYSTEMS["resnet50"]}, some, rows)
+    scores, gains = paper_tables.score_systems({"resnet50": SYSTEMS["resnet50"]}, some, rows)
     assert np.isnan(cell(scores, "resnet50", "hard", 0)) and np.isnan(cell(scores, "resnet50", "hard", "mean"))
     assert list(gains["column"]) == ["customised", "ta", "te", "ta_te"]
-    assert tables.markdown_table(scores, 1).count(" - |") == 5
+    assert paper_tables.markdown_table(scores, 1).count(" - |") == 5
 
 
 def test_tables_of_nothing_still_have_their_columns(made):
-    scores, gains = tables.score_systems({"gapnet_pl": {"eloss": "gapnet_pl"}}, {}, made[1])
-    assert len(gains) == 0 and list(gains.columns) == tables.GAIN_FIELDS
-    assert list(tables.wide_table(scores, gains, 1).columns)[:3] == ["model", "fold", "original"]
-    assert "## Gains" in tables.markdown(scores, gains, [])
+    scores, gains = paper_tables.score_systems({"gapnet_pl": {"eloss": "gapnet_pl"}}, {}, made[1])
+    assert len(gains) == 0 and list(gains.columns) == paper_tables.GAIN_FIELDS
+    assert list(paper_tables.wide_table(scores, gains, 1).columns)[:3] == ["model", "fold", "original"]
+    assert "## Gains" in paper_tables.markdown(scores, gains, [])
 
 
 # --- the script --------------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.artifacts import read_table
+from common.artifacts.stage import read_table
+from common.artifacts.text_tables import BadTable, read_text_table
+from common.data.labels import read_csv, read_labels
 from common.errors import UserError
-from common.labels import read_csv, read_labels
-from common.text_tables import BadTable, read_text_table
 
 PLAIN = "Id,Target\n001,0 25\n1e5,4\nNA,16\n"
 

@@ -3,9 +3,9 @@ import pytest
 from sklearn.metrics import f1_score
 
 from common.classes import CLASS_NAMES
+from common.data.folds import stratified_group_folds
 from common.errors import UserError
-from common.folds import stratified_group_folds
-from common.thresholds import (
+from common.score.thresholds import (
     GRID,
     METHODS,
     cross_fit,
@@ -237,7 +237,7 @@ def test_absent_classes_count_as_zero_and_are_left_out_of_the_second_score():
 def test_on_real_predictions_greedy_flatters_itself_and_calibration_is_better_on_unseen_rows(real_data):
     import pandas as pd
 
-    from common.labels import parse_targets
+    from common.data.labels import parse_targets
 
     labels = pd.read_csv(real_data / "predictions" / "labels.csv", dtype=str)
     order = pd.read_csv(real_data / "labels" / "sample_submission.csv", dtype=str)["Id"]

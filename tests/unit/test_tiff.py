@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from common import images
+from common.data import images
+from common.data.images import checksum, corner, read_planes, write_planes
 from common.errors import UserError
-from common.images import checksum, corner, read_planes, write_planes
 
 SIDE = 300  # above PLAIN_SIDE
 WINDOWS = [(100, 0, 0), (100, 0.999, 0.5), (20, 0.33, 0.999), (96, 0.4706, 0), (299, 0.6, 0.4), (300, 0.9, 0.9)]

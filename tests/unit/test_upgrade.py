@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.artifacts import Stage, read_json, read_table, sidecar
-from common.checkpoints import (
+from common.artifacts.stage import Stage, read_json, read_table, sidecar
+from common.errors import UserError
+from common.recipes import current_fields, get_recipe, recipe_of_run, run_parameters
+from common.train.checkpoints import (
     FORMAT,
     check_unfinished,
     finished_checkpoint,
@@ -19,14 +21,12 @@ from common.checkpoints import (
     load_network,
     save_checkpoint,
 )
-from common.distributed import Team
-from common.errors import UserError
-from common.hardware import Hardware, HardwareOptions
-from common.inference import Normalisation
-from common.jobs import begin_fold, plan, predict_job, predicted_folds
-from common.recipes import current_fields, get_recipe, recipe_of_run, run_parameters
-from common.start import Start
-from common.training import Run, is_finished, new_run
+from common.train.distributed import Team
+from common.train.hardware import Hardware, HardwareOptions
+from common.train.jobs import begin_fold, plan, predict_job, predicted_folds
+from common.train.predict import Normalisation
+from common.train.start import Start
+from common.train.training import Run, is_finished, new_run
 
 CPU = Hardware(torch.device("cpu"))
 SETTINGS = ["cycle_epochs=1", "max_cycles=2", "buffers=16", "min_cycle_gain=0", "hard_warmup_epochs=0"]

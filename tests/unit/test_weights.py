@@ -21,11 +21,12 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from common import doctor, weights
+from common.check import checks
 from common.errors import UserError
-from common.models import build_encoder
 from common.recipes import Recipe
-from common.weights import PUBLISHED, find_weights, read_weights
+from common.train import pretrained
+from common.train.networks import build_encoder
+from common.train.pretrained import PUBLISHED, find_weights, read_weights
 
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121")
 TIMM = {"se_resnext50_32x4d": "legacy_seresnext50_32x4d", "senet154": "legacy_senet154", "inceptionv4": "inception_v4"}
@@ -339,7 +340,9 @@ def test_weights_that_are_not_finite_are_refused_when_they_are_read(tmp_path, va
 @pytest.mark.parametrize("encoder", ["resnet10_narrow", "resnet18", "densenet121", "se_resnext50_32x4d", "inceptionv4"])
 def test_no_encoder_has_names_that_are_taken_for_wrappers(encoder):
     names = build_encoder(Recipe(encoder=encoder))[0].state_dict()
-    assert not [name for name in names if weights.WRAPPED_NAME.search(name) or name.startswith(weights.NETWORK_NAMES)]
+    assert not [
+        name for name in names if pretrained.WRAPPED_NAME.search(name) or name.startswith(pretrained.NETWORK_NAMES)
+    ]
 
 
 # --- finding -----------------------------------------------------------------------------------------------
@@ -431,7 +434,7 @@ def test_a_stopped_download_leaves_nothing(tmp_path, host, monkeypatch):
         yield next(chunks)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights, "progress", stopped)
+    monkeypatch.setattr(pretrained, "progress", stopped)
     with pytest.raises(KeyboardInterrupt):
         find_weights("resnet18", "auto", tmp_path / "weights")
     assert list((tmp_path / "weights").iterdir()) == []
@@ -477,7 +480,7 @@ def test_a_disk_that_takes_no_file_is_no_reason_for_random_weights(tmp_path, hos
         write = refused
 
     if step == "write":
-        monkeypatch.setattr(weights, "open", lambda path, mode: Full(path, mode), raising=False)
+        monkeypatch.setattr(pretrained, "open", lambda path, mode: Full(path, mode), raising=False)
     else:
         monkeypatch.setattr(os, "replace", refused)
     with pytest.raises(UserError) as error:
@@ -502,18 +505,18 @@ def test_a_host_that_breaks_off_is_a_failure_of_the_network(tmp_path, host, monk
 def test_the_doctor_says_whether_a_download_could_be_written(tmp_path, host):
     (tmp_path / "file").touch()
     seen = SimpleNamespace(recipes={"a": Recipe(encoder="resnet18")})
-    (fine,) = doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path / "weights" / "new"), seen)
-    assert (fine.state, fine.found) == (doctor.FINE, f"resnet18: will be downloaded from {host}")
-    (fails,) = doctor.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path / "file"), seen)
+    (fine,) = checks.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path / "weights" / "new"), seen)
+    assert (fine.state, fine.found) == (checks.FINE, f"resnet18: will be downloaded from {host}")
+    (fails,) = checks.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path / "file"), seen)
     assert fails.found == f"resnet18: would be downloaded to {tmp_path}/file, which cannot be written (Not a directory)"
-    assert fails.state == doctor.FAILS and "--weights-dir" in fails.cure and not (tmp_path / "weights").exists()
+    assert fails.state == checks.FAILS and "--weights-dir" in fails.cure and not (tmp_path / "weights").exists()
 
 
 def test_the_doctor_warns_of_a_file_that_is_not_the_published_one(tmp_path):
     torch.save(source("resnet18").state_dict(), tmp_path / PUBLISHED["resnet18"].file)
-    (line,) = doctor.weights(
+    (line,) = checks.weights(
         SimpleNamespace(pretrained="auto", weights_dir=tmp_path),
         SimpleNamespace(recipes={"a": Recipe(encoder="resnet18")}),
     )
-    assert line.state == doctor.WARNING and line.found.startswith(f"resnet18: from {PUBLISHED['resnet18'].file}")
+    assert line.state == checks.WARNING and line.found.startswith(f"resnet18: from {PUBLISHED['resnet18'].file}")
     assert f"is not the published file: its SHA-256 should begin with {PUBLISHED['resnet18'].sha256}" in line.cure

@@ -1,0 +1,1 @@
+"""The work folder: where things lie, how they are written, whether they are current."""

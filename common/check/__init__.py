@@ -1,0 +1,1 @@
+"""What will fail, before days are spent."""

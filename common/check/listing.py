@@ -1,0 +1,83 @@
+"""What a training is going to do, before it does it: the recipes side by side, and a fold's class weights."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import torch
+
+from common.classes import CLASS_NAMES, N_CLASSES
+from common.data.class_weights import effective_number_weights, effective_numbers
+from common.data.folds import class_counts
+from common.recipes import RECIPES, Recipe, to_dict
+from common.train.networks import build_model, count_parameters
+
+
+def recipe_table() -> pd.DataFrame:
+    """Return the recipes as a table for reading, one row each, with the parameters of each network."""
+    return pd.DataFrame([{"recipe": name, **describe(recipe)} for name, recipe in RECIPES.items()])
+
+
+def describe(recipe: Recipe) -> dict:
+    with torch.device("meta"):
+        model = build_model(recipe, N_CLASSES)
+    pooled = next(layer for layer in model.head if isinstance(layer, torch.nn.Linear)).in_features
+    epochs = recipe.epochs
+    return {
+        "encoder": recipe.encoder,
+        "pooling": f"{recipe.pooling} -> {pooled}",
+        "buffers (dropout)": ", ".join(
+            f"{width} ({dropout:g})" for width, dropout in zip(recipe.buffers, recipe.dropouts, strict=True)
+        )
+        or "-",
+        "crop of image": f"{recipe.crop} of {recipe.size if recipe.size_rule == 'fixed' else recipe.store}",
+        "batch": recipe.batch_size,
+        "learning rates": ", ".join(f"{rate:.2g}" for rate in recipe.group_learning_rates),
+        "at most": {
+            "cycles": f"{recipe.max_cycles} cycles of {recipe.cycle_epochs} epochs",
+            "plateau": f"{epochs} epochs, halving" + f" {recipe.max_halvings} times" * (recipe.max_halvings > 0),
+            "one-cycle": f"{epochs} epochs, one cycle",
+            "constant": f"{epochs} epochs",
+        }[recipe.schedule],
+        "weight decay": f"{recipe.weight_decay:g}" + (f", L1 {recipe.l1:g}" if recipe.l1 else ""),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def recipe_records() -> list[dict]:
+    """Return every field of every recipe and its number of parameters, for programs."""
+    return [
+        {"recipe": name, "parameters": count_parameters(recipe, N_CLASSES), **to_dict(recipe)}
+        for name, recipe in RECIPES.items()
+    ]
+
+
+def recipe_listing(as_json: bool) -> str:
+    """Return every recipe with the parameters of its network, as text."""
+    return json.dumps(recipe_records(), indent=1) if as_json else recipe_table().to_string(index=False)
+
+
+def class_weight_listing(recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: list[int]) -> str:
+    """Return what the E-loss will weigh each class with, for each recipe and fold, as text."""
+    return "\n\n".join(
+        f"{name} fold {fold}: alpha {recipe.alpha:g}, weights {recipe.class_weights}, on the {recipe.weighted_part} of each class\n"
+        + class_weight_table(class_counts(folds, fold), recipe).to_string(index=False)
+        for name, recipe in recipes.items()
+        for fold in numbers
+    )
+
+
+def class_weight_table(counts: np.ndarray, recipe: Recipe) -> pd.DataFrame:
+    """Return the E-loss weights of a training fold: samples n, effective number Q_n, weight used, weight of eq. 6.
+
+    counts : (n_classes,) distinct training samples
+    """
+    return pd.DataFrame(
+        {
+            "class": CLASS_NAMES,
+            "n": counts,
+            "Q_n": effective_numbers(counts, recipe.alpha).round(2),
+            "weight": effective_number_weights(counts, recipe.alpha, recipe.class_weights).round(4),
+            "1/Q_n": effective_number_weights(counts, recipe.alpha, "raw").round(5),
+        }
+    )

@@ -1,0 +1,156 @@
+"""Planes in, 4-plane TIFFs out: resizing, storing and reading back what is stored.
+
+Planes are always in the order red (microtubules), green (protein), blue (nucleus), yellow (reticulum).
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import cv2
+import imagecodecs
+import numpy as np
+import tifffile
+
+from common.artifacts.files import writing
+from common.artifacts.stage import preprocess_command
+from common.data import tiff
+from common.data.exposure import WHOLE, Levels
+from common.data.sources import CHANNELS, MAX_SIDE, BadImage, examine_sample
+from common.errors import UserError, first_line
+from common.recipes import stored_size
+
+T = TypeVar("T")
+
+PLAIN_SIDE = 256  # pixels: images up to this side are stored uncompressed, which reads four to six times as fast
+LEVEL = (
+    6  # of zstd: 3 % more bytes than deflate at its default level, with a predictor, on images that never were JPEGs
+)
+
+
+def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
+    """Bring one channel to (size, size); 16 bit becomes 8 bit as round(255 * (value - black) / (white - black)).
+
+    It is made smaller by area averaging, larger by linear interpolation, in the source's depth, so 16-bit data is rounded once;
+    what is below black becomes 0, above white 255.
+    """
+    if plane.shape[0] != size:
+        method = cv2.INTER_AREA if plane.shape[0] > size else cv2.INTER_LINEAR
+        plane = cv2.resize(plane, (size, size), interpolation=method)
+    if plane.dtype == np.uint8:
+        return plane
+    values, span = plane.astype(np.uint32).clip(*levels) - levels.black, levels.white - levels.black
+    return ((values * 510 + span) // (2 * span)).astype(np.uint8)
+
+
+def write_planes(path: Path, planes: np.ndarray, raw: bool = False) -> None:
+    """Store (4, size, size) uint8 planes as a TIFF that Fiji and napari open as 4 channels, large ones compressed by zstd.
+
+    raw : leave large ones uncompressed too
+    """
+    squeeze = {}
+    if planes.shape[1] > PLAIN_SIDE and not raw:
+        squeeze = {
+            "compression": "zstd",
+            "compressionargs": {"level": LEVEL},
+            "predictor": is_smooth(planes),
+            "rowsperstrip": planes.shape[1],
+            "maxworkers": 1,
+        }  # zstd decodes many short strips slowly
+    with writing(path) as temporary:
+        tifffile.imwrite(
+            temporary, planes, photometric="minisblack", metadata={"axes": "CYX", "channels": CHANNELS}, **squeeze
+        )
+
+
+def is_smooth(planes: np.ndarray) -> bool:
+    """Tell from rows in the middle of each plane whether differences between neighbours take a tenth less room than pixels,
+    as in images that were JPEGs. Elsewhere a predictor is not worth the time that it adds to decoding."""
+    middle = planes[:, planes.shape[1] // 2 :][:, :96].copy()
+    differences: np.ndarray = np.diff(middle, axis=-1, prepend=np.uint8(0))
+    # The stubs of imagecodecs know no arrays.
+    packed = imagecodecs.zstd_encode(differences, 1)  # type: ignore[arg-type]
+    plain = imagecodecs.zstd_encode(middle, 1)  # type: ignore[arg-type]
+    return len(packed) < 0.9 * len(plain)
+
+
+def corner(share: float, size: int, side: int) -> int:
+    """Return where a window of `size` pixels begins that lies at `share`, in [0, 1), of its way along an image's side."""
+    return int(share * (side - size + 1))
+
+
+def read_planes(
+    path: Path, crc: str | None = None, window: tuple[int, float, float] | None = None, lent: bool = False
+) -> np.ndarray:
+    """Read the (4, size, size) uint8 planes that `write_planes` stored, now or in an earlier version; raises UserError where
+    it cannot.
+
+    crc : what `checksum` was of them; other pixels are refused
+    window : side in pixels of a square to read, and how far down and to the right it lies (see `corner`)
+    lent : return memory that the thread's next such call overwrites, which saves time
+    """
+    new = tiff.PIXELS.empty if lent else np.empty
+    try:
+        data = tiff.read_bytes(path)
+        layout = tiff.read_layout(data, len(CHANNELS), MAX_SIDE)
+        size, down, right = window or (layout.side, 0, 0)
+        top, left = corner(down, size, layout.side), corner(right, size, layout.side)
+        planes = tiff.decode(data, layout, new)
+        if crc and checksum(planes) != crc:
+            raise ValueError("its pixels are not those that were stored")
+    except Exception as error:  # decoders raise many kinds; each means a missing or damaged file
+        rerun = preprocess_command(path.parent.parent.parent, path.parent.name)
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{path} is missing; run: {rerun}") from None
+        raise UserError(f"{path} cannot be read ({first_line(error)}); delete it, and run: {rerun}") from None
+    return planes[:, top : top + size, left : left + size]
+
+
+def checksum(planes: np.ndarray) -> str:
+    """Return the CRC-32 of all pixels as eight hexadecimal digits."""
+    return f"{tiff.crc32(np.ascontiguousarray(planes)):08x}"
+
+
+def statistics(planes: np.ndarray) -> dict:
+    """Return per-channel mean and standard deviation on the 0-1 scale, shares of black and saturated pixels, and a
+    CRC-32 of the pixels."""
+    values = {}
+    for channel, plane in zip(CHANNELS, planes, strict=True):
+        mean, std = cv2.meanStdDev(plane)
+        values[f"mean_{channel}"], values[f"std_{channel}"] = mean.item() / 255, std.item() / 255
+        values[f"zeros_{channel}"] = 1 - cv2.countNonZero(plane) / plane.size
+        white = cv2.compare(plane, 255, cv2.CMP_EQ)  # type: ignore[call-overload]  # the stubs know no numbers
+        values[f"saturated_{channel}"] = cv2.countNonZero(white) / plane.size
+    return {**values, "crc": checksum(planes)}
+
+
+def store_sample(
+    Id: str,
+    files: Sequence[Path],
+    rgb_coded: bool,
+    stores: list[str],
+    folder: Path,
+    levels: Levels = WHOLE,
+    raw: bool = False,
+) -> tuple[dict[str, dict], dict]:
+    """Read a sample once and write it to each store (see `recipes.stored_size`) in `folder`. Raises BadImage.
+
+    Returns store -> statistics, and how its files are exposed (see `exposure.judge`).
+    """
+    cv2.setNumThreads(1)
+    channels, exposed = examine_sample(files, rgb_coded)
+    made = {}
+    for store in stores:
+        size = stored_size(store, len(channels[0]))
+        planes = np.stack([resize(channel, size, levels) for channel in channels])
+        write_planes(folder / store / f"{Id}.tif", planes, raw)
+        made[store] = {"side": size, **statistics(planes)}
+    return made, exposed
+
+
+def attempt(function: Callable[..., T], *arguments: object) -> T | BadImage:
+    """Call `function`; a BadImage comes back as a value, so that one bad file does not end a parallel run."""
+    try:
+        return function(*arguments)
+    except BadImage as error:
+        return error

@@ -1,0 +1,468 @@
+"""Channel files of an input folder: finding them, and reading each as one grey plane or not at all.
+
+What changes the meaning of pixels (bits, inversion, orientation, planar storage, colour tables) is applied or refused by
+name; what does not (resolution, damaged EXIF data, other metadata) is ignored. A TIFF is its first page, never a series.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from common.artifacts.text_tables import composed
+from common.data import exposure
+from common.errors import first_line
+
+CHANNELS = ("red", "green", "blue", "yellow")
+TIFF = (".tif", ".tiff")
+SUFFIXES = (*TIFF, ".png", ".jpg", ".jpeg")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
+PICTURES = ("PNG", "JPEG")  # Pillow would open a hundred others by their content, one of them by starting Ghostscript
+MAX_SIDE = 8192  # pixels, twice the largest real ones; a header that claims more is damaged or hostile
+MAX_TEXT = 300  # bytes of a file that may be a pointer
+MAX_LEVELS = 16  # reduced copies that a TIFF may have as further pages
+TIFF_COMPRESSIONS = ("NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")
+PREDICTED = ("LZW", "DEFLATE", "ADOBE_DEFLATE", "ZSTD")  # decoders disagree on predictors of other compressions
+ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+RGB_PLANES = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1)}
+# Value of the tag -> how stored rows become the picture.
+ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
+}
+T = TypeVar("T")
+
+
+class BadImage(Exception):
+    """Say what is wrong with one image file; stages collect these and report them together."""
+
+
+# --- finding -----------------------------------------------------------------------------------------------
+
+
+class Files(dict[str, Path]):
+    """'Id_colour' in NFC -> image file of one folder; `others`: the same in lower case -> a file that is no usable image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: dict[str, str] = {}
+
+    @cached_property
+    def spelt_otherwise(self) -> dict[str, str]:
+        return {stem.casefold(): path.name for stem, path in self.items()}
+
+    def instead_of(self, stem: str) -> str | None:
+        """Return what the folder has under the name of a file that is missing, with the cure."""
+        if stem in self:  # but not all channels of the sample
+            return f"{self[stem]} (put all four files into one folder)"
+        key = stem.casefold()
+        if key in self.spelt_otherwise:
+            return f"{self.spelt_otherwise[key]} (rename it to {stem}{Path(self.spelt_otherwise[key]).suffix})"
+        return self.others.get(key)
+
+
+def list_files(folder: Path) -> Files:
+    """List every image in `folder`; TIFF wins over PNG over JPEG. Files that begin with a dot are no images."""
+    files = Files()
+    ranks: dict[str, int] = {}
+    if folder.is_dir():
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    add_entry(files, ranks, entry)
+    return files
+
+
+def add_entry(files: Files, ranks: dict, entry: os.DirEntry) -> None:
+    """Put one entry of a folder where it belongs; ranks : stem -> rank of the file that was found for it so far."""
+    name = composed(entry.name)
+    stem, suffix = os.path.splitext(name)
+    suffix = suffix.lower()
+    if suffix not in SUFFIXES or not entry.is_file():  # a folder, or a pipe that would be waited for
+        for place, letter in enumerate(name):
+            if letter == ".":
+                files.others[name[:place].casefold()] = f"{name} {why_not(entry, suffix)}"
+        return
+    if suffix in TIFF and stem.lower().endswith(".ome"):
+        stem, suffix = stem[:-4], f".ome{suffix}"
+    rank = (SUFFIXES.index(suffix) if suffix in SUFFIXES else len(TIFF), name)
+    if stem not in ranks or rank < ranks[stem]:
+        files[stem], ranks[stem] = Path(entry.path), rank
+
+
+def why_not(entry: os.DirEntry, suffix: str) -> str:
+    """Say why an entry of a folder is no usable image, and the cure."""
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        return f"(a link to {os.readlink(entry.path)}, which is not there)"
+    if entry.is_dir():
+        return "(a folder)"
+    if not entry.is_file():
+        return "(not a regular file)"
+    return "(unpack it)" if suffix in PACKED else "(save it as TIFF, PNG or JPEG)"
+
+
+def channel_files(Id: str, folders: Sequence[Files]) -> tuple[list[Path], list[str]]:
+    """Return a sample's four files from the first folder that has all of them, and what is missing otherwise."""
+    wanted = [composed(f"{Id}_{channel}") for channel in CHANNELS]
+    for files in folders:
+        if all(stem in files for stem in wanted):
+            return [files[stem] for stem in wanted], []
+    nearest: Mapping[str, Path] = max(folders, key=lambda files: sum(stem in files for stem in wanted), default={})
+    return [], [stem for stem in wanted if stem not in nearest]
+
+
+def not_found(lacking: list[str], folders: Sequence[Files]) -> str:
+    """Say which files of a sample are missing, and what the folders have under their names."""
+    there = [found for stem in lacking for files in folders if (found := files.instead_of(stem))]
+    return f"{', '.join(lacking)} not found as .tif, .png or .jpg" + (f"; there is {', '.join(there)}" if there else "")
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open image file: its size in pixels, whether it holds three colour planes, and what decodes it to an array
+    (height, width) or (height, width, 3), uint8 or uint16, where 0 is black and the largest number white."""
+
+    width: int
+    height: int
+    colour: bool
+    decode: Callable[[], np.ndarray]
+
+
+@contextmanager
+def opened(path: Path, rgb_coded: bool) -> Iterator[Source]:
+    """Open an image of one channel and yield its `Source`; raises BadImage, also for what goes wrong inside.
+
+    rgb_coded : whether a colour image may hold the channel
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are about metadata; damaged pixels raise
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with (tiff_source if path.suffix.lower() in TIFF else picture_source)(path) as source:
+                if max(source.width, source.height) > MAX_SIDE:
+                    raise BadImage(f"claims {source.width} x {source.height} px; at most {MAX_SIDE} are accepted")
+                if source.width != source.height:
+                    raise BadImage(f"is not square ({source.width} x {source.height} px)")
+                if source.colour and not rgb_coded:
+                    raise BadImage("is a colour image; expected one grey channel a file")
+                yield source
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise many kinds; each means an unreadable file
+        text = text_in(path)
+        raise BadImage(
+            f"cannot be read: a link to a file that is not there? It holds only the text {text!r}"
+            if text
+            else f"cannot be read ({first_line(error)})"
+        ) from None
+
+
+def text_in(path: Path) -> str | None:
+    """Return what a small text file holds: links and large files that were copied without their content leave such files."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_TEXT + 1)
+        text = " ".join(content.decode().split())
+    except (OSError, ValueError):
+        return None
+    return text if len(content) <= MAX_TEXT and text.isprintable() else None
+
+
+def read_side(path: Path, rgb_coded: bool = False) -> int:
+    """Return the side of an image in pixels without decoding it; raises BadImage for what is no usable image."""
+    with opened(path, rgb_coded) as source:
+        return source.width
+
+
+def read_pixels(path: Path, rgb_coded: bool = False) -> np.ndarray:
+    """Decode an image fully into a (side, side) array, or (side, side, 3) where it is rgb_coded; raises BadImage."""
+    with opened(path, rgb_coded) as source:
+        pixels = source.decode()
+    if pixels.shape[:2] != (source.height, source.width):
+        raise BadImage(f"decodes to {pixels.shape}, its header says {source.height} x {source.width}")
+    return pixels
+
+
+def read_channel(path: Path, channel: str, rgb_coded: bool = False) -> np.ndarray:
+    """Decode one channel fully into a (side, side) uint8 or uint16 array.
+
+    rgb_coded : the Human Protein Atlas publishes each channel as a colour JPEG; its planes for `channel` are
+        taken (yellow: the mean of R and G), never a grey conversion, which would dim the channels unequally.
+    Raises BadImage, also for colour files where grey ones are expected.
+    """
+    return channel_plane(read_pixels(path, rgb_coded), channel)
+
+
+def channel_plane(pixels: np.ndarray, channel: str) -> np.ndarray:
+    """Return the plane of a channel, (side, side), of an image that may be coded in colours, (side, side, 3)."""
+    if pixels.ndim == 2:
+        return pixels
+    planes = [pixels[..., plane].astype(np.uint32) for plane in RGB_PLANES[channel]]
+    return ((sum(planes[1:], planes[0]) + len(planes) // 2) // len(planes)).astype(pixels.dtype)
+
+
+def oriented(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn stored rows, (height, width) or (height, width, 3), as their orientation tag says; unknown values are 1."""
+    return np.ascontiguousarray(ORIENTATIONS[orientation](image)) if orientation in ORIENTATIONS else image
+
+
+def table_kind(table: np.ndarray, entries: int) -> str:
+    """Tell what a colour table, (n, 3), makes of indices: 'grey' levels, 'colour', or a display ramp, 'ramp', which leaves the
+    indices the grey levels: an entry for each of the `entries` values, none darker in any colour than the one before."""
+    if (table == table[:, :1]).all():
+        return "grey"
+    return "ramp" if len(table) == entries and (np.diff(table.astype(int), axis=0) >= 0).all() else "colour"
+
+
+def through_table(indices: np.ndarray, table: np.ndarray, kind: str) -> np.ndarray:
+    """Look indices up in a colour table, (n, 3) uint8, that is grey or of colours; those beyond it are black."""
+    whole = np.zeros((max(len(table), int(indices.max()) + 1), 3), np.uint8)
+    whole[: len(table)] = table
+    return whole[:, 0][indices] if kind == "grey" else whole[indices]
+
+
+# --- PNG and JPEG ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def picture_source(path: Path) -> Iterator[Source]:
+    """Open a PNG or JPEG. Pillow refuses truncated files, where OpenCV fills up in silence."""
+    with Image.open(path, formats=PICTURES) as image:
+        if image.mode in ALPHA_MODES:
+            raise BadImage("has an alpha channel; save it without")
+        frames = getattr(image, "n_frames", 1)
+        if image.format == "PNG" and frames > 1:
+            raise BadImage(f"has {frames} frames; expected one channel a file")
+        grey = image.mode in ("1", "L", "I", "I;16", "I;16B") or (
+            image.mode == "P" and picture_table(image)[1] != "colour"
+        )
+        yield Source(*image.size, colour=not grey, decode=lambda: picture_pixels(image))
+
+
+def picture_table(image: Image.Image) -> tuple[np.ndarray, str]:
+    table = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    return table, table_kind(table, 256)
+
+
+def picture_pixels(image: Image.Image) -> np.ndarray:
+    if image.mode in ("CMYK", "YCbCr"):
+        image = image.convert("RGB")
+    pixels = np.asarray(image)
+    if image.mode == "1":
+        pixels = pixels.astype(np.uint8) * 255
+    elif image.mode == "P":
+        table, kind = picture_table(image)
+        pixels = pixels if kind == "ramp" else through_table(pixels, table, kind)
+    elif pixels.dtype != np.uint8:
+        pixels = pixels.astype(np.uint16)  # older releases of Pillow give 16 bits as 32
+    return oriented(pixels, exif_orientation(image))
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """Return the orientation that a decoded picture states, 1 (as it is) where its EXIF data cannot be read."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # its parser raises many kinds
+        return 1
+
+
+# --- TIFF --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def tiff_source(path: Path) -> Iterator[Source]:
+    with tifffile.TiffFile(path) as tiff:
+        page = only_page(tiff)
+        check_page(page)
+        colour = page.samplesperpixel == 3 or tiff_table(page)[1] == "colour"
+        yield Source(page.imagewidth, page.imagelength, colour, lambda: tiff_pixels(page))
+
+
+def only_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
+    """Return the page of a TIFF of one image, which may have smaller copies of it as further pages; raises BadImage."""
+    page, pages = tiff.pages.first, len(tiff.pages)
+    if pages > 1 and not (pages <= MAX_LEVELS and all(is_reduced(further) for further in tiff.pages[1:])):
+        raise BadImage(f"has {pages} pages; expected one channel a file")
+    images = min(claimed_images(tiff), room(tiff))
+    if images > 1:
+        raise BadImage(f"has {images} images in one page; expected one channel a file")
+    return page
+
+
+def is_reduced(page: tifffile.TiffPage | tifffile.TiffFrame) -> bool:
+    """Tell whether a page is a smaller copy of another one."""
+    return isinstance(page, tifffile.TiffPage) and page.is_reduced
+
+
+def claimed_images(tiff: tifffile.TiffFile) -> int:
+    """Return how many images the first page says that it stands for: tifffile, ImageJ and MetaMorph write such stacks."""
+    page = tiff.pages.first
+    try:
+        if page.is_shaped:
+            return int(np.prod((tiff.shaped_metadata or ())[0]["shape"])) // page.size
+        if page.is_imagej:
+            return int((tiff.imagej_metadata or {})["images"])
+        return page.tags[33629].count if page.is_stk else 1
+    except Exception:  # a damaged description is no harm
+        return 1
+
+
+def room(tiff: tifffile.TiffFile) -> int:
+    """Return for how many images like the first page's a TIFF has data behind each other; programs that split stacks leave
+    the old description."""
+    page = tiff.pages.first
+    return (tiff.filehandle.size - page.dataoffsets[0]) // page.nbytes if page.is_contiguous and page.nbytes else 1
+
+
+def check_page(page: tifffile.TiffPage) -> None:
+    """Refuse by name what is no usable image of one channel, or would be decoded otherwise by other programs."""
+
+    def name(value: object) -> str:
+        return getattr(value, "name", str(value))
+
+    compression, photometric = name(page.compression), name(page.photometric)
+    if compression not in TIFF_COMPRESSIONS:
+        raise BadImage(f"is compressed as {compression}; expected one of {', '.join(TIFF_COMPRESSIONS)}")
+    if page.dtype not in (np.bool_, np.uint8, np.uint16) or not isinstance(page.bitspersample, int):
+        found = page.dtype or f"{page.bitspersample} bits of {name(page.sampleformat)}"
+        raise BadImage(f"holds {found}; expected unsigned integers of at most 16 bits")
+    if any(kind in (1, 2) for kind in page.extrasamples):
+        raise BadImage("has an alpha channel; save it without")
+    if page.samplesperpixel not in (1, 3):
+        raise BadImage(f"has {page.samplesperpixel} values a pixel; expected one")
+    if "PhotometricInterpretation" not in page.tags:
+        raise BadImage("does not say whether 0 is black (it has no PhotometricInterpretation tag); save it again")
+    expected = ("MINISBLACK", "MINISWHITE", "PALETTE") if page.samplesperpixel == 1 else ("RGB", "MINISBLACK")
+    if photometric not in expected:
+        raise BadImage(f"is stored as {photometric} with {page.samplesperpixel} values a pixel; expected grey levels")
+    if page.predictor != 1 and not (page.predictor == 2 and compression in PREDICTED and page.bitspersample in (8, 16)):
+        raise BadImage(
+            f"has the predictor {name(page.predictor)} for {page.bitspersample} bits compressed as {compression}, "
+            "which programs read differently; save it again"
+        )
+    if page.fillorder not in (1, 2) or page.planarconfig not in (1, 2):
+        raise BadImage(
+            f"has the FillOrder {name(page.fillorder)} and the PlanarConfiguration {name(page.planarconfig)}; "
+            "expected 1 or 2"
+        )
+    sides = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
+    if max(sides) > MAX_SIDE or page.imagedepth != 1 or 0 in page.shaped:
+        raise BadImage(f"claims {' x '.join(map(str, page.shape))} px; at most {MAX_SIDE} x {MAX_SIDE} are accepted")
+    parts, kind = int(np.prod(page.chunked)), "tile" if page.is_tiled else "strip"
+    data = list(zip(page.dataoffsets, page.databytecounts, strict=False))
+    empty = next((k for k in range(parts) if k >= len(data) or 0 in data[k]), None)
+    if empty is not None:
+        raise BadImage(f"is cut short: {kind} {empty} of 0 to {parts - 1} has no data")
+
+
+def tiff_table(page: tifffile.TiffPage) -> tuple[np.ndarray | None, str]:
+    """Return a page's colour table, (n, 3) uint8, and what it makes of the values; None and 'grey' where it has none."""
+    if page.photometric != tifffile.PHOTOMETRIC.PALETTE:
+        return None, "grey"
+    table = np.asarray(page.colormap).T
+    table = (table >> 8 if table.max() > 255 else table).astype(np.uint8)  # some programs write 8 bits
+    return table, table_kind(table, 2**page.bitspersample)
+
+
+def tiff_pixels(page: tifffile.TiffPage) -> np.ndarray:
+    """Decode one page, never the series that it may belong to, as its tags say."""
+    stored = page.asarray(squeeze=False, maxworkers=1)  # (planes or 1, 1, height, width, 1 or values a pixel)
+    image = np.concatenate(list(stored[:, 0]), axis=-1) if len(stored) > 1 else stored[0, 0]
+    image = image[..., 0] if image.shape[-1] == 1 else image
+    table, kind = tiff_table(page)
+    if table is not None and kind != "ramp":
+        image = through_table(image.astype(np.uint16), table, kind)
+    else:
+        image = full_range(image, page.bitspersample)
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        image = np.iinfo(image.dtype).max - image
+    return oriented(image, page.tags.valueof("Orientation", 1))
+
+
+def full_range(image: np.ndarray, bits: int) -> np.ndarray:
+    """Stretch values of 1 to 7 bits over 8 bits, of 9 to 15 over 16, so that the largest becomes white."""
+    if bits in (8, 16):
+        return image
+    kind = np.uint8 if bits < 8 else np.uint16
+    largest = 2**bits - 1
+    return ((image.astype(np.uint32) * np.iinfo(kind).max + largest // 2) // largest).astype(kind)
+
+
+def looks_cut_short(path: Path) -> bool:
+    """Tell whether the end of a file is missing, as after a broken download, from its last bytes or a TIFF's table of data."""
+    if path.suffix.lower() in TIFF:
+        try:
+            with tifffile.TiffFile(path) as tiff:
+                page = tiff.pages.first
+                return max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))) > path.stat().st_size
+        except Exception:  # its decoders raise many kinds
+            return True
+    with open(path, "rb") as file:
+        file.seek(-min(64, path.stat().st_size), os.SEEK_END)
+        return (b"IEND" if path.suffix.lower() == ".png" else b"\xff\xd9") not in file.read()
+
+
+# --- samples -----------------------------------------------------------------------------------------------
+
+
+def check_sample(files: list[Path], rgb_coded: bool = False) -> int:
+    """Return the side of a sample in pixels after reading its four headers; raises BadImage with the file."""
+    return one_side(files, per_channel(lambda path, _: read_side(path, rgb_coded), files))
+
+
+def read_sample(files: list[Path], rgb_coded: bool = False) -> list[np.ndarray]:
+    """Decode the four channels of a sample and check that they have one size; raises BadImage with the file."""
+    return examine_sample(files, rgb_coded)[0]
+
+
+def examine_sample(files: Sequence[Path], rgb_coded: bool = False) -> tuple[list[np.ndarray], dict]:
+    """Return what `read_sample` does and how the files are exposed (see `exposure.judge`)."""
+    pixels = per_channel(lambda path, _: read_pixels(path, rgb_coded), files)
+    planes = [channel_plane(image, channel) for image, channel in zip(pixels, CHANNELS, strict=True)]
+    one_side(files, [len(plane) for plane in planes])
+    misplaced = {
+        path.name: place
+        for path, channel, image in zip(files, CHANNELS, pixels, strict=True)
+        if image.ndim == 3 and (place := exposure.signal_elsewhere(image, RGB_PLANES[channel]))
+    }
+    return planes, {
+        "ranges": [exposure.used_range(plane) for plane in planes if plane.dtype == np.uint16],
+        "misplaced": misplaced,
+    }
+
+
+def per_channel(read: Callable[[Path, str], T], files: Sequence[Path]) -> list[T]:
+    """Call `read(path, channel)` for each of a sample's files; a BadImage then names its file."""
+    results = []
+    for path, channel in zip(files, CHANNELS, strict=True):
+        try:
+            results.append(read(path, channel))
+        except BadImage as error:
+            raise BadImage(f"{path} {error}") from None
+    return results
+
+
+def one_side(files: Sequence[Path], sides: list[int]) -> int:
+    """Return the common side of a sample's channels in pixels; raises BadImage where they differ."""
+    if len(set(sides)) > 1:
+        raise BadImage(
+            f"{files[0].parent}: channels of different sizes {sorted(set(sides))} px: "
+            f"{', '.join(path.name for path in files)}"
+        )
+    return sides[0]

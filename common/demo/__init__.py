@@ -1,0 +1,1 @@
+"""Drawn data, to try the pipeline on."""

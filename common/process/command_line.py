@@ -1,0 +1,208 @@
+"""Command lines of the numbered scripts: shared flags, parsers of their values, and the commands that messages name."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.errors import command as command_line
+from common.errors import nearest
+from common.recipes import run_name
+
+DATA = Path("data")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations whose errors name the nearest known flag."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            self.error(f"unknown argument {unknown[0]}; {nearest(unknown[0].split('=')[0], flags)}")
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def parser(description: str) -> Parser:
+    """Return a parser with the flags that every stage takes: --data and --work."""
+    result = Parser(description)
+    result.add_argument(
+        "--data",
+        type=folder,
+        default=DATA,
+        metavar="DIR",
+        help="input folder in the competition's layout (default: data); never written to",
+    )
+    result.add_argument(
+        "--work",
+        type=folder,
+        default=Path("work"),
+        metavar="DIR",
+        help="folder for everything that is made (default: work)",
+    )
+    return result
+
+
+def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what says where networks run to a stage's command line; see `hardware.HardwareOptions`."""
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        help="autocast type (default: bf16 where that is faster, fp16 on older GPUs, else fp32; "
+        "a CPU predicts in fp32)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=not_negative,
+        metavar="N",
+        help="loader processes of each job (default: 0 on the CPU; on a GPU a job's share of the cores)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=jobs,
+        metavar="N",
+        help="folds to work on at once, each with its share of the cores and, where there are several, a GPU of its "
+        "own (default: the number of GPUs, 1 on a CPU; more pay for small networks)",
+    )
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="let a GPU choose its fastest kernels: results then differ in their last digits from run to run, and a "
+        "resumed training from an undisturbed one (default: the same bits each time)",
+    )
+
+
+def add_weight_flags(parser: argparse._ActionsContainer) -> None:
+    """Add --pretrained and --weights-dir to a command line."""
+    parser.add_argument(
+        "--pretrained",
+        default="auto",
+        metavar="auto|none|FILE",
+        help="start from the encoder's published ImageNet weights where they can be had (default), from "
+        "random weights, or from a file",
+    )
+    parser.add_argument(
+        "--weights-dir",
+        type=Path,
+        metavar="DIR",
+        help="where published weights lie or are downloaded to (default: torch's hub cache)",
+    )
+
+
+def add_check_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what the doctor is told of the later stages."""
+    group = parser.add_argument_group("what is checked with --check")
+    group.add_argument("--folds", type=fold_numbers, metavar="0,2", help="folds to train (default: all)")
+    group.add_argument("--n-folds", type=fold_count, default=5, metavar="N", help="folds of stage 03 (default: 5)")
+    group.add_argument(
+        "--tta", default="dihedral", choices=("none", "dihedral"), help="views of stage 05 (default: dihedral)"
+    )
+    group.add_argument("--no-test", action="store_true", help="stage 05 predicts the validation samples only")
+    add_weight_flags(group)
+
+
+def add_cluster_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --cluster to a stage that does many independent jobs."""
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="do the jobs on the workers of a dask scheduler, such as tcp://host:8786, that see the same "
+        "files (default: on this machine)",
+    )
+
+
+def folder(text: str) -> Path:
+    """Parse the path of a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, found nothing")
+    return Path(text)
+
+
+def names(text: str) -> list[str]:
+    """Parse 'a,b' into a list of distinct names."""
+    values = [part.strip() for part in text.split(",") if part.strip()]
+    if not values or len(set(values)) != len(values):
+        raise argparse.ArgumentTypeError(f"expected distinct names separated by commas, found {text!r}")
+    return values
+
+
+def recipe_names(text: str) -> list[str]:
+    """Parse 'a,b-variant' into a list of distinct run names (see `recipes.run_name`)."""
+    return names(",".join(run_name(name) for name in names(text)))
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Return a parser of whole numbers from `low` on, or from `low` to `high`."""
+    expected = f"above {low - 1}" if high is None else f"from {low} to {high}"
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+            raise argparse.ArgumentTypeError(f"expected a whole number {expected}, found {text!r}")
+        return int(text)
+
+    return parse
+
+
+positive, fold_count = whole_number(1), whole_number(2)
+black_level, white_level = whole_number(0, 65534), whole_number(1, 65535)
+not_negative = whole_number(0, 2**32 - 1)  # the largest seed that all libraries take
+
+
+def jobs(text: str) -> int:
+    """Parse a number of processes: a whole number above 0, or -1 for as many as there are cores."""
+    return -1 if text == "-1" else positive(text)
+
+
+def fold_numbers(text: str) -> list[int]:
+    """Parse '0,2' into a list of distinct fold numbers."""
+    values = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in values) or len(set(values)) != len(values):
+        raise argparse.ArgumentTypeError(f"expected fold numbers separated by commas such as 0,2, found {text!r}")
+    return [int(part) for part in values]
+
+
+def leave_out(flag: str) -> None:
+    """From here on the command that goes on is without a flag: what it asks for is done, and would undo what comes now."""
+    sys.argv = [argument for argument in sys.argv if argument != flag]
+
+
+def other(script: str, args: argparse.Namespace, *more: object) -> str:
+    """Return the command of another script on the folders of this one."""
+    return command_line(script, *folders(args), *more)
+
+
+def folders(args: argparse.Namespace) -> list[str]:
+    """Return the flags of the folders that a command line was given."""
+    data = ["--data", str(args.data)] if args.data != DATA else []
+    return [*data, "--work", str(args.work)]
+
+
+def arguments_without(flag: str) -> list[str]:
+    """Return the arguments of this command line without a flag of one value and its value."""
+    given = sys.argv[1:]
+    return [
+        argument
+        for k, argument in enumerate(given)
+        if argument != flag and not argument.startswith(f"{flag}=") and (k == 0 or given[k - 1] != flag)
+    ]
+
+
+def command() -> str:
+    """Return the command line that was given: this script's, torchrun's, or run_all.sh's, which hands on its own."""
+    launcher = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    return os.environ.get("RUN_ALL_COMMAND") or shlex.join([*launcher, *sys.argv])

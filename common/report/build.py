@@ -1,0 +1,135 @@
+"""The page on a work folder: a section for each stage, from what the stages wrote; a missing one says what to run."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common.data.folds import fold_numbers
+from common.errors import UserError
+from common.process.progress import progress
+from common.report.inputs import data, duplicates, epoch_seconds, folds, training
+from common.report.page import Facts, Section, Table, render
+from common.report.reader import Work, there
+from common.report.results import errors, predictions, scores, submission
+
+
+def report_page(work: Work) -> str:
+    """Return the page on a work folder as HTML."""
+    return render(
+        "Where does the protein sit?", f"What the work folder {work.folder.resolve().name} holds.", collect(work)
+    )
+
+
+def collect(work: Work) -> list[Section]:
+    """Return all sections of the page."""
+    rows = (
+        ("overview", "Overview", "What the stages have made so far, and the figures that matter most.", overview),
+        (
+            "data",
+            "Data",
+            "What there is to learn from. Counts are of samples; a sample may have several classes.",
+            data,
+        ),
+        (
+            "duplicates",
+            "Duplicates",
+            "Near-identical images by perceptual hashes of red, green and blue. One sample for each "
+            "set of labels stays for training; nothing is removed from test.",
+            duplicates,
+        ),
+        (
+            "folds",
+            "Folds",
+            "How the samples are split for validation: whole groups of duplicates, every class evenly.",
+            folds,
+        ),
+        (
+            "training",
+            "Training",
+            "Each recipe's trainings, one a fold. Validation images are those of the fold.",
+            training,
+        ),
+        ("predictions", "Predictions", "Probabilities of labelled samples, beside their labels.", predictions),
+        (
+            "scores",
+            "Scores",
+            "F1 is the harmonic mean of precision and recall; macro F1 is its mean over the 28 classes. "
+            "Cross-fitted means that every sample was decided with thresholds found on other samples.",
+            scores,
+        ),
+        (
+            "errors",
+            "Errors",
+            "Where the ensemble is most certain and wrong. Look at the images: is it the network or the label?",
+            errors,
+        ),
+        ("submission", "Submission", "What is handed in: the classes of the test samples.", submission),
+    )
+    return [section(work, *row) for row in progress(rows, len(rows), "drawing", unit="sections")]
+
+
+def section(work: Work, key: str, title: str, lead: str, make: Callable[[Work], list]) -> Section:
+    """Return a section, or its note where what it needs is missing."""
+    try:
+        return Section(key, title, lead, make(work))
+    except UserError as error:
+        return Section(key, title, lead, [], str(error))
+
+
+def overview(work: Work) -> list:
+    blocks = [
+        Table(
+            "Stages",
+            stage_table(work),
+            "Sections below are left out until their stage has run. Folds are added up: "
+            "the rows of 04 are the samples of an epoch, copies included; its seconds are those of the epochs, without "
+            "waiting.",
+            {"rows": ",.0f", "seconds": ",.1f"},
+            wide=True,
+        )
+    ]
+    found, facts = there(lambda: work.scores), {}
+    if found:
+        facts["macro F1, cross-fitted"] = f"{found['score_cross_fitted']:.3f}"
+        facts["95 % interval"] = "{:.3f} to {:.3f}".format(*found["interval"])
+        facts[work.combined] = ", ".join(found["recipes"])
+    samples = there(lambda: work.samples)
+    if samples is not None:
+        facts["samples"] = f"{len(samples):,}"
+    return [Facts(facts), *blocks] if facts else blocks
+
+
+def stage_files(work: Work) -> list[tuple[str, Path]]:
+    """Return each stage's main files."""
+    runs, recipes = there(lambda: work.runs) or {}, there(lambda: work.recipes) or []
+    folds = there(lambda: work.folds)
+    numbers = [] if folds is None else fold_numbers(folds)
+    files: list[tuple[str, str | Path]] = [
+        ("01 preprocess", "samples.csv"),
+        ("02 dedup", "duplicates.csv"),
+        ("03 make folds", "folds.csv"),
+        *[("04 train", f"runs/{recipe}/fold{fold}/best.pt") for recipe, logs in runs.items() for fold in logs],
+        *[("05 predict", f"predictions/{recipe}/fold{fold}_oof.npz") for recipe in recipes for fold in numbers],
+        ("06 thresholds", "thresholds.json"),
+        *[("07 ensemble", path) for path in work.submission_files or [Path("submission.csv")]],
+        ("09 tables", "tables/tables.md"),
+    ]
+    return [(stage, work.folder / path) for stage, path in files]
+
+
+def stage_table(work: Work) -> pd.DataFrame:
+    """Return a row a stage: what it made, whether from what is there now, rows, seconds; folds in one state together."""
+    rows = []
+    for stage, path in stage_files(work):
+        state, record = work.state(path)
+        seconds = record.get("seconds", np.nan)
+        if stage == "04 train":
+            seconds = epoch_seconds(work.runs[path.parts[-3]][int(path.parts[-2].removeprefix("fold"))]).sum()
+        ours = path.is_relative_to(work.folder)
+        name = re.sub(r"fold\d+", "fold*", str(path.relative_to(work.folder))) if ours else str(path)
+        rows.append((stage, name, state, record.get("rows", np.nan), seconds))
+    table = pd.DataFrame(rows, columns=["stage", "main file", "state", "rows", "seconds"])
+    return table.groupby(["stage", "main file", "state"], sort=False, as_index=False).sum(min_count=1)

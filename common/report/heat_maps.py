@@ -1,0 +1,69 @@
+"""Where networks look: heat maps of Grad-CAM (Selvaraju et al. 2017), and their probabilities, for one sample."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from captum.attr import LayerGradCam
+
+from common.train.checkpoints import finished_checkpoint, load_network
+from common.train.dataset import dihedral
+from common.train.fold_data import image_set
+from common.train.hardware import HardwareOptions, choose_hardware
+
+VIEWS = range(8)
+
+
+def explain(
+    work: Path,
+    recipe_name: str,
+    numbers: list[int],
+    folds: pd.DataFrame,
+    sample: pd.DataFrame,
+    choose: Callable[[np.ndarray], Iterable[int]],
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Return the mean probabilities of some folds' networks for a sample, (28,), and heat maps: class -> (side, side) in [0, 1].
+
+    sample : one row with Id and Target
+    choose : function of the probabilities -> classes to explain
+    The maps are means over the networks and the 8 symmetries of the image, as predictions are, each turned back; all 0 where no
+    network finds anything.
+    """
+    hardware = choose_hardware(HardwareOptions("cpu", "fp32"), training=False)
+    seen = []  # by each network
+    for fold in numbers:
+        path, recipe = finished_checkpoint(work, recipe_name, fold, folds, "best")
+        model, normalise = load_network(path, recipe, hardware)
+        planes, _ = image_set(work, recipe, sample)[0]
+        image = torch.from_numpy(planes)
+        images = normalise(torch.stack([dihedral(image, view) for view in VIEWS]), hardware.device)
+        layer = model.get_submodule("encoder.c" if recipe.pooling == "own" else "encoder")
+        seen.append((LayerGradCam(model.eval(), layer), images))
+    with torch.no_grad():
+        probs = np.mean([camera.forward_func(images).sigmoid().mean(dim=0).numpy() for camera, images in seen], axis=0)
+    return probs, {c: heat_map(seen, c, planes.shape[1]) for c in choose(probs)}
+
+
+def heat_map(seen: list[tuple[LayerGradCam, torch.Tensor]], c: int, side: int) -> np.ndarray:
+    """Return what speaks for class `c` in the views of one image, (side, side), 1 where most does; all 0 where nothing does.
+
+    seen : a network's camera and the views as it is given them, of each network. A map counts by its height, so that a network
+        that finds next to nothing does not count as much as one that is sure.
+    """
+    maps = [
+        turned_back(one, view)
+        for camera, images in seen
+        for one, view in zip(
+            camera.attribute(images, target=c, relu_attributions=True).detach()[:, 0], VIEWS, strict=True
+        )
+    ]
+    mean = torch.stack(maps).mean(dim=0).numpy()
+    return cv2.resize(mean / max(1e-12, mean.max()), (side, side), interpolation=cv2.INTER_LINEAR)
+
+
+def turned_back(image: torch.Tensor, view: int) -> torch.Tensor:
+    """Undo `data.dihedral`, which transposes first and mirrors then."""
+    return dihedral(dihedral(image, view & 6), view & 1)

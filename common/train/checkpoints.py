@@ -1,0 +1,267 @@
+"""Checkpoints on disk: what stage 04 may go on from or must not overwrite, and networks for prediction."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, Self
+
+import pandas as pd
+import torch
+
+from common.artifacts.arrays import refuse_damaged, refuse_inflated
+from common.artifacts.files import writing
+from common.artifacts.stage import Stage, read_sidecar, sidecar
+from common.classes import CLASS_NAMES, N_CLASSES
+from common.errors import UserError, command, first_line
+from common.recipes import Recipe, from_dict, recipe_of_run, to_dict
+from common.train.fold_data import training_inputs
+from common.train.hardware import Hardware, set_kernels
+from common.train.networks import build_model
+from common.train.predict import Normalisation
+
+FORMAT = 4  # of checkpoints; one more whenever older ones could be misread, as after each change of a network
+TRAIN_AGAIN = "train the fold again with --force, or use the version that wrote it"
+
+Kind = type | tuple[type, ...]
+NUMBER = (int, float)
+# In every checkpoint.
+NETWORK: dict[str, Kind] = {"model": dict, "mean": list, "std": list, "classes": list, "recipe": dict}
+TRAINING: dict[str, Kind] = {  # in last.pt too
+    "made_from": dict,
+    "good": (dict, type(None)),
+    "optimizer": dict,
+    "scaler": dict,
+    "ranking": torch.Tensor,
+    "epoch": int,
+    "step": int,
+    "loss_sum": NUMBER,
+    "seconds": NUMBER,
+    "best_score": NUMBER,
+    "micro_batch": (int, type(None)),
+    "start": str,
+    "returns": list,
+    "history": list,
+    "class_mix": list,
+}
+
+
+def save_checkpoint(path: Path, values: dict) -> None:
+    """Write a checkpoint of tensors and plain types in one go."""
+    with writing(path) as temporary, open(temporary, "wb") as file:  # given a path, torch hides what the disk says
+        torch.save(values, file)
+
+
+def snapshot(value: Any) -> Any:
+    """Return a copy on the CPU of nested dicts, lists and tensors, which training goes on to change."""
+    if torch.is_tensor(value):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(part) for key, part in value.items()}
+    return [snapshot(part) for part in value] if isinstance(value, list) else value
+
+
+class Writer:
+    """A thread that writes while training goes on, one thing after the other; the next call raises what failed."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1)
+        self.job: Future | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.thread.shutdown()
+        if kind is None:
+            self.wait()
+
+    def start(self, write: Callable[[], object]) -> None:
+        """Call `write()` beside what the caller does next, as soon as the write before it is done."""
+        self.wait()
+        self.job = self.thread.submit(write)
+
+    def wait(self) -> None:
+        """Return when everything is written."""
+        if self.job:
+            self.job.result()
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint of tensors and plain types onto the CPU; no code in it is ever run.
+
+    Raises UserError for what cannot be read, and for a checkpoint of another version of this project or other classes.
+    """
+    try:
+        refuse_inflated(path)
+        refuse_damaged(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise many kinds
+        raise UserError(
+            f"{path} is not a checkpoint that can be read ({first_line(error)}); delete it and train the fold again"
+        ) from None
+    found = saved.get("format", 1) if isinstance(saved, dict) else "no"
+    if found != FORMAT:
+        raise UserError(
+            f"{path} is a checkpoint of format {found}, this version of the project reads format {FORMAT}; "
+            f"{TRAIN_AGAIN}"
+        )
+    check_types(path, saved)
+    check_classes(path, saved["classes"])
+    return saved
+
+
+def check_types(path: Path, saved: dict) -> None:
+    """Refuse a checkpoint that lacks what each has, or holds other kinds of values than this project writes."""
+    kinds = {**NETWORK, **{key: kind for key, kind in TRAINING.items() if key in saved}}
+    fits = {key: isinstance(saved.get(key), kind) for key, kind in kinds.items()}
+    for key in ("mean", "std"):
+        fits[key] = fits[key] and len(saved[key]) == 4 and all(isinstance(value, NUMBER) for value in saved[key])
+    wrong = [key for key, fine in fits.items() if not fine]
+    if wrong:
+        lacks = "lacks" if wrong[0] not in saved else "has no valid"
+        raise UserError(f"{path} is not a checkpoint that this project wrote: it {lacks} {wrong[0]!r}; {TRAIN_AGAIN}")
+
+
+def check_classes(path: Path, found: list) -> None:
+    """Refuse a checkpoint of other classes: other in number, name or order."""
+    if len(found) != N_CLASSES:
+        raise UserError(
+            f"{path} was trained for {len(found)} classes, expected the {N_CLASSES} of this project; {TRAIN_AGAIN}"
+        )
+    for number, (name, expected) in enumerate(zip(found, CLASS_NAMES, strict=True)):
+        if name != expected:
+            raise UserError(
+                f"{path} was trained for other classes: class {number} is {name!r}, expected {expected!r}; "
+                f"{TRAIN_AGAIN}"
+            )
+
+
+@contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Make one message of what torch raises for a checkpoint of another network or with parts missing."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else shorten(str(error), 240)
+        raise UserError(f"{path} does not fit the network of this version ({reason}); {TRAIN_AGAIN}") from None
+
+
+def check_recipe(path: Path, saved: dict, recipe: Recipe) -> None:
+    """Refuse a checkpoint of another recipe than is expected, with both named; older versions' are read as `from_dict` does."""
+    try:
+        found = to_dict(from_dict(saved["recipe"]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {TRAIN_AGAIN}") from None
+    changed = [f"{key} {found[key]}, expected {value}" for key, value in to_dict(recipe).items() if found[key] != value]
+    if changed:
+        raise UserError(
+            f"{path} was trained with another recipe: {'; '.join(changed)}; train the fold again with --force"
+        )
+
+
+def made_from(folder: Path) -> dict | None:
+    """Return what a fold's finished or unfinished training was made from; None where there is none."""
+    if sidecar(folder / "best.pt").is_file():
+        return read_sidecar(folder / "best.pt")
+    if (folder / "last.pt").is_file():
+        made = load_checkpoint(folder / "last.pt").get("made_from", {})
+        if not all(isinstance(made.get(part), dict) for part in ("parameters", "inputs")):
+            raise UserError(f"{folder / 'last.pt'} does not say what it was made from; {TRAIN_AGAIN}")
+        return made
+    return None
+
+
+def prepare(stages: list[Stage], force: bool) -> None:
+    """Refuse runs that another process trains, or that were made from something else; clear all of them with `force`."""
+    with ExitStack() as locks:
+        for stage in stages:
+            locks.enter_context(stage.lock())
+            if not force:
+                check_unfinished(stage)
+        for stage in stages if force else ():
+            clear(stage.artifact.parent)
+
+
+def clear(folder: Path) -> None:
+    """Delete a run's folder; one that cannot be deleted is a UserError: what is left would pass for the new training."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be deleted, which --force asks for ({error.filename or folder}: "
+            f"{error.strerror or error.args[0]}); get the right to delete it or have its owner do so, or "
+            "give another --work"
+        ) from None
+
+
+def check_unfinished(stage: Stage) -> None:
+    """Refuse to overwrite or continue a run that was made from something else; the caller holds the stage's lock."""
+    folder = stage.artifact.parent
+    cure = "use --force to throw it away and train anew, or another --work"
+    reason = stage.why_stale()
+    if stage.sidecar.is_file() and reason:
+        raise UserError(f"{folder} holds a finished training made from something else ({reason}); {cure}")
+    changes = stage.changes(made_from(folder) or stage.made_from())
+    if changes:
+        raise UserError(f"{folder} holds an unfinished training made from something else ({changes}); {cure}")
+
+
+def check_alike(work: Path, name: str, numbers: list[int]) -> None:
+    """Refuse finished folds of one name that were trained with different recipes: their probabilities are put together."""
+    first = None
+    for fold in numbers:
+        path = work / "runs" / name / f"fold{fold}" / "best.pt"
+        if not sidecar(path).is_file():
+            continue
+        recipe = to_dict(recipe_of_run(read_sidecar(path)["parameters"]))
+        first = first or (fold, recipe)
+        changed = [f"{key} {first[1][key]} and {value}" for key, value in recipe.items() if value != first[1][key]]
+        if changed:
+            raise UserError(
+                f"folds {first[0]} and {fold} of {name} were trained with different recipes: {'; '.join(changed)}; train one "
+                f"of them again: {command('04_train.py', '--work', work, '--recipe', name, '--folds', fold, '--force')}"
+            )
+
+
+def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, which: str) -> tuple[Path, Recipe]:
+    """Return the path of a fold's best.pt or last.pt, and the recipe that it was trained with.
+
+    Raises UserError where the fold is not trained to its end, or was trained on other folds or images than
+    there are now: its out-of-fold rows would not be out of fold.
+    """
+    folder = work / "runs" / name / f"fold{fold}"
+    train = command("04_train.py", "--work", work, "--recipe", name, "--folds", fold)
+    if not sidecar(folder / "best.pt").is_file():
+        raise UserError(f"{folder} has no finished training; run: {train}")
+    meta = read_sidecar(folder / "best.pt")
+    recipe = recipe_of_run(meta["parameters"])
+    # Which weights it began with is of no concern here.
+    inputs = {**meta["inputs"], **training_inputs(work, folds, recipe)}
+    reason = Stage("04_train", folder / "best.pt", meta["parameters"], inputs).why_stale()
+    if reason:
+        raise UserError(f"{folder} was trained on something else ({reason}); run: {train} --force")
+    path = folder / f"{which}.pt"
+    if not path.is_file():
+        raise UserError(f"{path} is not there any more; predict with --checkpoint best, or run: {train} --force")
+    return path, recipe
+
+
+def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.nn.Module, Normalisation]:
+    """Return a trained network on the device, and the normalisation it was trained with; chooses this process's kernels."""
+    set_kernels(hardware)
+    saved = load_checkpoint(path)
+    check_recipe(path, saved, recipe)
+    model = build_model(recipe, N_CLASSES)
+    with restoring(path):
+        model.load_state_dict(saved["model"])
+    return (
+        model.to(hardware.device, memory_format=torch.channels_last),  # type: ignore[call-overload]  # not in the stubs
+        Normalisation(tuple(saved["mean"]), tuple(saved["std"])),
+    )

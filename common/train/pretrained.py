@@ -1,0 +1,328 @@
+"""ImageNet weights for encoders: which file is published where, found or downloaded, checked and read.
+
+No pickle is ever run: files hold tensors, or are refused.
+"""
+
+import hashlib
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import torch
+from safetensors.torch import load_file
+
+from common.artifacts.arrays import refuse_inflated
+from common.artifacts.files import clear_leftovers
+from common.artifacts.stage import fingerprint
+from common.errors import UserError, first_line
+from common.process.progress import progress
+
+SECONDS_TO_ANSWER = 20
+MEGABYTE = 2**20
+CLASSIFIERS = ("fc.", "classifier.", "last_linear.", "head.", "AuxLogits.")
+CURE = "expected a .pth, .pt or .safetensors file of tensors: download it again, or give another with --pretrained FILE"
+SAVE = (
+    "save the network's parameters alone with torch.save(network.state_dict(), FILE), and give that: --pretrained FILE"
+)
+OTHER_THINGS = re.compile(r"GLOBAL (\S+)|(TorchScript)")
+# What programs save around a network's parameters, and put in front of their names when it is compiled, or one of several.
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "network",
+    "net",
+    "weights",
+    "params",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+    "teacher",
+)
+DEPTH = 4  # of wrappers in wrappers
+WRAPPED_NAME = re.compile(r"(?:^|(?<=\.))(?:(?:_orig_mod|module)\.)+")
+NETWORK_NAMES = ("model.", "network.", "net.", "backbone.")  # of a network that is a part of a larger object
+OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # as torchvision published them
+
+PYTORCH = "https://download.pytorch.org/models"
+# One host twice: the project moved, and its old address forwards to the new one.
+TIMM = (
+    "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights",
+    "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights",
+)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file of published weights, and what its network expects of RGB values in [0, 1]."""
+
+    file: str
+    urls: tuple[str, ...]  # tried in order
+    sha256: str  # the first digits at least
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def named_by_digest(file: str, *hosts: str) -> Published:
+    """Describe a file whose name ends in the first digits of its SHA-256, as torchvision and timm name theirs."""
+    return Published(file, tuple(f"{host}/{file}" for host in hosts), Path(file).stem.rsplit("-", 1)[1], *IMAGENET)
+
+
+PUBLISHED = {
+    "resnet18": named_by_digest("resnet18-f37072fd.pth", PYTORCH),
+    "resnet34": named_by_digest("resnet34-b627a593.pth", PYTORCH),
+    "resnet50": named_by_digest("resnet50-0676ba61.pth", PYTORCH),
+    "resnet101": named_by_digest("resnet101-63fe2227.pth", PYTORCH),
+    "densenet121": named_by_digest("densenet121-a639ec97.pth", PYTORCH),
+    "se_resnext50_32x4d": named_by_digest("legacy_se_resnext50_32x4d-f3651bad.pth", *TIMM),
+    "senet154": named_by_digest("legacy_senet154-e9eb9fe6.pth", *TIMM),
+    "inceptionv4": Published(  # on its host it is called model.safetensors, and its whole digest is on record
+        "inception_v4.tf_in1k-a756a086.safetensors",
+        ("https://huggingface.co/timm/inception_v4.tf_in1k/resolve/main/model.safetensors",),
+        "a756a086851c8d5a8de135ec15c76b90ea56cb5aef450e3299107e659e725bb1",
+        *HALVES,
+    ),
+}
+
+
+# --- finding -----------------------------------------------------------------------------------------------
+
+
+def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Path | None:
+    """Return the file of weights that `encoder` is to start from; None for random weights.
+
+    pretrained : 'none'; 'auto' for the published file, from `weights_dir`, torch's cache or its host; or a file
+
+    Where the host cannot be reached, a message on stdout says which file to put where. A file at hand that is not
+    the published one is used, with a warning. Raises UserError for a file that is not there, or cannot be written.
+    """
+    if pretrained == "none":
+        return None
+    if pretrained != "auto" and not Path(pretrained).is_file():
+        raise UserError(
+            f"--pretrained {pretrained}: there is no such file; give a .pth or .safetensors file, 'auto' "
+            "for the published weights, or 'none' for random ones"
+        )
+    if pretrained != "auto":
+        return Path(pretrained)
+    if encoder not in PUBLISHED:
+        return None
+    published, places = PUBLISHED[encoder], weight_files(encoder, weights_dir)
+    for path in places:
+        if path.is_file():
+            return told_if_other(path, published.sha256)
+    return download(encoder, published, places[0])
+
+
+def weight_files(encoder: str, weights_dir: Path | None) -> list[Path]:
+    """Return where an encoder's published weights are looked for; they are downloaded to the first place."""
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    return [folder / PUBLISHED[encoder].file for folder in (weights_dir, cache) if folder]
+
+
+def told_if_other(path: Path, sha256: str) -> Path:
+    """Return a file that was found under a published name; print a warning where its SHA-256 is another one's."""
+    found = fingerprint(path)
+    if not found.startswith(sha256):
+        print(
+            f"warning: {path} is not the published file: its SHA-256 should begin with {sha256}, found {found}. It is "
+            "used as it is; delete it to have the published one downloaded",
+            flush=True,
+        )
+    return path
+
+
+# --- downloading -------------------------------------------------------------------------------------------
+
+
+class NotPublished(Exception):
+    """A host does not answer, or gives another file than the published one."""
+
+
+def download(encoder: str, published: Published, path: Path) -> Path | None:
+    """Download to `path` from the first host that has the file; where none has, print what to do and return None.
+
+    Raises UserError where `path` cannot be written: that is no reason to train from random weights.
+    """
+    failures = []
+    for url in published.urls:
+        try:
+            fetch(url, path, published.sha256)
+            return path
+        except NotPublished as error:
+            failures.append(f"  {url} ({error})")
+        except OSError as error:
+            raise UserError(
+                f"the weights of {encoder} cannot be written to {path.parent} ({error.strerror or error}); make "
+                "room or get the right to, give --weights-dir a folder that can be written, or start from random "
+                "weights with --pretrained none"
+            ) from None
+    print(
+        f"{encoder}: the ImageNet weights could not be downloaded, so training goes on from random weights.\n"
+        f"To start from them, save one of these as {path.absolute()}:\n"
+        + "\n".join(failures)
+        + "\n(--pretrained none starts from random weights without asking for them)",
+        flush=True,
+    )
+    return None
+
+
+def answers(url: str) -> bool:
+    """Tell whether a file could be downloaded now."""
+    try:
+        with urlopen(Request(url, method="HEAD", headers={"User-Agent": "python"}), timeout=SECONDS_TO_ANSWER):
+            return True
+    except (OSError, HTTPException, ValueError):
+        return False
+
+
+def receive(url: str) -> Iterator[Any]:
+    """Yield how many megabytes a file has and then its content, in parts; raises NotPublished."""
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "python"}), timeout=SECONDS_TO_ANSWER) as response:
+            yield math.ceil(int(response.headers.get("Content-Length", 0)) / MEGABYTE)
+            while part := response.read(MEGABYTE):
+                yield part
+    except (OSError, HTTPException, ValueError) as error:
+        raise NotPublished(error) from None
+
+
+def fetch(url: str, path: Path, sha256: str) -> None:
+    """Download one file under a temporary name and move it into place once its checksum is right.
+
+    Raises NotPublished for what the host does, OSError for what the disk does.
+    """
+    content = receive(url)
+    size = next(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    digest = hashlib.sha256()
+    try:
+        with open(temporary, "wb") as file:
+            print(f"downloading {path.name} ({size} MB) from {urlsplit(url).netloc}", file=sys.stderr, flush=True)
+            for part in progress(content, size, path.name, "MB"):
+                digest.update(part)
+                file.write(part)
+        if not digest.hexdigest().startswith(sha256):
+            raise NotPublished(f"SHA-256 should begin with {sha256}, found {digest.hexdigest()}")
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> Any:
+    """Read a file of tensors and plain types onto the CPU; no code in it is ever run. Raises UserError."""
+    try:
+        if path.suffix.lower() == ".safetensors":
+            return load_file(path)
+        refuse_inflated(path)
+        return torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # damaged files raise many kinds, torch's with long advice
+        if other := OTHER_THINGS.search(str(error)):
+            raise UserError(
+                f"{path} holds other things than tensors ({other[1] or other[2]}), which might run code, so it is "
+                f"not read; {SAVE}"
+            ) from None
+        reason = first_line(error) if isinstance(error, ValueError) else type(error).__name__
+        raise UserError(f"{path} cannot be read as weights ({reason}); {CURE}") from None
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of weights onto the CPU: tensors of the encoder alone, under the encoder's own parameter names.
+
+    Takes torchvision's, timm's and pretrainedmodels' files of whole networks, this project's checkpoints, and what other
+    programs save around or in front of the parameters. Raises UserError for what cannot be read, is not such a file, or has
+    numbers that are not finite.
+    """
+    state = unwrapped(read_file(path))
+    if not is_parameters(state):
+        raise UserError(f"{path} holds {contents(state)}; expected the tensors of a network; {SAVE}")
+    tensors = encoder_tensors(state)
+    if not tensors:
+        raise UserError(f"{path} holds no tensors of an encoder, but {contents(state)}; {CURE}")
+    broken = [
+        name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.float().isfinite().all()
+    ]
+    if broken:
+        raise UserError(
+            f"{path} has weights that are NaN or infinite, such as {broken[0]} ({len(broken)} tensors in all); give "
+            "another file with --pretrained FILE"
+        )
+    return tensors
+
+
+def unwrapped(state: Any) -> Any:
+    """Return a network's parameters among what a training saved: those under the first of WRAPPERS, else the only ones."""
+    for _ in range(DEPTH):
+        if not isinstance(state, dict) or is_parameters(state):
+            break
+        known = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
+        inner = known or [name for name, value in state.items() if is_parameters(value)]
+        if not known and len(inner) != 1:
+            break
+        state = state[inner[0]]
+    return state
+
+
+def is_parameters(state: object) -> bool:
+    """Tell whether something is a dictionary of named tensors and nothing else."""
+    return (
+        isinstance(state, dict)
+        and bool(state)
+        and all(isinstance(name, str) and is_plain(value) for name, value in state.items())
+    )
+
+
+def is_plain(tensor: object) -> bool:
+    """Tell whether something is a tensor of real numbers with a place in memory for each."""
+    return (
+        torch.is_tensor(tensor)
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_complex()
+        and not tensor.is_meta
+    )
+
+
+def contents(state: object) -> str:
+    """Say what a file holds: first what is no plain tensor."""
+    if not isinstance(state, dict) or not state:
+        return f"one {type(state).__name__}" if state != {} else "nothing"
+    others = {name: value for name, value in state.items() if not is_plain(value)} or state
+    named = [
+        f"{name!r} ({f'{value.layout} of {value.dtype}' if torch.is_tensor(value) else type(value).__name__})"
+        for name, value in list(others.items())[:5]
+    ]
+    return ", ".join(named) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+
+
+def encoder_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a network's tensors without its classifier, named as in the encoder."""
+    state = {WRAPPED_NAME.sub("", name): tensor for name, tensor in state.items() if name != "n_averaged"}
+    for part in NETWORK_NAMES:
+        state = {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)} or state
+    own = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+    if own:
+        return own
+    return {
+        OLD_DENSENET_NAME.sub(r"\1\2", name.removeprefix("features.")): tensor
+        for name, tensor in state.items()
+        if not name.startswith(CLASSIFIERS)
+    }
