@@ -2,13 +2,14 @@
 
 import os
 import sys
+from types import TracebackType
 
 os.environ.setdefault(
     "OPENCV_IO_MAX_IMAGE_PIXELS", str(2**26)
 )  # OpenCV refuses larger headers; it asks when it is loaded
 
 
-def _on_exception(kind, value, trace):
+def _on_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
     """Ctrl+C while a script is still importing is no bug: say what is said later on, and end as Python does.
 
     Nor is the end of a process at the other end of a connection, which threads of multiprocessing report here.

@@ -1,5 +1,6 @@
 """Where everything lies in a work folder, and the command that makes it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -109,7 +110,7 @@ class Layout:
 
     # --- commands
 
-    def command(self, script: str, *flags) -> str:
+    def command(self, script: str, *flags: object) -> str:
         """Return the command of a script on these folders."""
         return command(script, *self.flags(), *flags)
 
@@ -120,9 +121,8 @@ class Layout:
     def preprocess_command(self, store: str | None = None) -> str:
         """Return the last command of stage 01, if need be with the size of a store that it has to fill."""
         record = read_sidecar(self.samples) if sidecar(self.samples).is_file() else {"outputs": {}}
-        made = store is None or f"images/{store}.csv" in record["outputs"]
         arguments = record.get("arguments", [])
-        if not made:
+        if store is not None and f"images/{store}.csv" not in record["outputs"]:
             fields = ("size_rule", "size_divisor", "image_size", "crop_size")
             kept = [argument for argument in arguments if argument.partition("=")[0] not in fields]
             arguments = [
@@ -147,7 +147,7 @@ class Layout:
     def read_folds(self) -> pd.DataFrame:
         return read_table(self.folds, self.command("03_make_folds.py"))
 
-    def read_store(self, name: str, ids) -> pd.DataFrame:
+    def read_store(self, name: str, ids: Collection[str]) -> pd.DataFrame:
         """Return stage 01's statistics of the given Ids' stored images of one size, in their order."""
         rerun = self.preprocess_command(name)
         table = read_table(self.store_table(name), rerun).set_index("Id")
@@ -156,7 +156,7 @@ class Layout:
             raise UserError(f"{self.store(name)} lacks {len(missing)} samples, such as {missing[0]}; run: {rerun}")
         return table.loc[list(ids)].reset_index()
 
-    def images_digest(self, store: str, ids) -> str:
+    def images_digest(self, store: str, ids: Collection[str]) -> str:
         """Return the fingerprint of the given Ids' stored images by the columns that all versions write: others change nothing."""
         columns = r"^(Id|side|crc|(mean|std|zeros|saturated)_\w+)$"
         return digest(self.read_store(store, ids).filter(regex=columns))

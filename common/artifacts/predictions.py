@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from common.artifacts.arrays import read_arrays
 from common.artifacts.files import writing
@@ -13,7 +14,7 @@ from common.errors import UserError, listing
 ROUNDING = 1e-5  # a sum of float32 probabilities may be this far above 1
 
 
-def check_probabilities(ids, probs, name) -> np.ndarray:
+def check_probabilities(ids: ArrayLike, probs: ArrayLike, name: object) -> np.ndarray:
     """Return probabilities within [0, 1], into which what is outside by rounding is moved.
 
     Raises UserError for repeated Ids, a wrong shape, NaN and values outside by more.
@@ -40,7 +41,7 @@ def check_probabilities(ids, probs, name) -> np.ndarray:
     return np.clip(probs, 0, 1)
 
 
-def save_predictions(path: Path, ids, probs) -> None:
+def save_predictions(path: Path, ids: ArrayLike, probs: ArrayLike) -> None:
     """Write `ids (n,)`, `probs (n, 28) float32` in [0, 1] and `classes (28,)` as one .npz."""
     ids, probs = np.asarray(ids, dtype=str), np.asarray(probs, dtype=np.float32)
     probs = check_probabilities(ids, probs, path)

@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -25,7 +27,7 @@ def fingerprint(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(value) -> str:
+def digest(value: Any) -> str:
     """Return the SHA-256 of a JSON-able value, or of a table's CSV text."""
     text = value.to_csv(index=False) if isinstance(value, pd.DataFrame) else json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -48,7 +50,7 @@ def read_sidecar(path: Path) -> dict:
     return meta
 
 
-def is_path(name) -> bool:
+def is_path(name: object) -> bool:
     return isinstance(name, str) and "\0" not in name
 
 
@@ -84,8 +86,14 @@ class Stage:
     """
 
     def __init__(
-        self, name: str, artifact: Path, parameters: dict, inputs: dict, whole: Path | None = None, complete=dict
-    ):
+        self,
+        name: str,
+        artifact: Path,
+        parameters: dict,
+        inputs: dict,
+        whole: Path | None = None,
+        complete: Callable[[dict], dict] = dict,
+    ) -> None:
         self.name = name
         self.complete = complete
         self.artifact = Path(artifact)
@@ -148,7 +156,7 @@ class Stage:
         print(f"{self.name}: {self.artifact} is up to date")
 
     @contextmanager
-    def lock(self, wait: bool = False):
+    def lock(self, wait: bool = False) -> Iterator[None]:
         """Keep other processes from making this; one that makes it is a UserError, or is waited for."""
         if self.is_locked:
             yield
@@ -161,7 +169,7 @@ class Stage:
                 self.is_locked = False
 
     @contextmanager
-    def making(self, wait: bool = False):
+    def making(self, wait: bool = False) -> Iterator[Record]:
         """Make the outputs inside: others are locked out, there is no sidecar meanwhile, and the end of the `with` writes it.
 
         Yields a Record to fill in. Prints why outputs of another origin are made again.

@@ -1,6 +1,7 @@
 """The tables that stages hand on as CSV: their columns, and Ids that are plain file names."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -65,7 +66,7 @@ RESERVED = re.compile(
 )  # names of devices, on shares that Windows sees
 
 
-def check_ids(ids, path) -> None:
+def check_ids(ids: Iterable[str], path: Path) -> None:
     """Refuse Ids that are not plain file names: an Id becomes part of a path, and must not lead out of its folder."""
     unsafe = [Id for Id in ids if not SAFE_ID.fullmatch(Id) or RESERVED.fullmatch(Id) or len(Id.encode()) > 200]
     if unsafe:

@@ -53,10 +53,10 @@ def judge(parts: list[str], seen: list[dict], levels: Levels) -> dict:
     parts : train, test or external, of each sample
     seen : of each sample its 16-bit files' `ranges` (see `used_range`) and its `misplaced` files: name -> other planes
     """
-    ranges = {}
+    used: dict[str, list] = {}
     for part, sample in zip(parts, seen, strict=True):
-        ranges.setdefault(part, []).extend(sample["ranges"])
-    ranges = {part: np.array(values) for part, values in ranges.items() if values}
+        used.setdefault(part, []).extend(sample["ranges"])
+    ranges = {part: np.array(values) for part, values in used.items() if values}
     problems = [
         {"part": part, **problem} for part, values in ranges.items() if (problem := judge_ranges(values, levels))
     ]

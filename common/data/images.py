@@ -3,7 +3,9 @@
 Planes are always in the order red (microtubules), green (protein), blue (nucleus), yellow (reticulum).
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import imagecodecs
@@ -17,6 +19,8 @@ from common.data.exposure import WHOLE, Levels
 from common.data.sources import CHANNELS, MAX_SIDE, BadImage, examine_sample
 from common.errors import UserError, first_line
 from common.recipes import stored_size
+
+T = TypeVar("T")
 
 PLAIN_SIDE = 256  # pixels: images up to this side are stored uncompressed, which reads four to six times as fast
 LEVEL = (
@@ -63,8 +67,11 @@ def is_smooth(planes: np.ndarray) -> bool:
     """Tell from rows in the middle of each plane whether differences between neighbours take a tenth less room than pixels,
     as in images that were JPEGs. Elsewhere a predictor is not worth the time that it adds to decoding."""
     middle = planes[:, planes.shape[1] // 2 :][:, :96].copy()
-    differences = np.diff(middle, axis=-1, prepend=np.uint8(0))
-    return len(imagecodecs.zstd_encode(differences, 1)) < 0.9 * len(imagecodecs.zstd_encode(middle, 1))
+    differences: np.ndarray = np.diff(middle, axis=-1, prepend=np.uint8(0))
+    # The stubs of imagecodecs know no arrays.
+    packed = imagecodecs.zstd_encode(differences, 1)  # type: ignore[arg-type]
+    plain = imagecodecs.zstd_encode(middle, 1)  # type: ignore[arg-type]
+    return len(packed) < 0.9 * len(plain)
 
 
 def corner(share: float, size: int, side: int) -> int:
@@ -112,13 +119,14 @@ def statistics(planes: np.ndarray) -> dict:
         mean, std = cv2.meanStdDev(plane)
         values[f"mean_{channel}"], values[f"std_{channel}"] = mean.item() / 255, std.item() / 255
         values[f"zeros_{channel}"] = 1 - cv2.countNonZero(plane) / plane.size
-        values[f"saturated_{channel}"] = cv2.countNonZero(cv2.compare(plane, 255, cv2.CMP_EQ)) / plane.size
+        white = cv2.compare(plane, 255, cv2.CMP_EQ)  # type: ignore[call-overload]  # the stubs know no numbers
+        values[f"saturated_{channel}"] = cv2.countNonZero(white) / plane.size
     return {**values, "crc": checksum(planes)}
 
 
 def store_sample(
     Id: str,
-    files: list[Path],
+    files: Sequence[Path],
     rgb_coded: bool,
     stores: list[str],
     folder: Path,
@@ -140,7 +148,7 @@ def store_sample(
     return made, exposed
 
 
-def attempt(function, *arguments):
+def attempt(function: Callable[..., T], *arguments: object) -> T | BadImage:
     """Call `function`; a BadImage comes back as a value, so that one bad file does not end a parallel run."""
     try:
         return function(*arguments)

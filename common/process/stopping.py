@@ -9,9 +9,11 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from types import FrameType, ModuleType
 
 GRACE_SECONDS = 25  # that other processes get to save; schedulers kill what is left after 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -59,7 +61,7 @@ def spare_imports() -> None:
 
 
 @contextmanager
-def blocked(signals, helpers=(resource_tracker,)):
+def blocked(signals: Iterable[int], helpers: Iterable[ModuleType] = (resource_tracker,)) -> Iterator[None]:
     """Hold signals back; processes that are started inside never see them: their parent tells or ends them.
 
     helpers : modules whose `ensure_running` starts a process that the others need
@@ -76,7 +78,7 @@ def blocked(signals, helpers=(resource_tracker,)):
 
 
 @contextmanager
-def undisturbed():
+def undisturbed() -> Iterator[None]:
     """Inside, for a moment, signals wait: what is begun, such as worker processes, must be whole."""
     STATE.deaf = True
     try:
@@ -85,12 +87,12 @@ def undisturbed():
         STATE.deaf = False
 
 
-def _on_ctrl_c(number, frame) -> None:
+def _on_ctrl_c(number: int, frame: FrameType | None) -> None:
     if not _must_wait(number, frame):
         raise KeyboardInterrupt
 
 
-def _must_wait(number, frame) -> bool:
+def _must_wait(number: int, frame: FrameType | None) -> bool:
     """Tell whether this is no time for an exception, as while a module is imported; the signal comes again until it is."""
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
@@ -101,7 +103,7 @@ def _must_wait(number, frame) -> bool:
 
 
 @contextmanager
-def held(passed_on: bool = False):
+def held(passed_on: bool = False) -> Iterator[None]:
     """Inside, a signal waits for the next `check`, which stands where everything can be saved; a second Ctrl+C does not.
 
     passed_on : worker processes are told at once, and save what they have; their jobs end as if they were done
@@ -116,7 +118,7 @@ def held(passed_on: bool = False):
 
 
 @contextmanager
-def at_work():
+def at_work() -> Iterator[None]:
     """For a job of a worker process: inside, a signal ends it; outside it is noted, and the next job ends as it begins."""
     STATE.held = False
     try:
@@ -132,10 +134,10 @@ def check() -> None:
         raise Stopped
 
 
-def when_parent_ends(parent: int, act) -> None:
+def when_parent_ends(parent: int, act: Callable[[], object]) -> None:
     """Call `act()` from a thread soon after this process's parent has ended, also by SIGKILL."""
 
-    def watch():
+    def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         act()
@@ -143,7 +145,7 @@ def when_parent_ends(parent: int, act) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _on_signal(number, frame) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
     if os.getpid() != STATE.pid:  # a forked process, which somebody ends
         os._exit(128 + number)
     if _must_wait(number, frame):
@@ -171,11 +173,11 @@ def end_later() -> None:
     _later(GRACE_SECONDS, os._exit, SIGTERM_CODE)
 
 
-def _later(seconds: float, act, *arguments) -> None:
+def _later(seconds: float, act: Callable[..., object], *arguments: object) -> None:
     """Call `act(*arguments)` from a thread after some seconds. To start one of `threading`'s takes a lock, which the code that a
     signal has interrupted may hold."""
 
-    def wait():
+    def wait() -> None:
         time.sleep(seconds)
         act(*arguments)
 

@@ -1,6 +1,7 @@
 """The page on a work folder: a section for each stage, from what the stages wrote; a missing one says what to run."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def collect(work: Work) -> list[Section]:
     return [section(work, *row) for row in progress(rows, len(rows), "drawing", unit="sections")]
 
 
-def section(work: Work, key: str, title: str, lead: str, make) -> Section:
+def section(work: Work, key: str, title: str, lead: str, make: Callable[[Work], list]) -> Section:
     """Return a section, or its note where what it needs is missing."""
     try:
         return Section(key, title, lead, make(work))

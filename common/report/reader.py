@@ -1,8 +1,10 @@
 """What a work folder holds, read when it is asked for; what is missing is a UserError that names its stage."""
 
 import shlex
+from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -25,6 +27,7 @@ from common.score.submission import read_thresholds, remembered_submissions
 NAMES = np.array(CLASS_NAMES)
 THUMBNAIL = 256  # pixels a side at most
 SHOWN = 12  # cards of a gallery
+T = TypeVar("T")
 
 
 def class_names(target: str) -> str:
@@ -32,7 +35,7 @@ def class_names(target: str) -> str:
     return ", ".join(CLASS_NAMES[int(label)] for label in sorted(target.split(), key=int)) or "unknown"
 
 
-def there(read):
+def there(read: Callable[[], T]) -> T | None:
     """Return what `read()` returns, None where its stage has not run."""
     try:
         return read()
@@ -53,7 +56,7 @@ def recorded_fingerprint(path: Path) -> str | None:
 class Work:
     """The artifacts of a work folder as tables; each is read once."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.layout = Layout(folder)
         self.fingerprint = cache(recorded_fingerprint)
@@ -128,7 +131,7 @@ class Work:
     @cached_property
     def runs(self) -> dict[str, dict[int, pd.DataFrame]]:
         """Return recipe -> fold -> log, a row an epoch, of the trainings that have begun."""
-        logs = {}
+        logs: dict[str, dict[int, pd.DataFrame]] = {}
         for path in self.layout.runs.glob("*/fold*/log.jsonl"):
             recipe, fold = path.parent.parent.name, path.parent.name.removeprefix("fold")
             rows = read_lines(path) if fold.isdecimal() else []

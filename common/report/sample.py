@@ -1,6 +1,7 @@
 """The page of one sample: channels, probabilities against thresholds, duplicates, heat maps."""
 
 from difflib import get_close_matches
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,7 @@ def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
     if Id not in work.targets_by_id:  # Ids of artifacts are plain file names
         raise UserError(why_unknown(work, Id))
     sections = [
-        section(work, key, title, lead, lambda work, make=make: make(work, Id))
+        section(work, key, title, lead, partial(make, Id=Id))
         for key, title, lead, make in (
             ("image", "Image", "The four channels, and the composite in the atlas's colours.", channels),
             (

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def held_out_files(work: Path, recipes: list[str], folds: pd.DataFrame, made_by:
     return {name: path for name, path in files.items() if path.is_file()}
 
 
-def labelled_rows(labelled: pd.DataFrame, ids, made_by: str) -> pd.DataFrame:
+def labelled_rows(labelled: pd.DataFrame, ids: Collection[str], made_by: str) -> pd.DataFrame:
     """Return the rows of the label table with the given Ids, in their order."""
     labelled = labelled.set_index("Id")
     unknown = [Id for Id in ids if Id not in labelled.index]

@@ -1,6 +1,7 @@
 """The jobs of stages 04 and 05, a recipe and fold each: which ones there are to do, and each from start to seal."""
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
@@ -51,11 +52,11 @@ def plan(
     """
 
     @cache
-    def weights(encoder):
+    def weights(encoder: str) -> Path | None:
         return team.agree(find_weights(encoder, pretrained, weights_dir) if team.is_main else None)
 
     @cache
-    def fresh_start(recipe):
+    def fresh_start(recipe: Recipe) -> Start:
         return start_from(recipe, pretrained, weights(recipe.encoder))
 
     jobs = []
@@ -183,7 +184,8 @@ def found_rates(
             flush=True,
         )
         return groups
-    suggestion, steepest = hardware.team.agree(save_lr_curve(folder, rates, losses) if hardware.team.is_main else None)
+    curve = save_lr_curve(folder, rates, losses) if hardware.team.is_main else (math.nan, math.nan)
+    suggestion, steepest = hardware.team.agree(curve)
     if recipe.finder == "use":
         groups = tuple(suggestion * rate / groups[-1] for rate in groups)
     used, of = ", ".join(f"{rate:.2g}" for rate in groups), "by that" if recipe.finder == "use" else "of the recipe"
@@ -225,7 +227,12 @@ def prediction_stage(
 
 
 def predicted_folds(
-    work: Path, recipe_name: str, numbers: list[int], folds: pd.DataFrame, parts_of, settings: dict
+    work: Path,
+    recipe_name: str,
+    numbers: list[int],
+    folds: pd.DataFrame,
+    parts_of: Callable[[int], dict[str, pd.DataFrame]],
+    settings: dict,
 ) -> dict[str, list[int]]:
     """Return for each part of the samples the folds whose predictions belong together: `numbers`, and the others that are
     predicted and up to date. Says which predictions of other folds are left out, and why.
