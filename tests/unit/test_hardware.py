@@ -1,6 +1,7 @@
 """Machines with GPUs, simulated on one without: what is chosen, what is refused, and what is said."""
 
 import os
+import warnings
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -51,6 +52,36 @@ def arguments(**changes):
             **changes,
         }
     )
+
+
+def test_what_the_command_line_leaves_open_is_plain(gpus, capsys):
+    gpus(count=0)
+    options, found = plan_hardware(arguments(), "04_train", 1)
+    assert options == HardwareOptions("auto", "auto", None, None, False, "channels-last", False, 1)
+    assert (found.workers, found.micro_batch, found.compiled, found.fast) == (0, None, False, False)
+    assert found.memory_format == torch.channels_last == Hardware(torch.device("cpu")).memory_format
+
+
+AMX, AVX = {"amx_bf16", "avx512_bf16"}, {"avx512_bf16"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "fast"),
+    [
+        (AMX, "Intel Xeon", True),
+        ({"amx_bf16"}, "AMD", True),
+        (AVX, "Intel Xeon", False),
+        (AVX, "AMD EPYC", True),
+        ({"avx2"}, "AMD EPYC", False),
+        (set(), "", False),
+    ],
+)
+def test_a_cpu_trains_in_bfloat16_where_that_is_faster_and_predicts_in_32_bits(gpus, monkeypatch, flags, name, fast):
+    gpus(count=0)
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: (flags, name))
+    assert choose_hardware().autocast == (torch.bfloat16 if fast else None)
+    assert choose_hardware(training=False).autocast is None
+    assert choose_hardware(HardwareOptions(precision="bf16"), training=False).autocast == torch.bfloat16
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -153,6 +184,23 @@ def test_a_job_has_a_gpu_of_its_own_and_its_share_of_the_cores(gpus, capsys, cou
     assert line.startswith(f"04_train: {jobs} jobs at once" if jobs > 1 else "04_train: ") and line.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("count", "jobs", "line"),
+    [
+        (4, 8, "04_train: 8 jobs at once on 4 GPUs, each on Some GPU (cuda:0), "),
+        (4, 3, "04_train: 3 jobs at once on 3 GPUs, each on Some GPU (cuda:0), "),
+        (4, 2, "04_train: 2 jobs at once on 2 GPUs, each on Some GPU (cuda:0), "),
+        (1, 2, "04_train: 2 jobs at once, each on Some GPU (cuda:0), "),
+        (0, 2, "04_train: 2 jobs at once, each on CPU ("),
+        (4, 1, "04_train: Some GPU (cuda:0), "),
+    ],
+)
+def test_the_gpus_that_are_used_are_counted(gpus, capsys, count, jobs, line):
+    gpus(count=count)
+    plan_hardware(arguments(jobs=jobs), "04_train", 10)
+    assert capsys.readouterr().out.startswith(line)
+
+
 def test_one_line_says_what_networks_run_on_and_the_record_says_the_same(gpus, monkeypatch):
     gpus(bf16=False)
     found = choose_hardware(HardwareOptions(workers=4, fast=True))
@@ -186,6 +234,37 @@ def test_the_cpu_although_there_is_a_gpu_is_a_warning(gpus, monkeypatch, capsys,
     assert ("warning: there is a GPU, but torch cannot use it" in capsys.readouterr().err) == told
     plan_hardware(arguments(device="cpu"), "04_train", 1)
     assert not capsys.readouterr().err  # as asked for
+
+
+@pytest.mark.parametrize(
+    ("program", "version"),
+    [("echo 560.1; echo 560.2", "560.1"), ("echo ' 560.1 '", "560.1"), ("echo 560.1; exit 9", None), (None, None)],
+)
+def test_the_driver_is_asked_for_its_version(tmp_path, monkeypatch, program, version):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if program:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert hardware.nvidia_driver() == version
+
+
+def test_why_a_gpu_is_idle(gpus, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(hardware, "nvidia_driver", lambda: "560.1")
+    gpus(count=1)
+    assert hardware.idle_gpu() is None
+    gpus(count=0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert hardware.idle_gpu() == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert hardware.idle_gpu() == "torch finds no usable GPU"
+
+    def unavailable():
+        warnings.warn("CUDA initialization: the driver is too old\nand more", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", unavailable)
+    assert hardware.idle_gpu() == "CUDA initialization: the driver is too old"
 
 
 @pytest.mark.parametrize(
@@ -245,6 +324,27 @@ def test_as_many_loader_processes_as_shared_memory_has_room_for(monkeypatch, cap
                 HardwareOptions(workers=workers, jobs=jobs),
                 10**8,
             )
+
+
+@pytest.mark.parametrize(
+    ("jobs", "processes", "room", "expected"),
+    [(1, 1, 7, 7), (1, 4, 28, 7), (2, 4, 56, 7), (1, 4, 27, 6), (1, 4, 32, 8), (1, 4, 40, 8), (2, 4, 7, 0)],
+)
+def test_jobs_and_processes_of_torchrun_share_the_memory(monkeypatch, jobs, processes, room, expected):
+    """Of 8 loader processes each, of which one takes three batches of 1 MB; `room` for so many of them all in all."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=room * 3 * 10**6))
+    wanted = Hardware(torch.device("cpu"), workers=8)
+    assert fit_shared_memory(wanted, HardwareOptions(jobs=jobs), 10**6).workers == expected
+
+
+def test_a_machine_without_shared_memory_keeps_its_loader_processes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(hardware, "SHARED_MEMORY", tmp_path / "shm")
+    wanted = Hardware(torch.device("cpu"), workers=8)
+    assert fit_shared_memory(wanted, HardwareOptions(), 10**15) is wanted
+    (tmp_path / "shm").mkdir()
+    assert fit_shared_memory(wanted, HardwareOptions(), 10**15).workers == 0
+    assert "warning: " in capsys.readouterr().err
 
 
 def test_a_batch_takes_the_bytes_of_its_crops_or_of_whole_images():

@@ -75,6 +75,24 @@ def test_a_header_that_claims_too_much_is_refused_before_decoding(tmp_path):
         read_side(path)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize(
+    ("size", "refused"),
+    [((16, 16), None), ((17, 17), "claims"), ((17, 8), "claims"), ((8, 17), "claims"), ((16, 15), "is not")],
+)
+def test_the_largest_side_is_accepted_and_one_pixel_more_in_either_direction_is_not(
+    tmp_path, monkeypatch, suffix, size, refused
+):
+    monkeypatch.setattr(sources, "MAX_SIDE", 16)
+    path = tmp_path / f"a{suffix}"
+    Image.new("L", size).save(path)
+    if refused is None:
+        assert read_side(path) == 16
+    else:
+        with pytest.raises(BadImage, match=f"^{refused} "):
+            read_side(path)
+
+
 def test_a_file_that_decodes_to_another_size_than_its_header_says_is_refused(tmp_path, monkeypatch):
     Image.new("L", (64, 64)).save(tmp_path / "a.png")
     monkeypatch.setattr(sources, "picture_pixels", lambda image: np.zeros((32, 64), np.uint8))
@@ -117,6 +135,10 @@ def test_tiff_is_preferred_over_png_and_whole_samples_over_parts(tmp_path):
     assert all(path.suffix == ".tif" for path in channel_files("b", folders)[0])
     assert channel_files("c", folders) == ([], ["c_red", "c_green", "c_blue", "c_yellow"])
     assert channel_files("a", [folders[0]]) == ([], ["a_red"])
+    for name in ("a_blue.png", "a_green.png"):
+        (small / name).unlink()
+    for order in ((full, small), (small, full)):  # of folders with parts, the fullest says what is missing
+        assert channel_files("a", [list_files(folder) for folder in order]) == ([], ["a_red"])
 
 
 def test_folders_and_pipes_are_no_images(tmp_path):
@@ -209,6 +231,7 @@ def test_smaller_copies_old_descriptions_and_other_files_of_the_series_are_no_fu
     values = RNG.integers(0, 256, (16, 16))
     for tags in (
         {"subfiles": (0, 1, 1)},
+        {"subfiles": (0,) + (1,) * 15},
         {"description": "ImageJ=1.53t\nimages=4\n", "compression": 8},
         {"description": '{"shape": "x"}'},
     ):
@@ -233,6 +256,12 @@ VALUES = np.arange(256).reshape(16, 16)
     [
         ({"subfiles": (0, 0)}, "has 2 pages"),
         ({"subfiles": (1, 0)}, "has 2 pages"),
+        ({"subfiles": (0, 1, 0)}, "has 3 pages"),  # one image among smaller copies
+        ({"subfiles": (0, 0, 1)}, "has 3 pages"),
+        ({"subfiles": (0,) + (1,) * 16}, "has 17 pages"),
+        ({"more": [(322, "I", [8208]), (323, "I", [16])]}, r"claims .* px; at most 8192 x 8192"),
+        ({"more": [(322, "I", [16]), (323, "I", [8208])]}, r"claims .* px; at most 8192 x 8192"),
+        ({"more": [(32997, "I", [2])]}, "claims 2 x 16 x 16 px"),
         ({"description": '{"shape": [3, 16, 16], "truncated": true}', "images": 3}, "has 3 images in one page"),
         ({"description": "ImageJ=1.53t\nimages=4\nslices=4\n", "images": 4}, "has 4 images in one page"),
         ({"photometric": 6}, "is stored as YCBCR with 1 values a pixel"),
@@ -261,13 +290,25 @@ def test_a_tiff_that_would_be_read_wrongly_is_refused_by_name(tmp_path, tags, me
     [
         (2, [2], "has an alpha channel; save it without"),
         (4, [1], "has an alpha channel"),
+        (5, [0, 1], "has an alpha channel"),
+        (5, [2, 0], "has an alpha channel"),
         (2, [0], "has 2 values a pixel; expected one"),
+        (5, [0, 0], "has 5 values a pixel; expected one"),
     ],
 )
 def test_more_values_a_pixel_are_refused_by_name(tmp_path, n, extra, message):
     write_tiff(tmp_path / "a.tif", np.zeros((8, 8, n), int), photometric=1 if n == 2 else 2, more=[(338, "H", extra)])
     with pytest.raises(BadImage, match=message):
         read_channel(tmp_path / "a.tif", "green", rgb_coded=True)
+
+
+def test_the_first_page_says_for_how_many_images_it_stands_not_its_smaller_copies(tmp_path):
+    stack = RNG.integers(0, 256, (3, 16, 16), dtype=np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(stack, photometric="minisblack", truncate=True)
+        tiff.write(stack[0, ::2, ::2], photometric="minisblack", subfiletype=1)
+    with pytest.raises(BadImage, match="^has 3 images in one page; expected one channel a file$"):
+        read_channel(tmp_path / "a.tif", "green")
 
 
 def test_a_tile_without_data_is_refused_as_cut_short(tmp_path):
@@ -302,6 +343,23 @@ def test_a_display_table_leaves_values_as_they_are_and_a_grey_one_gives_the_leve
     )  # the few levels that a picture has, as optimizers write them
     write_tiff(tmp_path / "a.tif", values % 4, photometric=3, table=levels)
     np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), np.array([0, 30, 100, 255])[values % 4])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize(("entry", "kind"), [((100, 100, 100), "grey"), ((100, 100, 101), "colour")])
+def test_one_entry_makes_a_table_one_of_colours(tmp_path, suffix, entry, kind):
+    values = np.arange(256).reshape(16, 16)
+    falling = np.stack([np.arange(256)[::-1]] * 3, axis=1)
+    falling[155] = entry
+    rising = GREEN // 257
+    rising[155] = [0, 155, 0] if kind == "grey" else [0, 153, 0]  # below the entry before
+    for table, levels in ((falling, 255 - values), (rising, values)):
+        palette_picture(values, table).save(tmp_path / f"a{suffix}")
+        if kind == "grey":
+            np.testing.assert_array_equal(read_channel(tmp_path / f"a{suffix}", "green"), levels)
+        else:
+            with pytest.raises(BadImage, match="is a colour image"):
+                read_channel(tmp_path / f"a{suffix}", "green")
 
 
 def palette_picture(values, table):
