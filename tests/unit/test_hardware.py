@@ -375,8 +375,9 @@ def test_a_full_gpu_is_known_by_whatever_says_so(error, expected):
 
 def test_fast_kernels_are_asked_for(monkeypatch):
     calls = []
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, warn_only: calls.append(on))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, warn_only: calls.append((on, warn_only)))
     for fast in (True, False):
         hardware.set_kernels(Hardware(torch.device("cpu"), fast=fast))
         assert torch.backends.cudnn.benchmark == torch.backends.cudnn.allow_tf32 == fast
-    assert calls == [False, True]
+        assert torch.backends.cuda.matmul.allow_tf32 == fast and not torch.utils.deterministic.fill_uninitialized_memory
+    assert calls == [(False, True), (True, True)]  # what has no deterministic kernel warns only

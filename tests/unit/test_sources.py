@@ -12,10 +12,12 @@ from common.sources import (
     channel_files,
     examine_sample,
     list_files,
+    looks_cut_short,
     not_found,
     read_channel,
     read_sample,
     read_side,
+    through_table,
 )
 from tests.tiffs import TURNS, agreed, stretched, turned, write_tiff
 
@@ -40,6 +42,14 @@ def test_grey_images_come_back_as_they_are(tmp_path, name, dtype):
     np.testing.assert_array_equal(read, image)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("compression", ["lzw", "deflate", "adobe_deflate", "zstd"])
+def test_tiffs_with_a_predictor_come_back_as_they_are(tmp_path, compression, dtype):
+    image = RNG.integers(0, np.iinfo(dtype).max, (16, 16), endpoint=True, dtype=dtype)
+    tifffile.imwrite(tmp_path / "a.tif", image, compression=compression, predictor=True)
+    np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), image)
+
+
 @pytest.mark.parametrize("name", ["a.tif", "a.png", "a.jpg"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.98])
 def test_a_truncated_image_is_refused(tmp_path, name, share):
@@ -49,6 +59,32 @@ def test_a_truncated_image_is_refused(tmp_path, name, share):
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(BadImage, match="cannot be"):
         read_channel(path, "green")
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.PNG", "a.jpg"])
+def test_the_end_of_a_file_tells_whether_it_is_cut_short(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.tif":  # whose last bytes are pixels
+        tifffile.imwrite(path, RNG.integers(0, 256, (64, 64), dtype=np.uint8), rowsperstrip=16)
+    else:
+        grey(path, 200)
+    content = path.read_bytes()
+    assert not looks_cut_short(path)
+    for kept in (content[:-9], content[: len(content) // 2], content[:8], b""):
+        path.write_bytes(kept)
+        assert looks_cut_short(path)
+    path.write_bytes(content + b"\0" * 9)
+    assert not looks_cut_short(path)
+
+
+def test_a_tiff_is_cut_short_from_its_first_missing_byte_on(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", RNG.integers(0, 256, (64, 64), dtype=np.uint8), rowsperstrip=16)
+    content = (tmp_path / "a.tif").read_bytes()
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        end = tiff.pages.first.dataoffsets[-1] + tiff.pages.first.databytecounts[-1]
+    for kept in (end, end - 1):
+        (tmp_path / "a.tif").write_bytes(content[:kept])
+        assert looks_cut_short(tmp_path / "a.tif") == (kept < end)
 
 
 @pytest.mark.parametrize(
@@ -377,6 +413,13 @@ def test_a_table_of_colours_is_looked_up_where_colours_code_the_channel(tmp_path
     np.testing.assert_array_equal(read_channel(tmp_path / f"a{suffix}", "green", rgb_coded=True), table[values, 1])
     with pytest.raises(BadImage, match="is a colour image"):
         read_channel(tmp_path / f"a{suffix}", "green")
+
+
+def test_values_beyond_a_table_are_black():
+    indices = np.array([[0, 3], [2, 9]], np.uint8)
+    table = np.array([(10, 1, 2), (20, 3, 4), (30, 5, 6)], np.uint8)
+    assert through_table(indices, table, "grey").tolist() == [[10, 0], [30, 0]]
+    assert through_table(indices, table, "colour").tolist() == [[[10, 1, 2], [0, 0, 0]], [[30, 5, 6], [0, 0, 0]]]
 
 
 # --- PNG and JPEG ------------------------------------------------------------------------------------------
