@@ -177,7 +177,7 @@ def test_thresholds_without_any_positive_are_there_and_a_sharp_class_is_cut_in_i
 
 
 def plain_threshold(positives, everything, q, best=None):
-    """Try every bin: the highest expected F1, the highest bin that has it, and below it the last bin not worth predicting."""
+    """Try every bin: the highest expected F1, the highest bin that has it, and up to there the last not worth predicting."""
     curve = [2 * (everything * q)[k:].sum() / (everything[k:].sum() + (everything * q).sum()) for k in range(len(q))]
     last = len(q) - 1
     if best is None:
@@ -188,7 +188,7 @@ def plain_threshold(positives, everything, q, best=None):
 
 
 def mixed_world(falling):
-    """28 classes of which these have probabilities that mean the opposite, and of which one and two have no positives."""
+    """28 classes: the probabilities of these mean the opposite, and classes 1 and 2 have no positives."""
     targets, probs = calibrated_world(1500, share=0.4)
     targets[:, falling] = ~targets[:, falling]
     targets[:, 1:3] = False

@@ -221,6 +221,13 @@ def test_one_line_says_what_networks_run_on_and_the_record_says_the_same(gpus, m
     )
 
 
+@pytest.mark.parametrize(("name", "told"), [("Some CPU", "Some CPU"), ("", "unknown")])
+def test_a_cpu_has_its_name_and_its_cores(gpus, monkeypatch, name, told):
+    gpus(count=0)
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: (set(), name))
+    assert hardware.device_name(torch.device("cpu")) == f"CPU ({told}, 16 cores)"
+
+
 @pytest.mark.parametrize(
     ("driver", "visible", "told"),
     [("560.1", None, True), (None, None, False), ("560.1", "", False), ("560.1", "-1", False), ("560.1", "0", True)],
@@ -337,6 +344,14 @@ def test_jobs_and_processes_of_torchrun_share_the_memory(monkeypatch, jobs, proc
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=room * 3 * 10**6))
     wanted = Hardware(torch.device("cpu"), workers=8)
     assert fit_shared_memory(wanted, HardwareOptions(jobs=jobs), 10**6).workers == expected
+
+
+def test_the_room_in_shared_memory_is_told_in_megabytes(monkeypatch, capsys):
+    monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    fit_shared_memory(Hardware(torch.device("cpu"), workers=8), HardwareOptions(), 10**8)
+    assert capsys.readouterr().err.startswith(
+        f"warning: {hardware.SHARED_MEMORY} has 1000 MB free, enough for 3 loader processes with batches of 100 MB; using 3"
+    )
 
 
 def test_a_machine_without_shared_memory_keeps_its_loader_processes(monkeypatch, tmp_path, capsys):

@@ -274,7 +274,8 @@ def test_smaller_copies_old_descriptions_and_other_files_of_the_series_are_no_fu
         write_tiff(tmp_path / "a.tif", values, **tags)
         np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), values)
     ome = (
-        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" Type="uint8" '
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        '<Pixels ID="Pixels:0" Type="uint8" '
         'DimensionOrder="XYCZT" SizeX="16" SizeY="16" SizeC="2" SizeZ="1" SizeT="1">'
         '<TiffData FirstC="0" PlaneCount="1"><UUID FileName="a.tif">urn:uuid:1</UUID></TiffData>'
         '<TiffData FirstC="1" PlaneCount="1"><UUID FileName="b.tif">urn:uuid:2</UUID></TiffData></Pixels></Image></OME>'
@@ -534,7 +535,8 @@ def test_a_channel_in_another_folder_is_named(tmp_path):
             (tmp_path / folder / f"a_{channel}.png").touch()
     folders = [list_files(tmp_path / "full"), list_files(tmp_path / "small")]
     assert not_found(channel_files("a", folders)[1], folders) == (
-        f"a_red not found as .tif, .png or .jpg; there is {tmp_path}/small/a_red.png (put all four files into one folder)"
+        "a_red not found as .tif, .png or .jpg; there is "
+        f"{tmp_path}/small/a_red.png (put all four files into one folder)"
     )
 
 
