@@ -90,6 +90,23 @@ def test_one_part_from_another_camera_is_named():
     assert line.startswith("the 16-bit test files use 0..4000 of 0..65535 only (1 of 1 files)")
 
 
+@pytest.mark.parametrize("others", [[], [files([0, 60000])]])
+@pytest.mark.parametrize("order", [1, -1])
+def test_parts_with_one_fault_are_told_together_in_the_range_of_both(order, others):
+    """The parts are named where others are well."""
+    two = [("test", files([100, 900])), ("train", files([0, 4000], [0, 4000], [0, 60000]))][::order]
+    (line,) = said([sample for _, sample in two] + others, parts=[part for part, _ in two] + ["external"] * len(others))
+    names = f" {' and '.join(part for part, _ in two)}" if others else ""
+    assert line.startswith(f"the 16-bit{names} files use 0..4000 of 0..65535 only (3 of 4 files), ")
+
+
+def test_parts_with_two_faults_are_two_warnings():
+    samples = [files([0, 100]), files([0, 4000]), files([0, 900])]
+    cut_off, narrow = said(samples, Levels(0, 1000), ["test", "train", "external"])
+    assert cut_off.startswith("the 16-bit train files reach 4000 and are cut off at --white-level 1000 (1 of 1 files)")
+    assert narrow.startswith("the 16-bit test files use 0..100 of 0..1000 only (1 of 1 files)")
+
+
 @pytest.mark.parametrize(
     ("low", "high", "flags"),
     [

@@ -350,7 +350,8 @@ def test_the_room_in_shared_memory_is_told_in_megabytes(monkeypatch, capsys):
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     fit_shared_memory(Hardware(torch.device("cpu"), workers=8), HardwareOptions(), 10**8)
     assert capsys.readouterr().err.startswith(
-        f"warning: {hardware.SHARED_MEMORY} has 1000 MB free, enough for 3 loader processes with batches of 100 MB; using 3"
+        f"warning: {hardware.SHARED_MEMORY} has 1000 MB free, enough for 3 loader processes with batches of 100 MB; "
+        "using 3. For more, "
     )
 
 
