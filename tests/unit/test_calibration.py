@@ -177,7 +177,7 @@ def test_thresholds_without_any_positive_are_there_and_a_sharp_class_is_cut_in_i
 
 
 def plain_threshold(positives, everything, q, best=None):
-    """Try every bin: the highest expected F1, the highest bin with it, and up to there the last not worth predicting."""
+    """Try every bin: the highest expected F1, the highest bin with it, and up to it the last not worth predicting."""
     curve = [2 * (everything * q)[k:].sum() / (everything[k:].sum() + (everything * q).sum()) for k in range(len(q))]
     last = len(q) - 1
     if best is None:
