@@ -216,4 +216,6 @@ def test_samples_for_training_only_and_those_held_out_are_no_fold():
     folds = made_of([1, -1, 0, -2], ["0", "1", "2", "3"])
     assert fold_numbers(folds) == [0, 1] and fold_numbers(made_of([8, 1, 0, 9], ["0"] * 4)) == [0, 1, 8, 9]
     assert training_rows(folds, 0).tolist() == [True, True, False, False]
-    assert np.flatnonzero(class_counts(folds, 0)).tolist() == [0, 1]
+    more = made_of([1, -1, 0, -2, 1], ["0 5", "1", "2", "3", "5 7"])
+    assert class_counts(more, 0).tolist() == [1, 1, 0, 0, 0, 2, 0, 1] + [0] * 20
+    assert class_counts(more, 1).tolist() == [0, 1, 1] + [0] * 25

@@ -71,6 +71,7 @@ def test_text_stays_text(tmp_path, text):
         ("Id,,,x\na,,,\n", "has the column '' 2 times"),
         ('Id,Target\n"a,0\nb,1\n', r"is not a CSV file \(unexpected end of data in line 2\)"),
         ('Id,Target\n"a"b,0\n', r"is not a CSV file \(.* in line 2\)"),
+        ('"Id"s,Target\na,0\n', r"is not a CSV file \(.* in line 1\)"),
         (
             "Id,Target\na,0\nZ\xfcrich,1\n".encode("latin-1"),
             r"is not text in UTF-8 \(byte 0xfc in line 3\); save it as CSV in UTF-8",
