@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
+from common.artifacts.layout import Layout
 from common.check.checks import examine
 from common.errors import UserError
 from common.process import command_line  # first: from here on Ctrl+C is no traceback
@@ -97,7 +98,7 @@ def main():
         return examine(args)
 
     # Imported here, so that --check can tell which packages are missing.
-    from common.artifacts.stage import read_table, write_csv
+    from common.artifacts.tables import write_csv
     from common.data.exposure import Levels
     from common.data.ingest import (
         all_stored,
@@ -128,6 +129,7 @@ def main():
     with workers(args.jobs, args.cluster) as n_jobs:
         states = known_states(samples, work, n_jobs)
 
+    layout = Layout(args.work, args.data)
     stage = preprocess_stage(
         args.work,
         samples,
@@ -138,28 +140,19 @@ def main():
         raw,
         any(recipe.enlarge for recipe in recipes.values()),
     )
-    if stage.is_current() and all_stored(
-        read_table(stage.artifact, command_line.command())["Id"], args.work / "images"
-    ):
-        return
-    stage.begin()
-    with workers(args.jobs, args.cluster) as n_jobs:
-        stored = store_all(samples, states, bad, recipes, work, n_jobs, levels, args.keep_going, raw)
-    tables, left_out = (
-        {store: args.work / "images" / f"{store}.csv" for store in stored.statistics},
-        args.work / "left_out.csv",
-    )
-    for store, path in tables.items():
-        write_csv(path, statistics_table(stored.samples, stored.statistics[store]))
-    drop_outdated(args.work / "images", stored.statistics, stored.samples, states, levels)
-    write_csv(left_out, bad_table(stored.bad, samples))
-    write_csv(stage.artifact, sample_table(stored.samples, stored.sides))
-    stage.finish(
-        rows=len(stored.samples),
-        also=[left_out, *tables.values()],
-        exposure=stored.exposure,
-        arguments=command_line.arguments_without("--work"),
-    )
+    if stage.is_current() and all_stored(layout.read_samples()["Id"], layout.images):
+        return stage.say_current()
+    with stage.making() as record:
+        with workers(args.jobs, args.cluster) as n_jobs:
+            stored = store_all(samples, states, bad, recipes, work, n_jobs, levels, args.keep_going, raw)
+        for store, statistics in stored.statistics.items():
+            write_csv(layout.store_table(store), statistics_table(stored.samples, statistics))
+        drop_outdated(layout.images, stored.statistics, stored.samples, states, levels)
+        write_csv(layout.left_out, bad_table(stored.bad, samples))
+        write_csv(layout.samples, sample_table(stored.samples, stored.sides))
+        record.rows = len(stored.samples)
+        record.also = [layout.left_out, *map(layout.store_table, stored.statistics)]
+        record.notes = {"exposure": stored.exposure, "arguments": command_line.arguments_without("--work")}
     print("01_preprocess: " + "\n".join(describe(stored, args.work)))
 
 

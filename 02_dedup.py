@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs wi
 
 import numpy as np
 
-from common.artifacts.stage import Stage, read_table, stored_images, write_csv
+from common.artifacts.layout import Layout
+from common.artifacts.stage import Stage
+from common.artifacts.tables import write_csv
 from common.data.duplicates import HASHED, doubtful_pairs, duplicate_tables, hash_file
 from common.data.ingest import HASH_SIZE
 from common.data.pictures import SHOWN, save_contact_sheet
@@ -66,42 +68,42 @@ def thresholds(text):
 
 def main():
     args = parse_args()
-    samples = read_table(args.work / "samples.csv", command_line.other("01_preprocess.py", args))
-    folder = args.work / "images" / str(min(HASH_SIZE, samples["side"].min()))
-    table, pair_file = args.work / "duplicates.csv", args.work / "duplicate_pairs.csv"
+    layout = Layout(args.work, args.data)
+    samples = layout.read_samples()
+    store = str(min(HASH_SIZE, samples["side"].min()))
     stage = Stage(
         "02_dedup",
-        table,
+        layout.duplicates,
         {"thresholds": args.threshold, "floor": args.floor, "external_groups": args.external_groups},
-        {"samples.csv": args.work / "samples.csv", "images": folder.with_suffix(".csv")},
+        {"samples.csv": layout.samples, "images": layout.store_table(store)},
     )
     if stage.is_current():
-        return
-    crcs = stored_images(args.work, folder.name, samples["Id"])["crc"]
-    stage.begin()
-    hashes, flat = np.empty((len(samples), 3, 8), dtype=np.uint8), np.empty(len(samples), dtype=bool)
-    jobs = [(folder.resolve() / f"{Id}.tif", crc) for Id, crc in zip(samples["Id"], crcs, strict=True)]
-    with workers(args.jobs, args.cluster) as n_jobs:
-        for i, result in run_parallel(hash_file, jobs, n_jobs, "hashing"):
-            hashes[i], flat[i] = result
-    duplicates, pairs = duplicate_tables(
-        samples, hashes, flat, args.threshold, args.floor, by_antibody=args.external_groups == "antibody"
-    )
-    write_csv(pair_file, pairs)
-    sheet = pair_file.with_suffix(".png")
-    far = pairs[list(HASHED)].sum(axis=1).sort_values(kind="stable")
-    save_contact_sheet(
-        sheet,
-        folder,
-        {
-            "closest pairs": pairs.loc[far.index],
-            "farthest pairs that count as duplicates": pairs.loc[far.index[::-1]],
-            "nearest pairs that do not": doubtful_pairs(samples, hashes, flat, args.threshold, BEYOND, SHOWN),
-        },
-    )
-    write_csv(table, duplicates)
-    stage.finish(rows=len(duplicates), also=[pair_file, sheet])
-    report(samples, flat, duplicates, pairs, pair_file)
+        return stage.say_current()
+    crcs, folder = layout.read_store(store, samples["Id"])["crc"], layout.store(store)
+    with stage.making() as record:
+        hashes, flat = np.empty((len(samples), 3, 8), dtype=np.uint8), np.empty(len(samples), dtype=bool)
+        jobs = [(folder.resolve() / f"{Id}.tif", crc) for Id, crc in zip(samples["Id"], crcs, strict=True)]
+        with workers(args.jobs, args.cluster) as n_jobs:
+            for i, result in run_parallel(hash_file, jobs, n_jobs, "hashing"):
+                hashes[i], flat[i] = result
+        duplicates, pairs = duplicate_tables(
+            samples, hashes, flat, args.threshold, args.floor, by_antibody=args.external_groups == "antibody"
+        )
+        write_csv(layout.duplicate_pairs, pairs)
+        sheet = layout.duplicate_pairs.with_suffix(".png")
+        far = pairs[list(HASHED)].sum(axis=1).sort_values(kind="stable")
+        save_contact_sheet(
+            sheet,
+            folder,
+            {
+                "closest pairs": pairs.loc[far.index],
+                "farthest pairs that count as duplicates": pairs.loc[far.index[::-1]],
+                "nearest pairs that do not": doubtful_pairs(samples, hashes, flat, args.threshold, BEYOND, SHOWN),
+            },
+        )
+        write_csv(layout.duplicates, duplicates)
+        record.rows, record.also = len(duplicates), [layout.duplicate_pairs, sheet]
+    report(samples, flat, duplicates, pairs, layout.duplicate_pairs)
 
 
 def report(samples, flat, duplicates, pairs, pair_file):

@@ -16,7 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
 from common.artifacts.files import write_json
-from common.artifacts.stage import Stage, read_table, write_csv
+from common.artifacts.layout import Layout
+from common.artifacts.stage import Stage
+from common.artifacts.tables import write_csv
 from common.data.folds import audit, audit_table, describe_audit, make_folds
 from common.process import command_line
 from common.process.main import run
@@ -58,20 +60,20 @@ def parse_args():
 
 def main():
     args = parse_args()
-    source, table = args.work / "duplicates.csv", args.work / "folds.csv"
-    duplicates = read_table(source, command_line.other("02_dedup.py", args))
+    layout = Layout(args.work, args.data)
+    duplicates = layout.read_duplicates()
     settings = {name: getattr(args, name) for name in ("n_folds", "max_copies", "seed", "external", "hold_out")}
-    stage = Stage("03_make_folds", table, settings, {"duplicates.csv": source})
+    stage = Stage("03_make_folds", layout.folds, settings, {"duplicates.csv": layout.duplicates})
     if stage.is_current():
-        return
-    stage.begin()
-    folds = make_folds(duplicates, **settings)
-    found = audit(folds)
-    reports = [args.work / "folds.audit.csv", args.work / "folds.audit.json"]
-    write_csv(table, folds)
-    write_csv(reports[0], audit_table(found))
-    write_json(reports[1], found)
-    stage.finish(rows=len(folds), also=reports)
+        return stage.say_current()
+    with stage.making() as record:
+        folds = make_folds(duplicates, **settings)
+        found = audit(folds)
+        reports = [layout.folds.with_suffix(f".audit.{kind}") for kind in ("csv", "json")]
+        write_csv(layout.folds, folds)
+        write_csv(reports[0], audit_table(found))
+        write_json(reports[1], found)
+        record.rows, record.also = len(folds), reports
     print("\n  ".join([f"03_make_folds: {len(folds)} samples in {args.n_folds} folds", *describe_audit(found)]))
 
 

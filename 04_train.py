@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.stage import read_table
+from common.artifacts.layout import Layout
 from common.process import command_line
 from common.process.main import run
 from common.process.parallel import run_jobs
@@ -109,8 +109,8 @@ def main():
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
     recipes = get_recipes(args.recipe, args.settings)
-    samples = read_table(args.work / "samples.csv", command_line.other("01_preprocess.py", args))
-    folds = read_table(args.work / "folds.csv", command_line.other("03_make_folds.py", args))
+    layout = Layout(args.work, args.data)
+    samples, folds = layout.read_samples(), layout.read_folds()
 
     # Imported here, so that --help and mistakes on the command line do not wait for torch.
     from common.data.folds import fold_numbers
@@ -156,7 +156,7 @@ def main():
     run_jobs(do, [(*job, args.work, args.seed, options) for job in jobs], options.jobs, args.cluster, "training")
     if args.tensorboard and team.is_main:
         for name, fold in product(recipes, numbers):
-            write_finished(args.work / "runs" / name / f"fold{fold}")
+            write_finished(layout.run(name, fold))
     team.leave()
 
 

@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs wi
 
 import numpy as np
 
-from common.artifacts.stage import Stage, load_predictions, prediction_file, read_sidecar, read_table, save_predictions
+from common.artifacts.layout import Layout
+from common.artifacts.predictions import load_predictions, save_predictions
+from common.artifacts.stage import Stage, read_sidecar
 from common.process import command_line  # first: from here on Ctrl+C is no traceback
 from common.process.main import run  # first: from here on Ctrl+C is no traceback
 from common.process.parallel import run_jobs
@@ -68,8 +70,8 @@ def main():
     args = parse_args()
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
-    folds = read_table(args.work / "folds.csv", command_line.other("03_make_folds.py", args))
-    samples = read_table(args.work / "samples.csv", command_line.other("01_preprocess.py", args))
+    layout = Layout(args.work, args.data)
+    folds, samples = layout.read_folds(), layout.read_samples()
 
     from common.data.exposure import exposure_warning
     from common.data.folds import HOLD_OUT, fold_numbers
@@ -103,28 +105,29 @@ def main():
     run_jobs(predict_job, jobs, options.jobs, args.cluster, "predicting")
     for recipe in args.recipes:
         for part, some in predicted_folds(args.work, recipe, numbers, folds, parts_of, settings).items():
-            combine(args, recipe, some, part, mean_predictions if part in means else join_folds)
+            combine(layout, recipe, some, part, mean_predictions if part in means else join_folds)
             print(
-                f"05_predict_oof: {prediction_file(args.work, recipe, part)} {describe_folds(some, len(fold_numbers(folds)))}"
+                f"05_predict_oof: {layout.predictions(recipe, part)} {describe_folds(some, len(fold_numbers(folds)))}"
             )
 
 
-def combine(args, recipe_name, numbers, part, how):
+def combine(layout, recipe_name, numbers, part, how):
     """Write the folds' predictions of one part as one file."""
-    sources = [prediction_file(args.work, recipe_name, part, fold) for fold in numbers]
+    sources = [layout.predictions(recipe_name, part, fold) for fold in numbers]
     stage = Stage(
         "05_predict_oof",
-        prediction_file(args.work, recipe_name, part),
+        layout.predictions(recipe_name, part),
         {"folds": numbers},
         {path.name: path for path in sources},
     )
     if stage.is_current():
-        return
-    stage.begin(wait=True)  # it takes a second
-    rerun = command_line.other("05_predict_oof.py", args, "--recipes", recipe_name)
-    ids, probs = how([load_predictions(path, rerun) for path in sources], [str(p) for p in sources])
-    save_predictions(stage.artifact, ids, probs)
-    stage.finish(rows=len(ids), networks=[read_sidecar(path)["inputs"]["network"] for path in sources])
+        return stage.say_current()
+    with stage.making(wait=True) as record:  # it takes a second
+        rerun = layout.command("05_predict_oof.py", "--recipes", recipe_name)
+        ids, probs = how([load_predictions(path, rerun) for path in sources], [str(p) for p in sources])
+        save_predictions(stage.artifact, ids, probs)
+        record.rows = len(ids)
+        record.notes = {"networks": [read_sidecar(path)["inputs"]["network"] for path in sources]}
 
 
 def join_folds(members, _):

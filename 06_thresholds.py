@@ -20,7 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
 from common.artifacts.files import write_json
-from common.artifacts.stage import Stage, read_table
+from common.artifacts.layout import Layout
+from common.artifacts.stage import Stage
 from common.data.labels import parse_targets, read_labels
 from common.errors import UserError
 from common.process import command_line
@@ -111,23 +112,24 @@ def main():
     args = parse_args()
     if args.reproduce:
         return reproduce(args)
-    hint = command_line.other("05_predict_oof.py", args, "--recipes", ",".join(args.recipes))
+    layout = Layout(args.work, args.data)
+    hint = layout.command("05_predict_oof.py", "--recipes", ",".join(args.recipes))
     names, sources = member_files(args.oof, args.work, args.recipes, "oof")
     check_there(sources, None if args.oof else hint)
     if not args.oof:
         check_origin(args.work, args.recipes, "oof")
-    labels = (args.labels or args.data / "train.csv") if args.oof else args.work / "folds.csv"
-    labelled = read_labels(labels) if args.oof else read_table(labels, command_line.other("03_make_folds.py", args))
+    labels = (args.labels or args.data / "train.csv") if args.oof else layout.folds
+    labelled = read_labels(labels) if args.oof else layout.read_folds()
     aside = {} if args.oof else held_out_files(args.work, args.recipes, labelled, hint)
     also = {name: path for name, path in {"prior": args.prior, "groups": args.groups, "ids": args.ids}.items() if path}
     stage = Stage(
         "06_thresholds",
-        args.work / "thresholds.json",
+        layout.thresholds,
         {"method": args.method, "combine": args.combine, "recipes": names, "common_ids": args.common_ids},
         {"labels" if args.oof else "folds.csv": labels, **dict(zip(names, sources, strict=True)), **aside, **also},
     )
     if stage.is_current():
-        return
+        return stage.say_current()
     members = read_members(sources, args.ids, None if args.oof else hint)
     wanted = labelled["Id"].to_numpy() if args.oof else members[0][0]
     if args.common_ids:
@@ -146,9 +148,9 @@ def main():
         probs = combine(stack_members(members, names), args.combine, result["weights"])
         result |= score_held_out(parse_targets(rows["Target"]), probs, rows["group"].to_numpy(), result["thresholds"])
     behind = {} if args.oof else folds_behind(args.work, args.recipes, "oof")
-    stage.begin()
-    write_json(stage.artifact, result | behind)
-    stage.finish(rows=len(wanted), **behind)
+    with stage.making() as record:
+        write_json(stage.artifact, result | behind)
+        record.rows, record.notes = len(wanted), behind
     print("06_thresholds: " + "\n  ".join(describe_ensemble(result)))
     if behind:
         print("\n".join(describe_missing_folds(behind, args.work)))
@@ -164,16 +166,16 @@ def reproduce(args):
     (name,) = short_names(args.oof)
     stage = Stage(
         "06_thresholds",
-        args.work / "thresholds.json",
+        Layout(args.work).thresholds,
         {"reproduce": True},
         {name: args.oof[0], "submission": args.reproduce, **({"ids": args.ids} if args.ids else {})},
     )
     if stage.is_current():
-        return
+        return stage.say_current()
     result = recover(align(ids, probs, submission["Id"], str(args.oof[0])), submission)
-    stage.begin()
-    write_json(stage.artifact, {"recipes": [name], "combine": "mean", "weights": [1.0], **result})
-    stage.finish(rows=len(ids))
+    with stage.making() as record:
+        write_json(stage.artifact, {"recipes": [name], "combine": "mean", "weights": [1.0], **result})
+        record.rows = len(ids)
     print(
         f"06_thresholds: {stage.artifact}: with these thresholds and the fallback {result['fallback']} all {len(ids)} rows of "
         f"{args.reproduce} come out the same\n  " + " ".join(f"{value:g}" for value in result["thresholds"])

@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs wi
 
 import numpy as np
 
-from common.artifacts.stage import Stage, read_table, write_csv
+from common.artifacts.layout import Layout
+from common.artifacts.stage import Stage
+from common.artifacts.tables import write_csv
 from common.data.exposure import exposure_warning
 from common.data.labels import read_csv
 from common.errors import UserError
@@ -92,21 +94,22 @@ def main():
     args = parse_args()
     recipes = ",".join(args.recipes)
     own = not (args.test or args.check)
-    order = args.work / "samples.csv" if own else args.sample or args.data / "sample_submission.csv"
+    layout = Layout(args.work, args.data)
+    order = layout.samples if own else args.sample or args.data / "sample_submission.csv"
     wanted = wanted_ids(args, order, own)
     if args.check:
         check_submission(read_submission(args.check), wanted)
         print(f"07_ensemble: {args.check} is a valid submission of {len(wanted)} rows")
         return
     if len(wanted) == 0:
-        lost = left_out_samples(args.work / "left_out.csv") if own else ()
+        lost = left_out_samples(layout.left_out) if own else ()
         print(
             f"07_ensemble: {f'stage 01 left out all {len(lost)} test samples' if len(lost) else 'the data has no test samples'}, "
             "so there is no submission to make"
         )
         return
-    found = args.thresholds or args.work / "thresholds.json"
-    makes = "--oof FILES --labels CSV" if args.test else shlex.join([*command_line.folders(args), "--recipes", recipes])
+    found = args.thresholds or layout.thresholds
+    makes = "--oof FILES --labels CSV" if args.test else shlex.join([*layout.flags(), "--recipes", recipes])
     thresholds = read_thresholds(found, None if args.test else args.recipes, makes)
     names, sources = member_files(args.test, args.work, args.recipes, "test")
     if len(names) != len(thresholds["weights"]):
@@ -114,7 +117,7 @@ def main():
             f"{found} is for {len(thresholds['weights'])} members ({', '.join(thresholds['recipes'])}), found "
             f"{len(names)}: {', '.join(names)}; give the same networks in the same order"
         )
-    makes_members = None if args.test else command_line.other("05_predict_oof.py", args, "--recipes", recipes)
+    makes_members = None if args.test else layout.command("05_predict_oof.py", "--recipes", recipes)
     check_there(sources, makes_members)
     if own:
         if warning := exposure_warning(args.work):
@@ -124,18 +127,17 @@ def main():
     fallback = args.fallback or thresholds.get("fallback", "argmax")
     also, known = {"ids": args.ids} if args.ids else {}, None
     if args.override_duplicates:
-        also["pairs"] = args.work / "duplicate_pairs.csv"
-        known = known_labels(read_table(also["pairs"], command_line.other("02_dedup.py", args)), wanted)
-    left_out = args.work / "left_out.csv"
-    if own and left_out.is_file():
-        also["left_out.csv"] = left_out
+        also["pairs"] = layout.duplicate_pairs
+        known = known_labels(layout.read_pairs(), wanted)
+    if own and layout.left_out.is_file():
+        also["left_out.csv"] = layout.left_out
     inputs = {
         "samples.csv" if own else "order": order,
         "thresholds.json": found,
         **dict(zip(names, sources, strict=True)),
         **also,
     }
-    out = args.out or args.work / "submission.csv"
+    out = args.out or layout.submission
     check_out(out, inputs.values())
     stage = Stage(
         "07_ensemble",
@@ -145,7 +147,7 @@ def main():
     )
     remember_submission(args.work if own else found.parent, out)
     if stage.is_current():
-        return
+        return stage.say_current()
     members = read_members(sources, args.ids, makes_members)
     probs = combine(stack_members(members, names, wanted), thresholds["combine"], thresholds["weights"])
     predicted = decide(probs, np.array(thresholds["thresholds"]), fallback)
@@ -153,12 +155,12 @@ def main():
         predicted = override(predicted, wanted, known)
     submission = submission_table(wanted, predicted)
     check_submission(submission, wanted)
-    lost = left_out_samples(left_out) if own else []
+    lost = left_out_samples(layout.left_out) if own else []
     submission = with_empty_rows(submission, lost) if len(lost) else submission
-    stage.begin()
-    write_csv(stage.artifact, submission)
     behind = folds_behind(args.work, args.recipes, "test") if own else {}
-    stage.finish(rows=len(submission), **behind)
+    with stage.making() as record:
+        write_csv(stage.artifact, submission)
+        record.rows, record.notes = len(submission), behind
     print("07_ensemble: " + "\n".join(describe_submission(stage.artifact, predicted, thresholds, names, known, lost)))
     if behind:
         print("\n".join(describe_missing_folds(behind, args.work)))
@@ -168,7 +170,7 @@ def wanted_ids(args, order, own):
     """Return the Ids of the submission in its order."""
     if not own:
         return read_csv(order)["Id"].to_numpy()
-    samples = read_table(order, command_line.other("01_preprocess.py", args))
+    samples = Layout(args.work, args.data).read_samples()
     return samples.loc[samples["part"] == "test", "Id"].to_numpy()
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
 from common.artifacts.files import write_text
-from common.artifacts.stage import Stage, digest, read_table, write_csv
+from common.artifacts.layout import Layout
+from common.artifacts.stage import Stage, digest
+from common.artifacts.tables import write_csv
 from common.errors import UserError, command, listing
 from common.process import command_line
 from common.process.main import run
@@ -40,8 +42,8 @@ def parse_args():
 def main():
     args = parse_args()
     systems = {recipe: ablation_runs(recipe) for recipe in args.recipes}
-    source = args.work / "folds.csv"
-    rows = paper_tables.validation_rows(read_table(source, command_line.other("03_make_folds.py", args)), args.folds)
+    layout = Layout(args.work, args.data)
+    rows = paper_tables.validation_rows(layout.read_folds(), args.folds)
     files = paper_tables.prediction_files(
         args.work, {run for runs in systems.values() for run in runs.values()}, sorted(set(rows["fold"]))
     )
@@ -55,18 +57,20 @@ def main():
     paper_tables.check_same_views(files)
     stage = Stage(
         "09_tables",
-        args.work / "tables" / "tables.md",
+        layout.tables / "tables.md",
         {"recipes": args.recipes, "folds": sorted(map(int, set(rows["fold"])))},
         {
-            "folds.csv": source,
+            "folds.csv": layout.folds,
             "missing runs": digest(missing),
             **{f"{run}/{path.name}": path for run, paths in files.items() for path in paths.values()},
         },
     )
-    if not stage.is_current():
-        stage.begin()
+    if stage.is_current():
+        stage.say_current()
+    else:
         probs = {run: paper_tables.load_run(paths, rows, rerun(args, args.recipes)) for run, paths in files.items()}
-        write(stage, *paper_tables.score_systems(systems, probs, rows), paper_tables.notes(systems, missing, rows))
+        scores, gains = paper_tables.score_systems(systems, probs, rows)
+        write(stage, scores, gains, paper_tables.notes(systems, missing, rows))
     print("\n" + stage.artifact.read_text(encoding="utf-8"), end="")
 
 
@@ -76,16 +80,17 @@ def rerun(args, recipes):
 
 def write(stage, scores, gains, remarks):
     """Write the tables in all their forms."""
-    folder = stage.artifact.parent
     frames = {
         "tables.csv": scores,
         "gains.csv": gains,
         **{f"table{table}.csv": paper_tables.wide_table(scores, gains, table) for table in paper_tables.HEADINGS},
     }
-    for name, frame in frames.items():
-        write_csv(folder / name, frame.round(6))
-    write_text(stage.artifact, paper_tables.markdown(scores, gains, remarks))
-    stage.finish(rows=len(scores), also=[folder / name for name in frames])
+    files = {stage.artifact.with_name(name): frame for name, frame in frames.items()}
+    with stage.making() as record:
+        for path, frame in files.items():
+            write_csv(path, frame.round(6))
+        write_text(stage.artifact, paper_tables.markdown(scores, gains, remarks))
+        record.rows, record.also = len(scores), list(files)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.artifacts.stage import read_json, read_table
+from common.artifacts.files import read_json
+from common.artifacts.tables import read_table
 from common.classes import N_CLASSES
 from common.data.labels import parse_targets
 from common.process import command_line

@@ -25,8 +25,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.artifacts.files import write_json
-from common.artifacts.stage import load_predictions, read_json, read_table, save_predictions
+from common.artifacts.files import read_json, write_json
+from common.artifacts.predictions import load_predictions, save_predictions
+from common.artifacts.tables import read_table
 from common.data.labels import parse_targets
 from common.errors import UserError
 from common.process import command_line

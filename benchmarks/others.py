@@ -38,7 +38,8 @@ def main():
     args = parse_args()
     import torch
 
-    from common.artifacts.stage import read_table, save_predictions
+    from common.artifacts.predictions import save_predictions
+    from common.artifacts.tables import read_table
     from common.recipes import fit_to_source, get_recipe
     from common.train.fold_data import load_fold
 

@@ -12,7 +12,9 @@ from sklearn.metrics import average_precision_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.artifacts.stage import load_predictions, prediction_file, read_table
+from common.artifacts.layout import Layout
+from common.artifacts.predictions import load_predictions
+from common.artifacts.tables import read_table
 from common.data.labels import parse_targets
 from common.process import command_line
 from common.process.main import run
@@ -33,7 +35,7 @@ def main():
     figures = {}
     for recipe in args.recipes:
         ids, probs = load_predictions(
-            prediction_file(args.work, recipe, "oof"), f"python 05_predict_oof.py --recipes {recipe}"
+            Layout(args.work).predictions(recipe, "oof"), f"python 05_predict_oof.py --recipes {recipe}"
         )
         figures[recipe] = score(probs, folds.loc[ids])
         print(f"{recipe:32s} " + " ".join(f"{value:8.3f}" for value in figures[recipe].values()))

@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from real_data import real
 
 from common.artifacts.files import writing
+from common.data import images, sources
 from common.process import command_line
 from common.process.main import run
-from common.train.dataset import Cache, EpochBatches, ImageSet, images, loader, sources
+from common.train.dataset import Cache, EpochBatches, ImageSet, loader
 
 EARLIER, OURS, RAW = "TIFF deflate+predictor, zlib.crc32", "TIFF (ours)", "TIFF raw (ours)"
 BATCH = 16

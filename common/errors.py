@@ -1,6 +1,10 @@
 """The one exception for what a user can fix, and how long lists and commands are printed."""
 
 import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+DATA = Path("data")  # the input folder, which commands name where it is another
 
 WORKER_LOST = (
     "a worker process was killed (perhaps memory ran out); finished work is kept. Run the same command again to go on, "
@@ -31,7 +35,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def listing(items, limit: int = 10) -> str:
+def listing(items: Iterable[object], limit: int = 10) -> str:
     """Join the first `limit` items, one a line, and count the rest."""
     items = list(items)
     lines = [f"  {item}" for item in items[:limit]]
@@ -40,12 +44,12 @@ def listing(items, limit: int = 10) -> str:
     return "\n".join(lines)
 
 
-def command(script: str, *arguments) -> str:
+def command(script: str, *arguments: object) -> str:
     """Return the command line of a script so that it can be pasted, whatever its paths are called."""
     return shlex.join(["bash" if script.endswith(".sh") else "python", script, *map(str, arguments)])
 
 
-def nearest(word: str, known, every: bool = False) -> str:
+def nearest(word: str, known: Iterable[str], every: bool = False) -> str:
     """Return 'did you mean X?' for the known word nearest to `word`, followed by all of them with `every`; else a list of all."""
     import difflib
 

@@ -15,8 +15,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
 from common.process import command_line
 from common.process.main import run
@@ -53,11 +56,11 @@ class Stage:
 class Parser(command_line.Parser):
     """Says of a flag without its value what follows instead."""
 
-    def parse_args(self, args=None, namespace=None):
-        self.given = list(args)
-        return super().parse_args(args, namespace)
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        self.given = list(args or ())
+        return super().parse_args(self.given, namespace)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         if found := re.match(r"argument (--\S+): (expected (at least )?one argument|.*found nothing)$", message):
             flag, next_ones = found[1], zip(self.given, self.given[1:], strict=False)
             value = next((after for before, after in next_ones if before == flag and after.startswith("-")), None)
@@ -168,7 +171,7 @@ def parse_args(arguments: list[str], caller: Path) -> argparse.Namespace:
     return args
 
 
-def absolute(path, caller: Path) -> str:
+def absolute(path: Path | str, caller: Path) -> str:
     """Return a path of the caller's as it is called in the project's folder, where stages run."""
     return str(path) if caller.resolve() == ROOT else str(caller / path)
 
@@ -181,7 +184,7 @@ def are_folds(text: str, n_folds: int) -> bool:
 # --- the stages --------------------------------------------------------------------------------------------
 
 
-def given(args, names) -> tuple[str, ...]:
+def given(args: argparse.Namespace, names: Iterable[str]) -> tuple[str, ...]:
     """Return the flags of those names that have a value, with it."""
     result = []
     for name in names:
@@ -191,7 +194,7 @@ def given(args, names) -> tuple[str, ...]:
     return tuple(result)
 
 
-def stages(args) -> list[Stage]:
+def stages(args: argparse.Namespace) -> list[Stage]:
     """Return what run_all.sh runs, in order, for the result of `parse_args`."""
     places = ("--data", args.data, "--work", args.work)
     shown, runs = ("--recipes", ",".join(args.recipes)), ",".join(trained_runs(args))
@@ -211,7 +214,7 @@ def stages(args) -> list[Stage]:
     ]
 
 
-def check(args) -> Stage:
+def check(args: argparse.Namespace) -> Stage:
     """Return stage 01's check of the whole run."""
     places = ("--data", args.data, "--work", args.work, "--recipes", ",".join(trained_runs(args)))
     folds = ("--folds", args.folds, "--n-folds", str(args.n_folds))
@@ -219,29 +222,29 @@ def check(args) -> Stage:
     return Stage("01_preprocess.py", ("--check", *places, *folds, *others))
 
 
-def draw_demo(args) -> Stage:
+def draw_demo(args: argparse.Namespace) -> Stage:
     return Stage("common.demo", ("--data", args.data))
 
 
-def trained_runs(args) -> list[str]:
+def trained_runs(args: argparse.Namespace) -> list[str]:
     """Return the recipes to train: for the tables every variant of those that were asked for."""
     if not args.tables:
         return args.recipes
     return [run for name in args.recipes for run in ablation_runs(name).values()]
 
 
-def stored(args) -> tuple[str, ...]:
+def stored(args: argparse.Namespace) -> tuple[str, ...]:
     """Return the flags of stage 01 alone."""
     limit = ("--limit", QUICK_SAMPLES) if args.quick else ()
     return (*limit, *given(args, STORAGE), *given(args, ["keep_going"]))
 
 
-def predicted(args) -> tuple[str, ...]:
+def predicted(args: argparse.Namespace) -> tuple[str, ...]:
     """Return what stage 05 leaves out."""
     return (*(("--tta", "none") if args.quick else ()), *(("--no-test",) if args.tables else ()))
 
 
-def changes(args) -> tuple[str, ...]:
+def changes(args: argparse.Namespace) -> tuple[str, ...]:
     return ("--set", *args.settings) if args.settings else ()
 
 
@@ -263,12 +266,12 @@ class Runner:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
                 signal.signal(number, self.on_signal)
 
-    def on_signal(self, number, frame) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked = self.asked or number
         if self.process and number != signal.SIGINT:
             self.process.send_signal(number)
 
-    def run(self, command: list[str], stdout=None) -> str:
+    def run(self, command: list[str], stdout: int | None = None) -> str:
         """Run a command in the project's folder; returns what went into a pipe. If it fails, this process ends."""
         if self.asked:
             self.end(0)
@@ -281,7 +284,7 @@ class Runner:
             self.end(128 - code if code < 0 else code)
         return output or ""
 
-    def end(self, code: int) -> None:
+    def end(self, code: int) -> NoReturn:
         """Exit with the code of the signal that came, or else of the command; print how to resume if no stage has."""
         told = self.asked != signal.SIGINT and code == 128 + self.asked
         if code == 128 + signal.SIGINT or self.asked and not told:
@@ -289,7 +292,7 @@ class Runner:
         sys.exit(128 + self.asked if self.asked else code)
 
 
-def find_python(args, runner: Runner) -> str:
+def find_python(args: argparse.Namespace, runner: Runner) -> str:
     """Return the Python to run the stages with; makes .venv where needed, but not for --dry-run and --check."""
     dry = args.dry_run or args.check
     setup = ["bash", "common/setup.sh", *(["--dry-run"] if dry else []), "requirements.txt"]
@@ -298,7 +301,7 @@ def find_python(args, runner: Runner) -> str:
     return sys.executable if args.check and not os.access(python, os.X_OK) else python
 
 
-def run_check(args, runner: Runner, python: str) -> None:
+def run_check(args: argparse.Namespace, runner: Runner, python: str) -> None:
     """Check the run; demo data that does not exist yet is drawn into a folder that goes when the check is over."""
     with tempfile.TemporaryDirectory() as folder:
         if args.demo and not (Path(args.data) / "train.csv").exists():

@@ -6,7 +6,9 @@ silent, the field's comment says what was chosen.
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from common.errors import UserError, nearest
 
@@ -43,7 +45,7 @@ CHOICES = {
 BY_SOURCE = "by-source"
 OF_RUN = ("fold", "seed", "checkpoint_format")  # beside the recipe's fields: what makes a training another one
 BOOLEANS = {word: word in ("true", "yes", "1") for word in ("true", "yes", "1", "false", "no", "0")}
-OFF = (False, 0, "", "none", "off", None, [])  # values of fields that change nothing
+OFF: tuple[object, ...] = (False, 0, "", "none", "off", None, [])  # values of fields that change nothing
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Recipe:
 
     evaluate_epochs: int = 1  # validate after so many epochs, and at the end of each cycle
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise UserError(f"recipe field {name} is {value!r}; {nearest(str(value), known, every=True)}")
@@ -366,12 +368,14 @@ def ablation_runs(name: str) -> dict[str, str]:
     return {column: run_name("-".join([base, column, *variants])) for column in ABLATION}
 
 
-def get_recipe(name: str, settings: list[str] = ()) -> Recipe:
+def get_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     """Return the recipe called 'name' or 'name-variant', changed by settings such as 'alpha=0.999'; see `get_recipes`."""
     return get_recipes([name], settings)[name]
 
 
-def get_recipes(names: list[str], settings: list[str] = (), tell=print) -> dict[str, Recipe]:
+def get_recipes(
+    names: list[str], settings: Sequence[str] = (), tell: Callable[[str], object] = print
+) -> dict[str, Recipe]:
     """Return the recipes of these names, each changed by all settings.
 
     tell : function that is given a note on each setting that has no effect on some of the recipes
@@ -481,7 +485,7 @@ WORDS = {
 }
 
 
-def parse_setting(setting: str) -> tuple[str, object]:
+def parse_setting(setting: str) -> tuple[str, Any]:
     """Parse 'field=value' by the field's type; tuples are separated by commas."""
     name, equals, text = setting.partition("=")
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
@@ -490,7 +494,7 @@ def parse_setting(setting: str) -> tuple[str, object]:
         meant = next((field for field, words in WORDS.items() if word in words.split()), None)
         guess = f"did you mean {meant}?" if meant else nearest(name, fields)
         raise UserError(f"unknown recipe field {name!r}; {guess}")
-    default = fields[name].default
+    default: Any = fields[name].default
     try:
         if not equals:
             raise ValueError
@@ -523,8 +527,9 @@ def from_dict(values: dict) -> Recipe:
         raise UserError(
             f"the recipe was saved by another version of this project, whose fields this one does not have: {found}"
         )
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     try:
-        return Recipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        return Recipe(**given)
     except TypeError as error:
         raise UserError(f"the recipe that was saved has a value of another kind ({error})") from None
 

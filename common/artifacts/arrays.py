@@ -4,6 +4,7 @@ import math
 import os
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             raise ValueError(first_line(error)) from None
 
 
-def read_array(file, size: int) -> np.ndarray:
+def read_array(file: IO[bytes], size: int) -> np.ndarray:
     """Read one array from an open .npy of `size` bytes, of which its header must not claim more."""
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -5,19 +5,23 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
 
 LEFTOVER = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")
 SECONDS_UNTIL_LEFT = 3600
 
 
 @contextlib.contextmanager
-def naming(path: Path):
+def naming(path: Path) -> Iterator[None]:
     """Let an OSError that names no file, such as that of a full disk, name this one; also where another error hides it."""
     try:
         yield
     except Exception as error:
-        cause = error
+        cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, OSError):
                 cause.filename = cause.filename or str(path)
@@ -26,7 +30,7 @@ def naming(path: Path):
 
 
 @contextlib.contextmanager
-def writing(path: Path):
+def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,5 +66,21 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a damaged one is a UserError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read a file of JSON lines; a damaged one is a UserError that names it."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); train its fold again") from None

@@ -12,7 +12,9 @@ import shlex
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from filelock import FileLock, Timeout
 
@@ -30,7 +32,7 @@ class Lock:
     wait : wait for another holder, saying so; otherwise that is a UserError
     """
 
-    def __init__(self, place: Path, wait: bool = False):
+    def __init__(self, place: Path, wait: bool = False) -> None:
         path = place.with_name(f".{place.name}.lock")
         self.record = path.with_name(path.name + ".json")
         try:
@@ -47,7 +49,8 @@ class Lock:
 
     def acquire(self, place: Path, path: Path, wait: bool) -> None:
         try:
-            return self.lock.acquire(timeout=0)
+            self.lock.acquire(timeout=0)
+            return
         except Timeout:
             holder = read_record(self.record)
         except PermissionError:
@@ -68,10 +71,10 @@ class Lock:
         self.record.unlink(missing_ok=True)
         self.lock.release()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -89,7 +92,7 @@ def unwritable(place: Path, path: Path, holder: dict) -> str:
     )
 
 
-def holders(work: Path):
+def holders(work: Path) -> Iterator[str]:
     """Say what is being made in a work folder, and by whom."""
     for record in sorted(work.glob("**/.*.lock.json")):
         path, holder = record.with_suffix(""), read_record(record)

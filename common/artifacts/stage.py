@@ -1,4 +1,4 @@
-"""Files that stages hand on: written whole or not at all, with a sidecar that says what they were made from.
+"""The one protocol of all stages: what an output was made from, whether it is current, and making it whole or not at all.
 
 A stage's main output `X` gets `X.meta.json` (stage, parameters, fingerprints of inputs and outputs, paths of inputs, rows,
 seconds) after every output is in place. No sidecar = unfinished; a different one = stale.
@@ -7,200 +7,18 @@ seconds) after every output is in place. No sidecar = unfinished; a different on
 import hashlib
 import json
 import os
-import re
 import time
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from common.artifacts.arrays import read_arrays
-from common.artifacts.files import write_json, writing
+from common.artifacts.files import read_json, write_json
 from common.artifacts.locks import Lock
-from common.artifacts.text_tables import BadTable, composed, read_text_table
-from common.classes import CLASS_NAMES
-from common.errors import UserError, command, listing
-from common.recipes import store_settings
-
-STATISTICS = " ".join(
-    f"{value}_{channel}~"
-    for value in ("mean", "std", "zeros", "saturated")
-    for channel in ("red", "green", "blue", "yellow")
-)
-# What stages write into their tables: text, whole numbers (#), and numbers (~), which may be unknown.
-COLUMNS = {
-    "samples.csv": "Id part Target side#",
-    "images": f"Id side# crc {STATISTICS}",
-    "left_out.csv": "Id part Target place#",
-    "duplicates.csv": "Id part Target near_group group kept#",
-    "folds.csv": "Id Target part group fold# copies#",
-    "duplicate_pairs.csv": "Id part Target other_Id other_part other_Target red# green# blue# agreement~",
-    "lr_find.csv": "learning_rate~ loss~ smoothed~",
-    "hard_classes.csv": "class ranked# kept#",
-    "hard_samples.csv": "Id Target share_kept~ mean_loss~",
-    "gains.csv": "model column gain~ low~ high~ paper~",
-    "submission.csv": "Id Predicted",
-}
-KINDS = {"#": int, "~": float}
-ROUNDING = 1e-5  # a sum of float32 probabilities may be this far above 1
-
-
-def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    with writing(path) as temporary:
-        frame.to_csv(temporary, index=False, lineterminator="\n")
-
-
-def read_json(path: Path):
-    """Read a JSON file; a damaged one is a UserError that names it."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Read a file of JSON lines; a damaged one is a UserError that names it."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); train its fold again") from None
-
-
-def read_table(path: Path, made_by: str) -> pd.DataFrame:
-    """Read a CSV artifact with text kept as text; say which command makes it where it is missing or damaged."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is missing; run: {made_by}")
-    columns = COLUMNS.get("images" if path.parent.name == "images" else path.name, "").split()
-    kinds = {name.rstrip("#~"): KINDS.get(name[-1]) for name in columns}
-
-    def kinds_of(header: list[str]) -> dict[str, type]:
-        lacking = [name for name in kinds if name not in header]
-        if lacking:
-            raise BadTable(f"has no column {lacking[0]}, which its stage writes")
-        return {name: kind for name, kind in kinds.items() if kind}
-
-    try:
-        table = read_text_table(path, kinds_of)
-    except BadTable as error:
-        raise UserError(f"{path} {error}; delete it and run: {made_by}") from None
-    for name in table.columns.intersection(["Id", "other_Id"]):
-        check_ids(table[name], path)
-    return table
-
-
-def preprocess_command(work: Path, store: str | None = None) -> str:
-    """Return the last command of stage 01, if need be with the size of a folder of stored images that it has to fill."""
-    samples = work / "samples.csv"
-    record = read_sidecar(samples) if sidecar(samples).is_file() else {"outputs": {}}
-    made = store is None or f"images/{store}.csv" in record["outputs"]
-    arguments = record.get("arguments", [])
-    if not made:
-        settings, fields = store_settings(store), ("size_rule", "size_divisor", "image_size", "crop_size")
-        kept = [argument for argument in arguments if argument.partition("=")[0] not in fields]
-        arguments = [
-            argument for argument, after in pairwise([*kept, "--"]) if argument != "--set" or not after.startswith("--")
-        ]
-        arguments += ["--set", *settings]
-    return command("01_preprocess.py", *arguments, "--work", work)
-
-
-def stored_images(work: Path, store: str, ids) -> pd.DataFrame:
-    """Return stage 01's statistics of the given Ids in one folder of stored images, in their order."""
-    rerun = preprocess_command(work, store)
-    table = read_table(work / "images" / f"{store}.csv", rerun).set_index("Id")
-    missing = [Id for Id in ids if Id not in table.index]
-    if missing:
-        raise UserError(f"{work / 'images' / store} lacks {len(missing)} samples, such as {missing[0]}; run: {rerun}")
-    return table.loc[list(ids)].reset_index()
-
-
-def images_digest(work: Path, store: str, ids) -> str:
-    """Return the fingerprint of the given Ids' stored images by the columns that all versions write: others change nothing."""
-    return digest(stored_images(work, store, ids).filter(regex=r"^(Id|side|crc|(mean|std|zeros|saturated)_\w+)$"))
-
-
-# --- Ids ---------------------------------------------------------------------------------------------------
-
-SAFE_ID = re.compile(r"\w[\w .+()-]*(?<![ .])")
-RESERVED = re.compile(
-    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
-)  # names of devices, on shares that Windows sees
-
-
-def check_ids(ids, path) -> None:
-    """Refuse Ids that are not plain file names: an Id becomes part of a path, and must not lead out of its folder."""
-    unsafe = [Id for Id in ids if not SAFE_ID.fullmatch(Id) or RESERVED.fullmatch(Id) or len(Id.encode()) > 200]
-    if unsafe:
-        raise UserError(f"{path} has Ids that are not plain file names:\n{listing(map(repr, unsafe))}")
-
-
-# --- predictions -------------------------------------------------------------------------------------------
-
-
-def check_probabilities(ids, probs, name) -> np.ndarray:
-    """Return probabilities within [0, 1], into which what is outside by rounding is moved.
-
-    Raises UserError for repeated Ids, a wrong shape, NaN and values outside by more.
-    """
-    ids, probs = np.asarray(ids), np.asarray(probs)
-    if probs.shape != (len(ids), len(CLASS_NAMES)):
-        raise UserError(
-            f"{name}: expected probabilities of shape ({len(ids)}, {len(CLASS_NAMES)}), found {probs.shape}"
-        )
-    wrong = ~((probs >= -ROUNDING) & (probs <= 1 + ROUNDING))  # NaN is neither
-    if wrong.any():
-        rows = np.flatnonzero(wrong.any(axis=1))
-        cells = [(i, wrong[i].argmax()) for i in rows[:10]]
-        found = [
-            f"{ids[i]}: {np.format_float_positional(probs[i, c], trim='-')} for {CLASS_NAMES[c]}" for i, c in cells
-        ]
-        raise UserError(
-            f"{name}: expected probabilities in [0, 1], found NaN or values outside in {len(rows)} rows, "
-            f"such as:\n{listing(found)}"
-        )
-    values, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        raise UserError(f"{name}: these Ids appear more than once:\n{listing(values[counts > 1])}")
-    return np.clip(probs, 0, 1)
-
-
-def prediction_file(work: Path, recipe_name: str, part: str, fold: int | None = None) -> Path:
-    """Return where stage 05 writes the probabilities of a part (oof, test, held_out): one fold's, or all together."""
-    return work / "predictions" / recipe_name / (f"{part}.npz" if fold is None else f"fold{fold}_{part}.npz")
-
-
-def save_predictions(path: Path, ids, probs) -> None:
-    """Write `ids (n,)`, `probs (n, 28) float32` in [0, 1] and `classes (28,)` as one .npz."""
-    ids, probs = np.asarray(ids, dtype=str), np.asarray(probs, dtype=np.float32)
-    probs = check_probabilities(ids, probs, path)
-    with writing(path) as temporary:
-        np.savez(temporary, ids=ids, probs=probs, classes=np.array(CLASS_NAMES))
-
-
-def load_predictions(path: Path, made_by: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return `ids (n,)` and `probs (n, 28)` of a file written by `save_predictions`, checked again.
-
-    made_by : the command that makes it; None where the file comes from elsewhere
-    """
-    cure = f"run: {made_by}" if made_by else "expected what stage 05 writes, or a .csv file with Id and 28 columns"
-    if not Path(path).is_file():
-        raise UserError(f"{path} is missing; {cure}")
-    try:
-        arrays = read_arrays(path)
-        ids, probs, classes = arrays["ids"], arrays["probs"], arrays["classes"].tolist()
-        if ids.ndim != 1 or ids.dtype.kind != "U" or probs.dtype.kind != "f":
-            raise ValueError(f"ids {ids.shape} of {ids.dtype}, probs {probs.shape} of {probs.dtype}")
-        ids = np.array([composed(Id) for Id in ids.tolist()], dtype=str)  # raises where it holds what is no text
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a predictions file ({error}); {cure}") from None
-    if classes != list(CLASS_NAMES):
-        raise UserError(f"{path} was made for other classes; {cure}")
-    return ids, check_probabilities(ids, probs, path)
-
-
-# --- fingerprints and sidecars -----------------------------------------------------------------------------
+from common.errors import UserError
 
 
 def fingerprint(path: Path) -> str:
@@ -209,7 +27,7 @@ def fingerprint(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(value) -> str:
+def digest(value: Any) -> str:
     """Return the SHA-256 of a JSON-able value, or of a table's CSV text."""
     text = value.to_csv(index=False) if isinstance(value, pd.DataFrame) else json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -232,12 +50,29 @@ def read_sidecar(path: Path) -> dict:
     return meta
 
 
-def is_path(name) -> bool:
+def is_path(name: object) -> bool:
     return isinstance(name, str) and "\0" not in name
 
 
 def is_plain_path(name: str) -> bool:
     return is_path(name) and not os.path.isabs(name)
+
+
+NOT_MADE = "not made yet"
+
+
+@dataclass
+class Record:
+    """What a stage notes of what it made, for the sidecar.
+
+    rows : of the artifact
+    also : files that belong to the artifact
+    notes : whatever later stages read, by name
+    """
+
+    rows: int = 0
+    also: list[Path] = field(default_factory=list)
+    notes: dict = field(default_factory=dict)
 
 
 class Stage:
@@ -251,13 +86,19 @@ class Stage:
     """
 
     def __init__(
-        self, name: str, artifact: Path, parameters: dict, inputs: dict, whole: Path | None = None, complete=dict
-    ):
+        self,
+        name: str,
+        artifact: Path,
+        parameters: dict,
+        inputs: dict,
+        whole: Path | None = None,
+        complete: Callable[[dict], dict] = dict,
+    ) -> None:
         self.name = name
         self.complete = complete
         self.artifact = Path(artifact)
         self.whole = whole or self.artifact
-        self.held = None
+        self.is_locked = False
         self.sidecar = sidecar(self.artifact)
         self.parameters = json.loads(json.dumps(parameters))
         self.files = {key: value for key, value in inputs.items() if isinstance(value, Path)}
@@ -295,7 +136,7 @@ class Stage:
     def why_stale(self) -> str | None:
         """Return None when the outputs are up to date, else the reason why they are not."""
         if not self.sidecar.is_file():
-            return "not made yet"
+            return NOT_MADE
         meta = read_sidecar(self.artifact)
         changes = self.changes(meta)
         if changes:
@@ -306,28 +147,47 @@ class Stage:
                 return f"{name} is not the file that {self.name} wrote"
         return None
 
-    def is_current(self, rebuilds: bool = True) -> bool:
-        """Print one line that says 'up to date', or (for stages that rebuild) why the stage runs again."""
-        reason = self.why_stale()
-        if reason is None:
-            print(f"{self.name}: {self.artifact} is up to date")
-        elif rebuilds and reason != "not made yet":
-            print(f"{self.name}: making {self.artifact} again ({reason})")
-        return reason is None
+    def is_current(self) -> bool:
+        """Tell whether the outputs are what this stage would make now."""
+        return self.why_stale() is None
 
-    def lock(self, wait: bool = False) -> Lock:
-        """Return the right to make this, for a `with`; another process that has it is a UserError, or waited for."""
-        return Lock(self.whole, wait)
+    def say_current(self) -> None:
+        """Print that there is nothing to do."""
+        print(f"{self.name}: {self.artifact} is up to date")
 
-    def begin(self, wait: bool = False) -> None:
-        """Lock out others until `finish`, and take the old sidecar away before the first output is touched: from here on
-        it is unfinished."""
-        self.held = self.lock(wait)
-        self.sidecar.unlink(missing_ok=True)
+    @contextmanager
+    def lock(self, wait: bool = False) -> Iterator[None]:
+        """Keep other processes from making this; one that makes it is a UserError, or is waited for."""
+        if self.is_locked:
+            yield
+            return
+        with Lock(self.whole, wait):
+            self.is_locked = True
+            try:
+                yield
+            finally:
+                self.is_locked = False
 
-    def finish(self, rows: int, also: list[Path] = (), **more) -> None:
-        """Write the sidecar: the artifact and what belongs to it (`also`) are in place."""
-        outputs = {os.path.relpath(path, self.sidecar.parent): fingerprint(path) for path in (self.artifact, *also)}
+    @contextmanager
+    def making(self, wait: bool = False) -> Iterator[Record]:
+        """Make the outputs inside: others are locked out, there is no sidecar meanwhile, and the end of the `with` writes it.
+
+        Yields a Record to fill in. Prints why outputs of another origin are made again.
+        """
+        with self.lock(wait):
+            reason = self.why_stale()
+            if reason not in (None, NOT_MADE):
+                print(f"{self.name}: making {self.artifact} again ({reason})")
+            self.sidecar.unlink(missing_ok=True)
+            record = Record()
+            yield record
+            self.seal(record)
+
+    def seal(self, record: Record) -> None:
+        """Write the sidecar: the artifact and what belongs to it are in place."""
+        outputs = {
+            os.path.relpath(path, self.sidecar.parent): fingerprint(path) for path in (self.artifact, *record.also)
+        }
         write_json(
             self.sidecar,
             {
@@ -335,13 +195,11 @@ class Stage:
                 **self.made_from(),
                 "outputs": outputs,
                 "files": {key: self.way_to(path) for key, path in self.files.items()},
-                "rows": rows,
+                "rows": record.rows,
                 "seconds": round(time.time() - self.started, 1),
-                **more,
+                **record.notes,
             },
         )
-        if self.held:
-            self.held.release()
 
     def way_to(self, path: Path) -> str:
         """Return an input's path from the sidecar's folder, so that a folder that is moved as a whole still finds it."""

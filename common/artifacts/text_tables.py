@@ -50,7 +50,8 @@ def read_text_table(
         header.pop()
     check_header(header)
     wanted = kinds(header)
-    lines, columns, wrong = [], [[] for _ in header], []
+    columns: list[list[str]] = [[] for _ in header]
+    lines, wrong = [], []
     for line, fields in rows:
         if len(fields) != len(header) and (plain or len(fields) < len(header) or any(fields[len(header) :])):
             wrong.append(f"line {line} has {len(fields)}")

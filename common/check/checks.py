@@ -4,6 +4,7 @@ Nothing but the standard library is imported until a check needs it, so that mis
 Each check yields lines; writes nothing but temporary files, which it takes away again.
 """
 
+import argparse
 import contextlib
 import io
 import shutil
@@ -11,17 +12,27 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
+from common.artifacts.layout import Layout
 from common.errors import UserError, command, first_line, listing
-from common.process import command_line
 from common.process.main import explain, stop_behind
 from common.process.progress import progress
 from common.process.requirements import unmet
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from common.check.costs import Cost
+    from common.data.ingest import Sample
+    from common.recipes import Recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 FINE, WARNING, FAILS, ESTIMATE = "fine", "warning", "will fail", "estimate"
+T = TypeVar("T")
 SECONDS = 60  # for reading headers, and half of it for decoding
 DECODED = 200  # samples that are decoded wholly, at most
 
@@ -35,18 +46,18 @@ class Check:
     found: str
     cure: str = ""
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = self.found + (f"\n-> {self.cure}" if self.cure else "")
         return f"{self.state:10s} {self.name:22s} " + text.replace("\n", f"\n{'':34s}")
 
 
-def examine(args) -> None:
+def examine(args: argparse.Namespace) -> None:
     """Print all checks as they are done; raises UserError where something will fail.
 
     args : of stage 01 with --check
     """
     print(f"before a run of {', '.join(args.recipes)} on {args.data} in {args.work}:", flush=True)
-    states = Counter()
+    states: Counter[str] = Counter()
     for check in checks(args):
         print(check, flush=True)
         states[check.state] += 1
@@ -55,7 +66,7 @@ def examine(args) -> None:
     print(f"nothing will fail that could be seen from here; warnings: {states[WARNING]}")
 
 
-def checks(args):
+def checks(args: argparse.Namespace) -> Iterator[Check]:
     """Yield everything that is known before a run, step by step; what cannot be looked at is left out."""
     yield from guarded("packages", packages())
     yield from guarded("hardware", hardware())
@@ -71,16 +82,16 @@ def checks(args):
     yield from guarded("work so far", work_so_far(args, seen))
     if folds is None:
         return
-    costs = {}
+    costs: dict[str, Cost] = {}
     for name, recipe in seen.recipes.items():
         print(f"measuring steps of {name}, a minute at most on most machines", file=sys.stderr, flush=True)
-        cost = yield from guarded(f"memory, {name}", memory(name, recipe, command_line.folders(args)))
+        cost = yield from guarded(f"memory, {name}", memory(name, recipe, Layout(args.work, args.data).flags()))
         costs |= {name: cost} if cost else {}
     yield from guarded("disk", disk(args, seen, folds, costs))
     yield from guarded("time", times(args, seen, folds, costs))
 
 
-def guarded(name: str, check):
+def guarded(name: str, check: Generator[Check, None, T]) -> Generator[Check, None, T | None]:
     """Run one check; what ends it, a mistake or a missing package, becomes its last line."""
     try:
         return (yield from check)
@@ -96,12 +107,13 @@ def guarded(name: str, check):
         if stop_behind(error) or not (message := explain(error)):
             raise
         yield Check(name, FAILS, message)
+    return None
 
 
 # --- the machine -------------------------------------------------------------------------------------------
 
 
-def packages():
+def packages() -> Generator[Check, None, None]:
     """Yield how Python and its packages are, against requirements.txt."""
     path = ROOT / "requirements.txt"
     problems = unmet([str(path)])
@@ -117,7 +129,7 @@ def packages():
         yield Check("packages", FINE, f"Python {sys.version.split()[0]} has all that requirements.txt asks for")
 
 
-def hardware():
+def hardware() -> Generator[Check, None, None]:
     """Yield which GPUs there are and whether they work, and whether loader processes can hand on their batches."""
     import torch
 
@@ -167,7 +179,7 @@ def try_gpu(number: int) -> Check:
     )
 
 
-def work_folder(work: Path):
+def work_folder(work: Path) -> Generator[Check, None, None]:
     """Yield whether the work folder can be written, and who is at work in it."""
     from common.artifacts.locks import holders
 
@@ -213,12 +225,12 @@ class Seen:
     def usable(self) -> list:
         return [sample for sample in self.samples if sample not in self.bad]
 
-    def side(self, sample) -> int:
+    def side(self, sample: "Sample") -> int:
         """Return a sample's side in pixels; where its header was not read, the largest one seen."""
         return self.sides.get(sample, max(self.sides.values()))
 
 
-def look_at_input(args):
+def look_at_input(args: argparse.Namespace) -> Generator[Check, None, Seen | None]:
     """Yield how CSV files and images are; returns a `Seen`, None where no sample can be used."""
     from common.data.ingest import kept_going, list_samples
 
@@ -250,7 +262,7 @@ def look_at_input(args):
     return seen
 
 
-def strays(args, samples):
+def strays(args: argparse.Namespace, samples: "list[Sample]") -> Iterator[str]:
     """Say which folders have images of Ids that no table has."""
     from common.data import sources
 
@@ -264,7 +276,7 @@ def strays(args, samples):
             yield f"{args.data / name} has images of {len(unknown)} Ids that no table has, such as {unknown[0]}"
 
 
-def while_time_lasts(samples: list, seconds: float, label: str):
+def while_time_lasts(samples: "list[Sample]", seconds: float, label: str) -> "Iterator[Sample]":
     """Yield samples in turn until the time is over."""
     ends = time.monotonic() + seconds
     for sample in progress(samples, len(samples), label):
@@ -293,7 +305,9 @@ def read_headers(samples: list, bad: dict) -> tuple[dict, list]:
     return sides, doubtful
 
 
-def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
+def decode_some(
+    args: argparse.Namespace, samples: list, bad: dict, sides: dict, doubtful: list
+) -> Generator[Check, None, Seen | None]:
     """Decode some samples, the doubtful ones first, and store them in a temporary folder; yield how they are.
 
     Returns a `Seen`, None where no sample is good; what is wrong with a sample goes into `bad`.
@@ -305,7 +319,7 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
 
     if not sides:
         return None
-    notes = []
+    notes: list[str] = []
     asked = get_recipes(args.recipes, args.settings, notes.append)
     yield from (Check("settings", WARNING, note) for note in notes)
     recipes, too_small = fit_recipes(asked, sides)
@@ -322,7 +336,8 @@ def decode_some(args, samples: list, bad: dict, sides: dict, doubtful: list):
     small = str(min(HASH_SIZE, *sides.values()))
     stores = sorted({small, *(recipe.store for recipe in recipes.values())})
     levels = exposure.Levels(args.black_level, args.white_level)
-    seconds, exposed, reading = [], {}, {}
+    seconds, exposed = [], {}
+    reading: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         first = [sample for sample in doubtful if sample in sides]
         for sample in while_time_lasts(list(dict.fromkeys([*first, *sides]))[:DECODED], SECONDS / 2, "decoding"):
@@ -368,11 +383,10 @@ def seconds_to_read(path: Path) -> float:
     return time.perf_counter() - started
 
 
-def labels(args, seen: Seen):
+def labels(args: argparse.Namespace, seen: Seen) -> "Generator[Check, None, pd.DataFrame]":
     """Yield how classes are spread; returns the folds that there are, or would be if no sample was a duplicate."""
     import pandas as pd
 
-    from common.artifacts.stage import read_table
     from common.data.folds import audit, fold_numbers, make_folds
     from common.data.labels import absent_classes, parse_targets
     from common.train.fold_data import known_folds
@@ -386,8 +400,9 @@ def labels(args, seen: Seen):
             f"{len(absent)} of 28 classes have no sample and will count as 0: {', '.join(absent)}",
             "a class needs at least one sample a fold to be learnt and scored",
         )
-    if (args.work / "folds.csv").is_file():
-        folds, origin = read_table(args.work / "folds.csv", makes_folds(args)), f"folds of {args.work / 'folds.csv'}"
+    layout = Layout(args.work, args.data)
+    if layout.folds.is_file():
+        folds, origin = layout.read_folds(), f"folds of {layout.folds}"
     else:
         rows = [(s.Id, s.part, s.Target, s.Id, 1) for s in labelled]
         folds = make_folds(pd.DataFrame(rows, columns=["Id", "part", "Target", "group", "kept"]), args.n_folds, 4, 0)
@@ -409,7 +424,7 @@ def labels(args, seen: Seen):
 # --- the recipes -------------------------------------------------------------------------------------------
 
 
-def weights(args, seen: Seen):
+def weights(args: argparse.Namespace, seen: Seen) -> Generator[Check, None, None]:
     """Yield for each encoder where its weights are, or whether their host answers."""
     from common.train.pretrained import PUBLISHED, answers, told_if_other, weight_files
     from common.train.start import start_from
@@ -466,9 +481,9 @@ def download_to(folder: Path, encoder: str, host: str) -> Check:
         )
 
 
-def work_so_far(args, seen: Seen):
+def work_so_far(args: argparse.Namespace, seen: Seen) -> Generator[Check, None, None]:
     """Yield what of an earlier run in the work folder is of use, and which trainings would ask for --force."""
-    from common.artifacts.stage import Stage, read_table
+    from common.artifacts.stage import Stage
     from common.data.exposure import Levels, exposure_warning
     from common.data.folds import fold_numbers
     from common.data.ingest import known_states, preprocess_stage, wanted_stores
@@ -476,7 +491,8 @@ def work_so_far(args, seen: Seen):
     from common.train.checkpoints import FORMAT, made_from
     from common.train.fold_data import training_inputs
 
-    if not (args.work / "samples.csv").is_file():
+    layout = Layout(args.work, args.data)
+    if not layout.samples.is_file():
         return
     if line := exposure_warning(args.work):
         yield Check("work so far", WARNING, f"the images that are stored: {line.removeprefix('warning: ')}")
@@ -495,10 +511,10 @@ def work_so_far(args, seen: Seen):
         or ""
     )
     trained = []
-    folds = read_table(args.work / "folds.csv", makes_folds(args)) if (args.work / "folds.csv").is_file() else None
+    folds = layout.read_folds() if layout.folds.is_file() else None
     for name, recipe in seen.recipes.items() if folds is not None else ():
         for fold in args.folds or fold_numbers(folds):
-            folder = args.work / "runs" / name / f"fold{fold}"
+            folder = layout.run(name, fold)
             begun = made_from(folder)
             if not begun:
                 continue
@@ -517,7 +533,7 @@ def work_so_far(args, seen: Seen):
                     "work so far",
                     FAILS,
                     f"{folder} was trained on something else ({changes})",
-                    f"{command_line.other('04_train.py', args, '--recipe', name, '--folds', fold, '--force')} trains it again; or "
+                    f"{layout.command('04_train.py', '--recipe', name, '--folds', fold, '--force')} trains it again; or "
                     "give another --work",
                 )
     if "changed" in reason and trained:
@@ -531,7 +547,7 @@ def work_so_far(args, seen: Seen):
         yield Check("work so far", FINE, f"begun or trained already, to be gone on with: {', '.join(trained)}")
 
 
-def memory(name: str, recipe, folders=()):
+def memory(name: str, recipe: "Recipe", folders: Iterable[str] = ()) -> "Generator[Check, None, Cost]":
     """Yield whether a batch will fit into memory; returns the recipe's measured `Cost`."""
     from common.check.costs import batch_that_fits, free_memory, measure
     from common.train.hardware import choose_hardware
@@ -563,7 +579,7 @@ def memory(name: str, recipe, folders=()):
     return cost
 
 
-def shared_memory(recipe, workers: int, free: int, name: str) -> Check:
+def shared_memory(recipe: "Recipe", workers: int, free: int, name: str) -> Check:
     """Tell whether the batches that loader processes hold ready fit into shared memory."""
     from common.train.hardware import PREFETCHED, batch_bytes, loaders_that_fit
 
@@ -580,7 +596,9 @@ def shared_memory(recipe, workers: int, free: int, name: str) -> Check:
     )
 
 
-def disk(args, seen: Seen, folds, costs: dict):
+def disk(
+    args: argparse.Namespace, seen: Seen, folds: "pd.DataFrame", costs: "dict[str, Cost]"
+) -> Generator[Check, None, None]:
     """Yield what the work folder will need of the disk, part by part, against what is free."""
     from common.check.costs import checkpoint_bytes
     from common.data.exposure import Levels
@@ -589,9 +607,10 @@ def disk(args, seen: Seen, folds, costs: dict):
     from common.recipes import stored_size
 
     stores = {str(min(HASH_SIZE, *seen.sides.values())), *(recipe.store for recipe in seen.recipes.values())}
-    there = {store: stored_ids(args.work / "images" / store) for store in stores}
+    layout = Layout(args.work)
+    there = {store: stored_ids(layout.store(store)) for store in stores}
     raw, levels = args.store == "raw", Levels(args.black_level, args.white_level)
-    records = records_at(args.work / "images" / "journal.jsonl", levels)
+    records = records_at(layout.journal, levels)
     images = space_needed(
         [
             stored_size(store, seen.side(s))
@@ -606,7 +625,7 @@ def disk(args, seen: Seen, folds, costs: dict):
         checkpoint_bytes(seen.recipes[name], cost)
         for name, cost in costs.items()
         for fold in numbers
-        if not (args.work / "runs" / name / f"fold{fold}" / "last.pt").is_file()
+        if not layout.network(name, fold, "last").is_file()
     )
     predicted = len(costs) * 28 * 4 * (len(folds) + (len(numbers) + 1) * len(seen.usable))
     needed, free = images + runs + predicted, shutil.disk_usage(existing(args.work)).free
@@ -618,7 +637,9 @@ def disk(args, seen: Seen, folds, costs: dict):
     yield Check("disk", state, found, "" if state == FINE else "make room, or give another --work")
 
 
-def times(args, seen: Seen, folds, costs: dict):
+def times(
+    args: argparse.Namespace, seen: Seen, folds: "pd.DataFrame", costs: "dict[str, Cost]"
+) -> Generator[Check, None, None]:
     """Yield an estimate of the time of each stage, as if nothing was made yet."""
     from common.check.costs import batch_that_fits, cores, free_memory, training_seconds
     from common.data.folds import fold_numbers
@@ -661,10 +682,6 @@ def times(args, seen: Seen, folds, costs: dict):
         f"{duration(everything)} at most, one fold after the other, on a "
         f"{hardware.device.type} as busy as it was now; training may end earlier",
     )
-
-
-def makes_folds(args) -> str:
-    return command_line.other("03_make_folds.py", args)
 
 
 # --- words -------------------------------------------------------------------------------------------------

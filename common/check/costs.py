@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def predict_seconds(run: Run, n: int) -> float:
     images = torch.randint(0, 256, (n, 4, run.recipe.size, run.recipe.size), dtype=torch.uint8)
     hardware = choose_hardware(HardwareOptions(workers=0), training=False)
 
-    def logits_of(part):
+    def logits_of(part: torch.Tensor) -> torch.Tensor:
         with hardware.casting():
             return run.model(run.normalise(part, hardware.device)).float()[None]
 
@@ -112,7 +113,7 @@ def predict_seconds(run: Run, n: int) -> float:
     return time.perf_counter() - started
 
 
-def timed(step) -> list[float]:
+def timed(step: Callable[[], float]) -> list[float]:
     """Return the seconds of a few steps; of a first one, which pays for what is set up once, only where it took all the time."""
     seconds = [step()]
     while len(seconds) < 30 and sum(seconds) + seconds[-1] < SECONDS:
@@ -125,7 +126,7 @@ def bytes_kept(run: Run, data: ImageSet) -> int:
     weights = {tuple(sorted(p.shape)) for p in run.model.parameters()}  # also as autocast's copies, and transposed
     kept = {}
 
-    def note(tensor):
+    def note(tensor: torch.Tensor) -> torch.Tensor:
         if tuple(sorted(tensor.shape)) not in weights:
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()

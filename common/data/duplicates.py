@@ -47,7 +47,8 @@ def find_pairs(hashes: np.ndarray, flat: np.ndarray, thresholds: tuple[int, int,
         block = green[start : start + BLOCK]
         index.add(block)  # so that each block is compared with those before it only
         limits, _, others = index.range_search(block, thresholds[1] + 1)
-        second = np.repeat(np.arange(start, start + len(block)), np.diff(limits.astype(np.int64)))
+        limits = np.asarray(limits, dtype=np.int64)
+        second = np.repeat(np.arange(start, start + len(block)), np.diff(limits))
         pairs = np.stack([usable[others], usable[second]], axis=1)[others < second]
         distances = ONES[hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]].sum(axis=2, dtype=np.int64)
         near = (distances <= thresholds).all(axis=1)
@@ -117,7 +118,14 @@ def pair_table(samples: pd.DataFrame, pairs: np.ndarray, distances: np.ndarray) 
     return table.assign(agreement=[f"{value:.2f}" if told else "" for value, told in zip(labels, known, strict=True)])
 
 
-def duplicate_tables(samples: pd.DataFrame, hashes, flat, thresholds, floor: int, by_antibody: bool = True):
+def duplicate_tables(
+    samples: pd.DataFrame,
+    hashes: np.ndarray,
+    flat: np.ndarray,
+    thresholds: tuple[int, int, int],
+    floor: int,
+    by_antibody: bool = True,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the table of labelled samples with near_group, group and kept, and the table of all near-identical pairs.
 
     samples : Id, part, Target as stage 01 writes them; test samples are matched, never grouped or removed
@@ -141,9 +149,12 @@ def duplicate_tables(samples: pd.DataFrame, hashes, flat, thresholds, floor: int
     return duplicates, pair_table(samples, pairs, distances)
 
 
-def doubtful_pairs(samples: pd.DataFrame, hashes, flat, thresholds, beyond: int, n: int) -> pd.DataFrame:
+def doubtful_pairs(
+    samples: pd.DataFrame, hashes: np.ndarray, flat: np.ndarray, thresholds: tuple[int, int, int], beyond: int, n: int
+) -> pd.DataFrame:
     """Return the `n` pairs just outside the thresholds: within `beyond` bits more, the nearest first."""
-    pairs, distances = find_pairs(hashes, flat, tuple(threshold + beyond for threshold in thresholds))
+    red, green, blue = thresholds
+    pairs, distances = find_pairs(hashes, flat, (red + beyond, green + beyond, blue + beyond))
     excess = (distances - thresholds).max(axis=1)
     order = np.flatnonzero(excess > 0)
     order = order[np.argsort(excess[order], kind="stable")][:n]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.artifacts.layout import Layout
 from common.artifacts.stage import read_sidecar, sidecar
 
 SAMPLED = 512  # pixels a side that are looked at, of larger images
@@ -52,10 +53,10 @@ def judge(parts: list[str], seen: list[dict], levels: Levels) -> dict:
     parts : train, test or external, of each sample
     seen : of each sample its 16-bit files' `ranges` (see `used_range`) and its `misplaced` files: name -> other planes
     """
-    ranges = {}
+    used: dict[str, list] = {}
     for part, sample in zip(parts, seen, strict=True):
-        ranges.setdefault(part, []).extend(sample["ranges"])
-    ranges = {part: np.array(values) for part, values in ranges.items() if values}
+        used.setdefault(part, []).extend(sample["ranges"])
+    ranges = {part: np.array(values) for part, values in used.items() if values}
     problems = [
         {"part": part, **problem} for part, values in ranges.items() if (problem := judge_ranges(values, levels))
     ]
@@ -139,7 +140,7 @@ def describe_ranges(problems: list[dict], levels: list[int], all_parts: bool) ->
 
 def exposure_warning(work: Path) -> str | None:
     """Return, in one line, what stage 01 warned of when it made the images of a work folder; None where all was well."""
-    path = work / "samples.csv"
+    path = Layout(work).samples
     found = read_sidecar(path).get("exposure") if sidecar(path).is_file() else None
     lines = describe(found) if found else []
     return f"warning: {'. '.join(lines)}" if lines else None

@@ -3,7 +3,9 @@
 Planes are always in the order red (microtubules), green (protein), blue (nucleus), yellow (reticulum).
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import imagecodecs
@@ -11,12 +13,14 @@ import numpy as np
 import tifffile
 
 from common.artifacts.files import writing
-from common.artifacts.stage import preprocess_command
+from common.artifacts.layout import Layout
 from common.data import tiff
 from common.data.exposure import WHOLE, Levels
 from common.data.sources import CHANNELS, MAX_SIDE, BadImage, examine_sample
 from common.errors import UserError, first_line
 from common.recipes import stored_size
+
+T = TypeVar("T")
 
 PLAIN_SIDE = 256  # pixels: images up to this side are stored uncompressed, which reads four to six times as fast
 LEVEL = (
@@ -63,8 +67,11 @@ def is_smooth(planes: np.ndarray) -> bool:
     """Tell from rows in the middle of each plane whether differences between neighbours take a tenth less room than pixels,
     as in images that were JPEGs. Elsewhere a predictor is not worth the time that it adds to decoding."""
     middle = planes[:, planes.shape[1] // 2 :][:, :96].copy()
-    differences = np.diff(middle, axis=-1, prepend=np.uint8(0))
-    return len(imagecodecs.zstd_encode(differences, 1)) < 0.9 * len(imagecodecs.zstd_encode(middle, 1))
+    differences: np.ndarray = np.diff(middle, axis=-1, prepend=np.uint8(0))
+    # The stubs of imagecodecs know no arrays.
+    packed = imagecodecs.zstd_encode(differences, 1)  # type: ignore[arg-type]
+    plain = imagecodecs.zstd_encode(middle, 1)  # type: ignore[arg-type]
+    return len(packed) < 0.9 * len(plain)
 
 
 def corner(share: float, size: int, side: int) -> int:
@@ -92,7 +99,7 @@ def read_planes(
         if crc and checksum(planes) != crc:
             raise ValueError("its pixels are not those that were stored")
     except Exception as error:  # decoders raise many kinds; each means a missing or damaged file
-        rerun = preprocess_command(path.parent.parent.parent, path.parent.name)
+        rerun = Layout(path.parents[2]).preprocess_command(path.parent.name)
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{path} is missing; run: {rerun}") from None
         raise UserError(f"{path} cannot be read ({first_line(error)}); delete it, and run: {rerun}") from None
@@ -112,13 +119,14 @@ def statistics(planes: np.ndarray) -> dict:
         mean, std = cv2.meanStdDev(plane)
         values[f"mean_{channel}"], values[f"std_{channel}"] = mean.item() / 255, std.item() / 255
         values[f"zeros_{channel}"] = 1 - cv2.countNonZero(plane) / plane.size
-        values[f"saturated_{channel}"] = cv2.countNonZero(cv2.compare(plane, 255, cv2.CMP_EQ)) / plane.size
+        white = cv2.compare(plane, 255, cv2.CMP_EQ)  # type: ignore[call-overload]  # the stubs know no numbers
+        values[f"saturated_{channel}"] = cv2.countNonZero(white) / plane.size
     return {**values, "crc": checksum(planes)}
 
 
 def store_sample(
     Id: str,
-    files: list[Path],
+    files: Sequence[Path],
     rgb_coded: bool,
     stores: list[str],
     folder: Path,
@@ -140,7 +148,7 @@ def store_sample(
     return made, exposed
 
 
-def attempt(function, *arguments):
+def attempt(function: Callable[..., T], *arguments: object) -> T | BadImage:
     """Call `function`; a BadImage comes back as a value, so that one bad file does not end a parallel run."""
     try:
         return function(*arguments)

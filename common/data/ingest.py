@@ -3,23 +3,18 @@
 import json
 import os
 import shutil
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from common.artifacts.files import clear_leftovers, csv_files, naming
-from common.artifacts.stage import (
-    Stage,
-    check_ids,
-    digest,
-    preprocess_command,
-    read_sidecar,
-    read_table,
-    sidecar,
-    write_csv,
-)
+from common.artifacts.layout import Layout
+from common.artifacts.stage import Stage, digest, read_sidecar, sidecar
+from common.artifacts.tables import check_ids, read_table, write_csv
 from common.artifacts.text_tables import composed
 from common.data import exposure, images, sources, tiff
 from common.data.exposure import WHOLE, Levels
@@ -60,7 +55,7 @@ def list_samples(data: Path, limit: int | None = None) -> tuple[list[Sample], di
     if limit is not None and limit < len(train):
         train = train.iloc[np.sort(np.random.default_rng(0).permutation(len(train))[:limit])]
     test_folders = [sources.list_files(data / "test_full_size"), sources.list_files(data / "test")]
-    parts = [
+    parts: list[tuple[str, pd.DataFrame, list[sources.Files]]] = [
         ("train", train, [sources.list_files(data / "train_full_size"), sources.list_files(data / "train")]),
         ("test", list_test(data, test_folders), test_folders),
         ("external", *list_external(data)),
@@ -81,7 +76,7 @@ def list_samples(data: Path, limit: int | None = None) -> tuple[list[Sample], di
     return samples, bad
 
 
-def list_test(data: Path, folders: list[dict]) -> pd.DataFrame:
+def list_test(data: Path, folders: list[sources.Files]) -> pd.DataFrame:
     """Test Ids in the order of sample_submission.csv, or without that file those of the images, sorted."""
     submission = data / "sample_submission.csv"
     if submission.is_file():
@@ -93,7 +88,7 @@ def list_test(data: Path, folders: list[dict]) -> pd.DataFrame:
     return pd.DataFrame({"Id": sorted(ids), "Target": ""}, dtype=str)
 
 
-def list_external(data: Path) -> tuple[pd.DataFrame, list[dict]]:
+def list_external(data: Path) -> tuple[pd.DataFrame, list[sources.Files]]:
     """External labels and image folders; empty where the input has none."""
     tables = [path for path in (data / "external" / "external.csv", data / "external.csv") if path.is_file()]
     if not tables:
@@ -124,7 +119,7 @@ def content(files: tuple[Path, ...]) -> list[int] | None:
         return None
 
 
-def wanted_stores(recipes) -> list[str]:
+def wanted_stores(recipes: Iterable[Recipe]) -> list[str]:
     """Return the folders of stored images that recipes ask for, and the one that stage 02 reads."""
     return sorted({str(HASH_SIZE), *(recipe.store for recipe in recipes)})
 
@@ -168,7 +163,7 @@ def cure_small(recipes: dict[str, Recipe], sides: dict[Sample, int]) -> str:
 
 def kept_going(work: Path) -> bool:
     """Tell whether the run that made samples.csv was to leave out what cannot be used."""
-    table = work / "samples.csv"
+    table = Layout(work).samples
     return sidecar(table).is_file() and bool(read_sidecar(table)["parameters"].get("keep_going"))
 
 
@@ -188,7 +183,7 @@ def preprocess_stage(
     chosen = {**({"black_level": levels.black} if levels.black else {}), **({"store": "raw"} if raw else {})}
     return Stage(
         "01_preprocess",
-        work / "samples.csv",
+        Layout(work).samples,
         {"sizes": stores, "white_level": levels.white, **chosen, "keep_going": keep_going, "enlarge": enlarge},
         {"samples and labels": digest(listed), "image files": digest(list(states.values()))},
     )
@@ -244,7 +239,7 @@ def known_states(samples: list[Sample], work: Path, n_jobs: int | None) -> dict[
 
     n_jobs : processes that read files; None = content is taken for unchanged, and nothing is read or noted
     """
-    journal = work / "images" / "journal.jsonl"
+    journal = Layout(work).journal
     records, states = read_journal(journal), {sample: source_state(sample) for sample in samples}
     moved = [
         s
@@ -256,7 +251,7 @@ def known_states(samples: list[Sample], work: Path, n_jobs: int | None) -> dict[
     ]
     same = [s for s in moved if n_jobs is None or records[s.Id].get("seen") == states[s]]
     doubtful = [s for s in moved if s not in set(same)]
-    if doubtful:
+    if doubtful and n_jobs is not None:
         with naming(journal), open(journal, "a", encoding="utf-8") as file:
             for k, found in run_parallel(content, [(s.files,) for s in doubtful], n_jobs, "comparing"):
                 record = records[doubtful[k].Id]
@@ -269,14 +264,15 @@ def known_states(samples: list[Sample], work: Path, n_jobs: int | None) -> dict[
 # --- checking and making -----------------------------------------------------------------------------------
 
 
-def store_and_read(Id: str, files: tuple[Path, ...], *more) -> tuple:
+def store_and_read(Id: str, files: tuple[Path, ...], *more: Any) -> tuple:
     """Return what `images.store_sample` returns, and the content of the files."""
     return *images.store_sample(Id, files, *more), content(files)
 
 
 def bad_table(bad: dict[Sample, str], samples: list[Sample]) -> pd.DataFrame:
     """Table of samples that cannot be used: Id, part, Target, place among the samples of that part, reason."""
-    places, counts = {}, {}
+    places: dict[Sample, int] = {}
+    counts: dict[str, int] = {}
     for sample in samples:
         places[sample] = counts.setdefault(sample.part, 0)
         counts[sample.part] += 1
@@ -350,7 +346,7 @@ def store_all(
     recipes : name -> recipe whose images are stored, at sizes that fit the sources: see `fit_recipes`
     raw : store large images uncompressed; those of the other kind are made again
     """
-    folder = work / "images"
+    folder = Layout(work).images
     journal = folder / "journal.jsonl"
     records = records_at(journal, levels)
     bad = dict(bad)
@@ -380,8 +376,8 @@ def store_all(
     for name, recipe in recipes.items():
         if fitted[name] != recipe:
             print(describe_fit(name, recipe, fitted[name]))
-    stores = {str(min(HASH_SIZE, *sides.values())), *(recipe.store for recipe in fitted.values())}
-    stores = sorted(stores, key=lambda store: (len(store), store))
+    wanted = {str(min(HASH_SIZE, *sides.values())), *(recipe.store for recipe in fitted.values())}
+    stores = sorted(wanted, key=lambda store: (len(store), store))
     stored = {store: stored_ids(folder / store) for store in stores}
     valid = {s: valid_stores(records.get(s.Id), states[s]) for s in sides}
     done = {
@@ -439,13 +435,15 @@ def store_all(
     )
 
 
-def drop_outdated(folder: Path, stores, samples: list[Sample], states: dict[Sample, str], levels: Levels) -> None:
+def drop_outdated(
+    folder: Path, stores: Collection[str], samples: list[Sample], states: dict[Sample, str], levels: Levels
+) -> None:
     """Delete the tables of stores that were not made now and hold images of sources that have changed since: whoever needs
     one is told to make it."""
     tables = [table for table in csv_files(folder) if table.stem not in stores]
     records = records_at(folder / "journal.jsonl", levels) if tables else {}
     for table in tables:
-        listed = set(read_table(table, preprocess_command(folder.parent, table.stem))["Id"])
+        listed = set(read_table(table, Layout(folder.parent).preprocess_command(table.stem))["Id"])
         if any(
             sample.Id in listed and table.stem not in valid_stores(records.get(sample.Id), states[sample])
             for sample in samples
@@ -456,7 +454,7 @@ def drop_outdated(folder: Path, stores, samples: list[Sample], states: dict[Samp
             table.unlink()
 
 
-def all_stored(Ids, folder: Path) -> bool:
+def all_stored(Ids: Collection[str], folder: Path) -> bool:
     """Tell whether every sample is there at every size of which `folder` has a table."""
     return all(set(Ids) <= stored_ids(table.with_suffix("")) for table in csv_files(folder))
 

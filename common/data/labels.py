@@ -1,12 +1,13 @@
 """Read the competition's CSV files: Ids and label sets, none of them trusted."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from common.artifacts.stage import check_ids
+from common.artifacts.tables import check_ids
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, listing
@@ -18,20 +19,20 @@ def read_csv(path: Path, *columns: str) -> pd.DataFrame:
     Raises UserError for a missing or empty file, missing columns, repeated Ids, and Ids that are not plain
     file names (an Id becomes part of a path, so it must not lead out of its folder).
     """
-    columns = ["Id", *columns]
+    wanted = ["Id", *columns]
     if not path.is_file():
         raise UserError(
-            f"{path} is missing; expected a CSV file with the column{'s' * (len(columns) > 1)} {','.join(columns)}"
+            f"{path} is missing; expected a CSV file with the column{'s' * (len(wanted) > 1)} {','.join(wanted)}"
         )
     try:
         frame = read_text_table(path)
     except BadTable as error:
         raise UserError(f"{path} {error}") from None
-    missing = [name for name in columns if name not in frame]
+    missing = [name for name in wanted if name not in frame]
     if missing:
         raise UserError(f"{path} has no column {missing[0]}; its columns are {', '.join(map(repr, frame.columns))}")
     check_samples(frame["Id"], path)
-    return frame[columns]
+    return frame[wanted]
 
 
 def check_samples(ids: pd.Series, path: Path) -> None:
@@ -60,7 +61,7 @@ def is_target(text: str) -> bool:
     return bool(labels) and all(re.fullmatch(r"[0-9]{1,2}", label) and int(label) < N_CLASSES for label in labels)
 
 
-def parse_targets(texts) -> np.ndarray:
+def parse_targets(texts: Collection[str]) -> np.ndarray:
     """Return label texts such as '22 2' as a bool array of shape (n_samples, 28); raises UserError for other texts."""
     wrong = [repr(text) for text in texts if text and not is_target(text)]
     if wrong:

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,9 @@ from PIL import Image
 from common.artifacts.files import writing
 from common.data.duplicates import HASHED
 from common.data.images import read_planes, resize
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SHOWN, COLUMNS = 12, 3  # pairs of each kind, pairs in a row
 
@@ -47,7 +51,7 @@ def save_contact_sheet(path: Path, folder: Path, sections: dict[str, pd.DataFram
     sections = {title: pairs.head(SHOWN) for title, pairs in sections.items() if len(pairs)}
     heights = [-(-len(pairs) // COLUMNS) for pairs in sections.values()] or [1]
     figure = Figure(figsize=(15, 3.1 * sum(heights) + 0.4), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     if not sections:
         parts[0].suptitle("no pairs within the thresholds or near them")
     for part, height, (title, pairs) in zip(parts, heights, sections.items(), strict=False):
@@ -61,7 +65,7 @@ def save_contact_sheet(path: Path, folder: Path, sections: dict[str, pd.DataFram
         figure.savefig(temporary, dpi=100, format="png")
 
 
-def draw_pair(axes, pair, folder: Path) -> None:
+def draw_pair(axes: "Axes", pair: Any, folder: Path) -> None:
     """Draw one pair with its Ids, distances and labels."""
     left, right = (composite(read_planes(folder / f"{Id}.tif")) for Id in (pair.Id, pair.other_Id))
     axes.imshow(np.hstack([left, np.full((len(left), 4, 3), 255, np.uint8), right]))

@@ -6,11 +6,12 @@ name; what does not (resolution, damaged EXIF data, other metadata) is ignored. 
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tifffile
@@ -32,7 +33,8 @@ TIFF_COMPRESSIONS = ("NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZST
 PREDICTED = ("LZW", "DEFLATE", "ADOBE_DEFLATE", "ZSTD")  # decoders disagree on predictors of other compressions
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 RGB_PLANES = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1)}
-ORIENTATIONS = {  # value of the tag -> how stored rows become the picture
+# Value of the tag -> how stored rows become the picture.
+ORIENTATIONS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],
     4: lambda image: image[::-1],
@@ -41,6 +43,7 @@ ORIENTATIONS = {  # value of the tag -> how stored rows become the picture
     7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
     8: np.rot90,
 }
+T = TypeVar("T")
 
 
 class BadImage(Exception):
@@ -50,10 +53,10 @@ class BadImage(Exception):
 # --- finding -----------------------------------------------------------------------------------------------
 
 
-class Files(dict):
+class Files(dict[str, Path]):
     """'Id_colour' in NFC -> image file of one folder; `others`: the same in lower case -> a file that is no usable image."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.others: dict[str, str] = {}
 
@@ -73,7 +76,8 @@ class Files(dict):
 
 def list_files(folder: Path) -> Files:
     """List every image in `folder`; TIFF wins over PNG over JPEG. Files that begin with a dot are no images."""
-    files, ranks = Files(), {}
+    files = Files()
+    ranks: dict[str, int] = {}
     if folder.is_dir():
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -110,17 +114,17 @@ def why_not(entry: os.DirEntry, suffix: str) -> str:
     return "(unpack it)" if suffix in PACKED else "(save it as TIFF, PNG or JPEG)"
 
 
-def channel_files(Id: str, folders: list[Files]) -> tuple[list[Path], list[str]]:
+def channel_files(Id: str, folders: Sequence[Files]) -> tuple[list[Path], list[str]]:
     """Return a sample's four files from the first folder that has all of them, and what is missing otherwise."""
     wanted = [composed(f"{Id}_{channel}") for channel in CHANNELS]
     for files in folders:
         if all(stem in files for stem in wanted):
             return [files[stem] for stem in wanted], []
-    nearest = max(folders, key=lambda files: sum(stem in files for stem in wanted), default={})
+    nearest: Mapping[str, Path] = max(folders, key=lambda files: sum(stem in files for stem in wanted), default={})
     return [], [stem for stem in wanted if stem not in nearest]
 
 
-def not_found(lacking: list[str], folders: list[Files]) -> str:
+def not_found(lacking: list[str], folders: Sequence[Files]) -> str:
     """Say which files of a sample are missing, and what the folders have under their names."""
     there = [found for stem in lacking for files in folders if (found := files.instead_of(stem))]
     return f"{', '.join(lacking)} not found as .tif, .png or .jpg" + (f"; there is {', '.join(there)}" if there else "")
@@ -141,7 +145,7 @@ class Source:
 
 
 @contextmanager
-def opened(path: Path, rgb_coded: bool):
+def opened(path: Path, rgb_coded: bool) -> Iterator[Source]:
     """Open an image of one channel and yield its `Source`; raises BadImage, also for what goes wrong inside.
 
     rgb_coded : whether a colour image may hold the channel
@@ -210,7 +214,7 @@ def channel_plane(pixels: np.ndarray, channel: str) -> np.ndarray:
     if pixels.ndim == 2:
         return pixels
     planes = [pixels[..., plane].astype(np.uint32) for plane in RGB_PLANES[channel]]
-    return ((sum(planes) + len(planes) // 2) // len(planes)).astype(pixels.dtype)
+    return ((sum(planes[1:], planes[0]) + len(planes) // 2) // len(planes)).astype(pixels.dtype)
 
 
 def oriented(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -237,13 +241,14 @@ def through_table(indices: np.ndarray, table: np.ndarray, kind: str) -> np.ndarr
 
 
 @contextmanager
-def picture_source(path: Path):
+def picture_source(path: Path) -> Iterator[Source]:
     """Open a PNG or JPEG. Pillow refuses truncated files, where OpenCV fills up in silence."""
     with Image.open(path, formats=PICTURES) as image:
         if image.mode in ALPHA_MODES:
             raise BadImage("has an alpha channel; save it without")
-        if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
-            raise BadImage(f"has {image.n_frames} frames; expected one channel a file")
+        frames = getattr(image, "n_frames", 1)
+        if image.format == "PNG" and frames > 1:
+            raise BadImage(f"has {frames} frames; expected one channel a file")
         grey = image.mode in ("1", "L", "I", "I;16", "I;16B") or (
             image.mode == "P" and picture_table(image)[1] != "colour"
         )
@@ -281,7 +286,7 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 @contextmanager
-def tiff_source(path: Path):
+def tiff_source(path: Path) -> Iterator[Source]:
     with tifffile.TiffFile(path) as tiff:
         page = only_page(tiff)
         check_page(page)
@@ -292,7 +297,7 @@ def tiff_source(path: Path):
 def only_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
     """Return the page of a TIFF of one image, which may have smaller copies of it as further pages; raises BadImage."""
     page, pages = tiff.pages.first, len(tiff.pages)
-    if pages > 1 and not (pages <= MAX_LEVELS and all(further.is_reduced for further in tiff.pages[1:])):
+    if pages > 1 and not (pages <= MAX_LEVELS and all(is_reduced(further) for further in tiff.pages[1:])):
         raise BadImage(f"has {pages} pages; expected one channel a file")
     images = min(claimed_images(tiff), room(tiff))
     if images > 1:
@@ -300,14 +305,19 @@ def only_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
     return page
 
 
+def is_reduced(page: tifffile.TiffPage | tifffile.TiffFrame) -> bool:
+    """Tell whether a page is a smaller copy of another one."""
+    return isinstance(page, tifffile.TiffPage) and page.is_reduced
+
+
 def claimed_images(tiff: tifffile.TiffFile) -> int:
     """Return how many images the first page says that it stands for: tifffile, ImageJ and MetaMorph write such stacks."""
     page = tiff.pages.first
     try:
         if page.is_shaped:
-            return int(np.prod(tiff.shaped_metadata[0]["shape"])) // page.size
+            return int(np.prod((tiff.shaped_metadata or ())[0]["shape"])) // page.size
         if page.is_imagej:
-            return int(tiff.imagej_metadata["images"])
+            return int((tiff.imagej_metadata or {})["images"])
         return page.tags[33629].count if page.is_stk else 1
     except Exception:  # a damaged description is no harm
         return 1
@@ -323,7 +333,7 @@ def room(tiff: tifffile.TiffFile) -> int:
 def check_page(page: tifffile.TiffPage) -> None:
     """Refuse by name what is no usable image of one channel, or would be decoded otherwise by other programs."""
 
-    def name(value) -> str:
+    def name(value: object) -> str:
         return getattr(value, "name", str(value))
 
     compression, photometric = name(page.compression), name(page.photometric)
@@ -363,7 +373,7 @@ def check_page(page: tifffile.TiffPage) -> None:
 
 def tiff_table(page: tifffile.TiffPage) -> tuple[np.ndarray | None, str]:
     """Return a page's colour table, (n, 3) uint8, and what it makes of the values; None and 'grey' where it has none."""
-    if page.photometric.name != "PALETTE":
+    if page.photometric != tifffile.PHOTOMETRIC.PALETTE:
         return None, "grey"
     table = np.asarray(page.colormap).T
     table = (table >> 8 if table.max() > 255 else table).astype(np.uint8)  # some programs write 8 bits
@@ -380,7 +390,7 @@ def tiff_pixels(page: tifffile.TiffPage) -> np.ndarray:
         image = through_table(image.astype(np.uint16), table, kind)
     else:
         image = full_range(image, page.bitspersample)
-    if page.photometric.name == "MINISWHITE":
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         image = np.iinfo(image.dtype).max - image
     return oriented(image, page.tags.valueof("Orientation", 1))
 
@@ -421,7 +431,7 @@ def read_sample(files: list[Path], rgb_coded: bool = False) -> list[np.ndarray]:
     return examine_sample(files, rgb_coded)[0]
 
 
-def examine_sample(files: list[Path], rgb_coded: bool = False) -> tuple[list[np.ndarray], dict]:
+def examine_sample(files: Sequence[Path], rgb_coded: bool = False) -> tuple[list[np.ndarray], dict]:
     """Return what `read_sample` does and how the files are exposed (see `exposure.judge`)."""
     pixels = per_channel(lambda path, _: read_pixels(path, rgb_coded), files)
     planes = [channel_plane(image, channel) for image, channel in zip(pixels, CHANNELS, strict=True)]
@@ -437,7 +447,7 @@ def examine_sample(files: list[Path], rgb_coded: bool = False) -> tuple[list[np.
     }
 
 
-def per_channel(read, files: list[Path]) -> list:
+def per_channel(read: Callable[[Path, str], T], files: Sequence[Path]) -> list[T]:
     """Call `read(path, channel)` for each of a sample's files; a BadImage then names its file."""
     results = []
     for path, channel in zip(files, CHANNELS, strict=True):
@@ -448,7 +458,7 @@ def per_channel(read, files: list[Path]) -> list:
     return results
 
 
-def one_side(files: list[Path], sides: list[int]) -> int:
+def one_side(files: Sequence[Path], sides: list[int]) -> int:
     """Return the common side of a sample's channels in pixels; raises BadImage where they differ."""
     if len(set(sides)) > 1:
         raise BadImage(

@@ -6,15 +6,19 @@ import math
 import os
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
+from numpy.typing import DTypeLike
 
 WIDTH, LENGTH, COMPRESSION, OFFSETS, ROWS, COUNTS, PREDICTOR = 256, 257, 259, 273, 278, 279, 317
 UNCOMPRESSED, DEFLATE, ZSTD, DIFFERENCES = 1, 8, 50000, 2
-UNPACK = {DEFLATE: imagecodecs.deflate_decode, ZSTD: imagecodecs.zstd_decode}
+UNPACK: dict[int, Callable[..., Any]] = {DEFLATE: imagecodecs.deflate_decode, ZSTD: imagecodecs.zstd_decode}
 KINDS = {3: "H", 4: "I"}  # the types of the tags that are read: 16 and 32 bit numbers
 
 
@@ -44,17 +48,17 @@ def read_layout(data: np.ndarray, n_planes: int, max_side: int) -> Layout:
         raise ValueError("is no TIFF")
     place, pages = 4, []
     for _ in range(n_planes):
-        (start,) = struct.unpack_from(order + "I", data, place)
-        (entries,) = struct.unpack_from(order + "H", data, start)
+        (start,) = struct.unpack_from(order + "I", data.data, place)
+        (entries,) = struct.unpack_from(order + "H", data.data, start)
         place = start + 2 + 12 * entries
         pages.append(
             {
                 tag: (kind, count, value)
-                for tag, kind, count, value in struct.iter_unpack(order + "HHI4s", data[start + 2 : place])
+                for tag, kind, count, value in struct.iter_unpack(order + "HHI4s", data[start + 2 : place].data)
             }
         )
 
-    def numbers(page: dict, tag: int, default=None) -> tuple[int, ...]:
+    def numbers(page: dict, tag: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
         if tag not in page and default is not None:
             return default
         kind, count, value = page[tag]
@@ -62,17 +66,18 @@ def read_layout(data: np.ndarray, n_planes: int, max_side: int) -> Layout:
         return (
             form.unpack(value[: form.size])
             if form.size <= 4
-            else form.unpack_from(data, *struct.unpack(order + "I", value))
+            else form.unpack_from(data.data, *struct.unpack(order + "I", value))
         )
 
     first = pages[0]
     (width,), (side,), (compression,), (rows,) = (numbers(first, tag) for tag in (WIDTH, LENGTH, COMPRESSION, ROWS))
     if width != side or not 0 < side <= max_side or not 0 < rows <= side:
         raise ValueError(f"claims {width} x {side} px in strips of {rows} rows")
+    (predictor,) = numbers(first, PREDICTOR, (1,))
     return Layout(
         side,
         compression,
-        *numbers(first, PREDICTOR, (1,)),
+        predictor,
         rows,
         [list(zip(numbers(page, OFFSETS), numbers(page, COUNTS), strict=True)) for page in pages],
     )
@@ -82,10 +87,10 @@ class Memory(threading.local):
     """An array for each thread that is used again and again: with the system's page faults, new memory for each image would
     take a good part of the time of decoding it."""
 
-    def __init__(self):
-        self.bytes = np.empty(0, np.uint8)
+    def __init__(self) -> None:
+        self.bytes: np.ndarray = np.empty(0, np.uint8)
 
-    def empty(self, shape: tuple[int, ...], dtype=np.uint8) -> np.ndarray:
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike = np.uint8) -> np.ndarray:
         """Return an array like np.empty's, which the thread's next call overwrites."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if self.bytes.size < size:
@@ -98,17 +103,19 @@ FILE, PIXELS = Memory(), Memory()
 
 def crc32(data: np.ndarray) -> int:
     """Return the CRC-32 that zlib.crc32 would, many times as fast."""
-    return imagecodecs.deflate_crc32(data)
+    return imagecodecs.deflate_crc32(data)  # type: ignore[arg-type]  # the stubs know no arrays
 
 
-def read_bytes(path) -> np.ndarray:
+def read_bytes(path: Path) -> np.ndarray:
     """Return a file's bytes, until the thread reads the next one."""
     with open(path, "rb", buffering=0) as file:
         data = FILE.empty((os.fstat(file.fileno()).st_size,))
-        return data[: file.readinto(data)]
+        return data[: file.readinto(data.data)]
 
 
-def decode(data: np.ndarray, layout: Layout, new=np.empty) -> np.ndarray:
+def decode(
+    data: np.ndarray, layout: Layout, new: Callable[[tuple[int, ...], DTypeLike], np.ndarray] = np.empty
+) -> np.ndarray:
     """Return the planes as (n_planes, side, side) uint8 pixels.
 
     new : what makes the array, np.empty or that of a Memory

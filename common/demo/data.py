@@ -15,7 +15,7 @@ import pandas as pd
 import tifffile
 
 from common.artifacts.files import writing
-from common.artifacts.stage import write_csv
+from common.artifacts.tables import write_csv
 from common.data.images import CHANNELS
 from common.demo.drawing import draw_sample
 from common.errors import UserError
@@ -96,15 +96,15 @@ class Sample:
 # --- which samples ---------------------------------------------------------------------------------------------------
 
 
-def class_quotas(n_samples):
+def class_quotas(n_samples: int) -> np.ndarray:
     """Return how many of `n_samples` samples show each class (28,): a long tail like the real one."""
     per_1000 = 26 + 228 * REAL_COUNTS / REAL_COUNTS.max()
     return np.maximum(1, np.round(per_1000 * n_samples / 1000)).astype(int)
 
 
-def draw_labels(rng, n_samples):
+def draw_labels(rng: np.random.Generator, n_samples: int) -> list[tuple[int, ...]]:
     """Draw the labels of each sample, rarest class first; the commonest fills what is left."""
-    labels = [[] for _ in range(n_samples)]
+    labels: list[list[int]] = [[] for _ in range(n_samples)]
     sizes = rng.permutation(np.searchsorted(np.cumsum(LABELS_PER_SAMPLE), (np.arange(n_samples) + 0.5) / n_samples) + 1)
     quotas = class_quotas(n_samples)
     for label in np.argsort(REAL_COUNTS, kind="stable").tolist():
@@ -119,11 +119,11 @@ def draw_labels(rng, n_samples):
     return [tuple(found) for found in labels]
 
 
-def new_id(rng):
+def new_id(rng: np.random.Generator) -> str:
     return str(uuid.UUID(bytes=rng.bytes(16), version=4))
 
 
-def plan_copies(rng, originals, n_train, n_test):
+def plan_copies(rng: np.random.Generator, originals: list[Sample], n_train: int, n_test: int) -> list[Sample]:
     """Plan near-duplicates of train samples with common labels; every eighth in train carries other labels."""
     n, common_first = n_train + n_test, sorted(originals, key=lambda sample: -REAL_COUNTS[list(sample.labels)].min())
     copies = []
@@ -136,27 +136,27 @@ def plan_copies(rng, originals, n_train, n_test):
     return copies
 
 
-def plan_samples(rng, n_train, n_test):
+def plan_samples(rng: np.random.Generator, n_train: int, n_test: int) -> list[Sample]:
     """Plan the train and test samples; about 4 % of train and 5 % of test are planted near-duplicates."""
     if n_train < 10 or n_test < 2:
         raise UserError(f"demo data needs at least 10 train and 2 test samples, found {n_train} and {n_test}")
     n_copies = {"train": -(-n_train // 25), "test": min(-(-n_test // 20), n_train // 4)}
-    originals = [
+    labelled = [
         (part, labels)
         for part, n in (("train", n_train), ("test", n_test))
         for labels in draw_labels(rng, n - n_copies[part])
     ]
     originals = [
         Sample(new_id(rng), part, index, labels, 256 if rng.random() < 0.6 else 384)
-        for index, (part, labels) in enumerate(originals)
+        for index, (part, labels) in enumerate(labelled)
     ]
     copies = plan_copies(rng, [s for s in originals if s.part == "train"], n_copies["train"], n_copies["test"])
     return originals + [replace(copy, index=index) for index, copy in enumerate(copies, len(originals))]
 
 
-def plan_external(rng, first_index, n_antibodies=8, n_fields=3):
+def plan_external(rng: np.random.Generator, first_index: int, n_antibodies: int = 8, n_fields: int = 3) -> list[Sample]:
     """Plan external samples: the fields of one antibody share its labels, mostly rare ones."""
-    samples = []
+    samples: list[Sample] = []
     for labels in draw_labels(rng, n_antibodies):
         well = f"{rng.choice(list('ABCDEFGH'))}{rng.integers(1, 13)}"
         name = f"{rng.integers(1000, 70000)}_{rng.integers(1, 1500)}_{well}"
@@ -176,18 +176,18 @@ def plan_external(rng, first_index, n_antibodies=8, n_fields=3):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_bytes(path, content):
+def write_bytes(path: Path, content: bytes) -> None:
     with writing(path) as temporary:
         temporary.write_bytes(content)
 
 
-def encode_tiff(plane):
+def encode_tiff(plane: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, plane)
     return buffer.getvalue()
 
 
-def encode_external(plane, colour):
+def encode_external(plane: np.ndarray, colour: str) -> bytes:
     """Encode as the atlas does: red in plane R, green in G, blue in B, yellow in R and G alike."""
     rgb = [
         plane if letter in {"red": "R", "green": "G", "blue": "B", "yellow": "RG"}[colour] else 0 * plane
@@ -198,19 +198,19 @@ def encode_external(plane, colour):
     return cv2.imencode(".jpg", cv2.merge(rgb[::-1]), options)[1].tobytes()
 
 
-def disturb(rng, plane):
+def disturb(rng: np.random.Generator, plane: np.ndarray) -> np.ndarray:
     """Return a near-duplicate: moved by a pixel, a little brighter or darker, with a little more noise."""
     noise = rng.normal(0, 1.5, plane.shape)
     return np.clip(np.roll(plane, 1, axis=1) * rng.uniform(0.94, 1.06) + noise, 0, 255).astype(np.uint8)
 
 
-def sample_paths(folder, sample):
+def sample_paths(folder: Path, sample: Sample) -> dict[str, Path]:
     if sample.part == "external":
         return {colour: folder / "external" / "images" / f"{sample.id}_{colour}.jpg" for colour in CHANNELS}
     return {colour: folder / f"{sample.part}_full_size" / f"{sample.id}_{colour}.tif" for colour in CHANNELS}
 
 
-def write_sample(folder, seed, sample):
+def write_sample(folder: Path, seed: int, sample: Sample) -> None:
     """Draw and write one sample."""
     cv2.setNumThreads(1)  # the processes already share the cores
     paths = sample_paths(folder, sample)
@@ -224,11 +224,11 @@ def write_sample(folder, seed, sample):
         write_bytes(path, encoded)
 
 
-def target(sample):
+def target(sample: Sample) -> str:
     return " ".join(map(str, sample.labels))
 
 
-def write_tables(folder, samples):
+def write_tables(folder: Path, samples: list[Sample]) -> None:
     """Write the csv files, train.csv last: it says that everything is there."""
     table = pd.DataFrame([(s.id, s.part, target(s)) for s in samples], columns=["Id", "part", "Target"]).sort_values(
         "Id"
@@ -241,7 +241,7 @@ def write_tables(folder, samples):
     write_csv(folder / "train.csv", parts["train"])
 
 
-def refuse_other_data(folder, samples):
+def refuse_other_data(folder: Path, samples: list[Sample]) -> None:
     """Raise UserError where train.csv lists other samples than ours: it may be somebody's real data."""
     table = folder / "train.csv"
     if not table.exists():
@@ -271,7 +271,7 @@ def make_demo_data(folder: Path, seed: int = 0, n_train: int = 1000, n_test: int
         write_tables(folder, samples)
 
 
-def main():
+def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder to write, made if missing")
     parser.add_argument("--seed", type=command_line.not_negative, default=0)

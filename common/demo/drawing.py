@@ -4,6 +4,8 @@ All lengths are in units of 1/256 of a field's width, so 256 and 384 px files sh
 `PATTERNS` holds one small drawing function a class.
 """
 
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -14,6 +16,8 @@ from common.data.images import CHANNELS
 UNIT = 256
 GRID = 96  # geometry is smooth: it is computed on this grid, then enlarged
 SHIFT = 4  # fractional bits of the fixed-point coordinates which OpenCV draws at
+Numbers = float | np.ndarray
+Point = tuple[float, float] | np.ndarray
 
 
 @dataclass
@@ -43,8 +47,8 @@ class Field:
     to_nucleus: np.ndarray  # units
     to_border: np.ndarray  # units, to the nearest cell outline
     cytoplasm: np.ndarray
-    nucleoli: np.ndarray
-    microtubules: np.ndarray
+    nucleoli: np.ndarray = dataclasses.field(init=False)
+    microtubules: np.ndarray = dataclasses.field(init=False)
     filaments: list[np.ndarray]  # the paths of the microtubules, (n_lines, n_points, 2) a cell
     reticulum: np.ndarray
 
@@ -52,38 +56,38 @@ class Field:
 # --- geometry --------------------------------------------------------------------------------------------------------
 
 
-def unit_vector(angle):
+def unit_vector(angle: Numbers) -> np.ndarray:
     """Return (..., 2) for angles (...)."""
     return np.stack([np.cos(angle), np.sin(angle)], axis=-1)
 
 
-def smooth_noise(rng, size, bumps):
+def smooth_noise(rng: np.random.Generator, size: int, bumps: int) -> np.ndarray:
     """Draw noise (size, size) of about unit variance, `bumps` bumps wide whatever the size."""
     coarse = rng.standard_normal((bumps, bumps), dtype=np.float32)
     return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
-def ellipse_norm(x, y, centre, axes, angle):
+def ellipse_norm(x: np.ndarray, y: np.ndarray, centre: Point, axes: tuple[float, float], angle: float) -> np.ndarray:
     """Return the distance from the centre relative to the ellipse: 1 on the ellipse."""
     dx, dy, c, s = x - float(centre[0]), y - float(centre[1]), float(np.cos(angle)), float(np.sin(angle))
     return np.sqrt(((dx * c + dy * s) / axes[0]) ** 2 + ((dy * c - dx * s) / axes[1]) ** 2)
 
 
-def ellipse_radius(direction, axes, angle):
+def ellipse_radius(direction: Numbers, axes: tuple[float, float], angle: float) -> Numbers:
     """Return the distance from the centre to the ellipse in each direction (...)."""
     return 1 / ellipse_norm(np.cos(direction), np.sin(direction), (0, 0), axes, angle)
 
 
-def spread(rng, n_points, low, high, gap):
+def spread(rng: np.random.Generator, n_points: int | np.integer, low: float, high: float, gap: float) -> np.ndarray:
     """Throw darts (n, 2) into the square low..high; keep up to `n_points` that are `gap` apart."""
-    kept = []
+    kept: list[np.ndarray] = []
     for dart in rng.uniform(low, high, (150, 2)):
         if len(kept) < n_points and all(np.hypot(*(dart - other)) > gap for other in kept):
             kept.append(dart)
     return np.array(kept)
 
 
-def make_cell(rng, centre, reach, elongation, mitotic):
+def make_cell(rng: np.random.Generator, centre: np.ndarray, reach: float, elongation: float, mitotic: bool) -> Cell:
     """Draw one cell's shape. A dividing cell is round and holds a condensed plate instead of a nucleus."""
     angle, long_axis, semi = rng.uniform(0, np.pi), reach * rng.uniform(0.9, 1.15), rng.uniform(25, 28)
     axes = (40, 37) if mitotic else (long_axis, max(long_axis * elongation, 34))
@@ -97,7 +101,7 @@ def make_cell(rng, centre, reach, elongation, mitotic):
     return Cell(centre, axes, angle, middle, nucleus_axes, nucleoli, mtoc, outward, mitotic)
 
 
-def make_cells(rng, labels):
+def make_cells(rng: np.random.Generator, labels: Collection[int]) -> list[Cell]:
     """Place 5 to 9 cells: touching ones for the labels of cell contacts, dividing ones for the spindle."""
     reach = 64 if {16, 22} & set(labels) else rng.uniform(50, 58)
     elongation = rng.uniform(0.65, 0.95)
@@ -107,7 +111,7 @@ def make_cells(rng, labels):
     ]
 
 
-def territories(rng, cells, size):
+def territories(rng: np.random.Generator, cells: list[Cell], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the owner of each pixel and the norm of the nearest nucleus, both (size, size), with uneven outlines."""
     x, y = np.meshgrid(*[(np.arange(GRID, dtype=np.float32) + 0.5) * UNIT / GRID] * 2)
     dx, dy = (7 * smooth_noise(rng, GRID, 6) + 3 * smooth_noise(rng, GRID, 16) for _ in range(2))
@@ -124,7 +128,7 @@ def territories(rng, cells, size):
     return owner, cv2.resize(np.min(cores, axis=0), (size, size))
 
 
-def make_field(rng, labels, size):
+def make_field(rng: np.random.Generator, labels: Collection[int], size: int) -> Field:
     """Place the cells and compute the maps that the channels are drawn from."""
     cells = make_cells(rng, labels)
     owner, norm = territories(rng, cells, size)
@@ -146,8 +150,6 @@ def make_field(rng, labels, size):
         to_nucleus,
         to_border,
         cytoplasm,
-        None,
-        None,
         [microtubule_paths(rng, c) for c in cells],
         lace * np.exp(-to_nucleus / 18) * cytoplasm,
     )
@@ -159,15 +161,15 @@ def make_field(rng, labels, size):
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def blur(image, sigma):
+def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.GaussianBlur(image.astype(np.float32), (0, 0), sigma * len(image) / UNIT)
 
 
-def fixed_point(field, lengths):
+def fixed_point(field: Field, lengths: np.ndarray) -> np.ndarray:
     return np.round(np.asarray(lengths) * (field.size / UNIT * 2**SHIFT)).astype(np.int32, order="C")
 
 
-def strokes(field, paths, width, clip=True):
+def strokes(field: Field, paths: Sequence[np.ndarray], width: float, clip: bool = True) -> np.ndarray:
     """Draw polylines of three strengths, cut at the outline of their cell.
 
     paths : one array of shape (n_lines, n_points, 2) a cell
@@ -184,21 +186,35 @@ def strokes(field, paths, width, clip=True):
     return canvas.astype(np.float32) / 255
 
 
-def dots(field, rng, points, smallest, largest, hollow=0):
+def dots(
+    field: Field,
+    rng: np.random.Generator,
+    points: Sequence[np.ndarray],
+    smallest: float,
+    largest: float,
+    hollow: float = 0,
+) -> np.ndarray:
     """Draw discs with radii between the two given, or rings of line width `hollow`.
 
     points : one array of shape (n, 2) a cell
     """
     canvas = np.zeros((field.size, field.size), np.uint8)
     thickness = max(1, round(hollow * field.size / UNIT)) if hollow else -1
-    points = np.concatenate(points)
-    radii = fixed_point(field, rng.uniform(smallest, largest, len(points)))
-    for point, radius in zip(fixed_point(field, points).tolist(), radii.tolist(), strict=True):
+    centres = np.concatenate(points)
+    radii = fixed_point(field, rng.uniform(smallest, largest, len(centres)))
+    for point, radius in zip(fixed_point(field, centres).tolist(), radii.tolist(), strict=True):
         cv2.circle(canvas, point, radius, 255, thickness, cv2.LINE_AA, SHIFT)
     return canvas.astype(np.float32) / 255
 
 
-def wander(rng, starts, headings, length, bend=0.0, wiggle=0.0):
+def wander(
+    rng: np.random.Generator,
+    starts: np.ndarray,
+    headings: np.ndarray,
+    length: Numbers,
+    bend: float = 0.0,
+    wiggle: float = 0.0,
+) -> np.ndarray:
     """Walk `length` from each start (n, 2) along its heading (n,), turning on the way: (n, 10, 2)."""
     n, t = len(starts), np.linspace(0, 1, 10)
     turns = bend * rng.normal(size=(n, 1)) * t + wiggle * np.sin(2 * np.pi * (1.5 * t + rng.random((n, 1))))
@@ -206,7 +222,9 @@ def wander(rng, starts, headings, length, bend=0.0, wiggle=0.0):
     return np.asarray(starts)[:, None] + np.cumsum(steps, axis=1)
 
 
-def places(field, rng, where, fewest, most, gap):
+def places(
+    field: Field, rng: np.random.Generator, where: np.ndarray, fewest: int, most: int, gap: float
+) -> list[np.ndarray]:
     """Choose points (n, 2) in each cell inside the mask, at most one in each square of side `gap`.
 
     A cell that the border cuts gets fewer of them.
@@ -214,7 +232,9 @@ def places(field, rng, where, fewest, most, gap):
     chosen = []
     for k, cell in enumerate(field.cells, 1):
         rows, columns = np.nonzero(where & (field.owner == k))
-        visible = min(1, np.count_nonzero(field.owner == k) / (2.2 * np.prod(cell.axes) * (field.size / UNIT) ** 2))
+        visible = min(
+            1.0, float(np.count_nonzero(field.owner == k) / (2.2 * np.prod(cell.axes) * (field.size / UNIT) ** 2))
+        )
         n_points = round(rng.integers(fewest, most + 1) * visible) if len(rows) else 0
         picks = rng.integers(0, max(len(rows), 1), 4 * n_points)
         points = np.stack([columns[picks], rows[picks]], axis=-1) * (UNIT / field.size)
@@ -223,7 +243,15 @@ def places(field, rng, where, fewest, most, gap):
     return chosen
 
 
-def dashes(field, rng, points, origins, shortest, longest, width):
+def dashes(
+    field: Field,
+    rng: np.random.Generator,
+    points: Sequence[np.ndarray],
+    origins: Sequence[np.ndarray],
+    shortest: float,
+    longest: float,
+    width: float,
+) -> np.ndarray:
     """Draw at each point (n, 2) of a cell a dash that leads away from the cell's origin (2,)."""
     paths = []
     for start, origin in zip(points, origins, strict=True):
@@ -232,7 +260,9 @@ def dashes(field, rng, points, origins, shortest, longest, width):
     return strokes(field, paths, width)
 
 
-def arcs(field, rng, around, farthest, waviness, width):
+def arcs(
+    field: Field, rng: np.random.Generator, around: Sequence[np.ndarray], farthest: float, waviness: float, width: float
+) -> np.ndarray:
     """Draw strands along the rim of each nucleus, up to `farthest` units outside of it.
 
     around : one array of directions from the nucleus, of shape (n_lines, n_points), a cell
@@ -246,14 +276,14 @@ def arcs(field, rng, around, farthest, waviness, width):
     return blur(strokes(field, paths, width), 0.6) * (1 - 0.8 * field.nucleus)
 
 
-def spindle_paths(cell):
+def spindle_paths(cell: Cell) -> np.ndarray:
     """Return the lines (9, 10, 2) between the two poles of a spindle, across the chromatin plate."""
     t, bow = np.linspace(-1, 1, 10)[:, None], np.linspace(-17, 17, 9)[:, None, None]
     along, aside = unit_vector(cell.angle + np.pi / 2), unit_vector(cell.angle)
     return cell.nucleus_centre + 25 * t * along + bow * np.cos(t * np.pi / 2) * aside
 
 
-def microtubule_paths(rng, cell):
+def microtubule_paths(rng: np.random.Generator, cell: Cell) -> np.ndarray:
     """Return filaments (n, 10, 2) that radiate from the organizing center, or the spindle of a dividing cell."""
     if cell.mitotic:
         return spindle_paths(cell)
@@ -265,38 +295,38 @@ def microtubule_paths(rng, cell):
 # --- one pattern a class: (field, rng) -> image (size, size), about 0..1 ---------------------------------------------
 
 
-def nucleoplasm(field, rng):
+def nucleoplasm(field: Field, rng: np.random.Generator) -> np.ndarray:
     return 0.6 * field.nucleus * (1 - 0.85 * field.nucleoli)
 
 
-def nuclear_membrane(field, rng):
+def nuclear_membrane(field: Field, rng: np.random.Generator) -> np.ndarray:
     return 1.1 * np.exp(-(((field.nucleus_norm - 1) / 0.12) ** 2)) + 0.1 * field.nucleus
 
 
-def nucleoli(field, rng):
+def nucleoli(field: Field, rng: np.random.Generator) -> np.ndarray:
     return field.nucleoli + 0.15 * field.nucleus
 
 
-def fibrillar_center(field, rng):
+def fibrillar_center(field: Field, rng: np.random.Generator) -> np.ndarray:
     spots = [np.repeat(c.nucleoli, 2, axis=0) for c in field.cells]
     return 1.3 * dots(field, rng, [s + rng.normal(0, 2.8, s.shape) for s in spots], 2.1, 2.6)
 
 
-def nuclear_speckles(field, rng):
+def nuclear_speckles(field: Field, rng: np.random.Generator) -> np.ndarray:
     points = places(field, rng, (field.nucleus > 0.8) & (field.nucleoli < 0.3), 24, 32, gap=5)
     return blur(dots(field, rng, points, 1.2, 2.5), 0.6) * 1.2 + 0.3 * field.nucleus * (1 - field.nucleoli)
 
 
-def nuclear_bodies(field, rng):
+def nuclear_bodies(field: Field, rng: np.random.Generator) -> np.ndarray:
     points = places(field, rng, (field.nucleus > 0.95) & (field.nucleoli < 0.1), 2, 3, gap=15)
     return 1.3 * dots(field, rng, points, 5, 6)
 
 
-def endoplasmic_reticulum(field, rng):
+def endoplasmic_reticulum(field: Field, rng: np.random.Generator) -> np.ndarray:
     return 1.3 * field.reticulum
 
 
-def golgi(field, rng):
+def golgi(field: Field, rng: np.random.Generator) -> np.ndarray:
     span = np.linspace(-1.2, 1.2, 10)
     return 1.4 * arcs(
         field,
@@ -308,21 +338,21 @@ def golgi(field, rng):
     )
 
 
-def peroxisomes(field, rng):
+def peroxisomes(field: Field, rng: np.random.Generator) -> np.ndarray:
     return 1.3 * dots(field, rng, places(field, rng, field.cytoplasm > 0.8, 60, 80, gap=6), 1.7, 2.1)
 
 
-def endosomes(field, rng):
+def endosomes(field: Field, rng: np.random.Generator) -> np.ndarray:
     spots = dots(field, rng, places(field, rng, field.cytoplasm > 0.8, 14, 20, gap=9), 1.5, 4.5)
     return np.maximum(spots, 0.35 * field.cytoplasm)
 
 
-def lysosomes(field, rng):
+def lysosomes(field: Field, rng: np.random.Generator) -> np.ndarray:
     points = places(field, rng, (field.to_nucleus > 3) & (field.to_nucleus < 13), 24, 32, gap=7)
     return 1.2 * dots(field, rng, points, 3, 4.6)
 
 
-def intermediate_filaments(field, rng):
+def intermediate_filaments(field: Field, rng: np.random.Generator) -> np.ndarray:
     span = np.linspace(0, 1, 10)
     bundles = arcs(
         field,
@@ -335,7 +365,7 @@ def intermediate_filaments(field, rng):
     return 1.2 * np.maximum(bundles, 0.25 * field.cytoplasm * np.exp(-field.to_nucleus / 25))
 
 
-def actin_filaments(field, rng):
+def actin_filaments(field: Field, rng: np.random.Generator) -> np.ndarray:
     paths = []
     for cell in field.cells:
         offsets = rng.uniform(-60, 60, 26)[:, None] * unit_vector(cell.angle + np.pi / 2)
@@ -344,24 +374,24 @@ def actin_filaments(field, rng):
     return strokes(field, paths, 1.7)
 
 
-def focal_adhesion_sites(field, rng):
+def focal_adhesion_sites(field: Field, rng: np.random.Generator) -> np.ndarray:
     rim = (field.to_border > 6) & (field.to_border < 12) & (field.cytoplasm > 0.5)
     points = places(field, rng, rim, 10, 14, gap=13)
     return 1.2 * dashes(field, rng, points, [c.centre for c in field.cells], 13, 18, width=4.5)
 
 
-def microtubules(field, rng):
+def microtubules(field: Field, rng: np.random.Generator) -> np.ndarray:
     bundles = strokes(field, [lines[::2] for lines in field.filaments], 2.4)
     return 1.2 * bundles * (1 - 0.4 * field.nucleus)
 
 
-def microtubule_ends(field, rng):
+def microtubule_ends(field: Field, rng: np.random.Generator) -> np.ndarray:
     points = places(field, rng, (field.to_nucleus > 8) & (field.cytoplasm > 0.5), 24, 32, gap=8)
     comets = dashes(field, rng, points, [c.mtoc for c in field.cells], 6, 8, width=2.6)
     return np.maximum(comets, 0.4 * field.microtubules)
 
 
-def cytokinetic_bridge(field, rng):
+def cytokinetic_bridge(field: Field, rng: np.random.Generator) -> np.ndarray:
     centres, paths = np.array([c.nucleus_centre for c in field.cells]), []
     halves = np.array([[[-20], [-4]], [[4], [20]]])  # from the middle, with the midbody's gap
     for centre in centres:
@@ -371,7 +401,7 @@ def cytokinetic_bridge(field, rng):
     return 1.2 * blur(strokes(field, paths, 7, clip=False), 0.9)
 
 
-def mitotic_spindle(field, rng):
+def mitotic_spindle(field: Field, rng: np.random.Generator) -> np.ndarray:
     dividing = [c for c in field.cells if c.mitotic]
     poles = [spindle_paths(c)[0, [0, -1]] for c in dividing]
     return np.maximum(
@@ -380,7 +410,7 @@ def mitotic_spindle(field, rng):
     )
 
 
-def organizing_center(field, rng):
+def organizing_center(field: Field, rng: np.random.Generator) -> np.ndarray:
     rays = [
         wander(rng, np.tile(c.mtoc, (12, 1)), np.linspace(0, 2 * np.pi, 12), rng.uniform(20, 30, 12), bend=0.3)
         for c in field.cells
@@ -389,57 +419,57 @@ def organizing_center(field, rng):
     return blur(np.maximum(spots, 0.9 * strokes(field, rays, 2)), 1) * 1.2
 
 
-def centrosome(field, rng):
+def centrosome(field: Field, rng: np.random.Generator) -> np.ndarray:
     offsets = 6.5 * unit_vector(rng.uniform(0, 2 * np.pi, len(field.cells)))
     return 1.3 * dots(
         field, rng, [c.mtoc + [[1], [-1]] * offset for c, offset in zip(field.cells, offsets, strict=True)], 5, 5.6
     )
 
 
-def lipid_droplets(field, rng):
+def lipid_droplets(field: Field, rng: np.random.Generator) -> np.ndarray:
     points = places(field, rng, (field.cytoplasm > 0.9) & (field.to_border > 6), 8, 11, gap=17)
     return 1.2 * dots(field, rng, points, 5.5, 7.5, hollow=2)
 
 
-def plasma_membrane(field, rng):
+def plasma_membrane(field: Field, rng: np.random.Generator) -> np.ndarray:
     return np.exp(-((field.to_border / 2.2) ** 2))
 
 
-def cell_junctions(field, rng):
+def cell_junctions(field: Field, rng: np.random.Generator) -> np.ndarray:
     lowest, highest = (act(field.owner, np.ones((3, 3), np.uint8)) for act in (cv2.erode, cv2.dilate))
     apart = ((lowest == 0) | (lowest == highest)).astype(np.uint8)
     to_contact = cv2.distanceTransform(apart, cv2.DIST_L2, 3) * (UNIT / field.size)
     return 1.2 * np.exp(-((to_contact / 3.5) ** 2))
 
 
-def mitochondria(field, rng):
+def mitochondria(field: Field, rng: np.random.Generator) -> np.ndarray:
     points = places(field, rng, field.cytoplasm > 0.9, 40, 52, gap=7)
     paths = [wander(rng, p, rng.uniform(0, 2 * np.pi, len(p)), 12, bend=0.6, wiggle=0.6) for p in points]
     return 1.2 * blur(strokes(field, paths, 2.4), 0.5) * (1 - 0.9 * field.nucleus)
 
 
-def aggresome(field, rng):
+def aggresome(field: Field, rng: np.random.Generator) -> np.ndarray:
     blobs = [c.mtoc + 6 * unit_vector(c.outward) + rng.normal(0, 4.5, (8, 2)) for c in field.cells]
     return blur(dots(field, rng, blobs, 6, 9.5), 0.8) * 1.4
 
 
-def cytosol(field, rng):
+def cytosol(field: Field, rng: np.random.Generator) -> np.ndarray:
     return 0.5 * field.cytoplasm
 
 
-def cytoplasmic_bodies(field, rng):
+def cytoplasmic_bodies(field: Field, rng: np.random.Generator) -> np.ndarray:
     points = places(field, rng, (field.cytoplasm > 0.9) & (field.to_border > 6), 5, 8, gap=20)
     return dots(field, rng, points, 6.5, 7.5) * 1.2
 
 
-def rods_and_rings(field, rng):
+def rods_and_rings(field: Field, rng: np.random.Generator) -> np.ndarray:
     inside = (field.cytoplasm > 0.9) & (field.to_border > 8)
     rings, rods = places(field, rng, inside, 1, 2, gap=30), places(field, rng, inside, 2, 4, gap=20)
     rods = [wander(rng, p, rng.uniform(0, 2 * np.pi, len(p)), 46, bend=0.2) for p in rods]
     return 1.1 * np.maximum(dots(field, rng, rings, 12, 15, hollow=3.5), strokes(field, rods, 4))
 
 
-PATTERNS = dict(
+PATTERNS: dict[int, Callable[[Field, np.random.Generator], np.ndarray]] = dict(
     enumerate(
         (
             nucleoplasm,
@@ -478,7 +508,7 @@ PATTERNS = dict(
 # --- one sample ------------------------------------------------------------------------------------------------------
 
 
-def camera(image, gain, grain):
+def camera(image: np.ndarray, gain: float, grain: np.ndarray) -> np.ndarray:
     """Record as a microscope does: blur, stray light, darker corners, shot and read noise, 8 bits."""
     size = len(image)
     haze = cv2.resize(cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA), (size, size))
@@ -489,12 +519,12 @@ def camera(image, gain, grain):
     return np.clip(255 * (image + noise), 0, 255).astype(np.uint8)
 
 
-def per_cell(field, values, outside=1.0):
+def per_cell(field: Field, values: Sequence[float] | np.ndarray, outside: float = 1.0) -> np.ndarray:
     """Spread one value a cell over the pixels that it owns."""
     return np.append(outside, values).astype(np.float32)[field.owner]
 
 
-def draw_sample(rng, labels, size):
+def draw_sample(rng: np.random.Generator, labels: Collection[int], size: int) -> dict[str, np.ndarray]:
     """Draw one field: dict colour -> uint8 (size, size)."""
     field = make_field(rng, labels, size)
     n_cells = len(field.cells)

@@ -4,31 +4,30 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NoReturn
 
-from common.errors import command as command_line
-from common.errors import nearest
+from common.errors import DATA, nearest
 from common.recipes import run_name
-
-DATA = Path("data")
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations whose errors name the nearest known flag."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str) -> None:
         super().__init__(
             description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
         )
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
             self.error(f"unknown argument {unknown[0]}; {nearest(unknown[0].split('=')[0], flags)}")
         return values
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 
 
@@ -52,7 +51,7 @@ def parser(description: str) -> Parser:
     return result
 
 
-def add_hardware_flags(parser) -> None:
+def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
     """Add what says where networks run to a stage's command line; see `hardware.HardwareOptions`."""
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     parser.add_argument(
@@ -83,7 +82,7 @@ def add_hardware_flags(parser) -> None:
     )
 
 
-def add_weight_flags(parser) -> None:
+def add_weight_flags(parser: argparse._ActionsContainer) -> None:
     """Add --pretrained and --weights-dir to a command line."""
     parser.add_argument(
         "--pretrained",
@@ -100,7 +99,7 @@ def add_weight_flags(parser) -> None:
     )
 
 
-def add_check_flags(parser) -> None:
+def add_check_flags(parser: argparse.ArgumentParser) -> None:
     """Add what the doctor is told of the later stages."""
     group = parser.add_argument_group("what is checked with --check")
     group.add_argument("--folds", type=fold_numbers, metavar="0,2", help="folds to train (default: all)")
@@ -112,7 +111,7 @@ def add_check_flags(parser) -> None:
     add_weight_flags(group)
 
 
-def add_cluster_flag(parser) -> None:
+def add_cluster_flag(parser: argparse.ArgumentParser) -> None:
     """Add --cluster to a stage that does many independent jobs."""
     parser.add_argument(
         "--cluster",
@@ -142,7 +141,7 @@ def recipe_names(text: str) -> list[str]:
     return names(",".join(run_name(name) for name in names(text)))
 
 
-def whole_number(low: int, high: int | None = None):
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     """Return a parser of whole numbers from `low` on, or from `low` to `high`."""
     expected = f"above {low - 1}" if high is None else f"from {low} to {high}"
 
@@ -175,17 +174,6 @@ def fold_numbers(text: str) -> list[int]:
 def leave_out(flag: str) -> None:
     """Leave a flag out of the command to resume: what it asks for is done, and would undo what comes now."""
     sys.argv = [argument for argument in sys.argv if argument != flag]
-
-
-def other(script: str, args, *more: str) -> str:
-    """Return the command of another script on the folders of this one."""
-    return command_line(script, *folders(args), *more)
-
-
-def folders(args) -> list[str]:
-    """Return the flags of the folders that a command line was given."""
-    data = ["--data", str(args.data)] if args.data != DATA else []
-    return [*data, "--work", str(args.work)]
 
 
 def arguments_without(flag: str) -> list[str]:

@@ -1,6 +1,7 @@
 """How a script starts and ends: what an error means to the user, exit codes, and what a signal leaves."""
 
 import errno
+import io
 import multiprocessing
 import os
 import resource
@@ -8,6 +9,9 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn
 
 from common.errors import WORKER_LOST, UserError, is_out_of_memory
 from common.process import stopping
@@ -41,7 +45,7 @@ NOT_LOADED = ("failed to map segment", "annot allocate memory")  # of shared obj
 LOST = ("onnection closed by peer", "onnection reset by peer", "gloo/transport", "NCCL error", "Socket Timeout")
 
 
-def run(main) -> None:
+def run(main: Callable[[], object]) -> None:
     """Call a script's `main`; a user's mistake ends in one message and exit code 2, never in a traceback."""
     # Waiting OpenMP threads spin for microseconds, not milliseconds, before they sleep: nothing is lost by that on
     # a quiet machine, and on a shared one torch is ten times faster. Set before torch is loaded, which `main` does.
@@ -51,7 +55,8 @@ def run(main) -> None:
     sys.excepthook = tell_exception
     open_streams()
     for stream in (sys.stdout, sys.stderr):  # paths may have names that are no text
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started one talks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     stopping.listen()
@@ -78,7 +83,7 @@ def run(main) -> None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C while Python clears up is no traceback
 
 
-def tell_exception(kind, value, trace) -> None:
+def tell_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
     """Print an exception that nobody caught, but for threads of multiprocessing that lose a process which has ended."""
     is_main = threading.current_thread() is threading.main_thread()
     if is_main or not isinstance(value, (ConnectionError, EOFError)):
@@ -96,7 +101,7 @@ def open_streams() -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
 
 
-def stop_behind(error: BaseException) -> BaseException | None:
+def stop_behind(error: BaseException | None) -> BaseException | None:
     """Return the stop that an error comes from, Ctrl+C or another signal; None where it is one of its own.
 
     What is raised while a module in C is imported comes out as an ImportError; and when the main process of several has
@@ -109,7 +114,7 @@ def stop_behind(error: BaseException) -> BaseException | None:
     return stopping.Stopped() if stopping.STATE.asked else None
 
 
-def explain(error: BaseException) -> str | None:
+def explain(error: BaseException | None) -> str | None:
     """Return the message for an error that a user can do something about, or for one that it hides; None for others."""
     while error is not None and not isinstance(error, BUGS):
         if message := explain_one(error):
@@ -176,12 +181,12 @@ def output_is_closed() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def fail(message: str):
+def fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def kill(children) -> None:
+def kill(children: list[multiprocessing.process.BaseProcess]) -> None:
     """End worker or loader processes at once."""
     if children:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
@@ -189,7 +194,7 @@ def kill(children) -> None:
         child.kill()
 
 
-def stopped(stop: BaseException):
+def stopped(stop: BaseException) -> NoReturn:
     """End after a signal with the command to resume, and the exit code that shells expect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kill(multiprocessing.active_children())  # what they had to save is saved

@@ -5,12 +5,14 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import count
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any, TypeVar
 
 import joblib
 from joblib.externals.loky import get_reusable_executor
@@ -20,6 +22,8 @@ from common.errors import WORKER_LOST, UserError
 from common.process import stopping
 from common.process.progress import progress
 
+T = TypeVar("T")
+
 ROOT = str(Path(__file__).resolve().parents[2])
 SECONDS_TO_ANSWER = 20
 NOT_TERM = tuple(
@@ -27,7 +31,14 @@ NOT_TERM = tuple(
 )  # by which a parent ends worker processes
 
 
-def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str = "samples", unseen=NOT_TERM):
+def run_parallel(
+    function: Callable[..., T],
+    jobs: Sequence[tuple],
+    n_jobs: int,
+    label: str,
+    unit: str = "samples",
+    unseen: Iterable[int] = NOT_TERM,
+) -> Iterator[tuple[int, T]]:
     """Call `function(*job)` for each job; yield (index of the job, result) as they are done, with progress.
 
     Memory is bounded by the number of workers: jobs are handed out as others finish.
@@ -46,7 +57,7 @@ def run_parallel(function, jobs: list[tuple], n_jobs: int, label: str, unit: str
         raise UserError(f"{label}: {WORKER_LOST}") from None
 
 
-def _indexed(index, function, job, parent):
+def _indexed(index: int, function: Callable[..., T], job: tuple, parent: int) -> tuple[int, T]:
     if _works_for(parent):
         _join(parent)
     return index, function(*job)
@@ -57,7 +68,7 @@ def _works_for(parent: int) -> bool:
     return os.getpid() != parent and threading.current_thread() is threading.main_thread()
 
 
-PLACE = []  # of this worker process: its number, and the socket that holds it
+PLACE: list[Any] = []  # of this worker process: its number, and the socket that holds it
 
 
 @cache
@@ -84,7 +95,9 @@ def worker_number() -> int | None:
     return PLACE[0] if PLACE else None
 
 
-def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, label: str) -> None:
+def run_jobs(
+    function: Callable[..., object], jobs: Sequence[tuple], n_jobs: int, cluster: str | None, label: str
+) -> None:
     """Call `function(*job)` for jobs of minutes or more (a recipe's fold): one by one, several at once, or elsewhere."""
     if n_jobs == 1 and not cluster:
         for job in jobs:
@@ -99,7 +112,7 @@ def run_jobs(function, jobs: list[tuple], n_jobs: int, cluster: str | None, labe
             get_reusable_executor(reuse=True).shutdown(kill_workers=True)
 
 
-def _stoppable(parent, function, job) -> bool:
+def _stoppable(parent: int, function: Callable[..., object], job: tuple) -> bool:
     """Do a long job; returns whether SIGTERM to this machine's worker process ended it, when it had saved what it had.
 
     The process stays: joblib kills all others, whatever they have not saved, when one has ended.
@@ -125,7 +138,7 @@ def _listen() -> None:
 
 
 @contextmanager
-def workers(n_jobs: int, cluster: str | None):
+def workers(n_jobs: int, cluster: str | None) -> Iterator[int]:
     """Give the number of jobs that `run_parallel` may do at once; with `cluster` it uses that dask scheduler's workers.
 
     Workers must see the same files under the same paths, and have the same packages. What a lost worker had in hand is

@@ -4,6 +4,10 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 15
 
@@ -13,7 +17,9 @@ def has_terminal() -> bool:
     return sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ and multiprocessing.parent_process() is None
 
 
-def progress(iterable, total: int, label: str, unit: str = "samples", initial: int = 0, quiet: bool = False):
+def progress(
+    iterable: Iterable[T], total: int, label: str, unit: str = "samples", initial: int = 0, quiet: bool = False
+) -> Iterator[T]:
     """Yield from `iterable` while showing how far it is and how long the rest will take; `quiet` shows nothing."""
     if quiet:
         yield from iterable

@@ -7,6 +7,10 @@ import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 MINIMUM = (3, 11)
 # Two wheels of one library: either serves.
@@ -18,13 +22,15 @@ LARGE = ("torch", "torchvision")
 ON_TORCH = (*LARGE, "pretrainedmodels", "captum", "timm")  # torch, and what depends on it
 
 
-def requirement(text: str):
+def requirement(text: str) -> "Requirement":
     """Parse a line of a requirement file."""
     try:
-        from packaging.requirements import Requirement
+        from packaging import requirements
     except ImportError:
-        from pip._vendor.packaging.requirements import Requirement
-    return Requirement(text)
+        from pip._vendor.packaging import requirements as pips  # the same code
+
+        return cast("Requirement", pips.Requirement(text))
+    return requirements.Requirement(text)
 
 
 def read_requirements(files: list[str]) -> list:
@@ -57,7 +63,7 @@ def installed(name: str) -> tuple[str, str] | None:
     return None
 
 
-def serves(wish) -> bool:
+def serves(wish: "Requirement") -> bool:
     found = installed(wish.name)
     return found is not None and wish.specifier.contains(found[1].split("+")[0], prereleases=True)
 
@@ -88,7 +94,8 @@ def next_install(files: list[str]) -> list[str]:
 
 def pins(files: list[str]) -> list[str]:
     """Return a constraint for each package that serves, so that pip leaves it as it is."""
-    return ["==".join(installed(wish.name)) for wish in read_requirements(files) if serves(wish)]
+    found = [installed(wish.name) for wish in read_requirements(files) if serves(wish)]
+    return ["==".join(name_and_version) for name_and_version in found if name_and_version]
 
 
 def main(arguments: list[str]) -> int:

@@ -20,9 +20,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from types import FrameType
+from typing import Any
 
 GRACE_SECONDS = 25  # that other processes get to save; schedulers kill what is left after 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -53,7 +56,7 @@ def listen() -> None:
     """From here on signals that ask for the end do what the module's table says."""
     STATE.asked, listener = 0, os.getpid()
 
-    def on_signal(number, frame):
+    def on_signal(number: int, frame: FrameType | None) -> None:
         if os.getpid() != listener:
             os._exit(128 + number)
         _ask(number)
@@ -82,7 +85,7 @@ def _ask(number: int) -> None:
 
 
 @contextmanager
-def held():
+def held() -> Iterator[None]:
     """Inside, a signal waits for the next `check`, where everything can be saved; a second Ctrl+C does not wait."""
     before, STATE.held = STATE.held, True
     try:
@@ -101,7 +104,7 @@ def check() -> None:
 def end_later() -> None:
     """End this process when others have had time to save."""
 
-    def wait():
+    def wait() -> None:
         time.sleep(GRACE_SECONDS)
         os._exit(SIGTERM_CODE)
 
@@ -109,10 +112,10 @@ def end_later() -> None:
     _thread.start_new_thread(wait, ())
 
 
-def when_parent_ends(parent: int, act) -> None:
+def when_parent_ends(parent: int, act: Callable[[], object]) -> None:
     """Call `act()` from a thread soon after this process's parent has ended, also by SIGKILL."""
 
-    def watch():
+    def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         act()
@@ -121,7 +124,7 @@ def when_parent_ends(parent: int, act) -> None:
 
 
 @contextmanager
-def blocked(signals, helpers=(resource_tracker,)):
+def blocked(signals: Iterable[int], helpers: Iterable[Any] = (resource_tracker,)) -> Iterator[None]:
     """Hold signals back; processes that are started inside never see them: their parent tells or ends them.
 
     helpers : modules whose `ensure_running` starts a process that the others need

@@ -1,6 +1,7 @@
 """The page on a work folder: a section for each stage, from what the stages wrote; a missing one says what to run."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def collect(work: Work) -> list[Section]:
     return [section(work, *row) for row in progress(rows, len(rows), "drawing", unit="sections")]
 
 
-def section(work: Work, key: str, title: str, lead: str, make) -> Section:
+def section(work: Work, key: str, title: str, lead: str, make: Callable[[Work], list]) -> Section:
     """Return a section, or its note where what it needs is missing."""
     try:
         return Section(key, title, lead, make(work))
@@ -103,21 +104,19 @@ def overview(work: Work) -> list:
 
 def stage_files(work: Work) -> list[tuple[str, Path]]:
     """Return each stage's main files."""
+    layout = work.layout
     runs, recipes = there(lambda: work.runs) or {}, there(lambda: work.recipes) or []
     folds = there(lambda: work.folds)
     numbers = [] if folds is None else fold_numbers(folds)
     return [
-        (stage, work.folder / path)
-        for stage, path in (
-            ("01 preprocess", "samples.csv"),
-            ("02 dedup", "duplicates.csv"),
-            ("03 make folds", "folds.csv"),
-            *[("04 train", f"runs/{recipe}/fold{fold}/best.pt") for recipe, logs in runs.items() for fold in logs],
-            *[("05 predict", f"predictions/{recipe}/fold{fold}_oof.npz") for recipe in recipes for fold in numbers],
-            ("06 thresholds", "thresholds.json"),
-            *[("07 ensemble", path) for path in work.submission_files or ["submission.csv"]],
-            ("09 tables", "tables/tables.md"),
-        )
+        ("01 preprocess", layout.samples),
+        ("02 dedup", layout.duplicates),
+        ("03 make folds", layout.folds),
+        *[("04 train", layout.network(recipe, fold)) for recipe, logs in runs.items() for fold in logs],
+        *[("05 predict", layout.predictions(recipe, "oof", fold)) for recipe in recipes for fold in numbers],
+        ("06 thresholds", layout.thresholds),
+        *[("07 ensemble", work.folder / path) for path in work.submission_files or [layout.submission]],
+        ("09 tables", layout.tables / "tables.md"),
     ]
 
 

@@ -1,5 +1,6 @@
 """Where networks look: heat maps of Grad-CAM (Selvaraju et al. 2017), and their probabilities, for one sample."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,14 @@ from common.train.hardware import HardwareOptions, choose_hardware
 VIEWS = range(8)
 
 
-def explain(work: Path, recipe_name: str, numbers: list[int], folds: pd.DataFrame, sample: pd.DataFrame, choose):
+def explain(
+    work: Path,
+    recipe_name: str,
+    numbers: list[int],
+    folds: pd.DataFrame,
+    sample: pd.DataFrame,
+    choose: Callable[[np.ndarray], Iterable[int]],
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Return the mean probabilities of some folds' networks for a sample, (28,), and heat maps: class -> (side, side) in [0, 1].
 
     sample : one row with Id and Target
@@ -32,7 +40,8 @@ def explain(work: Path, recipe_name: str, numbers: list[int], folds: pd.DataFram
         planes, _ = image_set(work, recipe, sample)[0]
         image = torch.from_numpy(planes)
         images = normalise(torch.stack([dihedral(image, view) for view in VIEWS]), hardware.device)
-        seen.append((LayerGradCam(model.eval(), model.encoder.c if recipe.pooling == "own" else model.encoder), images))
+        layer = model.get_submodule("encoder.c" if recipe.pooling == "own" else "encoder")
+        seen.append((LayerGradCam(model.eval(), layer), images))
     with torch.no_grad():
         probs = np.mean([camera.forward_func(images).sigmoid().mean(dim=0).numpy() for camera, images in seen], axis=0)
     return probs, {c: heat_map(seen, c, planes.shape[1]) for c in choose(probs)}

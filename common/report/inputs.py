@@ -1,5 +1,7 @@
 """Sections of the page on what goes in: data, duplicates, folds, trainings."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -185,7 +187,7 @@ def co_occurrence(targets: np.ndarray, order: np.ndarray) -> list:
 
 def contact_sheet(work: Work, targets: np.ndarray, ids: np.ndarray) -> Gallery:
     """Show a sample of each class, one with few other labels; rare classes choose first."""
-    chosen = {}
+    chosen: dict[int, np.integer] = {}
     for c in np.argsort(targets.sum(axis=0), kind="stable"):
         rows = [row for row in np.flatnonzero(targets[:, c]) if row not in chosen.values()]
         if rows:
@@ -271,7 +273,7 @@ def pair_galleries(work: Work, pairs: pd.DataFrame, apart: pd.DataFrame, most: i
     ]
 
 
-def pair_card(work: Work, pair) -> Card:
+def pair_card(work: Work, pair: Any) -> Card:
     """Show two images with their labels and distances."""
     first, second = (
         class_names(target) if part != "test" else "test"
@@ -345,7 +347,7 @@ def folds(work: Work) -> list:
 
 
 def training(work: Work) -> list:
-    blocks = [
+    blocks: list = [
         Table(
             "Trainings",
             run_table(work),
@@ -486,6 +488,8 @@ def class_weights(work: Work, recipe: str) -> list[Figure]:
     """Show the weights of the E-loss in the first finished fold."""
     finished = {fold: work.run_record(recipe, fold) for fold in work.runs[recipe]}
     fold = next((fold for fold, record in finished.items() if record), None)
+    if fold is None:
+        return []
     settings = there(lambda: work.run_recipe(recipe, fold))
     if settings is None or settings.class_weights == "none":
         return []

@@ -5,9 +5,10 @@ Whatever comes from files is escaped by the template; only the plots of `plots.p
 
 import base64
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jinja2
 import numpy as np
@@ -62,7 +63,7 @@ class Table:
     wide: bool = False
     kind: ClassVar[str] = "table"
 
-    def rows(self) -> list[list[dict]]:
+    def rows(self) -> list[tuple[dict, ...]]:
         columns = [[cell(value, self.formats.get(name)) for value in self.frame[name]] for name in self.frame]
         return list(zip(*columns, strict=True))
 
@@ -117,7 +118,7 @@ def share(value: float) -> str:
     return f"{value:.2f}" if value <= 0.99 or value == 1 else f"{1 - float(f'{1 - value:.1g}'):.12g}"
 
 
-def cell(value, style) -> dict:
+def cell(value: Any, style: str | Callable[[Any], str] | None) -> dict:
     """Return a table cell's text and what it is sorted by: numbers by value, intervals by their lower end.
 
     style : format of a number, or a function that writes it; None for the usual one

@@ -6,13 +6,18 @@ with stand-ins for them, which become variables of the page's style (see report.
 
 import io
 import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import ArrayLike
 
 STAND_INS = {
     "ink": "#010101",
@@ -29,7 +34,7 @@ STAND_INS = {
 INK, MUTED, LINE, PAPER, *SERIES = STAND_INS.values()
 MARKERS = "oDs^vP"
 WIDTH = 5.0  # inches; 360 units of the page, so that text has its size on a phone
-STYLE = {
+STYLE: dict[Any, object] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9.5,
@@ -60,13 +65,15 @@ STYLE = {
 
 
 @contextmanager
-def drawing(name: str, width: float = WIDTH, height: float = 3.2, margins: dict | None = None, **subplots):
+def drawing(
+    name: str, width: float = WIDTH, height: float = 3.2, margins: dict | None = None, **subplots: Any
+) -> Iterator[tuple[Any, list[Markup]]]:
     """Yield axes and a list; at the end the list holds the SVG.
 
     name : distinct on a page, since parts of the SVG refer to each other; sizes in inches
     margins : fixed ones, which take half the time of those that fit the labels
     """
-    made = []
+    made: list[Markup] = []
     with rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
         yield figure.subplots(**subplots, gridspec_kw=margins), made
@@ -100,12 +107,12 @@ def page_svg(text: str) -> Markup:
     return Markup(re.sub(r"\s*\n\s*", "\n", text))
 
 
-def plain(value: float, _=None) -> str:
+def plain(value: float, _: object = None) -> str:
     """Write a tick as people do: 0.001, 20, 1,000, 1e-05."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
-def logarithmic(axis) -> None:
+def logarithmic(axis: XAxis | YAxis) -> None:
     """Make an axis logarithmic, with plain numbers, and some between the powers of ten where there is room for them."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
@@ -114,7 +121,7 @@ def logarithmic(axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def legend(axes, columns: int = 3) -> None:
+def legend(axes: Axes, columns: int = 3) -> None:
     """Put the legend above the plot, where it covers nothing."""
     axes.figure.legend(loc="outside upper left", ncols=columns, handletextpad=0.4, columnspacing=1.2)
 
@@ -128,10 +135,10 @@ def dots(
     series: dict[str, np.ndarray],
     xlabel: str,
     log: bool = False,
-    intervals=None,
+    intervals: ArrayLike | None = None,
     reference: float | None = None,
     filled: bool = True,
-    **limits,
+    **limits: Any,
 ) -> Markup:
     """Draw a line of the plot for each row (a class), with a hollow mark for each series; a filled one for the last.
 
@@ -174,7 +181,9 @@ def dots(
     return made[0]
 
 
-def bars(name: str, labels: list[str], values, xlabel: str, ylabel: str, height: float = 2.4) -> Markup:
+def bars(
+    name: str, labels: list[str], values: Sequence[float] | np.ndarray, xlabel: str, ylabel: str, height: float = 2.4
+) -> Markup:
     """Draw one bar a label, with its value above it."""
     with drawing(name, height=height) as (axes, made):
         drawn = axes.bar(labels, values, color=SERIES[0], width=0.65)
@@ -194,9 +203,9 @@ def lines(
     height: float = 2.9,
     logx: bool = False,
     marks: dict | None = None,
-    verticals=(),
-    dashed=(),
-    **limits,
+    verticals: Iterable[float] = (),
+    dashed: Collection[str] = (),
+    **limits: Any,
 ) -> Markup:
     """Draw curves: label -> (x, y), or (x, y, number of the colour).
 
@@ -270,7 +279,13 @@ def boxes(name: str, groups: list[str], series: dict[str, list[np.ndarray]], yla
 
 
 def class_panel(
-    name: str, recall, precision, grid, curves: dict[str, np.ndarray], threshold: float | None, base: float
+    name: str,
+    recall: np.ndarray,
+    precision: np.ndarray,
+    grid: np.ndarray,
+    curves: dict[str, np.ndarray],
+    threshold: float | None,
+    base: float,
 ) -> Markup:
     """Draw one class's precision against recall, and beside it precision, recall and F1 against the threshold.
 

@@ -1,27 +1,23 @@
 """What a work folder holds, read when it is asked for; what is missing is a UserError that names its stage."""
 
 import shlex
+from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 
-from common.artifacts.files import csv_files
-from common.artifacts.stage import (
-    fingerprint,
-    load_predictions,
-    prediction_file,
-    preprocess_command,
-    read_lines,
-    read_sidecar,
-    read_table,
-    sidecar,
-)
+from common.artifacts.files import csv_files, read_lines
+from common.artifacts.layout import Layout
+from common.artifacts.predictions import load_predictions
+from common.artifacts.stage import fingerprint, read_sidecar, sidecar
+from common.artifacts.tables import read_table
 from common.classes import CLASS_NAMES
 from common.data.labels import parse_targets, read_labels
 from common.data.pictures import composite, jpeg, small_planes
-from common.errors import UserError, command
+from common.errors import UserError
 from common.recipes import Recipe, recipe_of_run
 from common.report.page import Card, data_uri
 from common.score.ensemble import combine, stack_members
@@ -31,6 +27,7 @@ from common.score.submission import read_thresholds, remembered_submissions
 NAMES = np.array(CLASS_NAMES)
 THUMBNAIL = 256  # pixels a side at most
 SHOWN = 12  # cards of a gallery
+T = TypeVar("T")
 
 
 def class_names(target: str) -> str:
@@ -38,7 +35,7 @@ def class_names(target: str) -> str:
     return ", ".join(CLASS_NAMES[int(label)] for label in sorted(target.split(), key=int)) or "unknown"
 
 
-def there(read):
+def there(read: Callable[[], T]) -> T | None:
     """Return what `read()` returns, None where its stage has not run."""
     try:
         return read()
@@ -59,25 +56,23 @@ def recorded_fingerprint(path: Path) -> str | None:
 class Work:
     """The artifacts of a work folder as tables; each is read once."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.layout = Layout(folder)
         self.fingerprint = cache(recorded_fingerprint)
-
-    def hint(self, script: str, *flags: str) -> str:
-        return command(script, "--work", self.folder, *flags)
 
     @cached_property
     def samples(self) -> pd.DataFrame:
-        return read_table(self.folder / "samples.csv", self.hint("01_preprocess.py"))
+        return self.layout.read_samples()
 
     @cached_property
     def duplicates(self) -> pd.DataFrame:
-        return read_table(self.folder / "duplicates.csv", self.hint("02_dedup.py"))
+        return self.layout.read_duplicates()
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
         """Near-identical pairs with the largest of their three distances, closest first."""
-        pairs = read_table(self.folder / "duplicate_pairs.csv", self.hint("02_dedup.py"))
+        pairs = self.layout.read_pairs()
         return pairs.assign(bits=pairs[["red", "green", "blue"]].max(axis=1)).sort_values(
             "bits", kind="stable", ignore_index=True
         )
@@ -85,13 +80,13 @@ class Work:
     @cached_property
     def left_out(self) -> pd.DataFrame:
         """Id, part and reason of the samples that stage 01 left out."""
-        path = self.folder / "left_out.csv"
-        table = read_table(path, self.hint("01_preprocess.py")) if path.is_file() else pd.DataFrame()
+        path = self.layout.left_out
+        table = read_table(path, self.layout.command("01_preprocess.py")) if path.is_file() else pd.DataFrame()
         return table.reindex(columns=["Id", "part", "reason"]).fillna("").astype(str)
 
     @cached_property
     def folds(self) -> pd.DataFrame:
-        return read_table(self.folder / "folds.csv", self.hint("03_make_folds.py"))
+        return self.layout.read_folds()
 
     @cached_property
     def targets_by_id(self) -> dict[str, str]:
@@ -103,8 +98,8 @@ class Work:
     def stores(self) -> dict[str, pd.DataFrame]:
         """Statistics of stored images by the folder's name, smallest images first."""
         tables = {
-            path.stem: read_table(path, preprocess_command(self.folder, path.stem))
-            for path in csv_files(self.folder / "images")
+            path.stem: read_table(path, self.layout.preprocess_command(path.stem))
+            for path in csv_files(self.layout.images)
         }
         return dict(sorted(tables.items(), key=lambda item: (item[1]["side"].max(), item[0])))
 
@@ -114,10 +109,10 @@ class Work:
         fit = [name for name, table in self.stores.items() if table["side"].min() >= side]
         store = fit[0] if fit else next(reversed(self.stores), "")
         try:
-            return small_planes(self.folder / "images" / store / f"{Id}.tif", side)
+            return small_planes(self.layout.store(store) / f"{Id}.tif", side)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"the image of {Id} cannot be read ({error}); run: {self.hint('01_preprocess.py')}"
+                f"the image of {Id} cannot be read ({error}); run: {self.layout.command('01_preprocess.py')}"
             ) from None
 
     def image(self, Id: str) -> tuple[str, str]:
@@ -136,18 +131,18 @@ class Work:
     @cached_property
     def runs(self) -> dict[str, dict[int, pd.DataFrame]]:
         """Return recipe -> fold -> log, a row an epoch, of the trainings that have begun."""
-        logs = {}
-        for path in (self.folder / "runs").glob("*/fold*/log.jsonl"):
+        logs: dict[str, dict[int, pd.DataFrame]] = {}
+        for path in self.layout.runs.glob("*/fold*/log.jsonl"):
             recipe, fold = path.parent.parent.name, path.parent.name.removeprefix("fold")
             rows = read_lines(path) if fold.isdecimal() else []
             if rows:
                 logs.setdefault(recipe, {})[int(fold)] = pd.DataFrame(rows)
         if not logs:
-            raise UserError(f"no training has begun; run: {self.hint('04_train.py')}")
+            raise UserError(f"no training has begun; run: {self.layout.command('04_train.py')}")
         return {name: dict(sorted(folds.items())) for name, folds in sorted(logs.items())}
 
     def run_folder(self, recipe: str, fold: int) -> Path:
-        return self.folder / "runs" / recipe / f"fold{fold}"
+        return self.layout.run(recipe, fold)
 
     def run_record(self, recipe: str, fold: int) -> dict:
         """Return the sidecar of a finished training, {} before that."""
@@ -163,7 +158,9 @@ class Work:
         """Return fold -> a CSV file of a recipe's trainings, of the folds that have it."""
         paths = {fold: self.run_folder(recipe, fold) / name for fold in self.runs.get(recipe, {})}
         return {
-            fold: read_table(path, self.hint("04_train.py", "--recipe", recipe, "--folds", str(fold), "--force"))
+            fold: read_table(
+                path, self.layout.command("04_train.py", "--recipe", recipe, "--folds", str(fold), "--force")
+            )
             for fold, path in paths.items()
             if path.is_file()
         }
@@ -172,7 +169,7 @@ class Work:
 
     @cached_property
     def thresholds(self) -> dict:
-        return read_thresholds(self.folder / "thresholds.json", None, shlex.join(["--work", str(self.folder)]))
+        return read_thresholds(self.layout.thresholds, None, shlex.join(["--work", str(self.folder)]))
 
     @cached_property
     def scores(self) -> dict:
@@ -180,14 +177,14 @@ class Work:
         if "score_cross_fitted" not in self.thresholds:
             raise UserError(
                 f"the thresholds have no scores, since --reproduce took them from a submission; for scores run: "
-                f"{self.hint('06_thresholds.py')}"
+                f"{self.layout.command('06_thresholds.py')}"
             )
         return self.thresholds
 
     @cached_property
     def given(self) -> dict[str, Path]:
         """What stage 06 read where predictions were given by --oof: name -> path of the members, of labels and ids; else {}."""
-        path = self.folder / "thresholds.json"
+        path = self.layout.thresholds
         record = read_sidecar(path) if path.is_file() and sidecar(path).is_file() else {"inputs": {"folds.csv": ""}}
         return (
             {}
@@ -203,11 +200,11 @@ class Work:
     @cached_property
     def recipes(self) -> list[str]:
         """The recipes of the ensemble that stage 06 scored, or the first one with predictions."""
-        if (self.folder / "thresholds.json").is_file() and not self.given:
+        if self.layout.thresholds.is_file() and not self.given:
             return self.thresholds["recipes"]
-        found = sorted(path.parent.name for path in (self.folder / "predictions").glob("*/oof.npz"))
+        found = self.layout.predicted_runs()
         if not found:
-            raise UserError(f"there are no out-of-fold predictions; run: {self.hint('05_predict_oof.py')}")
+            raise UserError(f"there are no out-of-fold predictions; run: {self.layout.command('05_predict_oof.py')}")
         return found[:1]
 
     @property
@@ -218,13 +215,13 @@ class Work:
     @cached_property
     def how(self) -> tuple[str, list[float] | None]:
         """How stage 06 combines the members, and their weights; plainly before it has run."""
-        found = self.thresholds if (self.folder / "thresholds.json").is_file() else {}
+        found = self.thresholds if self.layout.thresholds.is_file() else {}
         return found.get("combine", "mean"), found.get("weights")
 
     def predictions(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """Return Ids (n,) and the probabilities (n_members, n, 28) of stage 05 for oof, test or held_out."""
-        paths = [prediction_file(self.folder, recipe, part) for recipe in self.recipes]
-        hint = self.hint("05_predict_oof.py", "--recipes", ",".join(self.recipes))
+        paths = [self.layout.predictions(recipe, part) for recipe in self.recipes]
+        hint = self.layout.command("05_predict_oof.py", "--recipes", ",".join(self.recipes))
         found = [load_predictions(path, hint) for path in paths]
         return found[0][0], stack_members(found, [str(path) for path in paths])
 
@@ -235,7 +232,7 @@ class Work:
             raise UserError(
                 "no labels belong to these predictions, since --reproduce took the thresholds from a submission"
             )
-        again = f"run: {self.hint('06_thresholds.py', '--oof', 'FILES', '--labels', 'CSV')}"
+        again = f"run: {self.layout.command('06_thresholds.py', '--oof', 'FILES', '--labels', 'CSV')}"
         if not set(self.members) <= set(self.given):
             raise UserError(f"{self.folder / 'thresholds.json'} is for other files than its sidecar says; {again}")
         found = read_members([self.given[name] for name in self.members], self.given.get("ids"), None)
@@ -258,7 +255,7 @@ class Work:
             rows = self.folds.set_index("Id")
             if not set(ids) <= set(rows.index):
                 raise UserError(
-                    f"the predictions are for other samples than folds.csv has; run: {self.hint('05_predict_oof.py')}"
+                    f"the predictions are for other samples than folds.csv has; run: {self.layout.command('05_predict_oof.py')}"
                 )
             rows = rows.loc[ids].reset_index()
         return rows, parse_targets(rows["Target"]), combine(stack, *self.how)
@@ -274,20 +271,22 @@ class Work:
     @cached_property
     def submission_files(self) -> list[Path]:
         """The submissions of this work folder that exist: those of --out, the last one last, then submission.csv."""
-        paths = [*map(Path, remembered_submissions(self.folder)), self.folder / "submission.csv"]
+        paths = [*map(Path, remembered_submissions(self.folder)), self.layout.submission]
         return [path for path in paths if path.is_file()]
 
     @property
     def submission_file(self) -> Path:
         """The one to show: submission.csv, or the last one of --out."""
-        return self.submission_files[-1] if self.submission_files else self.folder / "submission.csv"
+        return self.submission_files[-1] if self.submission_files else self.layout.submission
 
     @cached_property
     def submission(self) -> pd.DataFrame:
         path = self.submission_file
-        table = read_table(path, self.hint("07_ensemble.py"))
+        table = read_table(path, self.layout.command("07_ensemble.py"))
         if "Predicted" not in table:
-            raise UserError(f"{path} is not the submission that stage 07 wrote; run: {self.hint('07_ensemble.py')}")
+            raise UserError(
+                f"{path} is not the submission that stage 07 wrote; run: {self.layout.command('07_ensemble.py')}"
+            )
         return table
 
     # --- what state it is in

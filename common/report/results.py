@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from common.artifacts.stage import read_table
+from common.artifacts.tables import read_table
 from common.classes import N_CLASSES
 from common.data.labels import parse_targets
 from common.report import plots
@@ -227,10 +227,10 @@ def member_blocks(members: list[dict] | None) -> list[Table]:
 
 def paper_blocks(work: Work) -> list:
     """Show the paper's tables, where stage 09 has made them."""
-    folder = work.folder / "tables"
+    folder = work.layout.tables
     if not (folder / "tables.md").is_file():
         return [Note(f"The paper's tables have not been made; run: bash run_all.sh --tables --work {work.folder}")]
-    blocks = gain_figures(read_table(folder / "gains.csv", "bash run_all.sh --tables"))
+    blocks: list = gain_figures(read_table(folder / "gains.csv", "bash run_all.sh --tables"))
     for number, title in HEADINGS.items():
         table = read_table(folder / f"table{number}.csv", "bash run_all.sh --tables").replace("", np.nan)
         titles = {
@@ -281,7 +281,7 @@ def errors(work: Work) -> list:
     predicted = probs >= work.cuts
     missed, false = targets & ~predicted, ~targets & predicted
 
-    def gallery(title: str, mask, confidence, text: str) -> list[Gallery]:
+    def gallery(title: str, mask: np.ndarray, confidence: np.ndarray, text: str) -> list[Gallery]:
         cards = [
             work.card(
                 [rows["Id"][row]],
@@ -330,7 +330,8 @@ def log_odds(probs: np.ndarray) -> np.ndarray:
 
 def worst(mask: np.ndarray, confidence: np.ndarray, each: int = 2) -> list[tuple[int, int]]:
     """Return (row, class) of the most confident cells of `mask`: at most `each` of a class, one of a sample."""
-    found, classes = {}, []
+    found: dict[int, int] = {}
+    classes: list[int] = []
     cells = np.argwhere(mask)
     for row, c in cells[np.argsort(-confidence[mask], kind="stable")].tolist():
         if row not in found and classes.count(c) < each and len(found) < SHOWN:
@@ -367,7 +368,9 @@ def error_tables(targets: np.ndarray, missed: np.ndarray, false: np.ndarray) -> 
     ]
 
 
-def suspects(work: Work, rows, targets: np.ndarray, probs: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
+def suspects(
+    work: Work, rows: pd.DataFrame, targets: np.ndarray, probs: np.ndarray, predicted: np.ndarray
+) -> pd.DataFrame:
     """Return the samples by how much their labels are in doubt, most first.
 
     suspicion : rank from 0 to 1 of the loss out of fold, and where the hard samplers kept books the mean of it and of the

@@ -1,11 +1,11 @@
 """The page of one sample: channels, probabilities against thresholds, duplicates, heat maps."""
 
 from difflib import get_close_matches
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
-from common.artifacts.stage import prediction_file
 from common.data.folds import HOLD_OUT, TRAIN_ONLY
 from common.data.images import CHANNELS
 from common.data.labels import parse_targets
@@ -30,7 +30,7 @@ def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
     if Id not in work.targets_by_id:  # Ids of artifacts are plain file names
         raise UserError(why_unknown(work, Id))
     sections = [
-        section(work, key, title, lead, lambda work, make=make: make(work, Id))
+        section(work, key, title, lead, partial(make, Id=Id))
         for key, title, lead, make in (
             ("image", "Image", "The four channels, and the composite in the atlas's colours.", channels),
             (
@@ -101,7 +101,9 @@ def place(work: Work, Id: str) -> tuple[int | None, str]:
         return None, "not split yet"
     same = folds.loc[folds["group"] == work.duplicates.set_index("Id")["group"].get(Id), "fold"]
     if same.empty:
-        raise UserError(f"folds.csv does not know this sample; run: {work.hint('02_dedup.py')}, then 03_make_folds.py")
+        raise UserError(
+            f"folds.csv does not know this sample; run: {work.layout.command('02_dedup.py')}, then 03_make_folds.py"
+        )
     fold = int(same.iloc[0])
     if fold == HOLD_OUT:
         return None, "held out, so that no network was trained on it"
@@ -125,11 +127,11 @@ def member_probabilities(work: Work, Id: str) -> tuple[dict[str, np.ndarray], np
     if work.given:
         raise UserError(
             f"the thresholds are for predictions given to stage 06 ({', '.join(work.members)}), not for stage 05's; "
-            f"run: {work.hint('06_thresholds.py')}"
+            f"run: {work.layout.command('06_thresholds.py')}"
         )
     parts = ["test"] if part_of(work, Id) == "test" else ["oof", "held_out"]
     for part in parts:
-        if part != "held_out" or prediction_file(work.folder, work.recipes[0], part).is_file():
+        if part != "held_out" or work.layout.predictions(work.recipes[0], part).is_file():
             ids, stack = work.predictions(part)
             for row in np.flatnonzero(np.asarray(ids) == Id):
                 return dict(zip(work.recipes, stack[:, row], strict=True)), combine(stack, *work.how)[row]

@@ -29,7 +29,9 @@ def logit_counts(targets: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np
     return tuple(np.moveaxis(np.array(counts, dtype=np.float64), 1, 0))
 
 
-def log_posterior(coefs, positives, everything, mean, precision) -> np.ndarray:
+def log_posterior(
+    coefs: np.ndarray, positives: np.ndarray, everything: np.ndarray, mean: np.ndarray, precision: np.ndarray
+) -> np.ndarray:
     """Return the log likelihood of each class's coefficients plus their log prior, (n_classes,)."""
     logits, off = coefs @ FEATURES, coefs - mean
     return (positives * logits - everything * np.logaddexp(0, logits)).sum(axis=1) - ((off @ precision) * off).sum(
@@ -37,7 +39,9 @@ def log_posterior(coefs, positives, everything, mean, precision) -> np.ndarray:
     ) / 2
 
 
-def newton_step(coefs, positives, everything, mean, precision) -> tuple[np.ndarray, np.ndarray]:
+def newton_step(
+    coefs: np.ndarray, positives: np.ndarray, everything: np.ndarray, mean: np.ndarray, precision: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return better coefficients (n_classes, 3) and their covariances (n_classes, 3, 3); a step that overshoots is halved."""
     q = expit(coefs @ FEATURES)
     gradient = (positives - everything * q) @ FEATURES.T - (coefs - mean) @ precision

@@ -1,5 +1,7 @@
 """Combinations of predictions by Id, and what each member and each way of combining is worth."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from common.errors import UserError, listing
@@ -23,7 +25,7 @@ def align(ids: np.ndarray, probs: np.ndarray, wanted: np.ndarray, name: str, cur
 
 
 def stack_members(
-    members: list[tuple[np.ndarray, np.ndarray]], names: list[str], wanted=None, cure: str = ""
+    members: list[tuple[np.ndarray, np.ndarray]], names: list[str], wanted: np.ndarray | None = None, cure: str = ""
 ) -> np.ndarray:
     """Return all members' probabilities in the order of the Ids `wanted`, (n_members, n, 28) float32.
 
@@ -34,7 +36,9 @@ def stack_members(
     return np.stack(rows).astype(np.float32, copy=False)
 
 
-def keep_common(members: list[tuple[np.ndarray, np.ndarray]], wanted: np.ndarray):
+def keep_common(
+    members: list[tuple[np.ndarray, np.ndarray]], wanted: np.ndarray
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
     """Return the members without the rows that not all of them and `wanted` have, and the Ids that are left."""
     common = set(wanted).intersection(*(ids for ids, _ in members))
     if not common:
@@ -52,7 +56,7 @@ def mean_predictions(members: list[tuple[np.ndarray, np.ndarray]], names: list[s
     return members[0][0], combine(stack_members(members, names), "mean")
 
 
-def combine(stack: np.ndarray, how: str, weights=None) -> np.ndarray:
+def combine(stack: np.ndarray, how: str, weights: np.ndarray | Sequence[float] | None = None) -> np.ndarray:
     """Return one (n, 28) float32 array from the members (n_members, n, 28).
 
     how : mean; weighted = mean with the given weights; rank = mean of each sample's rank within its class and member,
@@ -62,8 +66,8 @@ def combine(stack: np.ndarray, how: str, weights=None) -> np.ndarray:
         from scipy.stats import rankdata  # slow to import, and most runs do not rank
 
         stack = (rankdata(stack, axis=1) - 0.5) / stack.shape[1]
-    weights = weights if how == "weighted" else np.full(len(stack), 1 / len(stack))
-    return np.tensordot(np.asarray(weights, dtype=np.float64), stack, 1).astype(np.float32)
+    shares = np.asarray(weights if how == "weighted" else np.full(len(stack), 1 / len(stack)), dtype=np.float64)
+    return np.tensordot(shares, stack, 1).astype(np.float32)
 
 
 def find_weights(targets: np.ndarray, stack: np.ndarray) -> np.ndarray:
@@ -82,7 +86,7 @@ def find_weights(targets: np.ndarray, stack: np.ndarray) -> np.ndarray:
         1, (positives > 0).sum()
     )
 
-    def loss(weights):
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         mixed = np.tensordot(weights, given, 1)
         return -(np.log(mixed).sum(axis=0) @ importance), -np.einsum("mnc,nc,c->m", given, 1 / mixed, importance)
 
@@ -99,7 +103,15 @@ def find_weights(targets: np.ndarray, stack: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def evaluate_ensemble(targets, stack, names: list[str], groups, method: str, how: str, prior=None) -> dict:
+def evaluate_ensemble(
+    targets: np.ndarray,
+    stack: np.ndarray,
+    names: list[str],
+    groups: np.ndarray,
+    method: str,
+    how: str,
+    prior: np.ndarray | None = None,
+) -> dict:
     """Find weights and thresholds and say what they, their parts and their alternatives are worth, as plain types for
     thresholds.json: all that `evaluate_thresholds` returns and
 
@@ -109,13 +121,13 @@ def evaluate_ensemble(targets, stack, names: list[str], groups, method: str, how
     """
     folds = repeated_folds(targets, groups)
 
-    def unseen(rows, method, how):
+    def unseen(rows: np.ndarray | list[int], method: str, how: str) -> list[np.ndarray]:
         """Cross-fit the thresholds of some members, and their weights too."""
         if how == "weighted":
             return cross_fit(targets, stack[rows], groups, method, prior=prior, folds=folds, weigh=find_weights)
         return cross_fit(targets, combine(stack[rows], how), groups, method, prior=prior, folds=folds)
 
-    def score(rows, method, how):
+    def score(rows: np.ndarray | list[int], method: str, how: str) -> float:
         return float(np.mean([macro_f1(targets, predicted) for predicted in unseen(rows, method, how)]))
 
     n, everyone = len(names), np.arange(len(names))

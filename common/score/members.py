@@ -2,26 +2,21 @@
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from common.artifacts.arrays import read_arrays
-from common.artifacts.stage import (
-    check_probabilities,
-    fingerprint,
-    load_predictions,
-    prediction_file,
-    read_sidecar,
-    read_table,
-    sidecar,
-)
+from common.artifacts.layout import Layout
+from common.artifacts.predictions import check_probabilities, load_predictions
+from common.artifacts.stage import fingerprint, read_sidecar, sidecar
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data.folds import HOLD_OUT, fold_numbers
 from common.data.labels import check_samples, read_csv
-from common.errors import UserError, command, listing
+from common.errors import UserError, listing
 
 
 def member_files(given: list[Path] | None, work: Path, recipes: list[str], part: str) -> tuple[list[str], list[Path]]:
@@ -30,7 +25,7 @@ def member_files(given: list[Path] | None, work: Path, recipes: list[str], part:
         raise UserError(f"each file may be named once, found {', '.join(map(str, given))}")
     if given:
         return short_names(given), given
-    return recipes, [prediction_file(work, name, part) for name in recipes]
+    return recipes, [Layout(work).predictions(name, part) for name in recipes]
 
 
 def short_names(paths: list[Path]) -> list[str]:
@@ -53,7 +48,7 @@ def check_there(paths: list[Path], made_by: str | None) -> None:
 def check_networks(work: Path, recipes: list[str], part: str, made_by: str) -> None:
     """Refuse predictions of a part by other networks than those of the out-of-fold ones: some were trained anew since."""
     for name in recipes:
-        path, oof = prediction_file(work, name, part), prediction_file(work, name, "oof")
+        path, oof = Layout(work).predictions(name, part), Layout(work).predictions(name, "oof")
         these, those = (
             set(read_sidecar(file).get("networks", ())) if sidecar(file).is_file() else set() for file in (path, oof)
         )
@@ -66,29 +61,29 @@ def check_networks(work: Path, recipes: list[str], part: str, made_by: str) -> N
 def check_origin(work: Path, recipes: list[str], part: str) -> None:
     """Refuse stage 05's predictions of a part that are not what it wrote, or whose networks were trained on other folds or labels
     than folds.csv has now: what they are scored on would not be out of fold."""
-    folds = work / "folds.csv"
+    layout = Layout(work)
     for name in recipes:
-        path, again = prediction_file(work, name, part), command("05_predict_oof.py", "--work", work, "--recipes", name)
+        path, again = layout.predictions(name, part), layout.command("05_predict_oof.py", "--recipes", name)
         if not sidecar(path).is_file():
             raise UserError(f"{path} has no record of what it was made from ({sidecar(path).name}); run: {again}")
         meta = read_sidecar(path)
         if fingerprint(path) != meta["outputs"].get(path.name):
             raise UserError(f"{path} is not the file that stage 05 wrote; run: {again}")
         for fold in meta["parameters"].get("folds", []):
-            network = work / "runs" / name / f"fold{fold}" / "best.pt"
+            network = layout.network(name, fold)
             trained = read_sidecar(network)["inputs"].get("folds.csv") if sidecar(network).is_file() else None
-            if trained and trained != fingerprint(folds):
-                train = command("04_train.py", "--work", work, "--recipe", name, "--folds", fold, "--force")
+            if trained and trained != fingerprint(layout.folds):
+                train = layout.command("04_train.py", "--recipe", name, "--folds", fold, "--force")
                 raise UserError(
-                    f"{path} is by networks that were trained on another {folds}, such as {network}; run: {train}, then {again}"
+                    f"{path} is by networks that were trained on another {layout.folds}, such as {network}; run: {train}, then {again}"
                 )
 
 
 def folds_behind(work: Path, recipes: list[str], part: str) -> dict:
     """Return which folds the recipes' predictions of a part stand on, and how many there are, as plain types for JSON files:
     {"folds": {recipe: [numbers]}, "n_folds": number}."""
-    folds = read_table(work / "folds.csv", command("03_make_folds.py", "--work", work))
-    files = {name: prediction_file(work, name, part) for name in recipes}
+    folds = Layout(work).read_folds()
+    files = {name: Layout(work).predictions(name, part) for name in recipes}
     return {
         "folds": {
             name: read_sidecar(path)["parameters"].get("folds", []) if sidecar(path).is_file() else []
@@ -125,11 +120,11 @@ def held_out_files(work: Path, recipes: list[str], folds: pd.DataFrame, made_by:
     if not (folds["fold"] == HOLD_OUT).any():
         return {}
     check_networks(work, recipes, "held_out", made_by)
-    files = {f"{name} held out": prediction_file(work, name, "held_out") for name in recipes}
+    files = {f"{name} held out": Layout(work).predictions(name, "held_out") for name in recipes}
     return {name: path for name, path in files.items() if path.is_file()}
 
 
-def labelled_rows(labelled: pd.DataFrame, ids, made_by: str) -> pd.DataFrame:
+def labelled_rows(labelled: pd.DataFrame, ids: Collection[str], made_by: str) -> pd.DataFrame:
     """Return the rows of the label table with the given Ids, in their order."""
     labelled = labelled.set_index("Id")
     unknown = [Id for Id in ids if Id not in labelled.index]

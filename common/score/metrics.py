@@ -8,7 +8,7 @@ N_BLOCKS = 50_000  # what a bootstrap draws from at most
 Z = 1.959964  # standard deviations on each side of a 95 % interval
 
 
-def f1_from_counts(tp, fp, fn):
+def f1_from_counts(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
     """Return F1 = 2 TP / (2 TP + FP + FN), elementwise; 0 where a class has no positives and no predictions."""
     denominator = 2 * tp + fp + fn
     return np.divide(2 * tp, denominator, out=np.zeros(np.shape(denominator)), where=denominator > 0)
@@ -25,7 +25,7 @@ def macro_f1(targets: np.ndarray, predicted: np.ndarray) -> float:
     return float(class_f1(targets, predicted).mean())
 
 
-def block_counts(targets, predictions: list[np.ndarray], groups) -> np.ndarray:
+def block_counts(targets: np.ndarray, predictions: list[np.ndarray], groups: np.ndarray | None) -> np.ndarray:
     """Return the positives, and each repeat's true positives and predictions, summed over the rows of each block.
 
     Blocks are what a bootstrap draws: groups, or rows where there are none, thrown together at random to N_BLOCKS at most.
@@ -44,7 +44,13 @@ def block_counts(targets, predictions: list[np.ndarray], groups) -> np.ndarray:
     )
 
 
-def bootstrap_f1(targets, predictions: list[np.ndarray], groups=None, n_draws: int = 1000, seed: int = 0) -> np.ndarray:
+def bootstrap_f1(
+    targets: np.ndarray,
+    predictions: list[np.ndarray],
+    groups: np.ndarray | None = None,
+    n_draws: int = 1000,
+    seed: int = 0,
+) -> np.ndarray:
     """Return the F1 of each class over draws of samples with replacement, mean of the repeats, (n_draws, n_classes).
 
     targets : (n_samples, n_classes) bool; predictions : bool arrays of that shape, one a repeat
@@ -80,7 +86,7 @@ def macro_interval(score: float, draws: np.ndarray, positives: np.ndarray) -> li
     return [float(max(0, min(score, centre - half))), float(min(1, max(score, centre + half)))]
 
 
-def class_intervals(targets, predictions: list[np.ndarray], draws: np.ndarray) -> np.ndarray:
+def class_intervals(targets: np.ndarray, predictions: list[np.ndarray], draws: np.ndarray) -> np.ndarray:
     """Return the 95 % intervals of each class's F1, (n_classes, 2): percentiles of the draws, and never narrower than
     what so few samples can tell.
 
@@ -94,7 +100,9 @@ def class_intervals(targets, predictions: list[np.ndarray], draws: np.ndarray) -
     return np.stack([np.minimum(jeffreys[0], percentiles[0]), np.maximum(jeffreys[1], percentiles[1])], axis=1)
 
 
-def bootstrap_macro_f1(targets, predictions: list[np.ndarray], groups=None) -> list[float]:
+def bootstrap_macro_f1(
+    targets: np.ndarray, predictions: list[np.ndarray], groups: np.ndarray | None = None
+) -> list[float]:
     """Return the 95 % interval of the mean of the repeats' macro F1, [low, high]."""
     score = np.mean([macro_f1(targets, predicted) for predicted in predictions])
     return macro_interval(float(score), bootstrap_f1(targets, predictions, groups), targets.sum(axis=0))

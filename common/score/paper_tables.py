@@ -3,13 +3,16 @@
 A system (a recipe) has one run for each step of the method; a column of the tables is a run and how it is decided.
 """
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from common.artifacts.stage import load_predictions, read_sidecar, sidecar
+from common.artifacts.layout import Layout
+from common.artifacts.predictions import load_predictions
+from common.artifacts.stage import read_sidecar, sidecar
 from common.classes import N_CLASSES
 from common.data.folds import fold_numbers
 from common.data.labels import absent_classes, parse_targets
@@ -53,7 +56,7 @@ HEADINGS = {
 }
 
 # Tables 1 to 3 of the paper: recipe -> fold -> figures in the order of COLUMNS.
-PAPER = {
+PAPER: dict[str, dict[int | None, tuple[float, ...]]] = {
     "resnet50": {
         0: (0.737, 0.750, 0.761, 0.770, 0.774, 0.772, 0.774),
         1: (0.729, 0.734, 0.752, 0.766, 0.769, 0.771, 0.773),
@@ -84,7 +87,7 @@ def summarise(cells: dict) -> dict:
     )
 
 
-def paper_cells(model: str, key: str, numbers) -> dict:
+def paper_cells(model: str, key: str, numbers: Iterable[int]) -> dict:
     """Return the paper's figures of a column by row, summarised over its folds among `numbers`; or {}."""
     place = list(TITLES).index(key)
     figures = {fold: row[place] for fold, row in PAPER.get(model, {}).items()}
@@ -105,9 +108,9 @@ def validation_rows(folds: pd.DataFrame, numbers: list[int] | None) -> pd.DataFr
     return folds[folds["fold"].isin(known if numbers is None else numbers)].reset_index(drop=True)
 
 
-def prediction_files(work: Path, runs, numbers) -> dict[str, dict[int, Path]]:
+def prediction_files(work: Path, runs: Iterable[str], numbers: Collection[int]) -> dict[str, dict[int, Path]]:
     """Return the out-of-fold file of each run and fold, there or not."""
-    return {run: {int(fold): work / "predictions" / run / f"fold{fold}_oof.npz" for fold in numbers} for run in runs}
+    return {run: {int(fold): Layout(work).predictions(run, "oof", fold) for fold in numbers} for run in runs}
 
 
 def missing_runs(systems: dict[str, dict[str, str]], files: dict[str, dict[int, Path]]) -> dict[str, list[str]]:
@@ -115,7 +118,7 @@ def missing_runs(systems: dict[str, dict[str, str]], files: dict[str, dict[int, 
 
     systems : model -> step -> run name
     """
-    lines = {}
+    lines: dict[str, list[str]] = {}
     for model, runs in systems.items():
         for step, run in runs.items():
             lacking = [str(fold) for fold, path in files[run].items() if not path.is_file()]
@@ -156,7 +159,7 @@ def load_run(files: dict[int, Path], rows: pd.DataFrame, made_by: str) -> np.nda
 # --- scores ------------------------------------------------------------------------------------------------
 
 
-def decide(probs: np.ndarray, tuned: bool, targets: np.ndarray, groups) -> list[np.ndarray]:
+def decide(probs: np.ndarray, tuned: bool, targets: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
     """Return bool predictions (n, 28): one array at 0.5, or one for each repeat of cross-fitted greedy thresholds."""
     return cross_fit(targets, probs, groups, "greedy") if tuned else [probs >= 0.5]
 
@@ -172,8 +175,8 @@ def fold_scores(targets: np.ndarray, folds: np.ndarray, predictions: list[np.nda
 
 
 def paired_gain(
-    targets,
-    folds,
+    targets: np.ndarray,
+    folds: np.ndarray,
     after: list[np.ndarray],
     before: list[np.ndarray],
     n_draws: int = N_DRAWS,
@@ -207,7 +210,9 @@ def paired_gain(
     return float(means[0] - means[1]), float(low), float(high)
 
 
-def score_system(model: str, runs: dict[str, str], probs: dict[str, np.ndarray], rows: pd.DataFrame):
+def score_system(
+    model: str, runs: dict[str, str], probs: dict[str, np.ndarray], rows: pd.DataFrame
+) -> tuple[list[dict], list[dict]]:
     """Return one system's lines of tables.csv and of gains.csv as dicts.
 
     runs : step -> run name, in the order of the method; a system without `ta` repeats its `eloss` run there
@@ -232,12 +237,14 @@ def score_system(model: str, runs: dict[str, str], probs: dict[str, np.ndarray],
     gains = [
         gain_cells(model, column, targets, folds, predictions[column.key], predictions[column.against])
         for column in columns  # a repeated run gains nothing over itself
-        if column.step in runs and {column.key, column.against} <= predictions.keys()
+        if column.step in runs and column.key in predictions and column.against in predictions
     ]
     return scores, gains
 
 
-def column_cells(model, column: Column, run: str, targets, folds, predictions) -> list[dict]:
+def column_cells(
+    model: str, column: Column, run: str, targets: np.ndarray, folds: np.ndarray, predictions: list[np.ndarray] | None
+) -> list[dict]:
     """Return a column's cells: each fold, the mean, the spread. NaN without predictions."""
     numbers = np.unique(folds).tolist()
     ours = summarise(fold_scores(targets, folds, predictions)) if predictions else {}
@@ -259,10 +266,18 @@ def column_cells(model, column: Column, run: str, targets, folds, predictions) -
     ]
 
 
-def gain_cells(model, column: Column, targets, folds, after, before) -> dict:
+def gain_cells(
+    model: str,
+    column: Column,
+    targets: np.ndarray,
+    folds: np.ndarray,
+    after: list[np.ndarray],
+    before: list[np.ndarray],
+) -> dict:
     """Return a column's gain over the one that it adds to, as a line of gains.csv."""
     gain, low, high = paired_gain(targets, folds, after, before)
     numbers = np.unique(folds).tolist()
+    assert column.against is not None
     paper = [paper_cells(model, key, numbers).get(MEAN, np.nan) for key in (column.key, column.against)]
     return {
         "model": model,
@@ -277,7 +292,9 @@ def gain_cells(model, column: Column, targets, folds, after, before) -> dict:
     }
 
 
-def score_systems(systems: dict[str, dict[str, str]], probs: dict[str, np.ndarray], rows: pd.DataFrame):
+def score_systems(
+    systems: dict[str, dict[str, str]], probs: dict[str, np.ndarray], rows: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return tables.csv and gains.csv of all systems as two data frames."""
     scores, gains = [], []
     for model, runs in systems.items():
@@ -293,7 +310,7 @@ def score_systems(systems: dict[str, dict[str, str]], probs: dict[str, np.ndarra
 def wide_table(scores: pd.DataFrame, gains: pd.DataFrame, table: int) -> pd.DataFrame:
     """Return one table of the paper: a row for each model and fold, then mean, spread and gains; NaN where blank."""
     keys = [column.key for column in COLUMNS if column.table == table]
-    lines = {}
+    lines: dict[tuple[str, str], dict] = {}
     for cell in scores[scores["table"] == table].itertuples():
         line = lines.setdefault((cell.model, cell.fold), {})
         line |= {cell.column: cell.macro_f1, f"{cell.column}_paper": cell.paper}
@@ -356,7 +373,7 @@ def markdown_gains(gains: pd.DataFrame) -> str:
 
 def absent_notes(rows: pd.DataFrame, limit: int = 3) -> list[str]:
     """Count the classes without a positive in a fold and name the first ones; folds that lack the same share a line."""
-    folds_of = {}
+    folds_of: dict[tuple[str, ...], list[str]] = {}
     for fold, part in rows.groupby("fold"):
         folds_of.setdefault(tuple(absent_classes(parse_targets(part["Target"]))), []).append(str(fold))
     return [

@@ -2,13 +2,15 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from common.artifacts.files import write_json
-from common.artifacts.stage import preprocess_command, read_json, read_table
+from common.artifacts.files import read_json, write_json
+from common.artifacts.layout import Layout
+from common.artifacts.tables import read_table
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data.labels import check_samples, format_targets, is_target, parse_targets
@@ -58,11 +60,11 @@ def impossible_part(thresholds: dict) -> str:
     return next((text for text, fine in expected.items() if not fine), "")
 
 
-def are_shares(values) -> bool:
+def are_shares(values: object) -> bool:
     return isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
 
 
-def are_counts(rows) -> bool:
+def are_counts(rows: object) -> bool:
     return (
         isinstance(rows, list)
         and len(rows) == N_CLASSES
@@ -73,7 +75,7 @@ def are_counts(rows) -> bool:
     )
 
 
-def is_count(value) -> bool:
+def is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
@@ -131,7 +133,12 @@ def frequency_table(predicted: np.ndarray, per_class: list[dict], n_samples: int
 
 
 def describe_submission(
-    path: Path, predicted: np.ndarray, thresholds: dict, names: list[str], known, lost
+    path: Path,
+    predicted: np.ndarray,
+    thresholds: dict,
+    names: list[str],
+    known: pd.DataFrame | None,
+    lost: pd.DataFrame | list,
 ) -> list[str]:
     """Return the lines that say what was written, from what, and what in it is no prediction.
 
@@ -152,14 +159,14 @@ def describe_submission(
             f"WARNING: --override-duplicates: {len(known)} rows are NOT predictions but the labels of near-identical labelled "
             f"samples:\n{listing(known['Id'] + '  <-  ' + known['other_Id'] + '  ' + known['Target'])}"
         )
-    if len(lost):
+    if isinstance(lost, pd.DataFrame) and len(lost):
         lines.append(
             f"warning: {len(lost)} test samples were left out by stage 01 and have empty rows:\n{listing(lost['Id'])}"
         )
     return lines
 
 
-def check_out(out: Path, inputs) -> None:
+def check_out(out: Path, inputs: Iterable[Path]) -> None:
     """Refuse to write a submission over a folder, or over one of the files that it is made from."""
     if out.is_dir() or out.resolve() in [path.resolve() for path in inputs]:
         raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'one of the inputs'}; give another file")
@@ -172,27 +179,27 @@ def remember_submission(work: Path, out: Path) -> None:
     """
     path = str(out.resolve())
     others = [other for other in remembered_submissions(work) if other != path]
-    if out.resolve() != (work / "submission.csv").resolve() and os.access(work, os.W_OK):
-        write_json(work / "submissions.json", [*others, path])
+    if out.resolve() != Layout(work).submission.resolve() and os.access(work, os.W_OK):
+        write_json(Layout(work).submissions, [*others, path])
 
 
 def remembered_submissions(work: Path) -> list[str]:
     """Return the paths of the submissions that stage 07 wrote outside of a work folder, the last one last."""
-    path = work / "submissions.json"
+    path = Layout(work).submissions
     found = read_json(path) if path.is_file() else []
     if not (isinstance(found, list) and all(isinstance(place, str) and "\0" not in place for place in found)):
         raise UserError(f"{path} is not a list of paths; delete it")
     return found
 
 
-def submission_table(ids, predicted: np.ndarray) -> pd.DataFrame:
+def submission_table(ids: Iterable[str], predicted: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"Id": ids, "Predicted": format_targets(predicted)})
 
 
 def left_out_samples(path: Path) -> pd.DataFrame:
     """Return the test samples that stage 01 left out, of its left_out.csv where there is one: Id, place."""
     none = pd.DataFrame({"part": [], "Id": [], "place": []})
-    lost = read_table(path, preprocess_command(path.parent)) if path.is_file() else none
+    lost = read_table(path, Layout(path.parent).preprocess_command()) if path.is_file() else none
     return lost.loc[lost["part"] == "test", ["Id", "place"]]
 
 
@@ -229,7 +236,7 @@ def read_submission(path: Path) -> pd.DataFrame:
     return frame
 
 
-def check_submission(frame: pd.DataFrame, wanted) -> None:
+def check_submission(frame: pd.DataFrame, wanted: Iterable[str]) -> None:
     """Refuse a submission whose Ids are not `wanted` in that order, or whose labels are not 0 to 27, each once at most, with
     single blanks between them."""
     found, wanted = list(frame["Id"]), list(wanted)

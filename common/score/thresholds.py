@@ -3,6 +3,8 @@
 A class is predicted where its probability is at least its threshold.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from common.classes import CLASS_NAMES
@@ -104,7 +106,9 @@ def find_thresholds(targets: np.ndarray, probs: np.ndarray, method: str, prior: 
 # --- honest figures ------------------------------------------------------------------------------------------
 
 
-def repeated_folds(targets, groups, n_folds: int = 5, repeats: int = 3, seed: int = 0) -> list[np.ndarray]:
+def repeated_folds(
+    targets: np.ndarray, groups: np.ndarray, n_folds: int = 5, repeats: int = 3, seed: int = 0
+) -> list[np.ndarray]:
     """Return fold numbers (n,) for each repeat: stratified, whole groups, fewer folds where there are fewer groups."""
     n_folds = min(n_folds, len(np.unique(groups)))
     if n_folds < 2:
@@ -115,16 +119,16 @@ def repeated_folds(targets, groups, n_folds: int = 5, repeats: int = 3, seed: in
 
 
 def cross_fit(
-    targets,
-    probs,
-    groups,
+    targets: np.ndarray,
+    probs: np.ndarray,
+    groups: np.ndarray,
     method: str,
     n_folds: int = 5,
     repeats: int = 3,
     seed: int = 0,
-    prior=None,
-    folds=None,
-    weigh=None,
+    prior: np.ndarray | None = None,
+    folds: list[np.ndarray] | None = None,
+    weigh: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Predict every row with thresholds found on other rows; returns one (n, n_classes) bool array per repeat.
 
@@ -144,7 +148,14 @@ def cross_fit(
     return results
 
 
-def evaluate_thresholds(targets: np.ndarray, probs: np.ndarray, groups, method: str, prior=None, unseen=None) -> dict:
+def evaluate_thresholds(
+    targets: np.ndarray,
+    probs: np.ndarray,
+    groups: np.ndarray,
+    method: str,
+    prior: np.ndarray | None = None,
+    unseen: list[np.ndarray] | None = None,
+) -> dict:
     """Find thresholds and report what they are worth, as plain types for thresholds.json.
 
     unseen : what `cross_fit` returned, where that is at hand
@@ -184,7 +195,9 @@ def evaluate_thresholds(targets: np.ndarray, probs: np.ndarray, groups, method: 
     }
 
 
-def score_held_out(targets: np.ndarray, probs: np.ndarray, groups, thresholds) -> dict:
+def score_held_out(
+    targets: np.ndarray, probs: np.ndarray, groups: np.ndarray, thresholds: Sequence[float] | np.ndarray
+) -> dict:
     """Return macro F1 and its interval on samples that nothing was fitted to, as plain types for thresholds.json."""
     predicted = probs >= np.array(thresholds)
     return {

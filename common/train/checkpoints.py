@@ -1,19 +1,22 @@
 """Checkpoints on disk: what stage 04 may go on from or must not overwrite, and networks for prediction."""
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from textwrap import shorten
+from typing import Any, Self
 
 import pandas as pd
 import torch
 
 from common.artifacts.arrays import refuse_damaged, refuse_inflated
 from common.artifacts.files import writing
+from common.artifacts.layout import Layout
 from common.artifacts.stage import Stage, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.errors import UserError, command, first_line
+from common.errors import UserError, first_line
 from common.recipes import Recipe, from_dict, recipe_of_run, to_dict
 from common.train.fold_data import training_inputs
 from common.train.hardware import Hardware, set_kernels
@@ -23,9 +26,11 @@ from common.train.predict import Normalisation
 FORMAT = 4  # of checkpoints; one more whenever older ones could be misread, as after each change of a network
 TRAIN_AGAIN = "train the fold again with --force, or use the version that wrote it"
 
+Kind = type | tuple[type, ...]
 NUMBER = (int, float)
-NETWORK = {"model": dict, "mean": list, "std": list, "classes": list, "recipe": dict}  # in every checkpoint
-TRAINING = {  # in last.pt too
+# In every checkpoint.
+NETWORK: dict[str, Kind] = {"model": dict, "mean": list, "std": list, "classes": list, "recipe": dict}
+TRAINING: dict[str, Kind] = {  # in last.pt too
     "made_from": dict,
     "good": (dict, type(None)),
     "optimizer": dict,
@@ -50,7 +55,7 @@ def save_checkpoint(path: Path, values: dict) -> None:
         torch.save(values, file)
 
 
-def snapshot(value):
+def snapshot(value: Any) -> Any:
     """Return a copy on the CPU of nested dicts, lists and tensors, which training goes on to change."""
     if torch.is_tensor(value):
         return value.detach().to("cpu", copy=True)
@@ -62,18 +67,19 @@ def snapshot(value):
 class Writer:
     """A thread that writes while training goes on, one thing after the other; the next call raises what failed."""
 
-    def __init__(self):
-        self.thread, self.job = ThreadPoolExecutor(1), None
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1)
+        self.job: Future | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.thread.shutdown()
         if kind is None:
             self.wait()
 
-    def start(self, write) -> None:
+    def start(self, write: Callable[[], object]) -> None:
         """Call `write()` beside what the caller does next, as soon as the write before it is done."""
         self.wait()
         self.job = self.thread.submit(write)
@@ -135,7 +141,7 @@ def check_classes(path: Path, found: list) -> None:
 
 
 @contextmanager
-def restoring(path: Path):
+def restoring(path: Path) -> Iterator[None]:
     """Make one message of what torch raises for a checkpoint of another network or with parts missing."""
     try:
         yield
@@ -212,7 +218,7 @@ def check_alike(work: Path, name: str, numbers: list[int]) -> None:
     """Refuse finished folds of one name that were trained with different recipes: their probabilities are put together."""
     first = None
     for fold in numbers:
-        path = work / "runs" / name / f"fold{fold}" / "best.pt"
+        path = Layout(work).network(name, fold)
         if not sidecar(path).is_file():
             continue
         recipe = to_dict(recipe_of_run(read_sidecar(path)["parameters"]))
@@ -221,7 +227,7 @@ def check_alike(work: Path, name: str, numbers: list[int]) -> None:
         if changed:
             raise UserError(
                 f"folds {first[0]} and {fold} of {name} were trained with different recipes: {'; '.join(changed)}; train one "
-                f"of them again: {command('04_train.py', '--work', work, '--recipe', name, '--folds', fold, '--force')}"
+                f"of them again: {Layout(work).command('04_train.py', '--recipe', name, '--folds', fold, '--force')}"
             )
 
 
@@ -231,8 +237,8 @@ def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, w
     Raises UserError where the fold is not trained to its end, or was trained on other folds or images than
     there are now: its out-of-fold rows would not be out of fold.
     """
-    folder = work / "runs" / name / f"fold{fold}"
-    train = command("04_train.py", "--work", work, "--recipe", name, "--folds", fold)
+    folder = Layout(work).run(name, fold)
+    train = Layout(work).command("04_train.py", "--recipe", name, "--folds", fold)
     if not sidecar(folder / "best.pt").is_file():
         raise UserError(f"{folder} has no finished training; run: {train}")
     meta = read_sidecar(folder / "best.pt")
@@ -257,6 +263,6 @@ def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.
     with restoring(path):
         model.load_state_dict(saved["model"])
     return (
-        model.to(hardware.device, memory_format=torch.channels_last),
+        model.to(hardware.device, memory_format=torch.channels_last),  # type: ignore[call-overload]  # not in the stubs
         Normalisation(tuple(saved["mean"]), tuple(saved["std"])),
     )

@@ -8,10 +8,12 @@ import math
 import os
 import signal
 from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -28,17 +30,19 @@ CACHE_BYTES = 2**29  # of decoded images that a set keeps
 PRELOADED = ["torch", "pandas", "cv2", "tifffile"]  # by the server of loader processes, which share their memory
 AHEAD = 3  # steps that may wait for a GPU at once
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+Image = TypeVar("Image", np.ndarray, torch.Tensor)
+Batch = tuple[torch.Tensor, torch.Tensor]  # images (n, 4, h, w) uint8 and targets (n, n_classes) float32
 STANDARD_MEAN, STANDARD_DEVIATION = 64, 24  # of each channel of a standardised image, in grey levels
 
 
-def dihedral(image, which: int):
+def dihedral(image: Image, which: int) -> Image:
     """Apply one of the 8 symmetries of the square to (..., h, w): bit 1 of `which` transposes, 2 and 4 mirror.
 
     Works on NumPy arrays and torch tensors alike.
     """
     if which & 1:
         image = image.swapaxes(-2, -1)
-    mirrored = [axis for bit, axis in ((2, -2), (4, -1)) if which & bit]
+    mirrored = tuple(axis for bit, axis in ((2, -2), (4, -1)) if which & bit)
     if not mirrored:
         return image
     return image.flip(mirrored) if torch.is_tensor(image) else np.flip(image, mirrored)
@@ -73,11 +77,11 @@ class Cache(dict):
     A copy in another process has no room: loader processes would each keep all images.
     """
 
-    def __init__(self, room: int = CACHE_BYTES):
+    def __init__(self, room: int = CACHE_BYTES) -> None:
         super().__init__()
         self.room = room
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Cache"], tuple[int]]:
         return Cache, (0,)
 
     def keep(self, Id: str, image: np.ndarray) -> None:
@@ -109,10 +113,11 @@ class ImageSet(Dataset):
     standardised: bool = False
     cache: Cache = field(default_factory=Cache, repr=False)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: int | tuple[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        draw: Any  # None for whole images only
         row, draw = key if isinstance(key, tuple) else (key, None)
         Id = self.ids[row]
         image = self.cache.get(Id)
@@ -140,7 +145,7 @@ class Sets(Dataset):
 
     sets: tuple[ImageSet, ...]
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int | tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
         number, own = key
         return self.sets[number][own]
 
@@ -171,7 +176,7 @@ class EpochBatches:
         start: int = 0,
         team: Team = ALONE,
         weights: np.ndarray | None = None,
-    ):
+    ) -> None:
         self.batch = min(batch_size, n_rows)
         self.steps = n_rows // self.batch
         rng = np.random.default_rng([seed, epoch])
@@ -187,16 +192,16 @@ class EpochBatches:
         """Return the rows of a whole batch, (batch,)."""
         return self.order[step * self.batch : (step + 1) * self.batch]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.steps - self.start
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, np.ndarray]]]:
         for step in range(self.start, self.steps):
             positions = range(step * self.batch, (step + 1) * self.batch)[self.team.part(self.batch)]
             yield [(int(self.order[p]), self.draws[p]) for p in positions]
 
 
-def collate(items, pinned: bool = False):
+def collate(items: Sequence[tuple[np.ndarray, np.ndarray]], pinned: bool = False) -> Batch:
     """Stack items to (n, 4, h, w) uint8 images, channels last in memory, and (n, n_classes) float targets.
 
     A loader process stacks them in memory that it shares with the process it works for, others in pinned memory if asked to:
@@ -220,7 +225,8 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torc
     thread that sends batches), elsewhere in pinned memory if asked to."""
     if get_worker_info():
         storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-        return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+        # The stubs ask for strides.
+        return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
     return torch.empty(shape, dtype=dtype, pin_memory=pinned)
 
 
@@ -229,14 +235,14 @@ class Loader(DataLoader):
     deadlock, and get no signals before `leave_signals`: torch would let SIGTERM end them, and training with them, and Ctrl+C
     would be a traceback of theirs."""
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         set_forkserver_preload(PRELOADED)
         with stopping.blocked(stopping.SIGNALS), one_thread():
             return super().__iter__()
 
 
 @contextmanager
-def one_thread():
+def one_thread() -> Iterator[None]:
     """Inside, processes that are started use one thread each: all the cores are busy with loading already."""
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
@@ -247,7 +253,7 @@ def one_thread():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def loader(dataset: Dataset, workers: int, pinned: bool, batches):
+def loader(dataset: Dataset, workers: int, pinned: bool, batches: Iterable[Any]) -> Iterable[Batch]:
     """Return an iterable of the given batches, lists of the dataset's keys, in their order.
 
     workers : processes that make them; none are needed where a batch is small: a DataLoader's own work takes as long then
@@ -266,7 +272,7 @@ def loader(dataset: Dataset, workers: int, pinned: bool, batches):
     )
 
 
-def begin_loading(_) -> None:
+def begin_loading(_: int) -> None:
     """Let a loader process outlast what is sent to the whole process group: the process that it works for ends it when it can."""
     for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -275,20 +281,21 @@ def begin_loading(_) -> None:
     cv2.setNumThreads(1)
 
 
-def on_device(batches, device: torch.device):
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Yield batches (images, targets) on the device. On a GPU a batch is copied while the step before it computes."""
     if device.type != "cuda":
         yield from batches
         return
-    copying, steps = torch.cuda.Stream(device), deque()
-    for batch in batches:  # asked for when the step before is under way
+    copying = torch.cuda.Stream(device)
+    steps: deque[torch.cuda.Event] = deque()
+    for images, targets in batches:  # asked for when the step before is under way
         with torch.cuda.stream(copying):
-            batch = [part.to(device, non_blocking=True) for part in batch]
+            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         computing = torch.cuda.current_stream(device)
         computing.wait_stream(copying)
-        for part in batch:
+        for part in (images, targets):
             part.record_stream(computing)  # its memory is not used again before the step is over
-        yield batch
+        yield images, targets
         steps.append(computing.record_event())
         if len(steps) > AHEAD:  # each batch that is ahead holds memory
             steps.popleft().synchronize()

@@ -3,9 +3,12 @@
 import os
 import sys
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import distributed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Team:
         """Join the processes' rows (on the CPU) in order of their ranks."""
         if self.size == 1:
             return rows
-        parts = [None] * self.size
+        parts = [rows] * self.size
         distributed.all_gather_object(parts, rows)
         return torch.cat(parts)
 
@@ -64,7 +67,7 @@ class Team:
             sys.stderr.flush()
             os._exit(0)
 
-    def agree(self, value):
+    def agree(self, value: T) -> T:
         """Return what the main process has (plain types)."""
         if self.size == 1:
             return value

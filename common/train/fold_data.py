@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts.stage import images_digest, stored_images
+from common.artifacts.layout import Layout
 from common.data.folds import class_counts, fold_numbers, training_rows
 from common.data.images import CHANNELS
 from common.data.labels import parse_targets
@@ -31,7 +31,7 @@ def known_folds(work: Path, folds: pd.DataFrame, numbers: list[int]) -> None:
     known = fold_numbers(folds)
     for fold in numbers:
         if fold not in known:
-            raise UserError(f"there is no fold {fold}; {work / 'folds.csv'} has the folds {', '.join(map(str, known))}")
+            raise UserError(f"there is no fold {fold}; {Layout(work).folds} has the folds {', '.join(map(str, known))}")
 
 
 def load_fold(
@@ -46,8 +46,8 @@ def load_fold(
     rows = np.repeat(np.flatnonzero(train), folds["copies"].to_numpy()[train])
     if len(rows) < 2:
         raise UserError(f"fold {fold} leaves {len(rows)} samples to train on; give more data or fewer folds")
-    ids, folder = folds["Id"].to_numpy(), work / "images" / recipe.store
-    stored = stored_images(work, recipe.store, ids[train])
+    ids, folder = folds["Id"].to_numpy(), Layout(work).store(recipe.store)
+    stored = Layout(work).read_store(recipe.store, ids[train])
     if recipe.standardised:
         normalisation = Normalisation((STANDARD_MEAN / 255,) * 4, (STANDARD_DEVIATION / 255,) * 4)
     elif normalisation is None:
@@ -79,14 +79,14 @@ def measured_normalisation(statistics: pd.DataFrame) -> Normalisation:
 
 def training_inputs(work: Path, folds: pd.DataFrame, recipe: Recipe) -> dict:
     """Return the fingerprints of all that a training reads, but pretrained weights."""
-    return {"folds.csv": work / "folds.csv", "images": images_digest(work, recipe.store, folds["Id"])}
+    return {"folds.csv": Layout(work).folds, "images": Layout(work).images_digest(recipe.store, folds["Id"])}
 
 
 def image_set(work: Path, recipe: Recipe, rows: pd.DataFrame) -> ImageSet:
     """Return the whole stored images of a table with Id and Target."""
-    stored = stored_images(work, recipe.store, rows["Id"])
+    stored = Layout(work).read_store(recipe.store, rows["Id"])
     return ImageSet(
-        work / "images" / recipe.store,
+        Layout(work).store(recipe.store),
         rows["Id"].to_numpy(),
         parse_targets(rows["Target"]),
         sides=stored["side"].to_numpy(),

@@ -1,5 +1,6 @@
 """Where networks run: device, precision, loader processes, and what the device's memory holds."""
 
+import argparse
 import ctypes
 import os
 import shutil
@@ -65,7 +66,7 @@ class Hardware:
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def casting(self):
+    def casting(self) -> torch.autocast:
         return torch.autocast(
             self.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
         )
@@ -82,7 +83,7 @@ class Hardware:
             "kernels": "fast" if self.fast else "deterministic",
         }
 
-    def __str__(self):
+    def __str__(self) -> str:
         note = self.record()
         cuda = f", CUDA {note['cuda']}" if self.is_gpu else ""
         team = f", {self.team.size} processes" if self.team.size > 1 else ""
@@ -136,7 +137,8 @@ def gpu_count(device: str) -> int:
 def choose_device(name: str) -> torch.device:
     """Return the device of an option: with 'auto' and 'cuda' the GPU of this process among its siblings."""
     if count := gpu_count(name):
-        number = local_rank() if local_rank() is not None else worker_number() or 0
+        rank = local_rank()
+        number = rank if rank is not None else worker_number() or 0
         return torch.device("cuda", number % count)
     try:
         device = torch.device("cpu" if name == "auto" else name)
@@ -252,7 +254,8 @@ def keep_freed_memory() -> None:
 def set_kernels(hardware: Hardware) -> None:
     """Choose kernels for this process: those that give the same bits in every run, or with `fast` the fastest ones."""
     torch.use_deterministic_algorithms(not hardware.fast, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
+    # Nothing here reads what it did not write. The property is not in the stubs.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = hardware.fast
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = hardware.fast
 
@@ -291,7 +294,9 @@ def fit_shared_memory(hardware: Hardware, options: HardwareOptions, batch_bytes:
     return replace(hardware, workers=fits)
 
 
-def plan_hardware(args, stage: str, n_jobs: int, training: bool = True) -> tuple[HardwareOptions, Hardware]:
+def plan_hardware(
+    args: argparse.Namespace, stage: str, n_jobs: int, training: bool = True
+) -> tuple[HardwareOptions, Hardware]:
     """Return the options of each of a stage's jobs, with how many are done at once, and the hardware of one; prints one line.
 
     args : parsed arguments of stage 04 or 05; n_jobs : how many jobs there are

@@ -1,15 +1,18 @@
 """The jobs of stages 04 and 05, a recipe and fold each: which ones there are to do, and each from start to seal."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
-from common.artifacts.stage import Stage, images_digest, prediction_file, read_table, save_predictions, sidecar
+from common.artifacts.layout import Layout
+from common.artifacts.predictions import save_predictions
+from common.artifacts.stage import Record, Stage, sidecar
 from common.data.folds import fold_numbers
-from common.errors import UserError, command
+from common.errors import UserError
 from common.recipes import Recipe, current_fields, run_parameters
 from common.train.checkpoints import (
     FORMAT,
@@ -49,18 +52,18 @@ def plan(
     """
 
     @cache
-    def weights(encoder):
+    def weights(encoder: str) -> Path | None:
         return team.agree(find_weights(encoder, pretrained, weights_dir) if team.is_main else None)
 
     @cache
-    def fresh_start(recipe):
+    def fresh_start(recipe: Recipe) -> Start:
         return start_from(recipe, pretrained, weights(recipe.encoder))
 
     jobs = []
     for name, recipe in recipes.items():
         inputs = training_inputs(work, folds, recipe)
         for fold in numbers:
-            folder = work / "runs" / name / f"fold{fold}"
+            folder = Layout(work).run(name, fold)
             begun = None if force else made_from(folder)
             if begun and pretrained == "auto":
                 start, began_with = Start(), {key: value for key, value in begun["inputs"].items() if key == "weights"}
@@ -75,7 +78,9 @@ def plan(
                 whole=folder,
                 complete=current_fields,
             )
-            if force or not stage.is_current(rebuilds=False):
+            if not force and stage.is_current():
+                stage.say_current()
+            else:
                 jobs.append((stage, recipe, fold, start, f"{name} fold {fold}"))
     return jobs
 
@@ -129,11 +134,11 @@ def train_job(
     folder, hardware = stage.artifact.parent, training_hardware(options, recipe)
     team = hardware.team
     with stage.lock(wait=team.size == 1) if team.is_main else nullcontext():
-        if team.agree(team.is_main and stage.is_current(rebuilds=False)):
-            return
+        if team.agree(team.is_main and stage.is_current()):  # another process has trained it meanwhile
+            return stage.say_current()
         if team.is_main:
             check_unfinished(stage)
-        folds = read_table(work / "folds.csv", command("03_make_folds.py", "--work", work))
+        folds = Layout(work).read_folds()
         data = load_fold(work, folds, fold, recipe, start.normalisation)
         stage.check_unchanged(training_inputs(work, folds, recipe))  # it may have waited for days
         check_team(recipe, len(data.train), hardware)
@@ -143,18 +148,21 @@ def train_job(
         if not team.is_main:
             return
         # The rest is not sealed: whoever needs the space of last.pt may delete it.
-        stage.finish(
-            rows=len(data.train),
-            also=[folder / "log.jsonl"],
-            epochs=run.epoch,
-            score_best=run.best_score,
-            start=run.start,
-            hardware=hardware.record(),
-            returns=run.returns,
-            mean=list(run.normalise.mean),
-            std=list(run.normalise.std),
-            learning_rates=[group["top_lr"] for group in run.optimizer.param_groups],
-        )
+        stage.seal(Record(len(data.train), [folder / "log.jsonl"], sealed_with(run, hardware)))
+
+
+def sealed_with(run: Run, hardware: Hardware) -> dict:
+    """Return what a finished training's sidecar notes of it."""
+    return {
+        "epochs": run.epoch,
+        "score_best": run.best_score,
+        "start": run.start,
+        "hardware": hardware.record(),
+        "returns": run.returns,
+        "mean": list(run.normalise.mean),
+        "std": list(run.normalise.std),
+        "learning_rates": [group["top_lr"] for group in run.optimizer.param_groups],
+    }
 
 
 def found_rates(
@@ -176,7 +184,8 @@ def found_rates(
             flush=True,
         )
         return groups
-    suggestion, steepest = hardware.team.agree(save_lr_curve(folder, rates, losses) if hardware.team.is_main else None)
+    curve = save_lr_curve(folder, rates, losses) if hardware.team.is_main else (math.nan, math.nan)
+    suggestion, steepest = hardware.team.agree(curve)
     if recipe.finder == "use":
         groups = tuple(suggestion * rate / groups[-1] for rate in groups)
     used, of = ", ".join(f"{rate:.2g}" for rate in groups), "by that" if recipe.finder == "use" else "of the recipe"
@@ -192,13 +201,7 @@ def find_lr(
     stage: Stage, recipe: Recipe, fold: int, start: Start, label: str, work: Path, seed: int, options: HardwareOptions
 ) -> None:
     """Run the learning rate finder of a fold and save its curve: a job of stage 04 with --find-lr."""
-    data = load_fold(
-        work,
-        read_table(work / "folds.csv", command("03_make_folds.py", "--work", work)),
-        fold,
-        recipe,
-        start.normalisation,
-    )
+    data = load_fold(work, Layout(work).read_folds(), fold, recipe, start.normalisation)
     hardware = training_hardware(options, recipe)
     with stage.lock() if hardware.team.is_main else nullcontext():
         found_rates(stage.artifact.parent, data, recipe, hardware, fold, seed, start.read(), label)
@@ -217,14 +220,19 @@ def prediction_stage(
     """Return what stage 05 makes for one part of the samples with the network of one fold."""
     return Stage(
         "05_predict_oof",
-        prediction_file(work, recipe_name, part, fold),
+        Layout(work).predictions(recipe_name, part, fold),
         settings,
-        {"network": network, "images": images_digest(work, recipe.store, rows["Id"])},
+        {"network": network, "images": Layout(work).images_digest(recipe.store, rows["Id"])},
     )
 
 
 def predicted_folds(
-    work: Path, recipe_name: str, numbers: list[int], folds: pd.DataFrame, parts_of, settings: dict
+    work: Path,
+    recipe_name: str,
+    numbers: list[int],
+    folds: pd.DataFrame,
+    parts_of: Callable[[int], dict[str, pd.DataFrame]],
+    settings: dict,
 ) -> dict[str, list[int]]:
     """Return for each part of the samples the folds whose predictions belong together: `numbers`, and the others that are
     predicted and up to date. Says which predictions of other folds are left out, and why.
@@ -234,7 +242,7 @@ def predicted_folds(
     found = {part: list(numbers) for part in parts_of(numbers[0])}
     recipe = finished_checkpoint(work, recipe_name, numbers[0], folds, settings["checkpoint"])[1]
     for fold in (fold for fold in fold_numbers(folds) if fold not in numbers):
-        files = {part: prediction_file(work, recipe_name, part, fold) for part in found}
+        files = {part: Layout(work).predictions(recipe_name, part, fold) for part in found}
         made = {part: rows for part, rows in parts_of(fold).items() if sidecar(files[part]).is_file()}
         for part, reason in why_not_current(work, recipe_name, fold, folds, made, settings, recipe).items():
             if reason:
@@ -285,10 +293,12 @@ def predict_job(
     for part, rows in parts.items():
         stage = prediction_stage(work, recipe_name, fold, part, rows, settings, path, recipe)
         if stage.is_current():
+            stage.say_current()
             continue
-        with stage.lock(wait=True):
-            if stage.why_stale() is None:  # another process made it meanwhile
+        with stage.lock(wait=True), ExitStack() as making:
+            if stage.is_current():  # another process made it meanwhile
                 continue
+            record = making.enter_context(stage.making())
             hardware = choose_hardware(options, training=False)
             hardware = fit_shared_memory(hardware, options, batch_bytes(recipe, 0, batch_size))
             network = network or load_network(path, recipe, hardware)
@@ -302,7 +312,7 @@ def predict_job(
                 fitting=fitting,
             )
             save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
-            stage.finish(rows=len(rows), hardware=hardware.record())
+            record.rows, record.notes = len(rows), {"hardware": hardware.record()}
         print(
             f"05_predict_oof: {recipe_name} fold {fold}: {len(rows)} {part} samples x {len(logits)} views", flush=True
         )

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from common.recipes import Recipe
 
 
-def sample_losses(logits, targets, weights, recipe: Recipe):
+def sample_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """Return the E-loss of each sample, (batch,): eq. 6 summed over its classes, on focal loss or BCE.
 
     logits, targets : (batch, n_classes); weights : (n_classes,) from `class_weights`
@@ -23,7 +23,7 @@ def sample_losses(logits, targets, weights, recipe: Recipe):
     return losses.sum(dim=1) if recipe.class_reduction == "sum" else losses.mean(dim=1)
 
 
-def hard_samples(losses, share: float):
+def hard_samples(losses: torch.Tensor, share: float) -> torch.Tensor:
     """Return the indices of the K largest losses of a batch, K = share * B rounded, at least 1; ties: first come.
 
     losses : (batch,)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from common.artifacts.files import writing
-from common.artifacts.stage import write_csv
+from common.artifacts.tables import write_csv
 from common.train.schedules import centred, steepest_learning_rate, suggest_learning_rate
 
 

@@ -1,6 +1,8 @@
 """Muon: steps of momentum whose directions are all equally long (Jordan et al. 2024), for the weights of convolutions."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -44,7 +46,7 @@ class Muon(torch.optim.AdamW):
     __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's looks for its own state in every parameter
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         groups = self.param_groups
         for group in groups:
             if group["muon"]:
@@ -61,6 +63,7 @@ class Muon(torch.optim.AdamW):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        assert parameter.grad is not None
         gradient = parameter.grad if scale is None else parameter.grad / scale
         changed = (parameter, state["momentum"])
         before = [] if found_inf is None else [tensor.clone() for tensor in changed]
@@ -68,5 +71,6 @@ class Muon(torch.optim.AdamW):
         update = orthogonalised(gradient.lerp(average, momentum).flatten(1))
         size = group["lr"] * RMS * math.sqrt(max(update.shape))
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(parameter), alpha=-size)
-        for tensor, old in zip(changed, before, strict=False):
-            tensor.copy_(torch.where(found_inf > 0, old, tensor))
+        if found_inf is not None:
+            for tensor, old in zip(changed, before, strict=True):
+                tensor.copy_(torch.where(found_inf > 0, old, tensor))

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,18 @@ INCEPTION_MINIMUM = 75  # pixels: smaller images vanish between its unpadded con
 class AdaptiveConcatPool2d(nn.Module):
     """Concatenate global max and average pooling: (n, c, h, w) -> (n, 2c), maximum first, for any h and w."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x.amax(dim=(2, 3)), x.mean(dim=(2, 3))], dim=1)
 
 
 class PadTo(nn.Module):
     """Put images smaller than `minimum` pixels into the middle of zeros: (n, c, h, w) -> at least minimum a side."""
 
-    def __init__(self, minimum: int):
+    def __init__(self, minimum: int) -> None:
         super().__init__()
         self.minimum = minimum
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, columns = (max(0, self.minimum - side) for side in x.shape[-2:])
         return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
@@ -38,13 +39,13 @@ class PadTo(nn.Module):
 class Classifier(nn.Module):
     """Encoder, global pooling and head: (n, 4, h, w) images -> (n, n_classes) logits."""
 
-    def __init__(self, encoder: nn.Sequential, pool: nn.Module, head: nn.Sequential):
+    def __init__(self, encoder: nn.Sequential, pool: nn.Module, head: nn.Sequential) -> None:
         super().__init__()
         self.encoder = encoder
         self.pool = pool
         self.head = head
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.encoder(x)  # (n, c, h / 32, w / 32)
         x = self.pool(x)  # (n, 2c) by adaptive concat pooling
         return self.head(x)
@@ -58,9 +59,13 @@ class GapNetEncoder(nn.Sequential):
     wider : two more convolutions of 32 channels before the first level, as Zhang et al. add "in the first step"
     """
 
-    def __init__(self, wider: bool):
-        def convolutions(channels, *widths, stride=1):
-            layers = []
+    a: nn.Sequential
+    b: nn.Sequential
+    c: nn.Sequential
+
+    def __init__(self, wider: bool) -> None:
+        def convolutions(channels: int, *widths: int, stride: int = 1) -> list[nn.Module]:
+            layers: list[nn.Module] = []
             for width in widths:
                 layers += [nn.Conv2d(channels, width, 3, stride if not layers else 1, padding=1), nn.SELU()]
                 channels = width
@@ -77,7 +82,7 @@ class GapNetEncoder(nn.Sequential):
         )
         self_normalise(self)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         a = self.a(x)  # (n, 32, h / 4, w / 4)
         b = self.b(a)  # (n, 64, h / 16, w / 16)
         c = self.c(b)  # (n, 128, h / 16, w / 16)
@@ -89,7 +94,8 @@ def self_normalise(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 # --- encoders ----------------------------------------------------------------------------------------------
@@ -144,9 +150,9 @@ def backbone(name: str) -> tuple[nn.Sequential, int]:
     features = next(module for module in reversed(list(network.modules())) if isinstance(module, nn.Linear)).in_features
     if name.startswith("densenet"):
         # Its features end in a BatchNorm; the network itself puts a ReLU behind them.
-        parts = [*network.features.named_children(), ("relu", nn.ReLU(inplace=True))]
+        parts = [*network.get_submodule("features").named_children(), ("relu", nn.ReLU(inplace=True))]
     elif name == "inceptionv4":
-        parts = [("pad", PadTo(INCEPTION_MINIMUM)), *network.features.named_children()]
+        parts = [("pad", PadTo(INCEPTION_MINIMUM)), *network.get_submodule("features").named_children()]
     else:
         stages = ("conv1", "bn1", "relu", "maxpool", "layer0", "layer1", "layer2", "layer3", "layer4")
         parts = [(part, module) for part, module in network.named_children() if part in stages]
@@ -155,19 +161,13 @@ def backbone(name: str) -> tuple[nn.Sequential, int]:
 
 def widen_stem(convolution: nn.Conv2d, fourth_channel: str) -> nn.Conv2d:
     """Return the first convolution for four channels: RGB weights kept, yellow's copied from red, their mean, or zero."""
-    wide = nn.Conv2d(
-        4,
-        convolution.out_channels,
-        convolution.kernel_size,
-        convolution.stride,
-        convolution.padding,
-        bias=convolution.bias is not None,
-    )
+    geometry: dict[str, Any] = {name: getattr(convolution, name) for name in ("kernel_size", "stride", "padding")}
+    wide = nn.Conv2d(4, convolution.out_channels, **geometry, bias=convolution.bias is not None)
     rgb = convolution.weight.detach()
     extra = {"red": rgb[:, :1], "mean": rgb.mean(dim=1, keepdim=True), "zeros": torch.zeros_like(rgb[:, :1])}
     with torch.no_grad():
         wide.weight.copy_(torch.cat([rgb, extra[fourth_channel]], dim=1))
-        if convolution.bias is not None:
+        if convolution.bias is not None and wide.bias is not None:
             wide.bias.copy_(convolution.bias)
     return wide
 
@@ -183,13 +183,14 @@ def build_encoder(recipe: Recipe, weights: dict | None = None) -> tuple[nn.Seque
     weights : parameters under the encoder's names, for three input channels or four; None for random ones
     Raises UserError where the weights are another network's.
     """
+    encoder: nn.Sequential
     if recipe.encoder.startswith("gapnet"):
         encoder, features = GapNetEncoder(wider=recipe.encoder.endswith("plus")), 224
     else:
         encoder, features = backbone(recipe.encoder)
     name, first = stem(encoder)
     fits = weights and f"{name}.weight" in weights and weights[f"{name}.weight"].shape[1:2] == (first.in_channels,)
-    if fits:
+    if weights and fits:
         load_weights(encoder, weights, recipe.encoder)
     if first.in_channels == 3:
         encoder.set_submodule(name, widen_stem(first, recipe.fourth_channel))
@@ -263,7 +264,11 @@ def param_groups(model: Classifier, rates: tuple[float, ...]) -> list[dict]:
     """
     encoder = list(model.encoder.named_children())
     split = next(i for i, (name, _) in enumerate(encoder) if name in SPLITS)
-    parts = [[module for _, module in encoder[:split]], [module for _, module in encoder[split:]], [model.head]]
+    parts: list[list[nn.Module]] = [
+        [module for _, module in encoder[:split]],
+        [module for _, module in encoder[split:]],
+        [model.head],
+    ]
     if len(rates) < 3:
         parts = [parts[0] + parts[1], parts[2]]
     if len(rates) == 1:

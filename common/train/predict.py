@@ -1,7 +1,8 @@
 """Probabilities from a network: normalisation and test-time views."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 
 import numpy as np
@@ -11,8 +12,10 @@ from common.classes import N_CLASSES
 from common.errors import UserError, is_out_of_memory
 from common.process import stopping
 from common.process.progress import progress
-from common.train.dataset import BATCH, ImageSet, dihedral, loader, on_device, whole_batches
+from common.train.dataset import BATCH, Batch, ImageSet, dihedral, loader, on_device, whole_batches
 from common.train.hardware import Hardware
+
+View = Callable[[torch.Tensor], torch.Tensor]  # from images to what is predicted of them
 
 
 @dataclass(frozen=True)
@@ -37,24 +40,25 @@ class Normalisation:
         return -mean / std, 1 / (255 * std)
 
 
-def views(tta: str, crop: int | None = None) -> list:
+def views(tta: str, crop: int | None = None) -> list[View]:
     """Return functions from images to the images that are predicted and averaged.
 
     tta : none, or dihedral for all 8 symmetries
     crop : side in pixels of five windows (corners and centre) to use in place of the whole image
     """
 
-    def window(images, top, left):
-        rows, columns = round(top * (images.shape[-2] - crop)), round(left * (images.shape[-1] - crop))
-        return images[..., rows : rows + crop, columns : columns + crop]
+    def window(images: torch.Tensor, side: int, top: float, left: float) -> torch.Tensor:
+        rows, columns = round(top * (images.shape[-2] - side)), round(left * (images.shape[-1] - side))
+        return images[..., rows : rows + side, columns : columns + side]
 
-    corners = [(0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5)] if crop else [None]
+    def view(images: torch.Tensor, where: tuple[int, float, float] | None, turn: int) -> torch.Tensor:
+        return dihedral(window(images, *where) if where else images, turn)
+
+    windows: list[tuple[int, float, float] | None] = [None]
+    if crop:
+        windows = [(crop, *place) for place in ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))]
     turns = range(8) if tta == "dihedral" else range(1)
-    return [
-        lambda images, corner=corner, turn=turn: dihedral(window(images, *corner) if corner else images, turn)
-        for corner in corners
-        for turn in turns
-    ]
+    return [partial(view, where=where, turn=turn) for where in windows for turn in turns]
 
 
 @dataclass
@@ -65,14 +69,14 @@ class Fitting:
 
 
 def predict_logits(
-    model,
+    model: torch.nn.Module,
     normalise: Normalisation,
     dataset: ImageSet,
     hardware: Hardware,
-    looks: list,
+    looks: Sequence[View],
     batch_size: int = BATCH,
     label: str | None = None,
-    feed=None,
+    feed: Iterator[Batch] | None = None,
     fitting: Fitting | None = None,
 ) -> torch.Tensor:
     """Return the logits of every image under every view, (n_views, n, n_classes) float32 on the CPU.
@@ -92,7 +96,7 @@ def predict_logits(
     )
 
     @torch.inference_mode()  # not around the loader, which may receive a later training batch meanwhile
-    def logits_of(images):
+    def logits_of(images: torch.Tensor) -> torch.Tensor:
         images = normalise(images, hardware.device)
         with hardware.casting():
             logits = torch.stack([model(look(images)).float() for look in looks])
@@ -109,7 +113,9 @@ def predict_logits(
     return result
 
 
-def in_parts_that_fit(logits_of, images: torch.Tensor, fitting: Fitting) -> torch.Tensor:
+def in_parts_that_fit(
+    logits_of: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, fitting: Fitting
+) -> torch.Tensor:
     """Return the logits of a batch, (n_views, n, n_classes), in as few parts as fit into memory."""
     while True:
         size = min(len(images), fitting.size or len(images))

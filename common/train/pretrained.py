@@ -8,9 +8,11 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
@@ -185,7 +187,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def receive(url: str):
+def receive(url: str) -> Iterator[Any]:
     """Yield how many megabytes a file has and then its content, in parts; raises NotPublished."""
     try:
         with urlopen(Request(url, headers={"User-Agent": "python"}), timeout=SECONDS_TO_ANSWER) as response:
@@ -225,7 +227,7 @@ def fetch(url: str, path: Path, sha256: str) -> None:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path):
+def read_file(path: Path) -> Any:
     """Read a file of tensors and plain types onto the CPU; no code in it is ever run. Raises UserError."""
     try:
         if path.suffix.lower() == ".safetensors":
@@ -266,7 +268,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def unwrapped(state):
+def unwrapped(state: Any) -> Any:
     """Return a network's parameters among what a training saved: those under the first of WRAPPERS, else the only ones."""
     for _ in range(DEPTH):
         if not isinstance(state, dict) or is_parameters(state):
@@ -279,7 +281,7 @@ def unwrapped(state):
     return state
 
 
-def is_parameters(state) -> bool:
+def is_parameters(state: object) -> bool:
     """Tell whether something is a dictionary of named tensors and nothing else."""
     return (
         isinstance(state, dict)
@@ -288,7 +290,7 @@ def is_parameters(state) -> bool:
     )
 
 
-def is_plain(tensor) -> bool:
+def is_plain(tensor: object) -> bool:
     """Tell whether something is a tensor of real numbers with a place in memory for each."""
     return (
         torch.is_tensor(tensor)
@@ -299,7 +301,7 @@ def is_plain(tensor) -> bool:
     )
 
 
-def contents(state) -> str:
+def contents(state: object) -> str:
     """Say what a file holds: first what is no plain tensor."""
     if not isinstance(state, dict) or not state:
         return f"one {type(state).__name__}" if state != {} else "nothing"

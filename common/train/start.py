@@ -54,7 +54,7 @@ def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
     )
 
 
-def is_four_numbers(values) -> bool:
+def is_four_numbers(values: object) -> bool:
     return (
         isinstance(values, (list, tuple))
         and len(values) == 4

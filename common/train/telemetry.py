@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from common.artifacts.stage import write_csv
+from common.artifacts.tables import write_csv
 from common.classes import CLASS_NAMES
 from common.data.labels import format_targets
 
@@ -31,7 +31,9 @@ def class_mix(epoch: int, targets: np.ndarray, ranked: np.ndarray, kept: np.ndar
     ]
 
 
-def sample_table(ids: np.ndarray, targets: np.ndarray, ranked: np.ndarray, kept: np.ndarray, loss_sums: np.ndarray):
+def sample_table(
+    ids: np.ndarray, targets: np.ndarray, ranked: np.ndarray, kept: np.ndarray, loss_sums: np.ndarray
+) -> pd.DataFrame:
     """Return how often each Id was ranked and kept and its mean loss there; likely wrong labels first.
 
     A sample that is kept whenever it is ranked, at a high loss, is one that the network cannot agree with.

@@ -1,11 +1,16 @@
 """TensorBoard's view of a training: the rows of its log as scalars, one point an epoch."""
 
 import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.artifacts.stage import read_lines
+from common.artifacts.files import read_lines
 from common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 NAMES = {
     "train_loss": "loss/train",
@@ -17,7 +22,7 @@ NAMES = {
 }
 
 
-def summary_writer():
+def summary_writer() -> "type[SummaryWriter]":
     """Return torch's SummaryWriter; raises UserError where the package that it needs is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -27,7 +32,7 @@ def summary_writer():
 
 
 @contextmanager
-def scalars(folder: Path, history: list[dict]):
+def scalars(folder: Path, history: list[dict]) -> Iterator[Callable[[dict], None]]:
     """Yield a function that writes a row of the log to `folder`/tensorboard, after all rows of `history`.
 
     Events of an earlier run that was stopped are written anew from its history, so that no step is there twice.

@@ -4,11 +4,13 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from common.artifacts.files import write_text
-from common.artifacts.stage import write_csv
+from common.artifacts.tables import write_csv
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data.class_weights import draw_weights, effective_number_weights
 from common.errors import UserError, is_out_of_memory
@@ -25,7 +27,7 @@ from common.process.progress import progress
 from common.recipes import Recipe, to_dict
 from common.score.metrics import macro_f1
 from common.train.checkpoints import FORMAT, Writer, save_checkpoint, snapshot
-from common.train.dataset import BATCH, EpochBatches, ImageSet, Sets, loader, on_device, whole_batches
+from common.train.dataset import BATCH, Batch, EpochBatches, ImageSet, Sets, loader, on_device, whole_batches
 from common.train.distributed import Team
 from common.train.fold_data import FoldData
 from common.train.hardware import Hardware, set_kernels
@@ -55,7 +57,7 @@ class NotFinite(Exception):
     """The loss or a weight is no longer a finite number; `batch`: Ids and losses of the first such training batch, or of the
     validation samples that have such losses."""
 
-    def __init__(self, where: str, batch: pd.DataFrame):
+    def __init__(self, where: str, batch: pd.DataFrame) -> None:
         super().__init__(where)
         self.batch = batch
 
@@ -181,7 +183,8 @@ def new_run(
     model = build_model(recipe, N_CLASSES, weights)
     if recipe.sync_batchnorm and team.size > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    network = model = model.to(device, memory_format=hardware.memory_format)
+    # The stubs know a device or a memory format, not both.
+    network = model = model.to(device, memory_format=hardware.memory_format)  # type: ignore[call-overload]
     if team.size > 1:
         network = DistributedDataParallel(model, device_ids=[device] if hardware.is_gpu else None)
     if hardware.compiled:
@@ -254,7 +257,7 @@ def check_team(recipe: Recipe, n_rows: int, hardware: Hardware) -> None:
 
 
 @contextmanager
-def frozen_statistics(model):
+def frozen_statistics(model: torch.nn.Module) -> Iterator[None]:
     """Keep the running statistics of normalisation layers as they are."""
     layers = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     before = [layer.momentum for layer in layers]
@@ -277,7 +280,9 @@ def micro_batches(n: int, most: int | None, batch: int | None = None, processes:
     return [slice(n * k // parts, n * (k + 1) // parts) for k in range(parts)]
 
 
-def train_step(run: Run, images, targets, n: int, share: float, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def train_step(
+    run: Run, images: torch.Tensor, targets: torch.Tensor, n: int, share: float, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Train on the hardest samples of one batch, in as many parts as memory asks for.
 
     images : (part, 4, h, w) uint8 and targets : (part, n_classes), this process's part of a batch of n
@@ -313,7 +318,9 @@ def smaller_micro_batch(micro_batch: int, hardware: Hardware) -> int:
     return half
 
 
-def gradients(run: Run, images, targets, n: int, share: float, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def gradients(
+    run: Run, images: torch.Tensor, targets: torch.Tensor, n: int, share: float, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum the gradients of all parts of a batch; see `train_step`.
 
     The sampler ranks the whole batch of all processes. In several parts that takes a pass of its own, without
@@ -321,7 +328,7 @@ def gradients(run: Run, images, targets, n: int, share: float, step: int) -> tup
     """
     team, parts = run.hardware.team, micro_batches(len(images), run.micro_batch, n, run.hardware.team.size)
 
-    def losses_of(k, network):
+    def losses_of(k: int, network: torch.nn.Module) -> torch.Tensor:
         seed_torch(run.seed, 1, step, team.rank, k)
         with run.hardware.casting():
             inputs = run.normalise(images[parts[k]], run.hardware.device)
@@ -343,14 +350,18 @@ def gradients(run: Run, images, targets, n: int, share: float, step: int) -> tup
     factors = torch.zeros(n, device=targets.device).index_fill(0, kept, team.size / len(kept))[team.part(n)]
 
     run.optimizer.zero_grad(set_to_none=True)
-    losses = []
+    of_parts = []
     for k, part in enumerate(parts):
         # Gradients of several processes meet once, with the last part.
-        with run.network.no_sync() if team.size > 1 and k < len(parts) - 1 else nullcontext():
+        with (
+            cast(DistributedDataParallel, run.network).no_sync()
+            if team.size > 1 and k < len(parts) - 1
+            else nullcontext()
+        ):
             part_losses = losses_of(k, run.network) if whole is None else whole
             run.scaler.scale((part_losses * factors[part]).sum()).backward()
-        losses.append(part_losses.detach())
-    losses = team.gather(torch.cat(losses), n)
+        of_parts.append(part_losses.detach())
+    losses = team.gather(torch.cat(of_parts), n)
     if before:
         keep_finite_statistics(run, before, losses)
     return losses, kept
@@ -373,6 +384,7 @@ def regularise(run: Run) -> None:
         return
     run.scaler.unscale_(run.optimizer)
     for parameter in run.model.parameters():
+        assert parameter.grad is not None
         parameter.grad.add_(parameter.detach().sign(), alpha=recipe.l1)
     if recipe.clip_norm:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip_norm)
@@ -406,7 +418,7 @@ def epoch_batches(run: Run, data: FoldData, epoch: int, start: int = 0) -> Epoch
     )
 
 
-def all_batches(run: Run, data: FoldData):
+def all_batches(run: Run, data: FoldData) -> Iterator[Batch]:
     """Return an iterator over every batch from the run's place on: the training batches of each epoch, and after them, where it is
     evaluated, those of its validation part.
 
@@ -416,7 +428,7 @@ def all_batches(run: Run, data: FoldData):
     valid = part_of(data.valid, run.hardware.team)
     parts = whole_batches(valid, BATCH)
 
-    def keys():
+    def keys() -> Iterator[list]:
         for number in range(epoch, recipe.epochs):
             for batch in epoch_batches(run, data, number, step if number == epoch else 0):
                 yield [(0, key) for key in batch]
@@ -439,7 +451,7 @@ def part_of(dataset: ImageSet, team: Team) -> ImageSet:
     )
 
 
-def train_epoch(run: Run, data: FoldData, feed, label: str, save) -> None:
+def train_epoch(run: Run, data: FoldData, feed: Iterator[Batch], label: str, save: Callable[[], object]) -> None:
     """Work through the rest of the run's current epoch; calls `save` now and then. Raises NotFinite.
 
     feed : iterator over its batches; see `all_batches`
@@ -480,7 +492,7 @@ def train_epoch(run: Run, data: FoldData, feed, label: str, save) -> None:
             check_finite(run, data, batches, unread)
             unread = []
         if ends or stopping.STATE.asked or time.monotonic() - saved > CHECKPOINT_SECONDS:
-            run.loss_sum, run.skipped = loss_sum.item(), skipped.item()
+            run.loss_sum, run.skipped = loss_sum.item(), int(skipped.item())
             stopping.check()
             if not ends:
                 save()
@@ -489,8 +501,8 @@ def train_epoch(run: Run, data: FoldData, feed, label: str, save) -> None:
 
 def check_finite(run: Run, data: FoldData, batches: EpochBatches, losses: list[torch.Tensor]) -> None:
     """Raise NotFinite if a loss of the last steps, (batch,) each, or any weight now, is not finite."""
-    losses = torch.stack(losses)
-    fine = torch.cat([losses.isfinite().all(dim=1), finite_weights(run)]).tolist()
+    stacked = torch.stack(losses)
+    fine = torch.cat([stacked.isfinite().all(dim=1), finite_weights(run)]).tolist()
     if run.hardware.autocast == torch.float16:
         fine = without_overflows(fine, len(losses), run.step)
     if all(fine):
@@ -519,7 +531,7 @@ def finite_weights(run: Run) -> torch.Tensor:
     return torch.stack(ends).isfinite().all(dim=1)
 
 
-def note_ranking(run: Run, rows, losses, kept) -> None:
+def note_ranking(run: Run, rows: torch.Tensor, losses: torch.Tensor, kept: torch.Tensor) -> None:
     """Count for the batch's rows that they were ranked, whether they were kept, and their losses."""
     counts = torch.stack([torch.ones_like(losses), torch.zeros_like(losses).index_fill(0, kept, 1.0), losses], dim=1)
     run.ranking.index_add_(1, rows, counts.expand(2, -1, -1))  # a row may be in a batch twice
@@ -533,7 +545,7 @@ def close_ranking(run: Run, data: FoldData, epoch: int) -> None:
     run.ranking[0] = 0
 
 
-def evaluate(run: Run, data: FoldData, feed) -> tuple[float, float]:
+def evaluate(run: Run, data: FoldData, feed: Iterator[Batch]) -> tuple[float, float]:
     """Return the mean E-loss and the macro F1 at 0.5 on the whole validation images; raises NotFinite."""
     team, valid = run.hardware.team, data.valid
     team.share_buffers(run.model)
@@ -582,7 +594,13 @@ def evaluations_per_cycle(recipe: Recipe) -> int:
 
 
 def train_fold(
-    run: Run, folder: Path, data: FoldData, made_from: dict, label: str, on_nan: str = "stop", note=None
+    run: Run,
+    folder: Path,
+    data: FoldData,
+    made_from: dict,
+    label: str,
+    on_nan: str = "stop",
+    note: Callable[[dict], None] | None = None,
 ) -> Run:
     """Train a run until its cycles are over.
 
@@ -669,7 +687,7 @@ def go_back(run: Run, error: NotFinite, folder: Path, label: str) -> None:
     )
 
 
-def write_state(folder: Path, state: dict, best: dict | None, samples) -> None:
+def write_state(folder: Path, state: dict, best: dict | None, samples: pd.DataFrame | None) -> None:
     """Write what belongs to a state of a run, and last.pt after it: killed in between, its epochs are done again."""
     if best:
         save_checkpoint(folder / "best.pt", best)
@@ -680,7 +698,7 @@ def write_state(folder: Path, state: dict, best: dict | None, samples) -> None:
     save_checkpoint(folder / "last.pt", state)
 
 
-def close_epoch(run: Run, data: FoldData, feed) -> dict:
+def close_epoch(run: Run, data: FoldData, feed: Iterator[Batch]) -> dict:
     """Evaluate where the recipe says so, and go to the next epoch; returns the finished one's row of the log.
 
     Raises NotFinite for the loss of the validation samples.
@@ -729,7 +747,8 @@ def lr_range_test(
     The rate is that of the last layer group; the others keep their ratio to it. Returns rates and losses.
     """
     run = new_run(recipe, data, hardware, fold, seed, weights)
-    rates, losses = [], []
+    rates: list[float] = []
+    losses: list[float] = []
     keys = (batch for epoch in count() for batch in epoch_batches(run, data, epoch))
     feed = on_device(loader(data.train, hardware.workers, hardware.is_gpu, islice(keys, n_steps)), hardware.device)
     n = epoch_batches(run, data, 0).batch

@@ -10,7 +10,7 @@ import time
 import pandas as pd
 import pytest
 
-from common.artifacts.stage import load_predictions
+from common.artifacts.predictions import load_predictions
 from tests.browser import check_page
 from tests.conftest import ROOT
 

@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from common.artifacts.files import write_json, write_text
-from common.artifacts.stage import Stage, check_ids, load_predictions, read_table, save_predictions, sidecar
+from common.artifacts.predictions import load_predictions, save_predictions
+from common.artifacts.stage import Record, Stage, sidecar
+from common.artifacts.tables import check_ids, read_table
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.data.images import checksum, read_planes, write_planes
 from common.data.ingest import read_journal
@@ -248,7 +250,7 @@ def test_damaged_sidecars_are_read_or_refused(tmp_path, data):
     write_text(tmp_path / "in.txt", "in")
     stage = Stage("0x_stage", tmp_path / "out.txt", {"a": 1}, {"in.txt": tmp_path / "in.txt"})
     write_text(stage.artifact, "out")
-    stage.finish(rows=1)
+    stage.seal(Record(1))
     sidecar(stage.artifact).write_bytes(data.draw(damage(sidecar(stage.artifact).read_bytes())))
     outcome(stage.why_stale)
 

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import tifffile
 
-from common.artifacts.files import write_json
-from common.artifacts.stage import Stage, load_predictions, read_json, save_predictions, sidecar
+from common.artifacts.files import read_json, write_json
+from common.artifacts.predictions import load_predictions, save_predictions
+from common.artifacts.stage import Record, Stage, sidecar
 from common.data.exposure import WHOLE, judge
 from common.demo.data import make_demo_data
 
@@ -217,7 +218,7 @@ def test_fewer_samples_than_folds(stages, fails, small_data, tmp_path):
 def predicted(path, ids, probs):
     """Write predictions as stage 05 does, with its record."""
     save_predictions(path, ids, probs)
-    Stage("05_predict_oof", path, {"folds": []}, {}).finish(rows=len(ids))
+    Stage("05_predict_oof", path, {"folds": []}, {}).seal(Record(len(ids)))
 
 
 def test_thresholds_are_for_the_recipes_they_were_found_on(stages, run_script, fails, small_data, tmp_path):

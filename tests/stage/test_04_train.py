@@ -11,7 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from common.artifacts.stage import load_predictions, read_json, read_table, sidecar
+from common.artifacts.files import read_json
+from common.artifacts.predictions import load_predictions
+from common.artifacts.stage import sidecar
+from common.artifacts.tables import read_table
 from common.recipes import Recipe, get_recipe
 from common.train.checkpoints import load_network
 from common.train.dataset import dihedral

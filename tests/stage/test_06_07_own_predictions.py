@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common.artifacts.stage import read_table, save_predictions
+from common.artifacts.predictions import save_predictions
+from common.artifacts.tables import read_table
 from common.data.labels import format_targets
 from common.errors import UserError
 from common.report.build import stage_table

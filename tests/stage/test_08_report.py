@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from common.artifacts.files import write_json
-from common.artifacts.stage import load_predictions, save_predictions
+from common.artifacts.predictions import load_predictions, save_predictions
 from common.classes import CLASS_NAMES
 from common.demo.data import make_demo_data
 from common.report.build import collect, report_page, section

@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from common.artifacts.stage import read_table, sidecar
+from common.artifacts.stage import sidecar
+from common.artifacts.tables import read_table
 from common.errors import UserError
 from common.recipes import get_recipe
 from common.train.distributed import Team

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from distributed import LocalCluster
 
-from common.artifacts.stage import load_predictions
+from common.artifacts.predictions import load_predictions
 from tests.conftest import ROOT
 
 RECIPE = "demo-quick"

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from common.artifacts.stage import preprocess_command, read_table, stored_images
+from common.artifacts.layout import Layout
+from common.artifacts.tables import read_table
 from common.data.images import checksum, read_planes
 from common.errors import UserError
 from tests.conftest import ROOT
@@ -71,7 +72,7 @@ def test_from_nothing_to_a_submission_and_out_of_every_loss(follow, small_data, 
     image.unlink()
     heal(lambda: read_planes(image, crc))
     for store in ("48", "by-source-16"):
-        heal(lambda store=store: stored_images(work, store, ["train-3", "test-2"]))
+        heal(lambda store=store: Layout(work).read_store(store, ["train-3", "test-2"]))
     for name, script, command in (
         ("folds.csv", "03", "04_train.py"),
         ("duplicates.csv", "02", "03_make_folds.py"),
@@ -109,8 +110,12 @@ def test_a_copied_work_folder_is_healed_where_it_lies(follow, small_data, tmp_pa
         "--jobs",
         "1",
     ]
-    assert shlex.split(preprocess_command(tmp_path / "new", "96")) == [*expected, "--work", str(tmp_path / "new")]
-    assert shlex.split(preprocess_command(tmp_path / "new", "64"))[len(expected) : -2] == [
+    assert shlex.split(Layout(tmp_path / "new").preprocess_command("96")) == [
+        *expected,
+        "--work",
+        str(tmp_path / "new"),
+    ]
+    assert shlex.split(Layout(tmp_path / "new").preprocess_command("64"))[len(expected) : -2] == [
         "--set",
         "size_rule=fixed",
         "size_divisor=1",

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from common.artifacts.files import read_json
 from common.artifacts.locks import Lock
-from common.artifacts.stage import read_json, sidecar
+from common.artifacts.stage import sidecar
 from tests.conftest import ROOT
 
 RECIPE, WAITING = "demo-quick", "demo-hard-quick"

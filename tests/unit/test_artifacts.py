@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from common.artifacts.files import write_json, write_text, writing
-from common.artifacts.stage import Stage, fingerprint, load_predictions, save_predictions, sidecar
+from common.artifacts.predictions import load_predictions, save_predictions
+from common.artifacts.stage import Record, Stage, fingerprint, sidecar
 from common.classes import N_CLASSES
 from common.errors import UserError
 
@@ -63,7 +64,7 @@ def test_a_stage_is_stale_until_sealed_and_after_any_change(tmp_path):
     assert stage.why_stale() == "not made yet"
     write_text(stage.artifact, "made")
     assert stage.why_stale() == "not made yet"
-    stage.finish(rows=1)
+    stage.seal(Record(1))
     assert make_stage(tmp_path).why_stale() is None
     assert make_stage(tmp_path, parameter=2).why_stale() == "parameter was 1, now 2"
     assert make_stage(tmp_path, text="other").why_stale() == "changed: in.txt"
@@ -76,18 +77,46 @@ def test_a_rewritten_equal_input_changes_nothing(tmp_path):
     assert make_stage(tmp_path).inputs == before.inputs == {"in.txt": fingerprint(tmp_path / "in.txt")}
 
 
-def test_begin_takes_the_seal_away(tmp_path):
+def test_what_is_made_is_sealed_at_the_end_and_not_before(tmp_path, capsys):
     stage = make_stage(tmp_path)
-    write_text(stage.artifact, "made")
-    stage.finish(rows=1)
-    stage.begin()
-    assert stage.why_stale() == "not made yet"
+    with stage.making() as record:
+        assert not stage.sidecar.exists()
+        write_text(stage.artifact, "made")
+        record.rows, record.notes = 7, {"folds": [0]}
+    assert stage.is_current() and capsys.readouterr().out == ""
+    meta = json.loads(stage.sidecar.read_text())
+    assert (meta["rows"], meta["folds"]) == (7, [0])
+    stage.say_current()
+    assert capsys.readouterr().out == f"0x_stage: {stage.artifact} is up to date\n"
+
+
+def test_what_is_not_finished_has_no_seal_and_no_lock(tmp_path, capsys):
+    stage = make_stage(tmp_path)
+    with stage.making():
+        write_text(stage.artifact, "made")
+    changed = make_stage(tmp_path, parameter=2)
+    with pytest.raises(ZeroDivisionError), changed.making():
+        raise ZeroDivisionError
+    assert capsys.readouterr().out == f"0x_stage: making {stage.artifact} again (parameter was 1, now 2)\n"
+    assert changed.why_stale() == "not made yet"
+    with make_stage(tmp_path).lock():
+        pass
+
+
+def test_a_stage_that_holds_its_lock_may_make_and_others_may_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.artifacts.locks.SECONDS_OF_GRACE", 0)
+    stage = make_stage(tmp_path)
+    with stage.lock(), stage.making():
+        write_text(stage.artifact, "made")
+        with pytest.raises(UserError, match="is being made by"), make_stage(tmp_path).making():
+            pass
+    assert stage.is_current()
 
 
 def test_a_sidecar_says_what_its_artifact_was_made_from(tmp_path):
     stage = make_stage(tmp_path)
     write_text(stage.artifact, "made")
-    stage.finish(rows=7)
+    stage.seal(Record(7))
     meta = json.loads(sidecar(stage.artifact).read_text())
     assert (meta["stage"], meta["parameters"], meta["rows"]) == ("0x_stage", {"parameter": 1}, 7)
     assert meta.keys() >= {"inputs", "outputs", "seconds"}
@@ -115,7 +144,7 @@ def test_a_damaged_sidecar_is_an_error_with_its_name(tmp_path):
 def test_one_wrong_part_of_a_sidecar_is_enough(tmp_path, changes):
     stage = make_stage(tmp_path)
     write_text(stage.artifact, "made")
-    stage.finish(rows=1)
+    stage.seal(Record(1))
     write_json(stage.sidecar, json.loads(stage.sidecar.read_text()) | changes)
     with pytest.raises(UserError, match="out.txt.meta.json is not a record that a stage wrote; delete it"):
         stage.why_stale()

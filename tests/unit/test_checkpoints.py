@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.artifacts.files import write_json
-from common.artifacts.stage import Stage, sidecar
+from common.artifacts.stage import Record, Stage, sidecar
 from common.classes import CLASS_NAMES
 from common.errors import UserError
 from common.recipes import Recipe, get_recipe, recipe_of_run, run_parameters
@@ -238,7 +238,7 @@ def test_a_run_that_is_a_link_is_not_cleared_in_silence(tmp_path):
 def test_a_finished_training_of_another_format_asks_for_force(tmp_path):
     (tmp_path / "best.pt").touch()
     now = run_parameters(RECIPE, 0, 0, FORMAT)
-    Stage("04_train", tmp_path / "best.pt", {**now, "checkpoint_format": FORMAT - 1}, {}).finish(rows=1)
+    Stage("04_train", tmp_path / "best.pt", {**now, "checkpoint_format": FORMAT - 1}, {}).seal(Record(1))
     with pytest.raises(
         UserError, match=rf"something else \(checkpoint_format was {FORMAT - 1}, now {FORMAT}\); use --force"
     ):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.artifacts.layout import Layout
 from common.data.class_weights import draw_weights
 from common.data.images import CHANNELS, checksum, read_planes, write_planes
 from common.errors import UserError
@@ -20,7 +21,6 @@ from common.train.dataset import (
     standardise,
     whole_batches,
 )
-from common.train.fold_data import stored_images
 
 RNG = np.random.default_rng(0)
 DRAWS = np.random.default_rng(1).random((6, 3))
@@ -80,7 +80,7 @@ def test_a_sample_that_is_not_stored_is_named_with_the_cure(tmp_path):
         + "\n"
     )
     with pytest.raises(UserError) as error:
-        stored_images(tmp_path, "96", ["a", "b", "c"])
+        Layout(tmp_path).read_store("96", ["a", "b", "c"])
     assert str(error.value) == (
         f"{tmp_path}/images/96 lacks 2 samples, such as b; run: python 01_preprocess.py --set "
         f"size_rule=fixed size_divisor=1 image_size=96 crop_size=96 --work {tmp_path}"

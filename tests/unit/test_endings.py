@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from common.artifacts.files import naming, write_text
-from common.artifacts.stage import Stage, prediction_file, save_predictions, sidecar
+from common.artifacts.layout import Layout
+from common.artifacts.predictions import save_predictions
+from common.artifacts.stage import Record, Stage, sidecar
 from common.errors import UserError
 from common.process import stopping
 from common.process.main import explain, run
@@ -183,10 +185,10 @@ def predicted(tmp_path):
     write_text(tmp_path / "folds.csv", "Id,Target,part,group,fold,copies\na,0,train,a,0,1\n")
     network = tmp_path / "runs" / "demo" / "fold0" / "best.pt"
     write_text(network, "a network")
-    Stage("04_train", network, {}, {"folds.csv": tmp_path / "folds.csv"}).finish(rows=1)
-    path = prediction_file(tmp_path, "demo", "oof")
+    Stage("04_train", network, {}, {"folds.csv": tmp_path / "folds.csv"}).seal(Record(1))
+    path = Layout(tmp_path).predictions("demo", "oof")
     save_predictions(path, ["a"], np.full((1, 28), 0.5))
-    Stage("05_predict_oof", path, {"folds": [0]}, {}).finish(rows=1)
+    Stage("05_predict_oof", path, {"folds": [0]}, {}).seal(Record(1))
     check_origin(tmp_path, ["demo"], "oof")
     return tmp_path, path
 
@@ -219,4 +221,4 @@ def test_predictions_of_other_folds_or_labels_are_refused(predicted):
         check_origin(work, ["demo"], "oof")
     shutil.rmtree(work / "runs")  # nobody knows now; the file is what stage 05 wrote
     check_origin(work, ["demo"], "oof")
-    assert json.loads(sidecar(prediction_file(work, "demo", "oof")).read_text())["parameters"] == {"folds": [0]}
+    assert json.loads(sidecar(Layout(work).predictions("demo", "oof")).read_text())["parameters"] == {"folds": [0]}

@@ -14,8 +14,10 @@ import pytest
 import tifffile
 
 from common.artifacts import text_tables
-from common.artifacts.files import write_json, write_text
-from common.artifacts.stage import Stage, check_probabilities, load_predictions, read_json, read_sidecar, read_table
+from common.artifacts.files import read_json, write_json, write_text
+from common.artifacts.predictions import check_probabilities, load_predictions
+from common.artifacts.stage import Record, Stage, read_sidecar
+from common.artifacts.tables import read_table
 from common.data.folds import make_folds
 from common.data.ingest import Sample, refuse_bad
 from common.data.labels import parse_targets, read_csv, read_labels
@@ -444,7 +446,7 @@ def test_a_stage_names_what_changed_before_training_is_lost(tmp_path):
         == f"{tmp_path} holds an unfinished training made from something else (alpha was 0.9, now 0.5); {cure}"
     )
     write_text(before.artifact, "network")
-    before.finish(rows=1)
+    before.seal(Record(1))
     with pytest.raises(UserError) as error:
         prepare([now], False)
     assert (

@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 
 from common.artifacts.files import write_json
-from common.artifacts.stage import prediction_file, save_predictions, sidecar
+from common.artifacts.layout import Layout
+from common.artifacts.predictions import save_predictions
+from common.artifacts.stage import sidecar
 from common.classes import CLASS_NAMES
 from common.errors import UserError
 from common.score.members import check_networks, member_files, read_groups, read_predictions, short_names
@@ -173,7 +175,7 @@ def test_groups_are_matched_by_id(tmp_path):
 
 def test_predictions_of_networks_that_are_gone_are_refused(tmp_path):
     def sealed(part, networks):
-        path = prediction_file(tmp_path, "demo", part)
+        path = Layout(tmp_path).predictions("demo", part)
         write_json(sidecar(path), {"parameters": {}, "inputs": {}, "outputs": {}, "networks": networks})
 
     sealed("oof", ["a", "b"])

@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 
 from common.artifacts.files import write_json, write_text
-from common.artifacts.stage import Stage, save_predictions, sidecar, write_csv
+from common.artifacts.predictions import save_predictions
+from common.artifacts.stage import Record, Stage, sidecar
+from common.artifacts.tables import write_csv
 from common.classes import CLASS_NAMES
 from common.data.exposure import WHOLE, judge
 from common.errors import UserError
@@ -99,7 +101,7 @@ def sealed(path, inputs, **more):
     """Write an artifact as its stage does."""
     stage = Stage("0x", path, {}, inputs)
     write_text(path, path.read_text() if path.is_file() else "made")
-    stage.finish(rows=1, **more)
+    stage.seal(Record(1, notes=more))
 
 
 @pytest.mark.parametrize("version", ["this", "earlier"])

@@ -8,7 +8,7 @@ import pytest
 import tifffile
 
 from common.artifacts.files import write_text
-from common.artifacts.stage import Stage
+from common.artifacts.stage import Record, Stage
 from common.data.exposure import WHOLE
 from common.data.images import CHANNELS
 from common.data.ingest import Sample, kept_going, known_states, preprocess_stage, refuse_bad, source_state, store_all
@@ -104,7 +104,7 @@ def test_what_the_run_before_was_to_leave_out_is_known(tmp_path, keep_going):
     assert not kept_going(tmp_path)
     stage = preprocess_stage(tmp_path, [Sample("a", "train", "0", ())], {}, ["128"], WHOLE, keep_going)
     write_text(stage.artifact, "Id\n")
-    stage.finish(rows=1)
+    stage.seal(Record(1))
     assert isinstance(stage, Stage) and kept_going(tmp_path) is keep_going
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
 
-from common.artifacts.stage import save_predictions
+from common.artifacts.predictions import save_predictions
 from common.data.labels import format_targets
 from common.errors import UserError
 from common.recipes import ablation_runs

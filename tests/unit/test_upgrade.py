@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.artifacts.stage import Stage, read_json, read_table, sidecar
+from common.artifacts.files import read_json
+from common.artifacts.stage import Stage, sidecar
+from common.artifacts.tables import read_table
 from common.errors import UserError
 from common.recipes import current_fields, get_recipe, recipe_of_run, run_parameters
 from common.train.checkpoints import (
