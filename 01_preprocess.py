@@ -20,11 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.layout import Layout
-from common.check.checks import examine
 from common.errors import UserError
-from common.process import command_line  # first: from here on Ctrl+C is no traceback
-from common.process.main import run  # first: from here on Ctrl+C is no traceback
+from common.process import command_line
+from common.process.main import run
 
 
 def parse_args():
@@ -94,10 +92,13 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if args.check:
-        return examine(args)
 
-    # Imported here, so that --check can tell which packages are missing.
+    # Imported here: --check says which packages are missing, --help needs none, and Ctrl+C meanwhile is one message.
+    if args.check:
+        from common.check.checks import examine
+
+        return examine(args)
+    from common.artifacts.layout import Layout
     from common.artifacts.tables import write_csv
     from common.data.exposure import Levels
     from common.data.ingest import (

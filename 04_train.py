@@ -25,10 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.layout import Layout
 from common.process import command_line
 from common.process.main import run
-from common.process.parallel import run_jobs
 from common.recipes import describe_fit, fit_to_source, get_recipes
 
 
@@ -102,6 +100,11 @@ def parse_args():
 
 def main():
     args = parse_args()
+
+    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    from common.artifacts.layout import Layout
+    from common.process.parallel import run_jobs
+
     if args.list_recipes:
         from common.check.listing import recipe_listing
 

@@ -19,40 +19,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.files import write_json
-from common.artifacts.layout import Layout
-from common.artifacts.stage import Stage
-from common.data.labels import parse_targets, read_labels
 from common.errors import UserError
 from common.process import command_line
 from common.process.main import run
-from common.score.ensemble import (
-    COMBINATIONS,
-    align,
-    combine,
-    describe_ensemble,
-    evaluate_ensemble,
-    keep_common,
-    stack_members,
-)
-from common.score.members import (
-    check_origin,
-    check_there,
-    describe_missing_folds,
-    folds_behind,
-    held_out_files,
-    labelled_rows,
-    member_files,
-    read_groups,
-    read_members,
-    read_predictions,
-    short_names,
-)
-from common.score.submission import check_submission, read_submission, recover
-from common.score.thresholds import METHODS, score_held_out
 
 
 def parse_args():
+    from common.score.ensemble import COMBINATIONS
+    from common.score.thresholds import METHODS
+
     parser = command_line.parser(__doc__)
     parser.add_argument(
         "--recipes",
@@ -110,6 +85,26 @@ def parse_args():
 
 def main():
     args = parse_args()
+
+    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    from common.artifacts.files import write_json
+    from common.artifacts.layout import Layout
+    from common.artifacts.stage import Stage
+    from common.data.labels import parse_targets, read_labels
+    from common.score.ensemble import combine, describe_ensemble, evaluate_ensemble, keep_common, stack_members
+    from common.score.members import (
+        check_origin,
+        check_there,
+        describe_missing_folds,
+        folds_behind,
+        held_out_files,
+        labelled_rows,
+        member_files,
+        read_groups,
+        read_members,
+    )
+    from common.score.thresholds import score_held_out
+
     if args.reproduce:
         return reproduce(args)
     layout = Layout(args.work, args.data)
@@ -158,6 +153,13 @@ def main():
 
 def reproduce(args):
     """Write the thresholds that make the submission --reproduce of the one file --oof."""
+    from common.artifacts.files import write_json
+    from common.artifacts.layout import Layout
+    from common.artifacts.stage import Stage
+    from common.score.ensemble import align
+    from common.score.members import read_predictions, short_names
+    from common.score.submission import check_submission, read_submission, recover
+
     if not args.oof or len(args.oof) != 1:
         raise UserError("--reproduce needs the one file of predictions that the submission was made from: --oof FILE")
     submission = read_submission(args.reproduce)
