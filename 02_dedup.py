@@ -4,7 +4,7 @@ reads   WORK/samples.csv, WORK/images/128/
 writes  WORK/duplicates.csv       Id, part, Target, near_group (first of the near-identical ones), group (what stays in
                                   one fold), kept (1 or 0) of every labelled sample
         WORK/duplicate_pairs.csv  all pairs within the distance, with test samples too; distances in bits of 64
-        WORK/duplicate_pairs.png  the closest pairs, the farthest ones still within, the nearest ones outside: look at it
+        WORK/duplicate_pairs.png  the closest pairs, the farthest ones within, the nearest ones outside: look at it
 
 Nothing is removed from test. Within a group of duplicates one sample for each distinct label set stays, unless
 a class would fall below --floor samples. Thresholds are for the red, green and blue channel, all must hold.

@@ -1,7 +1,7 @@
 """Find a threshold per class on out-of-fold probabilities, and say what they are worth on samples they have not seen.
 
 reads   WORK/predictions/<recipe>/oof.npz of each recipe, and held_out.npz where there is one, WORK/folds.csv;
-        or, with --oof, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids) and the --labels of their Ids
+        or, with --oof, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids) and --labels of their Ids
 writes  WORK/thresholds.json   method, recipes, combine, weights, thresholds (28), single, score_cross_fitted, interval,
                                score_in_sample, per_class, members, combinations, methods; score_held_out,
                                interval_held_out; folds that each recipe stands on, n_folds; with --reproduce
@@ -179,8 +179,8 @@ def reproduce(args):
         write_json(stage.artifact, {"recipes": [name], "combine": "mean", "weights": [1.0], **result})
         record.rows = len(ids)
     print(
-        f"06_thresholds: {stage.artifact}: with these thresholds and the fallback {result['fallback']} all {len(ids)} rows of "
-        f"{args.reproduce} come out the same\n  " + " ".join(f"{value:g}" for value in result["thresholds"])
+        f"06_thresholds: {stage.artifact}: with these thresholds and the fallback {result['fallback']} all {len(ids)} "
+        f"rows of {args.reproduce} come out the same\n  " + " ".join(f"{value:g}" for value in result["thresholds"])
     )
 
 

@@ -4,8 +4,8 @@ reads   WORK/predictions/<recipe>/test.npz of each recipe, WORK/thresholds.json,
         WORK/left_out.csv: test samples that stage 01 left out get an empty row
         or, with --test, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids), in the order in which
         stage 06 had the --oof of the same networks, and --sample
-writes  WORK/submission.csv   Id, Predicted in the order of sample_submission.csv, checked (or --out); its .meta.json says which
-                              folds each recipe stands on
+writes  WORK/submission.csv   Id, Predicted in the order of sample_submission.csv, checked (or --out); its .meta.json
+                              says which folds each recipe stands on
         submissions.json beside the thresholds: where --out submissions lie, for the page
 
 example python 07_ensemble.py --work work --recipes resnet50
@@ -105,10 +105,8 @@ def main():
         return
     if len(wanted) == 0:
         lost = left_out_samples(layout.left_out) if own else ()
-        print(
-            f"07_ensemble: {f'stage 01 left out all {len(lost)} test samples' if len(lost) else 'the data has no test samples'}, "
-            "so there is no submission to make"
-        )
+        why = f"stage 01 left out all {len(lost)} test samples" if len(lost) else "the data has no test samples"
+        print(f"07_ensemble: {why}, so there is no submission to make")
         return
     found = args.thresholds or layout.thresholds
     makes = "--oof FILES --labels CSV" if args.test else shlex.join([*layout.flags(), "--recipes", recipes])

@@ -98,7 +98,7 @@ def worker_number() -> int | None:
 def run_jobs(
     function: Callable[..., object], jobs: Sequence[tuple], n_jobs: int, cluster: str | None, label: str
 ) -> None:
-    """Call `function(*job)` for jobs of minutes or more (a recipe's fold): one by one, several at once, or elsewhere."""
+    """Call `function(*job)` for jobs of minutes or more (a recipe's fold): one by one, at once, or elsewhere."""
     if n_jobs == 1 and not cluster:
         for job in jobs:
             function(*job)
