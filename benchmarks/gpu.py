@@ -248,10 +248,10 @@ def epoch_gap(bench, epoch_seconds: float) -> float:
 def stage05(bench) -> dict:
     import torch
 
-    from common.train.dataset import BATCH, loader, on_device, whole_batches
+    from common.train.dataset import BATCH, Normalisation, loader, on_device, whole_batches
     from common.train.hardware import set_kernels
     from common.train.networks import build_model
-    from common.train.predict import Normalisation, predict_logits, views
+    from common.train.predict import predict_logits, views
 
     recipe, hardware, looks = bench.fed, bench.predicting, views("dihedral")
     set_kernels(hardware)
@@ -408,7 +408,7 @@ def random_batch(n: int, size: int, device):
 
 def no_images():
     """Return what a run needs to know of its data where it gets batches of noise."""
-    from common.train.predict import Normalisation
+    from common.train.dataset import Normalisation
 
     return SimpleNamespace(
         counts=np.arange(28) + 1, train=range(2), normalisation=Normalisation((0.1,) * 4, (0.1,) * 4)
@@ -420,8 +420,7 @@ def stored_images(bench, recipe: Recipe, n: int, store: str = "zstd"):
     as whole images."""
     from common.data.images import CHANNELS, checksum
     from common.demo.drawing import draw_sample
-    from common.train.dataset import ImageSet
-    from common.train.predict import Normalisation
+    from common.train.dataset import ImageSet, Normalisation
 
     if recipe.size not in bench.drawn:
         planes = (draw_sample(np.random.default_rng(k), (k % 28, 25), recipe.size) for k in range(SAMPLES))

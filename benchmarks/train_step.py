@@ -164,9 +164,8 @@ def measure_settings(recipe, n: int, data, repeats: int) -> dict:
 def drawn_data(folder: Path, recipe, n: int):
     """Write n images of blocks of noise, and return them as the data of a fold."""
     from common.data.images import write_planes
-    from common.train.dataset import ImageSet
+    from common.train.dataset import ImageSet, Normalisation
     from common.train.fold_data import FoldData
-    from common.train.predict import Normalisation
 
     rng = np.random.default_rng(0)
     targets = rng.random((n, 28)) < 0.06

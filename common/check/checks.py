@@ -426,8 +426,7 @@ def labels(args: argparse.Namespace, seen: Seen) -> "Generator[Check, None, pd.D
 
 def weights(args: argparse.Namespace, seen: Seen) -> Generator[Check, None, None]:
     """Yield for each encoder where its weights are, or whether their host answers."""
-    from common.train.pretrained import PUBLISHED, answers, told_if_other, weight_files
-    from common.train.start import start_from
+    from common.train.pretrained import PUBLISHED, answers, start_from, told_if_other, weight_files
 
     for encoder in sorted({recipe.encoder for recipe in seen.recipes.values()}):
         recipe = next(recipe for recipe in seen.recipes.values() if recipe.encoder == encoder)

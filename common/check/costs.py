@@ -16,10 +16,10 @@ import torch
 from common.classes import N_CLASSES
 from common.errors import UserError
 from common.recipes import Recipe
-from common.train.dataset import CACHE_BYTES, EpochBatches, ImageSet, collate
+from common.train.dataset import CACHE_BYTES, EpochBatches, ImageSet, Normalisation, collate
 from common.train.fold_data import FoldData, training_rows
 from common.train.hardware import Hardware, HardwareOptions, choose_hardware
-from common.train.predict import Fitting, Normalisation, in_parts_that_fit
+from common.train.predict import Fitting, in_parts_that_fit
 from common.train.training import FINDER_STEPS, Run, evaluations_per_cycle, new_run, train_step
 
 SECONDS = 10  # of steps with the number of images that is settled on

@@ -18,10 +18,10 @@ from common.artifacts.stage import Stage, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, first_line
 from common.recipes import Recipe, from_dict, recipe_of_run, to_dict
+from common.train.dataset import Normalisation
 from common.train.fold_data import training_inputs
 from common.train.hardware import Hardware, set_kernels
 from common.train.networks import build_model
-from common.train.predict import Normalisation
 
 FORMAT = 4  # of checkpoints; one more whenever older ones could be misread, as after each change of a network
 TRAIN_AGAIN = "train the fold again with --force, or use the version that wrote it"

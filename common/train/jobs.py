@@ -24,13 +24,13 @@ from common.train.checkpoints import (
     made_from,
     restoring,
 )
+from common.train.dataset import Normalisation
 from common.train.distributed import Team
 from common.train.fold_data import FoldData, image_set, load_fold, training_inputs
 from common.train.hardware import Hardware, HardwareOptions, batch_bytes, choose_hardware, fit_shared_memory
 from common.train.lr_finder import save_lr_curve
-from common.train.predict import Fitting, Normalisation, mean_probabilities, predict_logits, views
-from common.train.pretrained import find_weights
-from common.train.start import Start, start_from
+from common.train.predict import Fitting, mean_probabilities, predict_logits, views
+from common.train.pretrained import Start, find_weights, start_from
 from common.train.tensorboard import scalars
 from common.train.training import Run, check_team, lr_range_test, new_run, train_fold
 

@@ -1,8 +1,15 @@
-"""E-loss and the hard sampler."""
+"""E-loss, the hard sampler, and what the sampler does: which classes it keeps, and which samples it keeps most often."""
 
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from common.artifacts.tables import write_csv
+from common.classes import CLASS_NAMES
+from common.data.labels import format_targets
 from common.recipes import Recipe
 
 
@@ -30,3 +37,56 @@ def hard_samples(losses: torch.Tensor, share: float) -> torch.Tensor:
     """
     k = max(1, round(share * len(losses)))
     return torch.sort(losses.detach(), descending=True, stable=True).indices[:k]
+
+
+# --- what the sampler does ---------------------------------------------------------------------------------
+
+
+def class_mix(epoch: int, targets: np.ndarray, ranked: np.ndarray, kept: np.ndarray) -> list[dict]:
+    """Return a row a class: its share of the labels that were ranked in an epoch, and of those that were kept.
+
+    targets : (n, n_classes) bool; ranked, kept : (n,) times in the epoch that a sample was ranked and kept
+    A share among the kept above that among the ranked means that the class is learnt from more than it is seen.
+    """
+    seen, stayed = ranked @ targets, kept @ targets
+    shares = (seen / max(1, seen.sum()), stayed / max(1, stayed.sum()))
+    return [
+        {
+            "epoch": epoch,
+            "class": name,
+            "ranked": int(seen[c]),
+            "kept": int(stayed[c]),
+            "share_of_ranked": round(float(shares[0][c]), 4),
+            "share_of_kept": round(float(shares[1][c]), 4),
+        }
+        for c, name in enumerate(CLASS_NAMES)
+    ]
+
+
+def sample_table(
+    ids: np.ndarray, targets: np.ndarray, ranked: np.ndarray, kept: np.ndarray, loss_sums: np.ndarray
+) -> pd.DataFrame:
+    """Return how often each Id was ranked and kept and its mean loss there; likely wrong labels first.
+
+    A sample that is kept whenever it is ranked, at a high loss, is one that the network cannot agree with.
+    """
+    table = pd.DataFrame(
+        {
+            "Id": ids,
+            "Target": format_targets(targets),
+            "ranked": ranked.astype(int),
+            "kept": kept.astype(int),
+            "loss": loss_sums,
+        }
+    )
+    table = table.groupby(["Id", "Target"], as_index=False).sum()  # copies of a sample together
+    table = table[table["ranked"] > 0]
+    table["share_kept"] = (table["kept"] / table["ranked"]).round(4)
+    table["mean_loss"] = (table.pop("loss") / table["ranked"]).round(4)
+    return table.sort_values(["share_kept", "mean_loss", "Id"], ascending=[False, False, True], ignore_index=True)
+
+
+def save_telemetry(folder: Path, mix: list[dict], samples: pd.DataFrame) -> None:
+    """Write hard_classes.csv and hard_samples.csv."""
+    write_csv(folder / "hard_classes.csv", pd.DataFrame(mix))
+    write_csv(folder / "hard_samples.csv", samples)

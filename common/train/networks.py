@@ -255,25 +255,3 @@ def count_parameters(recipe: Recipe, n_classes: int) -> int:
     """Return the number of trained parameters, without spending memory on them."""
     with torch.device("meta"):
         return sum(math.prod(p.shape) for p in build_model(recipe, n_classes).parameters())
-
-
-def param_groups(model: Classifier, rates: tuple[float, ...]) -> list[dict]:
-    """Return optimizer groups with the top learning rates `rates`, first layers first.
-
-    One rate: all layers. Two: encoder, head. Three: encoder in two parts (see SPLITS), head.
-    """
-    encoder = list(model.encoder.named_children())
-    split = next(i for i, (name, _) in enumerate(encoder) if name in SPLITS)
-    parts: list[list[nn.Module]] = [
-        [module for _, module in encoder[:split]],
-        [module for _, module in encoder[split:]],
-        [model.head],
-    ]
-    if len(rates) < 3:
-        parts = [parts[0] + parts[1], parts[2]]
-    if len(rates) == 1:
-        parts = [parts[0] + parts[1]]
-    return [
-        {"params": [p for module in modules for p in module.parameters()], "lr": rate, "top_lr": rate}
-        for modules, rate in zip(parts, rates, strict=True)
-    ]

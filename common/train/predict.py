@@ -1,8 +1,8 @@
-"""Probabilities from a network: normalisation and test-time views."""
+"""Probabilities from a network, by test-time views."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -12,32 +12,10 @@ from common.classes import N_CLASSES
 from common.errors import UserError, is_out_of_memory
 from common.process import stopping
 from common.process.progress import progress
-from common.train.dataset import BATCH, Batch, ImageSet, dihedral, loader, on_device, whole_batches
+from common.train.dataset import BATCH, Batch, ImageSet, Normalisation, dihedral, loader, on_device, whole_batches
 from common.train.hardware import Hardware
 
 View = Callable[[torch.Tensor], torch.Tensor]  # from images to what is predicted of them
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """Mean and standard deviation of each channel on the 0-1 scale, (4,) each."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, images: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Turn (n, 4, h, w) uint8 images into normalised floats on the device, channels last."""
-        images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-        rows = images.permute(0, 2, 3, 1).flatten(2)  # (n, h, 4w), in the same memory: long rows are ten times as fast
-        shift, scale = self.factors(device, images.shape[3])
-        torch.addcmul(shift, rows, scale, out=rows)
-        return rows.unflatten(2, (-1, 4)).permute(0, 3, 1, 2)
-
-    @cache  # noqa: B019 - one normalisation lives as long as its network
-    def factors(self, device: torch.device, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return shift and scale of 8-bit values for a row of pixels, (4 width,) each, on the device."""
-        mean, std = (torch.tensor(values, device=device).repeat(width) for values in (self.mean, self.std))
-        return -mean / std, 1 / (255 * std)
 
 
 def views(tta: str, crop: int | None = None) -> list[View]:

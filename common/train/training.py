@@ -27,14 +27,24 @@ from common.process.progress import progress
 from common.recipes import Recipe, to_dict
 from common.score.metrics import macro_f1
 from common.train.checkpoints import FORMAT, Writer, save_checkpoint, snapshot
-from common.train.dataset import BATCH, Batch, EpochBatches, ImageSet, Sets, loader, on_device, whole_batches
+from common.train.dataset import (
+    BATCH,
+    Batch,
+    EpochBatches,
+    ImageSet,
+    Normalisation,
+    Sets,
+    loader,
+    on_device,
+    whole_batches,
+)
 from common.train.distributed import Team
 from common.train.fold_data import FoldData
 from common.train.hardware import Hardware, set_kernels
-from common.train.losses import hard_samples, sample_losses
-from common.train.muon import Muon
-from common.train.networks import build_model, param_groups
-from common.train.predict import Fitting, Normalisation, predict_logits, views
+from common.train.losses import class_mix, hard_samples, sample_losses, sample_table, save_telemetry
+from common.train.networks import build_model
+from common.train.optimizers import build_optimizer, param_groups
+from common.train.predict import Fitting, predict_logits, views
 from common.train.schedules import (
     cosine_with_restarts,
     cycle_gain,
@@ -43,7 +53,6 @@ from common.train.schedules import (
     one_cycle,
     plateau_halvings,
 )
-from common.train.telemetry import class_mix, sample_table, save_telemetry
 
 CHECKPOINT_SECONDS = 300  # between checkpoints within an epoch
 EPOCH_SECONDS = 10  # between checkpoints after epochs
@@ -205,30 +214,6 @@ def new_run(
         torch.zeros(2, len(data.train), 3, device=device),
         micro_batch=hardware.micro_batch,
     )
-
-
-def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
-    """Return SGD with momentum, or AdamW or Muon, which leave biases and normalisation layers without decay."""
-    if recipe.optimizer == "sgd":
-        sgd = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
-        for (
-            group
-        ) in groups:  # torch leaves them unset where a first step overflows in float16, and uses them in the next
-            for parameter in group["params"] if recipe.momentum else ():
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
-    parts = [
-        {
-            **group,
-            "params": [p for p in group["params"] if p.ndim == dimensions],
-            "muon": dimensions == 4,
-            "weight_decay": recipe.weight_decay if dimensions > 1 else 0.0,
-        }
-        for group in groups
-        for dimensions in (4, 2, 1)
-    ]  # convolutions, dense layers, biases and normalisation layers
-    optimizer = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
-    return optimizer([part for part in parts if part["params"]], lr=0.0, betas=(recipe.momentum, 0.99), fused=True)
 
 
 def check_team(recipe: Recipe, n_rows: int, hardware: Hardware) -> None:

@@ -10,7 +10,7 @@ from common.train import training
 from common.train.checkpoints import load_checkpoint
 from common.train.hardware import device_name
 from common.train.jobs import begin_fold
-from common.train.start import Start
+from common.train.pretrained import Start
 from tests.gpu.helpers import FEW_EPOCHS, RECIPES
 from tests.slow.test_training import Killed, fold_data, same
 from tests.stage.test_stopping import stopped

@@ -18,11 +18,11 @@ from common.train.networks import (
     build_model,
     count_parameters,
     densenet50,
-    param_groups,
     pretrainedmodel,
     stem,
     widen_stem,
 )
+from common.train.optimizers import param_groups
 from tests.conftest import ROOT
 
 BACKBONES = [name for name in CHOICES["encoder"] if not name.startswith("gapnet")]

@@ -19,7 +19,7 @@ from common.process import stopping
 from common.recipes import DEMO, GAPNET_PL, RECIPES, get_recipe, to_dict
 from common.train import hardware, training
 from common.train.checkpoints import load_checkpoint, load_network, save_checkpoint
-from common.train.dataset import ImageSet
+from common.train.dataset import ImageSet, Normalisation
 from common.train.distributed import Team
 from common.train.fold_data import FoldData, load_fold
 from common.train.hardware import PRECISIONS, Hardware, HardwareOptions, choose_hardware
@@ -27,8 +27,9 @@ from common.train.jobs import begin_fold
 from common.train.losses import sample_losses
 from common.train.lr_finder import save_lr_curve
 from common.train.networks import build_model
-from common.train.predict import Fitting, Normalisation, mean_probabilities, predict_logits, views
-from common.train.start import Start
+from common.train.optimizers import build_optimizer, param_groups
+from common.train.predict import Fitting, mean_probabilities, predict_logits, views
+from common.train.pretrained import Start
 from common.train.training import Run, is_finished, lr_range_test, micro_batches, new_run, train_fold, train_step
 
 CPU = Hardware(torch.device("cpu"))
@@ -830,7 +831,7 @@ def test_a_checkpoint_of_something_else_is_refused_with_both_named(tmp_path, cha
 def test_weights_only_are_decayed_and_every_parameter_is_held_once(optimizer):
     recipe = replace(OURS, optimizer=optimizer, weight_decay=0.1)
     model = build_model(recipe, 28)
-    groups = training.build_optimizer(recipe, training.param_groups(model, (1e-3, 2e-3))).param_groups
+    groups = build_optimizer(recipe, param_groups(model, (1e-3, 2e-3))).param_groups
     held = [parameter for group in groups for parameter in group["params"]]
     assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
     assert all(

@@ -26,10 +26,11 @@ from common.train.checkpoints import (
     prepare,
     save_checkpoint,
 )
+from common.train.dataset import Normalisation
 from common.train.jobs import begin_fold
 from common.train.networks import build_model
-from common.train.predict import Hardware, Normalisation
-from common.train.start import Start
+from common.train.predict import Hardware
+from common.train.pretrained import Start
 from common.train.training import new_run
 
 CPU = Hardware(torch.device("cpu"))

@@ -23,11 +23,11 @@ from common.train.checkpoints import (
     load_network,
     save_checkpoint,
 )
+from common.train.dataset import Normalisation
 from common.train.distributed import Team
 from common.train.hardware import Hardware, HardwareOptions
 from common.train.jobs import begin_fold, plan, predict_job, predicted_folds
-from common.train.predict import Normalisation
-from common.train.start import Start
+from common.train.pretrained import Start
 from common.train.training import Run, is_finished, new_run
 
 CPU = Hardware(torch.device("cpu"))

@@ -1,10 +1,17 @@
-"""Muon: steps of momentum whose directions are all equally long (Jordan et al. 2024), for the weights of convolutions."""
+"""Optimizers and their groups of parameters: SGD, AdamW, and Muon.
+
+Muon takes steps of momentum whose directions are all equally long (Jordan et al. 2024), for the weights of convolutions.
+"""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+
+from common.recipes import Recipe
+from common.train.networks import SPLITS, Classifier
 
 # Of the quintic iteration: steep at 0, so that five of them bring singular values between 0.0015 and 1 to 0.68 to 1.21.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -74,3 +81,49 @@ class Muon(torch.optim.AdamW):
         if found_inf is not None:
             for tensor, old in zip(changed, before, strict=True):
                 tensor.copy_(torch.where(found_inf > 0, old, tensor))
+
+
+def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
+    """Return SGD with momentum, or AdamW or Muon, which leave biases and normalisation layers without decay."""
+    if recipe.optimizer == "sgd":
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
+        for (
+            group
+        ) in groups:  # torch leaves them unset where a first step overflows in float16, and uses them in the next
+            for parameter in group["params"] if recipe.momentum else ():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
+    parts = [
+        {
+            **group,
+            "params": [p for p in group["params"] if p.ndim == dimensions],
+            "muon": dimensions == 4,
+            "weight_decay": recipe.weight_decay if dimensions > 1 else 0.0,
+        }
+        for group in groups
+        for dimensions in (4, 2, 1)
+    ]  # convolutions, dense layers, biases and normalisation layers
+    optimizer = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
+    return optimizer([part for part in parts if part["params"]], lr=0.0, betas=(recipe.momentum, 0.99), fused=True)
+
+
+def param_groups(model: Classifier, rates: tuple[float, ...]) -> list[dict]:
+    """Return optimizer groups with the top learning rates `rates`, first layers first.
+
+    One rate: all layers. Two: encoder, head. Three: encoder in two parts (see SPLITS), head.
+    """
+    encoder = list(model.encoder.named_children())
+    split = next(i for i, (name, _) in enumerate(encoder) if name in SPLITS)
+    parts: list[list[nn.Module]] = [
+        [module for _, module in encoder[:split]],
+        [module for _, module in encoder[split:]],
+        [model.head],
+    ]
+    if len(rates) < 3:
+        parts = [parts[0] + parts[1], parts[2]]
+    if len(rates) == 1:
+        parts = [parts[0] + parts[1]]
+    return [
+        {"params": [p for module in modules for p in module.parameters()], "lr": rate, "top_lr": rate}
+        for modules, rate in zip(parts, rates, strict=True)
+    ]
