@@ -6,9 +6,9 @@ silent, the field's comment says what was chosen.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from common.errors import UserError, nearest
 
@@ -40,6 +40,16 @@ CHOICES = {
     "schedule": ("cycles", "constant", "plateau", "one-cycle"),
     "finder": ("off", "record", "use"),
 }
+
+
+T = TypeVar("T")
+
+
+def row_of(table: Mapping[str, T], field: str, name: str) -> T:
+    """Return the row of a table of choices that a recipe's field names; raises UserError where there is none."""
+    if name not in table:
+        raise UserError(f"recipe field {field} is {name!r}, which has no row in its table; {nearest(name, table)}")
+    return table[name]
 
 
 BY_SOURCE = "by-source"

@@ -22,30 +22,16 @@ from common.train.dataset import Normalisation
 from common.train.fold_data import training_inputs
 from common.train.hardware import Hardware, set_kernels
 from common.train.networks import build_model
+from common.train.run import FORMAT, NUMBER, Kind, Run, saved_pieces
 
-FORMAT = 4  # of checkpoints; one more whenever older ones could be misread, as after each change of a network
 TRAIN_AGAIN = "train the fold again with --force, or use the version that wrote it"
 
-Kind = type | tuple[type, ...]
-NUMBER = (int, float)
 # In every checkpoint.
 NETWORK: dict[str, Kind] = {"model": dict, "mean": list, "std": list, "classes": list, "recipe": dict}
 TRAINING: dict[str, Kind] = {  # in last.pt too
     "made_from": dict,
     "good": (dict, type(None)),
-    "optimizer": dict,
-    "scaler": dict,
-    "ranking": torch.Tensor,
-    "epoch": int,
-    "step": int,
-    "loss_sum": NUMBER,
-    "seconds": NUMBER,
-    "best_score": NUMBER,
-    "micro_batch": (int, type(None)),
-    "start": str,
-    "returns": list,
-    "history": list,
-    "class_mix": list,
+    **{name: piece.kind for name, piece in saved_pieces(Run).items()},
 }
 
 

@@ -242,6 +242,13 @@ def bf16_is_faster(flags: set[str], name: str) -> bool:
 # --- memory ------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Fitting:
+    """How many images a GPU predicted at once when its memory was full; None before that."""
+
+    size: int | None = None
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep up to 256 MB of what is freed for the next batch: given back to the system after every step, it would be asked
     for and zeroed again page by page, which takes up to a tenth of a small network's step."""

@@ -1,21 +1,144 @@
-"""Probabilities from a network, by test-time views."""
+"""Stage 05: which folds there are to predict, and probabilities from a network by test-time views."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
+from common.artifacts.layout import Layout
+from common.artifacts.predictions import save_predictions
+from common.artifacts.stage import Stage, sidecar
 from common.classes import N_CLASSES
+from common.data.folds import fold_numbers
 from common.errors import UserError, is_out_of_memory
 from common.process import stopping
 from common.process.progress import progress
+from common.recipes import Recipe
+from common.train.checkpoints import finished_checkpoint, load_network
 from common.train.dataset import BATCH, Batch, ImageSet, Normalisation, dihedral, loader, on_device, whole_batches
-from common.train.hardware import Hardware
+from common.train.fold_data import image_set
+from common.train.hardware import Fitting, Hardware, HardwareOptions, batch_bytes, choose_hardware, fit_shared_memory
 
 View = Callable[[torch.Tensor], torch.Tensor]  # from images to what is predicted of them
+
+
+# --- jobs --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PredictionJob:
+    """One fold of a recipe to predict with.
+
+    name : of the recipe
+    folds : the whole table of stage 03
+    means : part -> table of samples that every fold predicts, and whose mean over the folds counts
+    settings : tta, view and checkpoint, which stage 05's sidecars note
+    """
+
+    work: Path
+    name: str
+    fold: int
+    folds: pd.DataFrame
+    means: dict[str, pd.DataFrame]
+    settings: dict[str, str]
+    batch_size: int = BATCH
+    hardware: HardwareOptions = HardwareOptions()
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} fold {self.fold}"
+
+    @property
+    def parts(self) -> dict[str, pd.DataFrame]:
+        """The samples to predict, by part: the fold's own, out of fold, and those of all folds."""
+        return {"oof": self.folds[self.folds["fold"] == self.fold], **self.means}
+
+    def network(self) -> tuple[Path, Recipe]:
+        """Return the checkpoint to predict with and its recipe; raises UserError, see `finished_checkpoint`."""
+        return finished_checkpoint(self.work, self.name, self.fold, self.folds, self.settings["checkpoint"])
+
+    def stage(self, part: str, network: Path, recipe: Recipe) -> Stage:
+        """Return what stage 05 makes for one part of the samples."""
+        return Stage(
+            "05_predict_oof",
+            self.file(part),
+            self.settings,
+            {"network": network, "images": Layout(self.work).images_digest(recipe.store, self.parts[part]["Id"])},
+        )
+
+    def file(self, part: str) -> Path:
+        return Layout(self.work).predictions(self.name, part, self.fold)
+
+    def looks(self, recipe: Recipe) -> list[View]:
+        return views(self.settings["tta"], recipe.crop if self.settings["view"] == "crops" else None)
+
+
+def predict_job(job: PredictionJob) -> None:
+    """Write a fold's probabilities for each part of the samples, where they are not up to date."""
+    path, recipe = job.network()
+    network, fitting = None, Fitting()
+    for part, rows in job.parts.items():
+        stage = job.stage(part, path, recipe)
+        if stage.is_current():
+            stage.say_current()
+            continue
+        with stage.lock(wait=True), ExitStack() as making:
+            if stage.is_current():  # another process made it meanwhile
+                continue
+            record = making.enter_context(stage.making())
+            hardware = choose_hardware(job.hardware, training=False)
+            hardware = fit_shared_memory(hardware, job.hardware, batch_bytes(recipe, 0, job.batch_size))
+            network = network or load_network(path, recipe, hardware)
+            images, label = image_set(job.work, recipe, rows), f"{job.label} {part}"
+            logits = predict_logits(
+                *network, images, hardware, job.looks(recipe), job.batch_size, label, fitting=fitting
+            )
+            save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
+            record.rows, record.notes = len(rows), {"hardware": hardware.record()}
+        print(f"05_predict_oof: {job.label}: {len(rows)} {part} samples x {len(logits)} views", flush=True)
+
+
+def predicted_folds(job: PredictionJob, numbers: list[int]) -> dict[str, list[int]]:
+    """Return for each part of the samples the folds whose predictions belong together: `numbers`, and the others that are
+    predicted and up to date. Prints which predictions of other folds are left out, and why.
+
+    job : of any fold of the recipe
+    """
+    job = replace(job, fold=numbers[0])
+    found = {part: list(numbers) for part in job.parts}
+    recipe = job.network()[1]
+    for fold in (fold for fold in fold_numbers(job.folds) if fold not in numbers):
+        other = replace(job, fold=fold)
+        made = [part for part in found if sidecar(other.file(part)).is_file()]
+        for part, reason in why_not_current(other, made, recipe).items():
+            if reason:
+                print(f"05_predict_oof: {other.file(part)} is left out of {part}.npz: {reason}")
+            else:
+                found[part].append(fold)
+    return {part: sorted(some) for part, some in found.items()}
+
+
+def why_not_current(job: PredictionJob, parts: list[str], recipe: Recipe) -> dict[str, str | None]:
+    """Return for each part why a fold's predictions are not those that stage 05 would make now with a network of this recipe;
+    None where they are."""
+    if not parts:
+        return {}
+    try:
+        path, own = job.network()
+    except UserError as error:
+        return dict.fromkeys(parts, str(error))
+    if own != recipe:
+        return dict.fromkeys(parts, f"fold {job.fold} was trained with another recipe")
+    return {part: job.stage(part, path, own).why_stale() for part in parts}
+
+
+# --- probabilities -----------------------------------------------------------------------------------------
 
 
 def views(tta: str, crop: int | None = None) -> list[View]:
@@ -37,13 +160,6 @@ def views(tta: str, crop: int | None = None) -> list[View]:
         windows = [(crop, *place) for place in ((0, 0), (0, 1), (1, 0), (1, 1), (0.5, 0.5))]
     turns = range(8) if tta == "dihedral" else range(1)
     return [partial(view, where=where, turn=turn) for where in windows for turn in turns]
-
-
-@dataclass
-class Fitting:
-    """How many images a GPU predicted at once when its memory was full; None before that."""
-
-    size: int | None = None
 
 
 def predict_logits(
