@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from common.errors import UserError, nearest
 
+# Names of what a recipe may choose. The tables that have a row for each are in common/train: ENCODERS in networks.py,
+# LOSSES, OPTIMIZERS, SCHEDULES in files of those names, AUGMENTATIONS in dataset.py; this file loads no torch.
 CHOICES = {
     "size_rule": ("fixed", "by-source"),
     "encoder": (
@@ -30,6 +32,7 @@ CHOICES = {
     "pooling": ("acp", "average", "own"),
     "head_order": ("linear-relu-dropout", "dropout-linear-relu", "linear-selu-dropout"),
     "fourth_channel": ("red", "zeros", "mean"),
+    "augmentations": ("dihedral",),
     "normalisation": ("weights", "data"),
     "standardise": ("none", "sample"),
     "optimizer": ("sgd", "adamw", "muon"),
@@ -41,6 +44,9 @@ CHOICES = {
     "finder": ("off", "record", "use"),
 }
 
+
+# Encoders that pool by themselves; they are made for four channels and have no BatchNorm.
+OWN_POOLING = ("gapnet_pl", "gapnet_pl_plus")
 
 T = TypeVar("T")
 
@@ -82,6 +88,7 @@ class Recipe:
     head_order: str = "linear-relu-dropout"  # after a BatchNorm, as is fastai's other order; the one with SELU has none
     fourth_channel: str = "red"  # where the stem's weights for yellow come from
     normalisation: str = "weights"  # that of the pretrained weights; of the data, as always where there are none
+    augmentations: tuple[str, ...] = ("dihedral",)  # of training crops, in this order
     standardise: str = "none"  # "sample": each channel of each image by its own mean and deviation, in place of both
 
     # An epoch has every sample once; with a power p above 0, as often as (count of its rarest class) ** -p says.
@@ -129,8 +136,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise UserError(f"recipe field {name} is {value!r}; {nearest(str(value), known, every=True)}")
+            value = getattr(self, name)
+            for choice in value if isinstance(value, tuple) else (value,):
+                if choice not in known:
+                    raise UserError(f"recipe field {name} is {choice!r}; {nearest(str(choice), known, every=True)}")
         if self.size_divisor < 1:  # sizes are divided by it
             raise UserError(f"recipe field size_divisor has an impossible value: {self.size_divisor!r}")
         checks = {
@@ -167,10 +176,10 @@ class Recipe:
         wrong = [name for name, fine in checks.items() if not fine]
         if wrong:
             raise UserError(f"recipe field {wrong[0]} has an impossible value: {getattr(self, wrong[0])!r}")
-        if (self.pooling == "own") != self.encoder.startswith("gapnet"):
+        if (self.pooling == "own") != (self.encoder in OWN_POOLING):
             raise UserError(
-                f"recipe fields do not fit: pooling {self.pooling!r} with encoder {self.encoder!r}; gapnet_pl and "
-                "gapnet_pl_plus need pooling=own, the other encoders one of the others"
+                f"recipe fields do not fit: pooling {self.pooling!r} with encoder {self.encoder!r}; "
+                f"{' and '.join(OWN_POOLING)} need pooling=own, the other encoders one of the others"
             )
         if self.size_rule == BY_SOURCE and self.crop > stored_size(self.store, 0):
             raise UserError(
@@ -423,7 +432,7 @@ def idle_fields(recipe: Recipe) -> dict[str, tuple[str, str]]:
         ),
         (recipe.size_rule == BY_SOURCE, ("image_size",), f"size_rule={BY_SOURCE}", "size_rule=fixed too"),
         (
-            recipe.encoder.startswith("gapnet"),
+            recipe.encoder in OWN_POOLING,
             ("fourth_channel", "sync_batchnorm"),
             f"encoder={recipe.encoder}, made for four channels and without BatchNorm",
             "another encoder",

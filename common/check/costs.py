@@ -85,7 +85,9 @@ def measure_here(recipe: Recipe) -> Cost:
 
 def random_images(recipe: Recipe) -> ImageSet:
     """Return two random images of a recipe's size as a training set, in memory."""
-    rows = ImageSet(Path(), np.array(["a", "b"]), np.eye(2, N_CLASSES, dtype=bool), recipe.crop)
+    rows = ImageSet(
+        Path(), np.array(["a", "b"]), np.eye(2, N_CLASSES, dtype=bool), recipe.crop, augmentations=recipe.augmentations
+    )
     for Id in rows.ids:
         pixels = np.random.default_rng(0).integers(256, size=(recipe.size, recipe.size, 4), dtype=np.uint8)
         rows.cache.keep(Id, pixels.transpose(2, 0, 1))

@@ -1,4 +1,4 @@
-"""Stored images to batches: random crops and symmetries for training, whole images for evaluation.
+"""Stored images to batches: random, augmented crops for training, whole images for evaluation.
 
 Every random number is a function of (seed, epoch, position in the epoch), so workers never repeat each other
 and a resumed run draws what an undisturbed one would have drawn.
@@ -8,10 +8,10 @@ import math
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from common.data.images import corner, read_planes
 from common.errors import UserError
 from common.process import stopping
+from common.recipes import row_of
 from common.train.distributed import ALONE, Team
 
 BATCH = 32  # whole images at once
@@ -50,12 +51,46 @@ def dihedral(image: Image, which: int) -> Image:
 
 
 def random_crop(image: np.ndarray, crop: int, draw: np.ndarray) -> np.ndarray:
-    """Cut a random (crop, crop) window out of (4, h, w) and put it through a random symmetry; a view, nothing is copied.
-
-    draw : three random numbers in [0, 1), for the window's place and the symmetry
-    """
+    """Cut a random (crop, crop) window out of (4, h, w), placed by a sample's draw; a view, nothing is copied."""
     top, left = (corner(share, crop, side) for share, side in zip(draw, image.shape[1:], strict=False))
-    return dihedral(image[:, top : top + crop, left : left + crop], int(8 * draw[2]))
+    return image[:, top : top + crop, left : left + crop]
+
+
+# --- augmentations -----------------------------------------------------------------------------------------
+
+
+class Chance:
+    """The random numbers of one training sample: a function of (seed, epoch, position), whoever loads it.
+
+    draw : (3,) in [0, 1): two for the crop's place, one for its symmetry
+    """
+
+    def __init__(self, draw: np.ndarray) -> None:
+        self.draw = draw
+
+    @cached_property
+    def generator(self) -> np.random.Generator:
+        """As many more as are asked for."""
+        return np.random.default_rng(np.asarray(self.draw, dtype=np.float64).view(np.uint64))
+
+
+# Functions of (crop, chance) that return the changed crop, of the same shape, (4, crop, crop) uint8; they leave the crop
+# itself as it is, which is kept for later epochs.
+AUGMENTATIONS: dict[str, Callable[[np.ndarray, Chance], np.ndarray]] = {
+    "dihedral": lambda image, chance: dihedral(image, int(8 * chance.draw[2]))
+}
+
+
+def augmented(image: np.ndarray, names: tuple[str, ...], draw: np.ndarray) -> np.ndarray:
+    """Put a crop, (4, crop, crop) uint8, through augmentations; raises UserError for one that gives something else."""
+    chance, shape = Chance(draw), image.shape
+    for name in names:
+        image = row_of(AUGMENTATIONS, "augmentations", name)(image, chance)
+        if image.shape != shape or image.dtype != np.uint8:
+            raise UserError(f"augmentation {name} gives {image.dtype} {image.shape}, expected uint8 {shape}")
+    if image.strides[0] == 1:
+        return image
+    return np.ascontiguousarray(image.transpose(1, 2, 0)).transpose(2, 0, 1)  # channels last, as batches are
 
 
 def standardise(planes: np.ndarray) -> np.ndarray:
@@ -102,7 +137,8 @@ class ImageSet(Dataset):
     sides : side of each stored image in pixels, where they may differ: one batch of whole images has one size
     crcs : checksum of each Id's pixels, where they are known
     standardised : see `standardise`
-    A training item is asked for by its row and the draw for `random_crop`, a whole image by its row.
+    augmentations : of training crops; see AUGMENTATIONS
+    A training item is asked for by its row and its draw (see `Chance`), a whole image by its row.
     """
 
     folder: Path
@@ -112,6 +148,7 @@ class ImageSet(Dataset):
     sides: np.ndarray | None = None
     crcs: dict[str, str] = field(default_factory=dict, repr=False)
     standardised: bool = False
+    augmentations: tuple[str, ...] = ("dihedral",)
     cache: Cache = field(default_factory=Cache, repr=False)
 
     def __len__(self) -> int:
@@ -127,7 +164,7 @@ class ImageSet(Dataset):
             image = self.read(Id, (self.crop, *draw[:2]) if in_part else None)
             self.cache.keep(Id, image)
         if self.crop is not None:
-            image = random_crop(image, self.crop, draw)
+            image = augmented(random_crop(image, self.crop, draw), self.augmentations, draw)
         return image, self.targets[row]
 
     def read(self, Id: str, window: tuple | None = None) -> np.ndarray:

@@ -59,6 +59,7 @@ def load_fold(
             recipe.crop,
             crcs=dict(stored[["Id", "crc"]].to_numpy()),
             standardised=recipe.standardised,
+            augmentations=recipe.augmentations,
         ),
         image_set(work, recipe, folds[valid]),
         class_counts(folds, fold),

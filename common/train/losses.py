@@ -1,5 +1,6 @@
 """E-loss, the hard sampler, and what the sampler does: which classes it keeps, and which samples it keeps most often."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +11,46 @@ import torch.nn.functional as F
 from common.artifacts.tables import write_csv
 from common.classes import CLASS_NAMES
 from common.data.labels import format_targets
-from common.recipes import Recipe
+from common.errors import UserError
+from common.recipes import Recipe, row_of
+
+# --- the table ---------------------------------------------------------------------------------------------
+
+
+def bce(logits: torch.Tensor, targets: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Return the binary cross-entropy of each class, (batch, n_classes)."""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def focal(logits: torch.Tensor, targets: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Return the focal loss of each class, (batch, n_classes): less of what is right already (Lin et al. 2017)."""
+    miss = torch.sigmoid(logits * (1 - 2 * targets))  # 1 - p of the true answer
+    # Below the smallest normal number its power would have an infinite slope, for a gamma below 1.
+    return bce(logits, targets, recipe) * miss.clamp(min=torch.finfo(miss.dtype).tiny) ** recipe.focal_gamma
+
+
+# Base losses: functions of (logits, targets, recipe), (batch, n_classes) float32 each, that return the loss of each
+# class, (batch, n_classes), before classes are weighted; differentiable, and finite for any finite logit.
+LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, Recipe], torch.Tensor]] = {"focal": focal, "bce": bce}
 
 
 def sample_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Return the E-loss of each sample, (batch,): eq. 6 summed over its classes, on focal loss or BCE.
+    """Return the E-loss of each sample, (batch,): eq. 6 summed over its classes, on the recipe's base loss.
 
     logits, targets : (batch, n_classes); weights : (n_classes,) from `class_weights`
     """
     logits, targets = logits.float(), targets.float()
-    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    if recipe.base_loss == "focal":
-        miss = torch.sigmoid(logits * (1 - 2 * targets))  # 1 - p of the true answer
-        # Below the smallest normal number its power would have an infinite slope, for a gamma below 1.
-        losses = losses * miss.clamp(min=torch.finfo(miss.dtype).tiny) ** recipe.focal_gamma
+    losses = row_of(LOSSES, "base_loss", recipe.base_loss)(logits, targets, recipe)
+    if losses.shape != logits.shape:
+        found = tuple(losses.shape)
+        raise UserError(f"base_loss={recipe.base_loss} gives the shape {found}, expected {tuple(logits.shape)}")
     if recipe.weighted_part == "positives":
         weights = torch.where(targets > 0, weights, 1.0)
     losses = losses * weights
     return losses.sum(dim=1) if recipe.class_reduction == "sum" else losses.mean(dim=1)
+
+
+# --- the hard sampler --------------------------------------------------------------------------------------
 
 
 def hard_samples(losses: torch.Tensor, share: float) -> torch.Tensor:

@@ -4,14 +4,15 @@ Muon takes steps of momentum whose directions are all equally long (Jordan et al
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from common.recipes import Recipe
-from common.train.networks import SPLITS, Classifier
+from common.errors import UserError
+from common.recipes import Recipe, row_of
+from common.train.networks import Classifier
 
 # Of the quintic iteration: steep at 0, so that five of them bring singular values between 0.0015 and 1 to 0.68 to 1.21.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -83,16 +84,62 @@ class Muon(torch.optim.AdamW):
                 tensor.copy_(torch.where(found_inf > 0, old, tensor))
 
 
+# --- the table ---------------------------------------------------------------------------------------------
+
+
+def sgd(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
+    """Return SGD with momentum, whose decay is L2 on all parameters."""
+    optimizer = torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay, **STEADY)
+    # torch leaves them unset where a first step overflows in float16, and uses them in the next
+    for parameter in all_parameters(groups) if recipe.momentum else ():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def adamw(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
+    """Return AdamW, whose decay is decoupled and of weights only."""
+    return torch.optim.AdamW(by_dimensions(recipe, groups), betas=(recipe.momentum, 0.99), **STEADY)
+
+
+def muon(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
+    """Return Muon for the weights of convolutions, with AdamW for the others."""
+    return Muon(by_dimensions(recipe, groups), betas=(recipe.momentum, 0.99), **STEADY)
+
+
+STEADY: dict[str, Any] = {"lr": 0.0, "fused": True}  # the schedule sets the rate before each step
+
+# Functions of (recipe, groups of parameters with their `lr` and `top_lr`). All state is the optimizer's own, in
+# `Optimizer.state`, from which `Run` checkpoints it: tensors of a parameter's shape, or numbers.
+OPTIMIZERS: dict[str, Callable[[Recipe, list[dict]], torch.optim.Optimizer]] = {
+    "sgd": sgd,
+    "adamw": adamw,
+    "muon": muon,
+}
+
+
 def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
-    """Return SGD with momentum, or AdamW or Muon, which leave biases and normalisation layers without decay."""
-    if recipe.optimizer == "sgd":
-        sgd = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
-        for (
-            group
-        ) in groups:  # torch leaves them unset where a first step overflows in float16, and uses them in the next
-            for parameter in group["params"] if recipe.momentum else ():
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
+    """Return the recipe's optimizer. Raises UserError for one that leaves parameters out or forgets their top rates."""
+    optimizer = row_of(OPTIMIZERS, "optimizer", recipe.optimizer)(recipe, groups)
+    held = {id(parameter) for parameter in all_parameters(optimizer.param_groups)}
+    if held != {id(parameter) for parameter in all_parameters(groups)}:
+        raise UserError(f"optimizer={recipe.optimizer} does not hold all parameters, and no others")
+    if not all("top_lr" in group for group in optimizer.param_groups):
+        raise UserError(
+            f"optimizer={recipe.optimizer} has groups without 'top_lr'; make them of those that it is given"
+        )
+    return optimizer
+
+
+def all_parameters(groups: list[dict]) -> Iterator[nn.Parameter]:
+    for group in groups:
+        yield from group["params"]
+
+
+# --- groups of parameters ----------------------------------------------------------------------------------
+
+
+def by_dimensions(recipe: Recipe, groups: list[dict]) -> list[dict]:
+    """Split groups into convolutions (for Muon), dense layers, and biases and normalisation layers (without decay)."""
     parts = [
         {
             **group,
@@ -102,18 +149,17 @@ def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer
         }
         for group in groups
         for dimensions in (4, 2, 1)
-    ]  # convolutions, dense layers, biases and normalisation layers
-    optimizer = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
-    return optimizer([part for part in parts if part["params"]], lr=0.0, betas=(recipe.momentum, 0.99), fused=True)
+    ]
+    return [part for part in parts if part["params"]]
 
 
 def param_groups(model: Classifier, rates: tuple[float, ...]) -> list[dict]:
     """Return optimizer groups with the top learning rates `rates`, first layers first.
 
-    One rate: all layers. Two: encoder, head. Three: encoder in two parts (see SPLITS), head.
+    One rate: all layers. Two: encoder, head. Three: encoder in two parts (see `Encoder.split`), head.
     """
     encoder = list(model.encoder.named_children())
-    split = next(i for i, (name, _) in enumerate(encoder) if name in SPLITS)
+    split = [name for name, _ in encoder].index(model.split)
     parts: list[list[nn.Module]] = [
         [module for _, module in encoder[:split]],
         [module for _, module in encoder[split:]],

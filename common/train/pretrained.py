@@ -26,7 +26,7 @@ from common.errors import UserError, first_line
 from common.process.progress import progress
 from common.recipes import Recipe
 from common.train.dataset import Normalisation
-from common.train.networks import build_encoder
+from common.train.networks import Published, build_encoder, encoder_of
 
 SECONDS_TO_ANSWER = 20
 MEGABYTE = 2**20
@@ -56,49 +56,6 @@ WRAPPED_NAME = re.compile(r"(?:^|(?<=\.))(?:(?:_orig_mod|module)\.)+")
 NETWORK_NAMES = ("model.", "network.", "net.", "backbone.")  # of a network that is a part of a larger object
 OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # as torchvision published them
 
-PYTORCH = "https://download.pytorch.org/models"
-# One host twice: the project moved, and its old address forwards to the new one.
-TIMM = (
-    "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights",
-    "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights",
-)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-@dataclass(frozen=True)
-class Published:
-    """A file of published weights, and what its network expects of RGB values in [0, 1]."""
-
-    file: str
-    urls: tuple[str, ...]  # tried in order
-    sha256: str  # the first digits at least
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-def named_by_digest(file: str, *hosts: str) -> Published:
-    """Describe a file whose name ends in the first digits of its SHA-256, as torchvision and timm name theirs."""
-    return Published(file, tuple(f"{host}/{file}" for host in hosts), Path(file).stem.rsplit("-", 1)[1], *IMAGENET)
-
-
-PUBLISHED = {
-    "resnet18": named_by_digest("resnet18-f37072fd.pth", PYTORCH),
-    "resnet34": named_by_digest("resnet34-b627a593.pth", PYTORCH),
-    "resnet50": named_by_digest("resnet50-0676ba61.pth", PYTORCH),
-    "resnet101": named_by_digest("resnet101-63fe2227.pth", PYTORCH),
-    "densenet121": named_by_digest("densenet121-a639ec97.pth", PYTORCH),
-    "se_resnext50_32x4d": named_by_digest("legacy_se_resnext50_32x4d-f3651bad.pth", *TIMM),
-    "senet154": named_by_digest("legacy_senet154-e9eb9fe6.pth", *TIMM),
-    "inceptionv4": Published(  # on its host it is called model.safetensors, and its whole digest is on record
-        "inception_v4.tf_in1k-a756a086.safetensors",
-        ("https://huggingface.co/timm/inception_v4.tf_in1k/resolve/main/model.safetensors",),
-        "a756a086851c8d5a8de135ec15c76b90ea56cb5aef450e3299107e659e725bb1",
-        *HALVES,
-    ),
-}
-
-
 # --- finding -----------------------------------------------------------------------------------------------
 
 
@@ -119,19 +76,19 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
         )
     if pretrained != "auto":
         return Path(pretrained)
-    if encoder not in PUBLISHED:
+    if not (published := encoder_of(encoder).weights):
         return None
-    published, places = PUBLISHED[encoder], weight_files(encoder, weights_dir)
+    places = weight_files(published, weights_dir)
     for path in places:
         if path.is_file():
             return told_if_other(path, published.sha256)
     return download(encoder, published, places[0])
 
 
-def weight_files(encoder: str, weights_dir: Path | None) -> list[Path]:
-    """Return where an encoder's published weights are looked for; they are downloaded to the first place."""
+def weight_files(published: Published, weights_dir: Path | None) -> list[Path]:
+    """Return where published weights are looked for; they are downloaded to the first place."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    return [folder / PUBLISHED[encoder].file for folder in (weights_dir, cache) if folder]
+    return [folder / published.file for folder in (weights_dir, cache) if folder]
 
 
 def told_if_other(path: Path, sha256: str) -> Path:
@@ -369,7 +326,7 @@ def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
         return Start()
     return Start(
         reason="the published ones could not be had"
-        if recipe.encoder in PUBLISHED
+        if encoder_of(recipe.encoder).weights
         else f"none are published for {recipe.encoder}"
     )
 
@@ -395,9 +352,8 @@ def weights_normalisation(recipe: Recipe, file: Path) -> Normalisation | None:
                 "out of the file, or give --pretrained another"
             )
         return Normalisation(tuple(saved["mean"]), tuple(saved["std"]))
-    if recipe.encoder not in PUBLISHED:
+    if not (published := encoder_of(recipe.encoder).weights):
         return None
-    published = PUBLISHED[recipe.encoder]
     return Normalisation(
         *(
             (*values, sum(values) / 3 if recipe.fourth_channel == "mean" else values[0])

@@ -12,6 +12,15 @@ from common.recipes import Recipe, row_of
 # --- the table ---------------------------------------------------------------------------------------------
 
 
+def at_the_maximum(recipe: Recipe, epochs: int, losses: list[float]) -> bool:
+    """Never end before the recipe's most epochs."""
+    return False
+
+
+def describe_epochs(recipe: Recipe) -> str:
+    return f"{recipe.epochs} epochs"
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A row of SCHEDULES.
@@ -24,8 +33,8 @@ class Schedule:
     """
 
     factor: Callable[[Recipe, int, int, list[float]], float]
-    is_over: Callable[[Recipe, int, list[float]], bool]
-    describe: Callable[[Recipe], str]
+    is_over: Callable[[Recipe, int, list[float]], bool] = at_the_maximum
+    describe: Callable[[Recipe], str] = describe_epochs
 
 
 def gains_too_little(recipe: Recipe, epochs: int, losses: list[float]) -> bool:
@@ -50,9 +59,7 @@ SCHEDULES = {
         gains_too_little,
         lambda recipe: f"{recipe.max_cycles} cycles of {recipe.cycle_epochs} epochs",
     ),
-    "constant": Schedule(
-        lambda recipe, step, steps, losses: 1.0, gains_too_little, lambda recipe: f"{recipe.epochs} epochs"
-    ),
+    "constant": Schedule(lambda recipe, step, steps, losses: 1.0, gains_too_little),
     "plateau": Schedule(
         lambda recipe, step, steps, losses: 0.5 ** plateau_halvings(losses, recipe.patience),
         has_halved_enough,
@@ -60,8 +67,7 @@ SCHEDULES = {
     ),
     "one-cycle": Schedule(
         lambda recipe, step, steps, losses: one_cycle(step, recipe.epochs * steps, recipe.warmup_share),
-        lambda recipe, epochs, losses: False,
-        lambda recipe: f"{recipe.epochs} epochs, one cycle",
+        describe=lambda recipe: f"{recipe.epochs} epochs, one cycle",
     ),
 }
 

@@ -584,7 +584,7 @@ def test_the_ids_of_the_first_batch_that_is_not_finite_are_saved(tmp_path, monke
         train(tmp_path / "run", data, STEADY)
     path = tmp_path / "run" / "bad_batch.csv"
     assert str(stop.value) == (
-        f"test: the loss is not finite in {place}, whose Ids and losses are in {path}; lower the learning "
+        f"test fold 0: the loss is not finite in {place}, whose Ids and losses are in {path}; lower the learning "
         "rates with --set learning_rates=... and train anew with --force, or go on with --on-nan back"
     )
     batch = int(place.split()[3]) - 1
@@ -704,7 +704,7 @@ def test_sigterm_saves_a_checkpoint_at_the_next_step_and_the_end_is_the_same(
         train(tmp_path / "stopped", data, on_nan=on_nan)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     place = {"step": "epoch 1 after batch 2", "evaluate": "epoch 2 after batch 3"}[point]
-    assert f"test: saved in {place}\n" in capsys.readouterr().out and len(calls) == 2
+    assert f"test fold 0: saved in {place}\n" in capsys.readouterr().out and len(calls) == 2
     stopping.STATE.asked = False
     train(tmp_path / "stopped", data, on_nan=on_nan)
     for name in ("best.pt", "last.pt"):
