@@ -6,7 +6,7 @@ writes  WORK/runs/<recipe>/fold<k>/best.pt    network of the best epoch, for sta
         WORK/runs/<recipe>/fold<k>/log.jsonl  one line an epoch
         WORK/runs/<recipe>/fold<k>/lr_find.csv, .png             curve of the learning rate finder
         WORK/runs/<recipe>/fold<k>/hard_samples.csv              Ids that the hard sampler kept most often
-        WORK/runs/<recipe>/fold<k>/bad_batch.csv                 Ids and losses of the batch at which the loss ceased to be finite
+        WORK/runs/<recipe>/fold<k>/bad_batch.csv                 Ids and losses of the batch that was not finite
         WORK/runs/<recipe>/fold<k>/hard_classes.csv              classes among the kept samples, per epoch
         WORK/runs/<recipe>/fold<k>/tensorboard/                  the log for TensorBoard, with --tensorboard
 

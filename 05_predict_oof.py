@@ -3,8 +3,8 @@
 reads   WORK/runs/<recipe>/fold<k>/best.pt, WORK/folds.csv, WORK/samples.csv, WORK/images/
 writes  WORK/predictions/<recipe>/fold<k>_oof.npz, fold<k>_test.npz   one fold's
         WORK/predictions/<recipe>/oof.npz    all predicted folds' out-of-fold rows together, each sample once
-        WORK/predictions/<recipe>/test.npz   the mean over the folds; held_out.npz likewise, where stage 03 held some out
-        These are of --folds and of the folds that earlier runs predicted in the same way, with networks that are still there.
+        WORK/predictions/<recipe>/test.npz   the mean over the folds; held_out.npz too, where stage 03 held some out
+        These are of --folds and of the folds that earlier runs predicted in the same way, with networks still there.
         each: ids (n,), probs (n, 28) float32 in [0, 1], classes (28,)
 
 example python 05_predict_oof.py --work work --recipes resnet50 --folds 0,1,2,3,4

@@ -74,8 +74,8 @@ class Chance:
         return np.random.default_rng(np.asarray(self.draw, dtype=np.float64).view(np.uint64))
 
 
-# Functions of (crop, chance) that return the changed crop, of the same shape, (4, crop, crop) uint8; they leave the crop
-# itself as it is, which is kept for later epochs.
+# Functions of (crop, chance) that return the changed crop, of the same shape, (4, crop, crop) uint8. They leave the
+# crop itself as it is: it is kept for later epochs.
 AUGMENTATIONS: dict[str, Callable[[np.ndarray, Chance], np.ndarray]] = {
     "dihedral": lambda image, chance: dihedral(image, int(8 * chance.draw[2]))
 }
@@ -94,9 +94,9 @@ def augmented(image: np.ndarray, names: tuple[str, ...], draw: np.ndarray) -> np
 
 
 def standardise(planes: np.ndarray) -> np.ndarray:
-    """Bring each channel of an image, (4, h, w) uint8, to the standard mean and deviation by its own, so that exposure and the
-    amount of a protein do not show.
+    """Bring each channel of an image, (4, h, w) uint8, to the standard mean and deviation by its own.
 
+    So exposure and the amount of a protein do not show.
     What lies 8 deviations above the mean or 2.7 below is cut off; noise in an empty channel stays small.
     """
     result = np.empty_like(planes)
@@ -168,7 +168,7 @@ class ImageSet(Dataset):
         return image, self.targets[row]
 
     def read(self, Id: str, window: tuple | None = None) -> np.ndarray:
-        """Decode one stored image, or a `window` of it (see `read_planes`); raises UserError where it is missing or damaged."""
+        """Decode one stored image, or a `window` of it (see `read_planes`). Raises UserError: missing, or damaged."""
         path, crc = self.folder / f"{Id}.tif", self.crcs.get(Id)
         if self.standardised:  # by the statistics of the whole image
             planes = standardise(read_planes(path, crc, lent=True))
@@ -224,7 +224,8 @@ class EpochBatches:
     of up to one batch falls away, another one each epoch. With fewer rows than a batch, one batch holds all.
     start : number of batches to leave out because an interrupted run had them
     team : of several processes each one gets its part of every batch
-    weights : (n_rows,) how often rows are drawn, relative to each other; each comes up as often as that says, rounded up or down
+    weights : (n_rows,) how often rows are drawn, relative to each other; each comes up as often as that says,
+        rounded up or down
     """
 
     def __init__(
@@ -264,8 +265,8 @@ class EpochBatches:
 def collate(items: Sequence[tuple[np.ndarray, np.ndarray]], pinned: bool = False) -> Batch:
     """Stack items to (n, 4, h, w) uint8 images, channels last in memory, and (n, n_classes) float targets.
 
-    A loader process stacks them in memory that it shares with the process it works for, others in pinned memory if asked to:
-    a batch is written once.
+    A loader process stacks them in memory that it shares with the process it works for, others in pinned memory if
+    asked to: a batch is written once.
     """
     images, targets = zip(*items, strict=True)
     height, width = images[0].shape[1:]
@@ -281,8 +282,10 @@ def collate(items: Sequence[tuple[np.ndarray, np.ndarray]], pinned: bool = False
 
 
 def new_tensor(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
-    """Return an empty tensor: in shared memory in a loader process (where a lack of it is an error of this call, and does not hang a
-    thread that sends batches), elsewhere in pinned memory if asked to."""
+    """Return an empty tensor: in shared memory in a loader process, elsewhere in pinned memory if asked to.
+
+    So a lack of shared memory is an error of this call, and does not hang a thread that sends batches.
+    """
     if get_worker_info():
         storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
         # The stubs ask for strides.
@@ -291,9 +294,11 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torc
 
 
 class Loader(DataLoader):
-    """A DataLoader whose processes come from a server of single-threaded processes, for to fork a process with threads may
-    deadlock, and get no signals before `leave_signals`: torch would let SIGTERM end them, and training with them, and Ctrl+C
-    would be a traceback of theirs."""
+    """A DataLoader whose processes come from a server of single-threaded ones: forking threads may deadlock.
+
+    They get no signals before `begin_loading`: torch would let SIGTERM end them, and training with them, and Ctrl+C
+    would be a traceback of theirs.
+    """
 
     def __iter__(self) -> Any:
         set_forkserver_preload(PRELOADED)
@@ -316,7 +321,7 @@ def one_thread() -> Iterator[None]:
 def loader(dataset: Dataset, workers: int, pinned: bool, batches: Iterable[Any]) -> Iterable[Batch]:
     """Return an iterable of the given batches, lists of the dataset's keys, in their order.
 
-    workers : processes that make them; none are needed where a batch is small: a DataLoader's own work takes as long then
+    workers : processes that make them; none are needed where a batch is small: a DataLoader's own work takes as long
     pinned : whether they come in memory that a GPU copies from by itself
     """
     if not workers:
@@ -333,7 +338,7 @@ def loader(dataset: Dataset, workers: int, pinned: bool, batches: Iterable[Any])
 
 
 def begin_loading(_: int) -> None:
-    """Let a loader process outlast what is sent to the whole process group: the process that it works for ends it when it can."""
+    """Let a loader process outlast what is sent to the whole process group: whom it works for ends it when it can."""
     for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stopping.end_later())

@@ -62,8 +62,10 @@ MOST_RETURNS = 3  # to the last good state, each time with half the learning rat
 
 
 class NotFinite(Exception):
-    """The loss or a weight is no longer a finite number; `batch`: Ids and losses of the first such training batch, or of the
-    validation samples that have such losses."""
+    """The loss or a weight is no longer a finite number.
+
+    batch : Ids and losses of the first such training batch, or of the validation samples that have such losses
+    """
 
     def __init__(self, where: str, batch: pd.DataFrame) -> None:
         super().__init__(where)
@@ -76,7 +78,7 @@ class NotFinite(Exception):
 def train_job(job: Job) -> None:
     """Train one fold from what is on disk and seal it, in this process or a worker's.
 
-    A fold that another process came to train meanwhile is waited for, except by several processes, who would lose touch.
+    Waits for a fold that another process came to train meanwhile, except with several processes, who would lose touch.
     """
     hardware = training_hardware(job)
     team, stage = hardware.team, job.stage
@@ -232,15 +234,17 @@ def write_state(folder: Path, state: dict, best: dict | None, samples: pd.DataFr
 
 
 def describe_epoch(run: Run, row: dict, label: str) -> str:
+    seconds = row["seconds"] + row["valid_seconds"]
     return (
         f"{label}: epoch {row['epoch']}/{run.recipe.epochs}, loss {row['train_loss']:.3f} (valid "
-        f"{row['valid_loss']:.3f}), macro F1 {row['macro_f1']:.3f}, best {run.best_score:.3f}, {row['seconds'] + row['valid_seconds']:.1f} s"
+        f"{row['valid_loss']:.3f}), macro F1 {row['macro_f1']:.3f}, best {run.best_score:.3f}, {seconds:.1f} s"
     )
 
 
 def go_back(run: Run, error: NotFinite, job: Job) -> None:
-    """Return a run to its last good state, to continue with half the learning rates; without one, or too often, UserError.
+    """Return a run to its last good state, to continue with half the learning rates.
 
+    Raises UserError without such a state, or when it happens too often.
     Writes bad_batch.csv, the Ids and losses of the batch.
     """
     path = job.folder / "bad_batch.csv"
@@ -257,7 +261,8 @@ def go_back(run: Run, error: NotFinite, job: Job) -> None:
     run.restore(snapshot(run.good))
     run.returns = returns
     print(
-        f"{found}: going back to the beginning of epoch {run.epoch + 1} with {0.5 ** len(returns):g} of the learning rates",
+        f"{found}: going back to the beginning of epoch {run.epoch + 1} with {0.5 ** len(returns):g} of the "
+        "learning rates",
         flush=True,
     )
 
@@ -273,9 +278,9 @@ def is_finished(run: Run) -> bool:
 
 
 def all_batches(run: Run, data: FoldData) -> Iterator[Batch]:
-    """Return an iterator over every batch from the run's place on: the training batches of each epoch, and after them, where it is
-    evaluated, those of its validation part.
+    """Return an iterator over every batch from the run's place on.
 
+    Those are the training batches of each epoch, and after them, where it is evaluated, those of its validation part.
     One loader makes them all, so that its processes and the batches that they have ready last from epoch to epoch.
     """
     epoch, step, recipe = run.epoch, run.step, run.recipe
@@ -345,7 +350,7 @@ def hard_share(recipe: Recipe, epoch: int) -> float:
 
 
 def set_learning_rates(run: Run, step: int, steps: int) -> None:
-    """Give each layer group its learning rate at a step of the run with `steps` in an epoch; half of it for each return."""
+    """Give each layer group its learning rate at a step of the run with `steps` in an epoch, halved by each return."""
     slower, factor = 0.5 ** len(run.returns), learning_rate_factor(run, step, steps)
     for group in run.optimizer.param_groups:
         group["lr"] = slower * group["top_lr"] * factor
@@ -357,7 +362,7 @@ def learning_rate_factor(run: Run, step: int, steps: int) -> float:
 
 
 class Sums:
-    """What an epoch's steps add up, on the device: it is read now and then only, since each reading makes a GPU wait."""
+    """What an epoch's steps add up, on the device: it is read now and then, since each reading makes a GPU wait."""
 
     def __init__(self, run: Run) -> None:
         device = run.hardware.device
@@ -367,7 +372,7 @@ class Sums:
         self.steps: list[torch.Tensor] = []
 
     def add(self, losses: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """Add a step's losses, (batch,); returns them with 0 for those of a step that overflowed, which the scaler skips."""
+        """Add a step's losses, (batch,); returns them, 0 for those of a step that overflowed: the scaler skips it."""
         self.steps.append(losses)
         if self.may_overflow:
             self.skipped += ~losses.isfinite().all()
@@ -402,7 +407,8 @@ def without_overflows(fine: list[bool], steps: int, epoch_steps: int) -> list[bo
     """Pass over single steps whose losses overflowed in float16, which the scaler skipped.
 
     fine : whether the losses of each of the last `steps` are finite, then whether each weight is
-    epoch_steps : steps of this epoch so far. Where all of an epoch's, or CHECK_STEPS in a row, overflowed, that is no odd batch.
+    epoch_steps : steps of this epoch so far
+    Where all of an epoch's, or CHECK_STEPS in a row, overflowed, that is no odd batch.
     """
     if not any(fine[:steps]) and steps in (CHECK_STEPS, epoch_steps):
         return fine

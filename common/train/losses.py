@@ -1,4 +1,4 @@
-"""E-loss, the hard sampler, and what the sampler does: which classes it keeps, and which samples it keeps most often."""
+"""E-loss, the hard sampler, and what the sampler does: which classes it keeps, and which samples most often."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The learning rate finder: a range test on a fresh network, its curve as a table and a picture, and the rates it suggests."""
+"""The learning rate finder: a range test on a fresh network, its curve, and the rates that it suggests."""
 
 import math
 from contextlib import nullcontext
@@ -55,8 +55,8 @@ def found_rates(job: Job, data: FoldData, hardware: Hardware, weights: dict | No
         groups = tuple(suggestion * rate / groups[-1] for rate in groups)
     used, of = ", ".join(f"{rate:.2g}" for rate in groups), "by that" if is_used else "of the recipe"
     print(
-        f"{job.label}: highest learning rate at which the loss still falls: {suggestion:.2g}, at which it falls fastest: "
-        f"{steepest:.2g}; learning rates {used} ({of}); curve: {job.folder / 'lr_find.png'}",
+        f"{job.label}: highest learning rate at which the loss still falls: {suggestion:.2g}, at which it falls "
+        f"fastest: {steepest:.2g}; learning rates {used} ({of}); curve: {job.folder / 'lr_find.png'}",
         flush=True,
     )
     return groups

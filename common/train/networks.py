@@ -179,8 +179,8 @@ def named_by_digest(file: str, *hosts: str) -> Published:
 class Encoder:
     """A row of ENCODERS.
 
-    build : function that returns the convolutional part, (n, 3 or 4, h, w) -> (n, features, h', w') or (n, features) where
-        it pools by itself, and its features; with random weights, under the names that files of weights use
+    build : function that returns the convolutional part, (n, 3 or 4, h, w) -> (n, features, h', w'), or (n, features)
+        where it pools by itself, and its features; with random weights, under the names that files of weights use
     split : name of its child at which its second half begins, which three learning rates train faster than the first
     weights : those that are published for it
     """
@@ -263,7 +263,7 @@ def encoder_of(name: str) -> Encoder:
 
 
 def widen_stem(convolution: nn.Conv2d, fourth_channel: str) -> nn.Conv2d:
-    """Return the first convolution for four channels: RGB weights kept, yellow's copied from red, their mean, or zero."""
+    """Return the first convolution for four channels: RGB weights kept, yellow's those of red, their mean, or zero."""
     geometry: dict[str, Any] = {name: getattr(convolution, name) for name in ("kernel_size", "stride", "padding")}
     wide = nn.Conv2d(4, convolution.out_channels, **geometry, bias=convolution.bias is not None)
     rgb = convolution.weight.detach()

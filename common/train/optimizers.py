@@ -1,6 +1,6 @@
 """Optimizers and their groups of parameters: SGD, AdamW, and Muon.
 
-Muon takes steps of momentum whose directions are all equally long (Jordan et al. 2024), for the weights of convolutions.
+Muon takes steps of momentum whose directions are all equally long (Jordan et al. 2024), for weights of convolutions.
 """
 
 import math
@@ -24,8 +24,9 @@ RMS = 0.2  # of a step of AdamW, which steps here are as large as (Liu et al. 20
 def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
     """Return a matrix (m, n) with its singular values brought to about 1, its singular vectors as they are.
 
-    Each iteration multiplies by a polynomial of the matrix and its transpose. Those commute, so all are multiplied in the
-    smaller of the two spaces first and meet the matrix once: a third of the work where n is 9 m, as in a convolution.
+    Each iteration multiplies by a polynomial of the matrix and its transpose. Those commute, so all are multiplied in
+    the smaller of the two spaces first and meet the matrix once: a third of the work where n is 9 m, as in a
+    convolution.
     """
     a, b, c = COEFFICIENTS
     tall = len(matrix) > matrix.shape[1]
@@ -46,9 +47,9 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
 class Muon(torch.optim.AdamW):
     """Muon with Nesterov's momentum for the groups of parameters that say `muon`, AdamW for the others.
 
-    Weights (m, ...) count as matrices (m, n); a Muon group's momentum is its first beta. Steps are as large as AdamW's, so
-    rates and decay mean the same for both. Where AdamW is `fused`, a gradient scaler leaves its scale and whether anything
-    overflowed to the step, as attributes `grad_scale` and `found_inf`, so that nothing waits for the GPU.
+    Weights (m, ...) count as matrices (m, n); a Muon group's momentum is its first beta. Steps are as large as AdamW's,
+    so rates and decay mean the same for both. Where AdamW is `fused`, a gradient scaler leaves its scale and whether
+    anything overflowed to the step, as attributes `grad_scale` and `found_inf`, so that nothing waits for the GPU.
     """
 
     __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's looks for its own state in every parameter

@@ -105,9 +105,10 @@ def predict_job(job: PredictionJob) -> None:
 
 
 def predicted_folds(job: PredictionJob, numbers: list[int]) -> dict[str, list[int]]:
-    """Return for each part of the samples the folds whose predictions belong together: `numbers`, and the others that are
-    predicted and up to date. Prints which predictions of other folds are left out, and why.
+    """Return for each part of the samples the folds whose predictions belong together.
 
+    Those are `numbers`, and the others that are predicted and up to date. Prints which predictions of other folds are
+    left out, and why.
     job : of any fold of the recipe
     """
     job = replace(job, fold=numbers[0])
@@ -125,8 +126,7 @@ def predicted_folds(job: PredictionJob, numbers: list[int]) -> dict[str, list[in
 
 
 def why_not_current(job: PredictionJob, parts: list[str], recipe: Recipe) -> dict[str, str | None]:
-    """Return for each part why a fold's predictions are not those that stage 05 would make now with a network of this recipe;
-    None where they are."""
+    """Return for each part why its predictions are not what this recipe's network would make now; else None."""
     if not parts:
         return {}
     try:
@@ -183,11 +183,9 @@ def predict_logits(
     model.eval()
     fitting = fitting or Fitting()
     parts = whole_batches(dataset, batch_size)
-    batches = (
-        islice(feed, len(parts))
-        if feed
-        else on_device(loader(dataset, hardware.workers, hardware.is_gpu, parts), hardware.device)
-    )
+    batches: Iterator[Batch] = islice(feed or (), len(parts))
+    if not feed:
+        batches = on_device(loader(dataset, hardware.workers, hardware.is_gpu, parts), hardware.device)
 
     @torch.inference_mode()  # not around the loader, which may receive a later training batch meanwhile
     def logits_of(images: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ SAVE = (
     "save the network's parameters alone with torch.save(network.state_dict(), FILE), and give that: --pretrained FILE"
 )
 OTHER_THINGS = re.compile(r"GLOBAL (\S+)|(TorchScript)")
-# What programs save around a network's parameters, and put in front of their names when it is compiled, or one of several.
+# What programs save around a network's parameters, and put in front of their names.
 WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -207,9 +207,9 @@ def read_file(path: Path) -> Any:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read a file of weights onto the CPU: tensors of the encoder alone, under the encoder's own parameter names.
 
-    Takes torchvision's, timm's and pretrainedmodels' files of whole networks, this project's checkpoints, and what other
-    programs save around or in front of the parameters. Raises UserError for what cannot be read, is not such a file, or has
-    numbers that are not finite.
+    Takes torchvision's, timm's and pretrainedmodels' files of whole networks, this project's checkpoints, and what
+    other programs save around or in front of the parameters. Raises UserError for what cannot be read, is not such a
+    file, or has numbers that are not finite.
     """
     state = unwrapped(read_file(path))
     if not is_parameters(state):
@@ -229,7 +229,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def unwrapped(state: Any) -> Any:
-    """Return a network's parameters among what a training saved: those under the first of WRAPPERS, else the only ones."""
+    """Return a network's parameters among what was saved: those under the first of WRAPPERS, else the only ones."""
     for _ in range(DEPTH):
         if not isinstance(state, dict) or is_parameters(state):
             break

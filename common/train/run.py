@@ -126,7 +126,10 @@ class Run:
         }
 
     def restore(self, state: dict) -> None:
-        """Take over a saved state; raises KeyError, RuntimeError or ValueError where it is another network's or lacks parts."""
+        """Take over a saved state.
+
+        Raises KeyError, RuntimeError or ValueError where it is another network's or lacks parts.
+        """
         for name, how in saved_pieces(self).items():
             if name in state or not how.later:
                 how.restore(self, name, state[name])
@@ -212,7 +215,10 @@ def wrapped(model: torch.nn.Module, hardware: Hardware) -> torch.nn.Module:
 
 
 def check_team(recipe: Recipe, n_rows: int, hardware: Hardware) -> None:
-    """Refuse several processes whose images are too few for BatchNorm, and warn where they are few: each normalises over its own."""
+    """Refuse several processes whose images are too few for BatchNorm, and warn where they are few.
+
+    Each process normalises over its own.
+    """
     size = hardware.team.size
     each = min(recipe.batch_size, n_rows) // size
     if size == 1 or recipe.pooling == "own":  # GapNet-PL has no BatchNorm
@@ -221,13 +227,13 @@ def check_team(recipe: Recipe, n_rows: int, hardware: Hardware) -> None:
         raise UserError("sync_batchnorm works on GPUs only; leave it out, or train in one process")
     if each < 2 and not recipe.sync_batchnorm:
         raise UserError(
-            f"a batch of {recipe.batch_size} leaves {size} processes {each} image each, and BatchNorm needs two; start fewer "
-            "processes, or give a larger batch: --set batch_size=..."
+            f"a batch of {recipe.batch_size} leaves {size} processes {each} image each, and BatchNorm needs two; "
+            "start fewer processes, or give a larger batch: --set batch_size=..."
         )
     if each < ENOUGH_IMAGES and not recipe.sync_batchnorm and hardware.team.is_main:
         print(
-            f"warning: each of {size} processes normalises over {each} images only, which can cost much of the score; use --set "
-            f"sync_batchnorm=true, a larger batch, or fewer processes",
+            f"warning: each of {size} processes normalises over {each} images only, which can cost much of the score; "
+            "use --set sync_batchnorm=true, a larger batch, or fewer processes",
             file=sys.stderr,
             flush=True,
         )

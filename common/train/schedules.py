@@ -156,8 +156,9 @@ def has_diverged(losses: list[float]) -> bool:
 def centred(losses: list[float], widths: tuple[float, ...] = (1, 1.5, 2, 3, 4, 6, 8)) -> np.ndarray:
     """Return the losses smoothed without lag, up to the first that is not finite: (n,), n <= len(losses).
 
-    Each value is that of a parabola fitted to the logarithms around it with Gaussian weights. Of the `widths`, in steps, the
-    one is taken that best predicts each loss from the others: a small one for a clean curve, so that a sharp rise stays sharp.
+    Each value is that of a parabola fitted to the logarithms around it with Gaussian weights. Of the `widths`, in
+    steps, the one is taken that best predicts each loss from the others: a small one for a clean curve, so that a sharp
+    rise stays sharp.
     """
     finite = np.isfinite(losses)
     n = len(losses) if finite.all() else int(finite.argmin())

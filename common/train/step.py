@@ -102,7 +102,7 @@ class Attempt:
         return nullcontext()
 
     def keep_finite_statistics(self, losses: torch.Tensor) -> None:
-        """Undo what a batch that overflowed in float16 did to running statistics; the scaler skips its step for the weights."""
+        """Undo what a batch that overflowed in float16 did to running statistics; the scaler skips its step."""
         if self.before:
             fine = losses.isfinite().all()
             for buffer, old in zip(self.run.model.buffers(), self.before, strict=True):
@@ -112,7 +112,8 @@ class Attempt:
 def micro_batches(n: int, most: int | None, batch: int | None = None, processes: int = 1) -> list[slice]:
     """Return how n images are cut into parts of at most `most`, never one image alone: BatchNorm needs two.
 
-    batch, processes : of n images in each of several processes, which must all have as many parts: those of the largest n
+    batch, processes : of n images in each of several processes, which must all have as many parts: those of the
+        largest n
     """
     largest, smallest = -(-(batch or n) // processes), (batch or n) // processes
     parts = max(1, min(-(-largest // (most or largest)), smallest // 2))

@@ -1,4 +1,4 @@
-"""Checkpoints that are not this version's: each is one message with the file and the cure; --force clears or says why not."""
+"""Checkpoints that are not this version's: each is one message with the file and the cure; --force clears them."""
 
 import hashlib
 import re
@@ -261,7 +261,7 @@ PINNED_FORMAT, PINNED = (
 
 
 def network_digest(encoder: str) -> str:
-    """Return a digest of a network's modules in their order, with their settings, and of its tensors' names and shapes."""
+    """Return a digest of a network's modules in order, with their settings, and of its tensors' names and shapes."""
     own = (
         {"pooling": "own", "head_order": "linear-selu-dropout"} if encoder.startswith("gapnet") else {"pooling": "acp"}
     )

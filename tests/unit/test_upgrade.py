@@ -1,4 +1,4 @@
-"""A newer version of the project: trainings and predictions of an older one stay current, and only real differences refuse."""
+"""A newer version of the project: trainings and predictions of an older one stay current unless they really differ."""
 
 import json
 import shutil
