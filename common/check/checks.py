@@ -428,16 +428,17 @@ def labels(args: argparse.Namespace, seen: Seen) -> "Generator[Check, None, pd.D
 
 def weights(args: argparse.Namespace, seen: Seen) -> Generator[Check, None, None]:
     """Yield for each encoder where its weights are, or whether their host answers."""
-    from common.train.pretrained import PUBLISHED, answers, told_if_other, weight_files
-    from common.train.start import start_from
+    from common.train.networks import encoder_of
+    from common.train.pretrained import answers, start_from, told_if_other, weight_files
 
     for encoder in sorted({recipe.encoder for recipe in seen.recipes.values()}):
         recipe = next(recipe for recipe in seen.recipes.values() if recipe.encoder == encoder)
-        if args.pretrained == "auto" and encoder in PUBLISHED:
-            files = weight_files(encoder, args.weights_dir)
+        published = encoder_of(encoder).weights
+        if args.pretrained == "auto" and published:
+            files = weight_files(published, args.weights_dir)
             at_hand = next((path for path in files if path.is_file()), None)
             if not at_hand:
-                host = next((url for url in PUBLISHED[encoder].urls if answers(url)), None)
+                host = next((url for url in published.urls if answers(url)), None)
                 yield (
                     download_to(files[0].parent, encoder, host)
                     if host
@@ -446,7 +447,7 @@ def weights(args: argparse.Namespace, seen: Seen) -> Generator[Check, None, None
                         WARNING,
                         f"{encoder}: the published weights are not at hand and their host does not answer, so "
                         "training starts from random ones and learns much less",
-                        f"save {PUBLISHED[encoder].urls[0]} as {files[0].absolute()}",
+                        f"save {published.urls[0]} as {files[0].absolute()}",
                     )
                 )
                 continue
@@ -456,8 +457,8 @@ def weights(args: argparse.Namespace, seen: Seen) -> Generator[Check, None, None
                 raise UserError(f"--pretrained {at_hand}: there is no such file")
         told = io.StringIO()
         with contextlib.redirect_stdout(told):
-            if at_hand and args.pretrained == "auto":
-                told_if_other(at_hand, PUBLISHED[encoder].sha256)
+            if at_hand and published and args.pretrained == "auto":
+                told_if_other(at_hand, published.sha256)
             start = start_from(recipe, args.pretrained, at_hand)
         yield Check(
             "weights",

@@ -420,8 +420,9 @@ def test_a_csv_file_of_gigabytes_is_not_read(tmp_path, monkeypatch):
 
 
 def test_a_stage_names_what_changed_before_training_is_lost(tmp_path):
+    from common.classes import CLASS_NAMES
     from common.train.checkpoints import prepare, save_checkpoint
-    from common.train.training import CLASS_NAMES, FORMAT
+    from common.train.run import FORMAT
 
     write_json(tmp_path / "in", 1)
     before = Stage("04_train", tmp_path / "best.pt", {"alpha": 0.9}, {"folds.csv": tmp_path / "in"})
