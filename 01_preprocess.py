@@ -20,7 +20,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.layout import Layout
 from common.check.checks import examine
 from common.errors import UserError
 from common.process import command_line  # first: from here on Ctrl+C is no traceback
@@ -98,6 +97,7 @@ def main():
         return examine(args)
 
     # Imported here, so that --check can tell which packages are missing.
+    from common.artifacts.layout import Layout
     from common.artifacts.tables import write_csv
     from common.data.exposure import Levels
     from common.data.ingest import (
