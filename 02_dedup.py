@@ -25,6 +25,7 @@ from common.artifacts.stage import Stage
 from common.artifacts.tables import write_csv
 from common.data.duplicates import HASHED, doubtful_pairs, duplicate_tables, hash_file
 from common.data.ingest import HASH_SIZE
+from common.data.options import add_jobs_flags
 from common.data.pictures import SHOWN, save_contact_sheet
 from common.errors import listing
 from common.process import command_line  # first: from here on Ctrl+C is no traceback
@@ -52,10 +53,7 @@ def parse_args():
         choices=("antibody", "none"),
         help="keep external fields of one antibody in one fold (default), or treat each by itself",
     )
-    parser.add_argument(
-        "--jobs", type=command_line.jobs, default=-1, metavar="N", help="worker processes (default: all cores)"
-    )
-    command_line.add_cluster_flag(parser)
+    add_jobs_flags(parser)
     return parser.parse_args()
 
 
