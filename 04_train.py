@@ -57,8 +57,8 @@ def parse_args():
     parser.add_argument(
         "--seed",
         type=command_line.not_negative,
-        default=0,
-        help="seed of weights, order, crops and dropout (default: 0)",
+        default=command_line.SEED,
+        help=f"seed of weights, order, crops and dropout (default: {command_line.SEED})",
     )
     parser.add_argument(
         "--micro-batch",

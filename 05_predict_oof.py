@@ -31,12 +31,7 @@ def parse_args():
     parser.add_argument(
         "--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to predict (default: all)"
     )
-    parser.add_argument(
-        "--tta",
-        default="dihedral",
-        choices=("none", "dihedral"),
-        help="average over the 8 symmetries of each image (default) or not",
-    )
+    command_line.add_test_flags(parser)
     parser.add_argument(
         "--view",
         default="whole",
@@ -49,7 +44,6 @@ def parse_args():
         choices=("best", "last"),
         help="network of the best validation epoch (default) or of the last epoch",
     )
-    parser.add_argument("--no-test", action="store_true", help="predict the validation samples only")
     parser.add_argument(
         "--batch-size", type=command_line.positive, default=32, metavar="N", help="images at once (default: 32)"
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from common.data.options import FOLDS, add_pixel_flags
 from common.process import command_line
 from common.process.main import run
 from common.process.stopping import SIGNALS
@@ -120,20 +121,9 @@ def parser() -> Parser:
     )
     command_line.add_weight_flags(result)
     command_line.add_hardware_flags(result)
-    result.set_defaults(device=None, precision=None, pretrained=None)  # what was not given is left to the stages
-    for name, level in {"white": command_line.white_level, "black": command_line.black_level}.items():
-        becomes = {"white": 255, "black": 0}[name]
-        add(
-            f"--{name}-level",
-            type=level,
-            metavar="V",
-            help=f"value of 16-bit files that becomes {becomes} (stage 01 warns where it is needed)",
-        )
-    add(
-        "--store",
-        choices=("zstd", "raw"),
-        help="raw: store large images uncompressed, which takes four times the room and is read three times as fast",
-    )
+    add_pixel_flags(result)
+    not_given = ("device", "precision", "pretrained", *STORAGE)
+    result.set_defaults(**dict.fromkeys(not_given))  # what was not given is left to the stages
     add("--dry-run", action="store_true", help="print the commands, each one pasteable, and run nothing")
     add(
         "--check",
@@ -162,7 +152,7 @@ def parse_args(arguments: list[str], caller: Path) -> argparse.Namespace:
         args.recipes = [f"{name}-quick" for name in args.recipes]
     if args.demo and args.jobs is None:
         args.jobs = 2
-    args.n_folds = 2 if args.quick else 3 if args.demo else 5
+    args.n_folds = 2 if args.quick else 3 if args.demo else FOLDS.n_folds
     args.folds = args.folds or ",".join(map(str, range(args.n_folds)))
     if not are_folds(args.folds, args.n_folds):
         flags.error(

@@ -19,8 +19,9 @@ from common.artifacts.predictions import check_probabilities, load_predictions
 from common.artifacts.stage import Record, Stage, read_sidecar
 from common.artifacts.tables import read_table
 from common.data.folds import make_folds
-from common.data.ingest import Sample, refuse_bad
+from common.data.ingest import refuse_bad
 from common.data.labels import parse_targets, read_csv, read_labels
+from common.data.samples import Sample
 from common.data.sources import BadImage, read_channel
 from common.errors import UserError
 from common.process import command_line, parallel, stopping
@@ -149,9 +150,7 @@ def other_classes(path):
         ),
         (lambda f: parse_targets(["0", "-1"]), "expected labels 0 to 27 separated by spaces, found:\n  '-1'"),
         (
-            lambda f: refuse_bad(
-                {Sample("a", "train", "0", ()): "a_red is bad"}, [Sample("a", "train", "0", ())], f / "bad.csv"
-            ),
+            lambda f: refuse_bad([Sample("a", "train", "0", fault="a_red is bad")], f / "bad.csv"),
             "1 samples cannot be used (all of them in {f}/bad.csv):\n  a_red is bad\nmend or remove them and run this again, or leave them out with "
             "--keep-going",
         ),
@@ -227,8 +226,8 @@ def test_texts(tmp_path, do, message):
             "--black-level 4095 must be below --white-level 4095",
         ),
         (
-            "01_preprocess.py",
-            ["--check", "--n-folds", "1"],
+            "common/check/__main__.py",
+            ["--n-folds", "1"],
             "argument --n-folds: expected a whole number above 1, found '1'",
         ),
         ("03_make_folds.py", ["--work", ""], "argument --work: expected a folder, found nothing"),
