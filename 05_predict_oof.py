@@ -3,8 +3,8 @@
 reads   WORK/runs/<recipe>/fold<k>/best.pt, WORK/folds.csv, WORK/samples.csv, WORK/images/
 writes  WORK/predictions/<recipe>/fold<k>_oof.npz, fold<k>_test.npz   one fold's
         WORK/predictions/<recipe>/oof.npz    all predicted folds' out-of-fold rows together, each sample once
-        WORK/predictions/<recipe>/test.npz   the mean over the folds; held_out.npz too, where stage 03 held some out
-        These are of --folds and of the folds that earlier runs predicted in the same way, with networks still there.
+        WORK/predictions/<recipe>/test.npz   the mean over the folds; held_out.npz too, if stage 03 held some out
+        These are of --folds and of folds that earlier runs predicted the same way, with networks that still exist.
         each: ids (n,), probs (n, 28) float32 in [0, 1], classes (28,)
 
 example python 05_predict_oof.py --work work --recipes resnet50 --folds 0,1,2,3,4
@@ -15,16 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-import numpy as np
-
-from common.artifacts.layout import Layout
-from common.artifacts.predictions import load_predictions, save_predictions
-from common.artifacts.stage import Stage, read_sidecar
-from common.process import command_line  # first: from here on Ctrl+C is no traceback
-from common.process.main import run  # first: from here on Ctrl+C is no traceback
-from common.process.parallel import run_jobs
-from common.score.ensemble import mean_predictions
-from common.score.members import describe_folds
+from common.process import command_line
+from common.process.main import run
 
 
 def parse_args():
@@ -39,12 +31,7 @@ def parse_args():
     parser.add_argument(
         "--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to predict (default: all)"
     )
-    parser.add_argument(
-        "--tta",
-        default="dihedral",
-        choices=("none", "dihedral"),
-        help="average over the 8 symmetries of each image (default) or not",
-    )
+    command_line.add_test_flags(parser)
     parser.add_argument(
         "--view",
         default="whole",
@@ -57,7 +44,6 @@ def parse_args():
         choices=("best", "last"),
         help="network of the best validation epoch (default) or of the last epoch",
     )
-    parser.add_argument("--no-test", action="store_true", help="predict the validation samples only")
     parser.add_argument(
         "--batch-size", type=command_line.positive, default=32, metavar="N", help="images at once (default: 32)"
     )
@@ -68,6 +54,13 @@ def parse_args():
 
 def main():
     args = parse_args()
+
+    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    from common.artifacts.layout import Layout
+    from common.process.parallel import run_jobs
+    from common.score.ensemble import mean_predictions
+    from common.score.members import describe_folds
+
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
     layout = Layout(args.work, args.data)
@@ -110,6 +103,9 @@ def main():
 
 def combine(layout, recipe_name, numbers, part, how):
     """Write the folds' predictions of one part as one file."""
+    from common.artifacts.predictions import load_predictions, save_predictions
+    from common.artifacts.stage import Stage, read_sidecar
+
     sources = [layout.predictions(recipe_name, part, fold) for fold in numbers]
     stage = Stage(
         "05_predict_oof",
@@ -129,6 +125,8 @@ def combine(layout, recipe_name, numbers, part, how):
 
 def join_folds(members, _):
     """Put the folds' rows below each other; each sample is in one fold only."""
+    import numpy as np
+
     return tuple(np.concatenate(arrays) for arrays in zip(*members, strict=True))
 
 

@@ -1,12 +1,12 @@
 """How source files use the range of their values: judged in stage 01, kept in its sidecar, repeated by later stages."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from common.artifacts.layout import Layout
 from common.artifacts.stage import read_sidecar, sidecar
+from common.data.options import WHOLE, Levels
 
 SAMPLED = 512  # pixels a side that are looked at, of larger images
 OUTLIERS = 0.001  # share of the pixels at either end that does not count: hot and dead ones
@@ -17,16 +17,6 @@ FAINT = 0.25  # of the brightest plane's mean, which each plane of the channel s
 BLACK_MEAN = 0.5 / 255  # of the range: a colour image below this has no signal anywhere
 COLOURS = ("red", "green", "blue")  # the planes of a colour image
 NAMED = 5  # files in a warning
-
-
-class Levels(NamedTuple):
-    """The 16-bit values that become 0 and 255."""
-
-    black: int = 0
-    white: int = 65535
-
-
-WHOLE = Levels()
 
 
 def used_range(plane: np.ndarray) -> list[int]:

@@ -1,5 +1,6 @@
 """Stratified folds on duplicate groups, a hold-out part, oversampling as a number of copies, and an audit of it all."""
 
+from dataclasses import asdict
 from fractions import Fraction
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 
 from common.classes import CLASS_NAMES
 from common.data.labels import parse_targets
+from common.data.options import FoldOptions
 from common.errors import UserError
 
 TRAIN_ONLY = -1  # fold of samples that are never validated on
@@ -93,6 +95,11 @@ def make_folds(
     copies = np.ones(len(kept), dtype=int)
     copies[folds != HOLD_OUT] = oversampling_copies(targets[folds != HOLD_OUT], max_copies)
     return kept[["Id", "Target", "part", "group"]].assign(fold=folds, copies=copies)
+
+
+def plan_folds(labelled: pd.DataFrame, options: FoldOptions) -> pd.DataFrame:
+    """Return the folds that stage 03 would make of labelled samples (Id, part, Target) if none was a duplicate."""
+    return make_folds(labelled.assign(group=labelled["Id"], kept=1), **asdict(options))
 
 
 def audit(folds: pd.DataFrame) -> dict:

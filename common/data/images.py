@@ -3,7 +3,8 @@
 Planes are always in the order red (microtubules), green (protein), blue (nucleus), yellow (reticulum).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,8 @@ import tifffile
 from common.artifacts.files import writing
 from common.artifacts.layout import Layout
 from common.data import tiff
-from common.data.exposure import WHOLE, Levels
+from common.data.options import WHOLE, Levels
+from common.data.samples import Sample
 from common.data.sources import CHANNELS, MAX_SIDE, BadImage, examine_sample
 from common.errors import UserError, first_line
 from common.recipes import stored_size
@@ -124,28 +126,30 @@ def statistics(planes: np.ndarray) -> dict:
     return {**values, "crc": checksum(planes)}
 
 
-def store_sample(
-    Id: str,
-    files: Sequence[Path],
-    rgb_coded: bool,
-    stores: list[str],
-    folder: Path,
-    levels: Levels = WHOLE,
-    raw: bool = False,
-) -> tuple[dict[str, dict], dict]:
-    """Read a sample once and write it to each store (see `recipes.stored_size`) in `folder`. Raises BadImage.
+@dataclass(frozen=True)
+class Storing:
+    """How images are stored: in which folder, between which levels, and whether large ones stay uncompressed."""
 
-    Returns store -> statistics, and how its files are exposed (see `exposure.judge`).
+    folder: Path
+    levels: Levels = WHOLE
+    raw: bool = False
+
+
+def store_sample(sample: Sample, how: Storing) -> Sample:
+    """Read a sample once and write it to each store that it lacks (see `recipes.stored_size`). Raises BadImage.
+
+    Returns the sample with the statistics of these images, and with how its files are exposed.
     """
     cv2.setNumThreads(1)
-    channels, exposed = examine_sample(files, rgb_coded)
+    channels, exposed = examine_sample(sample.files, sample.rgb_coded)
     made = {}
-    for store in stores:
+    for store in sample.lacking:
         size = stored_size(store, len(channels[0]))
-        planes = np.stack([resize(channel, size, levels) for channel in channels])
-        write_planes(folder / store / f"{Id}.tif", planes, raw)
+        planes = np.stack([resize(channel, size, how.levels) for channel in channels])
+        write_planes(how.folder / store / f"{sample.Id}.tif", planes, how.raw)
         made[store] = {"side": size, **statistics(planes)}
-    return made, exposed
+    raw = [store for store in sample.raw if store not in made] + (list(made) if how.raw else [])
+    return replace(sample, images=sample.images | made, exposure=exposed, raw=tuple(raw), lacking=())
 
 
 def attempt(function: Callable[..., T], *arguments: object) -> T | BadImage:

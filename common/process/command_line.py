@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 from common.errors import DATA, nearest
 from common.recipes import run_name
 
+ArgumentContainer = argparse._ActionsContainer  # a parser, or a group of its flags
+SEED = 0  # of trainings, unless stage 04 is given another
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations whose errors name the nearest known flag."""
@@ -82,7 +85,7 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_weight_flags(parser: argparse._ActionsContainer) -> None:
+def add_weight_flags(parser: ArgumentContainer) -> None:
     """Add --pretrained and --weights-dir to a command line."""
     parser.add_argument(
         "--pretrained",
@@ -99,16 +102,15 @@ def add_weight_flags(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_check_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what the doctor is told of the later stages."""
-    group = parser.add_argument_group("what is checked with --check")
-    group.add_argument("--folds", type=fold_numbers, metavar="0,2", help="folds to train (default: all)")
-    group.add_argument("--n-folds", type=fold_count, default=5, metavar="N", help="folds of stage 03 (default: 5)")
-    group.add_argument(
-        "--tta", default="dihedral", choices=("none", "dihedral"), help="views of stage 05 (default: dihedral)"
+def add_test_flags(parser: ArgumentContainer) -> None:
+    """Add to a command line what stage 05 predicts, and from how many views of each image."""
+    parser.add_argument(
+        "--tta",
+        default="dihedral",
+        choices=("none", "dihedral"),
+        help="average over the 8 symmetries of each image (default) or not, in stage 05",
     )
-    group.add_argument("--no-test", action="store_true", help="stage 05 predicts the validation samples only")
-    add_weight_flags(group)
+    parser.add_argument("--no-test", action="store_true", help="stage 05 predicts the validation samples only")
 
 
 def add_cluster_flag(parser: argparse.ArgumentParser) -> None:
@@ -153,8 +155,7 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-positive, fold_count = whole_number(1), whole_number(2)
-black_level, white_level = whole_number(0, 65534), whole_number(1, 65535)
+positive = whole_number(1)
 not_negative = whole_number(0, 2**32 - 1)  # the largest seed that all libraries take
 
 
@@ -172,7 +173,7 @@ def fold_numbers(text: str) -> list[int]:
 
 
 def leave_out(flag: str) -> None:
-    """From here on the command that goes on is without a flag: what it asks for is done, and would undo what comes now."""
+    """Leave a flag out of the command to resume: what it asks for is done, and would undo what comes now."""
     sys.argv = [argument for argument in sys.argv if argument != flag]
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from common.artifacts.files import writing
 from common.artifacts.layout import Layout
 from common.artifacts.tables import write_csv
+from common.process import stopping
 from common.process.progress import progress
 from common.train.dataset import loader, on_device
 from common.train.fold_data import FoldData, load_fold
@@ -82,6 +83,7 @@ def lr_range_test(
     n = epoch_batches(run, data, 0).batch
     run.model.train()
     for images, targets in progress(feed, n_steps, label, unit="batches", quiet=not hardware.team.is_main):
+        stopping.check()  # a worker process that trains notes signals only
         rates.append(exponential_range(len(rates), n_steps, low, high))
         for group in groups:
             group["lr"] = rates[-1] * group["top_lr"] / groups[-1]["top_lr"]

@@ -29,7 +29,7 @@ from common.artifacts.stage import Record, Stage, sidecar
 from common.artifacts.tables import check_ids, read_table
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.data.images import checksum, read_planes, write_planes
-from common.data.ingest import read_journal
+from common.data.journal import read_journal
 from common.data.labels import parse_targets, read_csv, read_labels
 from common.data.sources import BadImage, read_channel, read_pixels, table_kind
 from common.errors import UserError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data import images, ingest
+from common.data import images, journal
 from common.train import loop
 from common.train.checkpoints import save_checkpoint
 from tests.conftest import ROOT
@@ -121,13 +121,12 @@ def test_a_disk_that_is_full_at_a_line_of_the_journal(call, small_data, tmp_path
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    journal = tmp_path / "work" / "images" / "journal.jsonl"
-    monkeypatch.setattr(ingest, "open", lambda *_, **__: type("Full", (io.StringIO,), {step: full})(), raising=False)
+    path = tmp_path / "work" / "images" / "journal.jsonl"
+    monkeypatch.setattr(journal, "open", lambda *_, **__: type("Full", (io.StringIO,), {step: full})(), raising=False)
     code, error = call("01_preprocess.py", small_data, tmp_path / "work")
     assert code == 2 and error.count("error: ") == 1, error
     assert (
-        f"error: No space left on device: {journal}; check that the folder exists, can be written and has space"
-        in error
+        f"error: No space left on device: {path}; check that the folder exists, can be written and has space" in error
     )
     assert not (tmp_path / "work" / "samples.csv").exists()
 
@@ -198,7 +197,7 @@ def test_folders_that_cannot_be_written_and_input_that_goes_away(call, small_dat
     store, source = images.store_sample, small_data / "train_full_size" / "train-5_blue.tif"
     lost = source.read_bytes()
     monkeypatch.setattr(
-        images, "store_sample", lambda *sample: (sample[0] == "train-2" and source.unlink()) or store(*sample)
+        images, "store_sample", lambda sample, how: (sample.Id == "train-2" and source.unlink()) or store(sample, how)
     )
     shutil.rmtree(work)
     code, error = call("01_preprocess.py", small_data, work)

@@ -21,7 +21,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from common.check import checks
+from common.check import trainings as checks
 from common.errors import UserError
 from common.recipes import Recipe
 from common.train import pretrained
