@@ -1,5 +1,6 @@
 import os
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,7 +78,8 @@ def test_a_header_that_claims_too_much_is_refused_before_decoding(tmp_path):
 
 def test_a_file_that_decodes_to_another_size_than_its_header_says_is_refused(tmp_path, monkeypatch):
     Image.new("L", (64, 64)).save(tmp_path / "a.png")
-    monkeypatch.setattr(sources, "picture_pixels", lambda image: np.zeros((32, 64), np.uint8))
+    reader = replace(sources.READERS["PNG"], pixels=lambda image: np.zeros((32, 64), np.uint8))
+    monkeypatch.setitem(sources.READERS, "PNG", reader)
     with pytest.raises(BadImage, match=r"^decodes to \(32, 64\), its header says 64 x 64"):
         read_channel(tmp_path / "a.png", "green")
 
