@@ -6,7 +6,7 @@ writes  WORK/runs/<recipe>/fold<k>/best.pt    network of the best epoch, for sta
         WORK/runs/<recipe>/fold<k>/log.jsonl  one line an epoch
         WORK/runs/<recipe>/fold<k>/lr_find.csv, .png             curve of the learning rate finder
         WORK/runs/<recipe>/fold<k>/hard_samples.csv              Ids that the hard sampler kept most often
-        WORK/runs/<recipe>/fold<k>/bad_batch.csv                 Ids and losses of the batch at which the loss ceased to be finite
+        WORK/runs/<recipe>/fold<k>/bad_batch.csv                 Ids and losses of the batch whose loss is not finite
         WORK/runs/<recipe>/fold<k>/hard_classes.csv              classes among the kept samples, per epoch
         WORK/runs/<recipe>/fold<k>/tensorboard/                  the log for TensorBoard, with --tensorboard
 
@@ -19,16 +19,13 @@ example python 04_train.py --recipe resnet50 --folds 0,2 --set alpha=0.999 batch
 
 import sys
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.layout import Layout
 from common.process import command_line
 from common.process.main import run
-from common.process.parallel import run_jobs
 from common.recipes import describe_fit, fit_to_source, get_recipes
 
 
@@ -102,6 +99,11 @@ def parse_args():
 
 def main():
     args = parse_args()
+
+    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    from common.artifacts.layout import Layout
+    from common.process.parallel import run_jobs
+
     if args.list_recipes:
         from common.check.listing import recipe_listing
 
@@ -117,7 +119,9 @@ def main():
     from common.train.checkpoints import prepare
     from common.train.fold_data import known_folds
     from common.train.hardware import plan_hardware
-    from common.train.jobs import find_lr, plan, train_job
+    from common.train.jobs import Request, plan
+    from common.train.loop import train_job
+    from common.train.lr_finder import find_lr
     from common.train.tensorboard import summary_writer, write_finished
 
     if args.tensorboard:
@@ -134,26 +138,19 @@ def main():
             print(describe_fit(name, recipe, fitted[name]))
     options, hardware = plan_hardware(args, "04_train", len(recipes) * len(numbers))
     team = hardware.team
-    jobs = plan(
-        args.work,
-        fitted,
-        folds,
-        numbers,
-        args.seed,
-        args.force or args.find_lr,
-        args.pretrained,
-        args.weights_dir,
-        team,
-    )
+    force = args.force or args.find_lr
+    request = Request(args.work, fitted, numbers, args.seed, force, args.pretrained, args.weights_dir)
+    jobs = plan(request, folds, team)
     if not args.find_lr:
         # Every refusal comes before the first training, and before --force throws anything away.
         if team.is_main:
-            prepare([stage for stage, *_ in jobs], args.force)
+            prepare([job.stage for job in jobs], args.force)
         team.agree("prepared")
         command_line.leave_out("--force")
     options = replace(options, jobs=max(1, min(options.jobs, len(jobs))))
-    do = find_lr if args.find_lr else partial(train_job, on_nan=args.on_nan, tensorboard=args.tensorboard)
-    run_jobs(do, [(*job, args.work, args.seed, options) for job in jobs], options.jobs, args.cluster, "training")
+    jobs = [replace(job, hardware=options, on_nan=args.on_nan, tensorboard=args.tensorboard) for job in jobs]
+    do = find_lr if args.find_lr else train_job
+    run_jobs(do, [(job,) for job in jobs], options.jobs, args.cluster, "training")
     if args.tensorboard and team.is_main:
         for name, fold in product(recipes, numbers):
             write_finished(layout.run(name, fold))

@@ -122,7 +122,7 @@ def steps(bench) -> dict:
 
 
 def step_speed(recipe: Recipe, hardware, seconds: float) -> dict:
-    from common.train.training import train_step
+    from common.train.step import train_step
 
     run, n = new_run(recipe, no_images(), hardware), recipe.batch_size
     images, targets = random_batch(n, recipe.crop, hardware.device)
@@ -136,7 +136,7 @@ def step_speed(recipe: Recipe, hardware, seconds: float) -> dict:
 
 def stage04(bench) -> dict:
     """Bare steps, an epoch of stage 04 whose first steps are not counted, and bare steps again."""
-    from common.train.training import all_batches, train_epoch
+    from common.train.loop import all_batches, train_epoch
 
     recipe, hardware = replace(bench.fed, cycle_epochs=3, evaluate_epochs=3), bench.training
     run = new_run(recipe, no_images(), hardware)
@@ -219,10 +219,12 @@ def stalls(bench) -> dict:
 
 
 def epoch_gap(bench, epoch_seconds: float) -> float:
-    from common.train import training
+    from common.artifacts.stage import Stage
+    from common.train import loop
+    from common.train.jobs import Job
 
     recipe, hardware = replace(bench.fed, cycle_epochs=4, max_cycles=1, evaluate_epochs=4), bench.training
-    real, ends, gaps = training.train_step, [], []
+    real, ends, gaps = loop.train_step, [], []
 
     def watched(run, *arguments):
         if run.step == 0 and ends:
@@ -236,22 +238,24 @@ def epoch_gap(bench, epoch_seconds: float) -> float:
     n_steps = 2 * hardware.workers + 10  # more than are ready before they are asked for
     data = stored_images(bench, recipe, n_steps * recipe.batch_size)
     run = new_run(recipe, data, hardware)
+    folder = Path(tempfile.mkdtemp(dir=bench.folder))
+    job = Job(folder, "stalls", recipe, 0, Stage("04_train", folder / "best.pt", {}, {}))
     with (
-        patch.object(training, "train_step", watched),
-        patch.object(training, "EPOCH_SECONDS", epoch_seconds),
+        patch.object(loop, "train_step", watched),
+        patch.object(loop, "EPOCH_SECONDS", epoch_seconds),
         redirect_stdout(StringIO()),
     ):
-        training.train_fold(run, Path(tempfile.mkdtemp(dir=bench.folder)), data, {}, "stalls")
+        loop.train_fold(run, job, data)
     return round(float(np.median(gaps)), 4)
 
 
 def stage05(bench) -> dict:
     import torch
 
-    from common.train.dataset import BATCH, loader, on_device, whole_batches
+    from common.train.dataset import BATCH, Normalisation, loader, on_device, whole_batches
     from common.train.hardware import set_kernels
     from common.train.networks import build_model
-    from common.train.predict import Normalisation, predict_logits, views
+    from common.train.predict import predict_logits, views
 
     recipe, hardware, looks = bench.fed, bench.predicting, views("dihedral")
     set_kernels(hardware)
@@ -333,12 +337,13 @@ def largest_batch(recipe: Recipe, hardware, room: int, guess: int) -> int:
 
 def step_fits(run, n: int) -> bool:
     from common.errors import is_out_of_memory
-    from common.train.training import gradients
+    from common.train.step import Attempt
 
     try:
         images, targets = random_batch(n, run.recipe.crop, run.hardware.device)
         following = images.clone()  # is there already while a step is done
-        gradients(run, images, targets, n, run.recipe.hard_share, 0)
+        attempt = Attempt(run, images, targets.to(run.hardware.device), n, 0)
+        attempt.backward(attempt.ranked_losses() * 0 + 1 / n)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         return len(following) == n
@@ -408,7 +413,7 @@ def random_batch(n: int, size: int, device):
 
 def no_images():
     """Return what a run needs to know of its data where it gets batches of noise."""
-    from common.train.predict import Normalisation
+    from common.train.dataset import Normalisation
 
     return SimpleNamespace(
         counts=np.arange(28) + 1, train=range(2), normalisation=Normalisation((0.1,) * 4, (0.1,) * 4)
@@ -420,8 +425,7 @@ def stored_images(bench, recipe: Recipe, n: int, store: str = "zstd"):
     as whole images."""
     from common.data.images import CHANNELS, checksum
     from common.demo.drawing import draw_sample
-    from common.train.dataset import ImageSet
-    from common.train.predict import Normalisation
+    from common.train.dataset import ImageSet, Normalisation
 
     if recipe.size not in bench.drawn:
         planes = (draw_sample(np.random.default_rng(k), (k % 28, 25), recipe.size) for k in range(SAMPLES))

@@ -56,11 +56,11 @@ def measure(name: str) -> dict:
     import torch
 
     from common.classes import N_CLASSES
-    from common.train.dataset import ImageSet
+    from common.train.dataset import ImageSet, Normalisation
     from common.train.fold_data import FoldData
     from common.train.hardware import HardwareOptions, choose_hardware
-    from common.train.predict import Normalisation
-    from common.train.training import new_run, train_step
+    from common.train.run import new_run
+    from common.train.step import train_step
 
     recipe = get_recipe(name)
     before = peak_gib()

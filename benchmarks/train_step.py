@@ -164,9 +164,8 @@ def measure_settings(recipe, n: int, data, repeats: int) -> dict:
 def drawn_data(folder: Path, recipe, n: int):
     """Write n images of blocks of noise, and return them as the data of a fold."""
     from common.data.images import write_planes
-    from common.train.dataset import ImageSet
+    from common.train.dataset import ImageSet, Normalisation
     from common.train.fold_data import FoldData
-    from common.train.predict import Normalisation
 
     rng = np.random.default_rng(0)
     targets = rng.random((n, 28)) < 0.06
@@ -183,9 +182,9 @@ def drawn_data(folder: Path, recipe, n: int):
 
 
 def new_run(recipe, data, hardware):
-    from common.train import training
+    from common.train.run import new_run as begin
 
-    run = training.new_run(recipe, data, hardware, 0, 0)
+    run = begin(recipe, data, hardware, 0, 0)
     for group in run.optimizer.param_groups:
         group["lr"] = group["top_lr"] = 1e-4  # noise drawn at random is not to be learnt: nothing diverges
     run.model.train()
@@ -194,10 +193,10 @@ def new_run(recipe, data, hardware):
 
 def epoch(run, data, in_turn=lambda feed: feed) -> None:
     """An epoch of stage 04, after the hard sampler's warm-up."""
-    from common.train import training
+    from common.train import loop
 
     run.epoch, run.step = 1, 0
-    training.train_epoch(run, data, in_turn(training.all_batches(run, data)), "benchmark", lambda: None)
+    loop.train_epoch(run, data, in_turn(loop.all_batches(run, data)), "benchmark", lambda: None)
 
 
 def bare_step(run, x, y) -> None:

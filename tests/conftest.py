@@ -137,3 +137,11 @@ def small_data(tmp_path) -> Path:
         data / "sample_submission.csv", index=False
     )
     return data
+
+
+def training_job(folder, recipe, fold=0, seed=0, on_nan="stop", label="test"):
+    """Return a job of stage 04 that trains into `folder`, made from nothing in particular."""
+    from common.artifacts.stage import Stage
+    from common.train.jobs import Job
+
+    return Job(folder, label, recipe, fold, Stage("04_train", folder / "best.pt", {}, {}), seed, on_nan=on_nan)

@@ -16,11 +16,14 @@ import torch
 from common.classes import N_CLASSES
 from common.errors import UserError
 from common.recipes import Recipe
-from common.train.dataset import CACHE_BYTES, EpochBatches, ImageSet, collate
+from common.train.dataset import CACHE_BYTES, EpochBatches, ImageSet, Normalisation, collate
 from common.train.fold_data import FoldData, training_rows
-from common.train.hardware import Hardware, HardwareOptions, choose_hardware
-from common.train.predict import Fitting, Normalisation, in_parts_that_fit
-from common.train.training import FINDER_STEPS, Run, evaluations_per_cycle, new_run, train_step
+from common.train.hardware import Fitting, Hardware, HardwareOptions, choose_hardware
+from common.train.lr_finder import FINDER_STEPS
+from common.train.predict import in_parts_that_fit
+from common.train.run import Run, new_run
+from common.train.schedules import evaluations_per_cycle
+from common.train.step import train_step
 
 SECONDS = 10  # of steps with the number of images that is settled on
 ENOUGH = 3  # seconds of a step that is long enough to time; shorter ones get more images, up to the batch
@@ -82,7 +85,9 @@ def measure_here(recipe: Recipe) -> Cost:
 
 def random_images(recipe: Recipe) -> ImageSet:
     """Return two random images of a recipe's size as a training set, in memory."""
-    rows = ImageSet(Path(), np.array(["a", "b"]), np.eye(2, N_CLASSES, dtype=bool), recipe.crop)
+    rows = ImageSet(
+        Path(), np.array(["a", "b"]), np.eye(2, N_CLASSES, dtype=bool), recipe.crop, augmentations=recipe.augmentations
+    )
     for Id in rows.ids:
         pixels = np.random.default_rng(0).integers(256, size=(recipe.size, recipe.size, 4), dtype=np.uint8)
         rows.cache.keep(Id, pixels.transpose(2, 0, 1))

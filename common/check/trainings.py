@@ -22,18 +22,19 @@ from common.process.command_line import SEED
 from common.recipes import Recipe
 from common.train import pretrained
 from common.train.checkpoints import made_from
-from common.train.distributed import Team
-from common.train.jobs import plan
-from common.train.pretrained import PUBLISHED
-from common.train.start import start_from
+from common.train.distributed import ALONE
+from common.train.jobs import Request, plan
+from common.train.networks import Published, encoder_of
+from common.train.pretrained import start_from
 
 
 def weights(args: argparse.Namespace, seen: Seen) -> Checks[None]:
     """Yield for each encoder where its weights are, or whether their host answers."""
     recipes = {recipe.encoder: recipe for recipe in reversed(seen.recipes.values())}
     for _, recipe in sorted(recipes.items()):
-        if args.pretrained == "auto" and recipe.encoder in PUBLISHED:
-            yield published_weights(recipe, args.weights_dir)
+        published = encoder_of(recipe.encoder).weights
+        if args.pretrained == "auto" and published:
+            yield published_weights(recipe, published, args.weights_dir)
             continue
         path = None if args.pretrained in ("auto", "none") else Path(args.pretrained)
         if path and not path.is_file():
@@ -41,10 +42,9 @@ def weights(args: argparse.Namespace, seen: Seen) -> Checks[None]:
         yield start(recipe, args.pretrained, path)
 
 
-def published_weights(recipe: Recipe, folder: Path | None) -> Check:
+def published_weights(recipe: Recipe, published: Published, folder: Path | None) -> Check:
     """Tell whether an encoder's published weights are on this machine, or can be downloaded."""
-    encoder, published = recipe.encoder, PUBLISHED[recipe.encoder]
-    files = pretrained.weight_files(encoder, folder)
+    encoder, files = recipe.encoder, pretrained.weight_files(published, folder)
     path = next((path for path in files if path.is_file()), None)
     if path:
         return start(recipe, "auto", path)
@@ -64,8 +64,9 @@ def start(recipe: Recipe, asked: str, path: Path | None) -> Check:
     """Tell what a training starts from; asked : auto, none or a file; path : of the weights, None = random ones."""
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
-        if path and asked == "auto":
-            pretrained.told_if_other(path, PUBLISHED[recipe.encoder].sha256)
+        published = encoder_of(recipe.encoder).weights
+        if path and published and asked == "auto":
+            pretrained.told_if_other(path, published.sha256)
         found = start_from(recipe, asked, path).describe()
     warning = told.getvalue().strip().removeprefix("warning: ")
     return Check("weights", WARNING if told.getvalue() else FINE, f"{recipe.encoder}: {found}", warning)
@@ -118,9 +119,9 @@ def changed_trainings(
     """Yield which begun trainings, a recipe and fold each, stage 04 would not resume."""
     for name, fold in begun:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what is up to date
-            jobs = plan(layout.work, {name: recipes[name]}, folds, [fold], SEED, False, "auto", None, Team())
-        for stage, *_ in jobs:
-            if changes := stage.changes(made_from(layout.run(name, fold)) or {}):
+            jobs = plan(Request(layout.work, {name: recipes[name]}, [fold], SEED), folds, ALONE)
+        for job in jobs:
+            if changes := job.stage.changes(made_from(layout.run(name, fold)) or {}):
                 yield Check(
                     "work so far",
                     FAILS,

@@ -10,10 +10,10 @@ import sys
 
 
 class Hurry(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads common.train.training as usual, and changes its constants then."""
+    """Loads common.train.loop as usual, and changes its constants then."""
 
     def find_spec(self, name, path, target=None):
-        if name != "common.train.training":
+        if name != "common.train.loop":
             return None
         sys.meta_path.remove(self)
         self.found = importlib.util.find_spec(name)

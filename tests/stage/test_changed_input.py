@@ -1,5 +1,7 @@
 """A changed input: what depends on it is made again and nothing else, and training is never thrown away unasked."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -9,7 +11,8 @@ from common.errors import UserError
 from common.recipes import get_recipe
 from common.train.distributed import Team
 from common.train.hardware import HardwareOptions
-from common.train.jobs import plan, train_job
+from common.train.jobs import Request, plan
+from common.train.loop import train_job
 from tests.conftest import write_sample
 
 RECIPE = "demo-quick"
@@ -90,11 +93,11 @@ def test_a_fold_that_had_to_wait_is_not_trained_on_other_folds_than_its_record_n
     run_script("02_dedup.py", *places)
     run_script("03_make_folds.py", *places, "--n-folds", 2)
     recipes = {RECIPE: get_recipe(RECIPE, list(TINY[1:]))}
-    (job,) = plan(work, recipes, read_table(work / "folds.csv", ""), [0], 0, False, "none", None, Team())
+    (job,) = plan(Request(work, recipes, [0], pretrained="none"), read_table(work / "folds.csv", ""), Team())
     run_script("03_make_folds.py", *places, "--n-folds", 3)
     with pytest.raises(
         UserError,
         match=r"another process wrote its inputs anew since this command began \(changed: folds.csv\); run it again",
     ):
-        train_job(*job, work, 0, HardwareOptions("cpu", "fp32", 0))
+        train_job(replace(job, hardware=HardwareOptions("cpu", "fp32", 0)))
     assert not (work / "runs" / RECIPE / "fold0" / "best.pt").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.data import images, journal
-from common.train import training
+from common.train import loop
 from common.train.checkpoints import save_checkpoint
 from tests.conftest import ROOT
 
@@ -79,7 +79,7 @@ def contents(work: Path) -> dict[str, bytes]:
 
 
 def test_a_disk_that_is_full_at_each_write_of_each_stage_in_turn(call, small_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "EPOCH_SECONDS", 0)
+    monkeypatch.setattr(loop, "EPOCH_SECONDS", 0)
     disk = Disk()
     monkeypatch.setattr(os, "fsync", disk)
     whole, work, before = tmp_path / "whole", tmp_path / "work", tmp_path / "before"

@@ -5,6 +5,8 @@ from scipy.special import expit, logit
 
 from common.score.calibration import (
     CENTRES,
+    EDGES,
+    LIMIT,
     calibrated_thresholds,
     expected_f1_curves,
     fit_calibration,
@@ -172,3 +174,43 @@ def test_thresholds_without_any_positive_are_there_and_a_sharp_class_is_cut_in_i
     targets[:100], probs[:100] = True, 0.9
     found = calibrated_thresholds(targets, probs)
     assert ((found > 0.01) & (found <= 0.9)).all()
+
+
+def plain_threshold(positives, everything, q, best=None):
+    """Try every bin: the highest expected F1, the highest bin with it, and up to it the last not worth predicting."""
+    curve = [2 * (everything * q)[k:].sum() / (everything[k:].sum() + (everything * q).sum()) for k in range(len(q))]
+    last = len(q) - 1
+    if best is None:
+        best = max(curve)
+        last = max(k for k in range(len(q)) if everything[k] and curve[k] > best - 1e-12)
+    upper = [*EDGES[1:], LIMIT]
+    return expit(max((upper[k] for k in range(last + 1) if q[k] < best / 2), default=EDGES[0])), best
+
+
+def mixed_world(falling):
+    """28 classes: the probabilities of these mean the opposite, and classes 1 and 2 have no positives."""
+    targets, probs = calibrated_world(1500, share=0.4)
+    targets[:, falling] = ~targets[:, falling]
+    targets[:, 1:3] = False
+    return targets, probs
+
+
+@pytest.mark.parametrize("falling", [[], [5, 6], slice(None)], ids=["none", "two", "all"])
+def test_thresholds_are_those_of_a_plain_search(falling):
+    targets, probs = mixed_world(falling)
+    positives, everything = logit_counts(targets, probs)
+    coefs, mean = fit_calibration(positives, everything)
+    features = np.stack([np.ones(len(CENTRES)), -np.logaddexp(0, -CENTRES), np.logaddexp(0, CENTRES)])
+    there = [c for c in range(28) if c not in (1, 2)]
+    expected, best = {}, {}
+    for c in there:
+        expected[c], best[c] = plain_threshold(positives[c], everything[c], expit(coefs[c] @ features))
+    q, share = expit(mean @ features), np.mean(list(best.values()))
+    expected[1] = expected[2] = plain_threshold(positives[1], everything[1], q, share)[0]
+    found = calibrated_thresholds(targets, probs)
+    np.testing.assert_allclose(logit(found), [logit(expected[c]) for c in range(28)], atol=1e-6)
+
+
+def test_a_class_without_positives_is_never_predicted_where_even_the_last_bin_is_not_worth_it():
+    found = calibrated_thresholds(*mixed_world(slice(None)))
+    assert logit(found[1]) == pytest.approx(LIMIT, abs=1e-6)

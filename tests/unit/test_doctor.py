@@ -20,7 +20,7 @@ from common.data.samples import Sample
 from common.errors import UserError
 from common.process.main import OUT_OF_MEMORY
 from common.recipes import get_recipe
-from common.train import pretrained
+from common.train import networks, pretrained
 
 GB = 10**9
 COST = Cost(parameters=10**6, images=2, steps=3, train=1.0, predict=0.5, fixed=12 * 10**6, activations=GB)
@@ -174,7 +174,7 @@ def test_weights_that_nobody_hands_out_are_a_warning_with_the_file_to_save(monke
         "resnet50: the published weights are not at hand and their host does not answer, "
         "so training starts from random ones and learns much less"
     )
-    published = pretrained.PUBLISHED["resnet50"]
+    published = networks.ENCODERS["resnet50"].weights
     assert line.cure == f"save {published.urls[0]} as {tmp_path / published.file}"
 
 

@@ -195,8 +195,27 @@ def test_a_share_that_holds_nothing_out_is_refused(n, share, message):
         make_folds(data, 2, 1, 0, hold_out=share)
 
 
+@pytest.mark.parametrize(("groups", "n"), [(["a"], 0), (["a"], 1), (["a", "a", "a"], 1)])
+@pytest.mark.parametrize("share", [0.01, 0.5])
+def test_of_one_distinct_sample_or_none_nothing_can_be_held_out(groups, n, share):
+    data = table(len(groups)).assign(group=groups, part="train" if n else "external")
+    with pytest.raises(UserError) as error:
+        make_folds(data, 2, 1, 0, hold_out=share)
+    assert str(error.value) == f"--hold-out {share:g} of {n} distinct samples is none; give a larger share"
+
+
+def test_of_few_distinct_samples_the_nearest_share_is_held_out_and_the_rest_must_make_the_folds():
+    data = table(6).assign(group=list("xxyyyy"))
+    with pytest.raises(UserError, match="^1 distinct samples cannot make 2 folds"):  # half of two are held out
+        make_folds(data, 2, 1, 0, hold_out=0.5)
+    folds = make_folds(data.assign(group=list("xxyyzz")), 2, 1, 0, hold_out=0.2)  # a third, the smallest share of three
+    assert sorted(folds["fold"]) == [HOLD_OUT, HOLD_OUT, 0, 0, 1, 1]
+
+
 def test_samples_for_training_only_and_those_held_out_are_no_fold():
     folds = made_of([1, -1, 0, -2], ["0", "1", "2", "3"])
     assert fold_numbers(folds) == [0, 1] and fold_numbers(made_of([8, 1, 0, 9], ["0"] * 4)) == [0, 1, 8, 9]
     assert training_rows(folds, 0).tolist() == [True, True, False, False]
-    assert np.flatnonzero(class_counts(folds, 0)).tolist() == [0, 1]
+    more = made_of([1, -1, 0, -2, 1], ["0 5", "1", "2", "3", "5 7"])
+    assert class_counts(more, 0).tolist() == [1, 1, 0, 0, 0, 2, 0, 1] + [0] * 20
+    assert class_counts(more, 1).tolist() == [0, 1, 1] + [0] * 25

@@ -1,6 +1,7 @@
 """Machines with GPUs, simulated on one without: what is chosen, what is refused, and what is said."""
 
 import os
+import warnings
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from common.train.hardware import (
     fit_shared_memory,
     plan_hardware,
 )
-from common.train.training import check_team
+from common.train.run import check_team
 
 NO_KERNELS = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be ..."
 
@@ -60,6 +61,37 @@ def arguments(**changes):
             **changes,
         }
     )
+
+
+def test_what_the_command_line_leaves_open_is_plain(gpus, capsys):
+    gpus(count=0)
+    options, found = plan_hardware(arguments(), "04_train", 1)
+    assert options == HardwareOptions() == HardwareOptions("auto", "auto", None, None, False, "channels-last", False, 1)
+    for plain in (found, choose_hardware(), Hardware(torch.device("cpu"))):
+        assert (plain.workers, plain.micro_batch, plain.compiled, plain.fast) == (0, None, False, False)
+        assert plain.memory_format == torch.channels_last
+
+
+AMX, AVX = {"amx_bf16", "avx512_bf16"}, {"avx512_bf16"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "fast"),
+    [
+        (AMX, "Intel Xeon", True),
+        ({"amx_bf16"}, "AMD", True),
+        (AVX, "Intel Xeon", False),
+        (AVX, "AMD EPYC", True),
+        ({"avx2"}, "AMD EPYC", False),
+        (set(), "", False),
+    ],
+)
+def test_a_cpu_trains_in_bfloat16_where_that_is_faster_and_predicts_in_32_bits(gpus, monkeypatch, flags, name, fast):
+    gpus(count=0)
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: (flags, name))
+    assert choose_hardware().autocast == (torch.bfloat16 if fast else None)
+    assert choose_hardware(training=False).autocast is None
+    assert choose_hardware(HardwareOptions(precision="bf16"), training=False).autocast == torch.bfloat16
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -162,6 +194,23 @@ def test_a_job_has_a_gpu_of_its_own_and_its_share_of_the_cores(gpus, capsys, cou
     assert line.startswith(f"04_train: {jobs} jobs at once" if jobs > 1 else "04_train: ") and line.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("count", "jobs", "line"),
+    [
+        (4, 8, "04_train: 8 jobs at once on 4 GPUs, each on Some GPU (cuda:0), "),
+        (4, 3, "04_train: 3 jobs at once on 3 GPUs, each on Some GPU (cuda:0), "),
+        (4, 2, "04_train: 2 jobs at once on 2 GPUs, each on Some GPU (cuda:0), "),
+        (1, 2, "04_train: 2 jobs at once, each on Some GPU (cuda:0), "),
+        (0, 2, "04_train: 2 jobs at once, each on CPU ("),
+        (4, 1, "04_train: Some GPU (cuda:0), "),
+    ],
+)
+def test_the_gpus_that_are_used_are_counted(gpus, capsys, count, jobs, line):
+    gpus(count=count)
+    plan_hardware(arguments(jobs=jobs), "04_train", 10)
+    assert capsys.readouterr().out.startswith(line)
+
+
 def test_one_line_says_what_networks_run_on_and_the_record_says_the_same(gpus, monkeypatch):
     gpus(bf16=False)
     found = choose_hardware(HardwareOptions(workers=4, fast=True))
@@ -181,6 +230,13 @@ def test_one_line_says_what_networks_run_on_and_the_record_says_the_same(gpus, m
     )
 
 
+@pytest.mark.parametrize(("name", "told"), [("Some CPU", "Some CPU"), ("", "unknown")])
+def test_a_cpu_has_its_name_and_its_cores(gpus, monkeypatch, name, told):
+    gpus(count=0)
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: (set(), name))
+    assert hardware.device_name(torch.device("cpu")) == f"CPU ({told}, 16 cores)"
+
+
 @pytest.mark.parametrize(
     ("driver", "visible", "told"),
     [("560.1", None, True), (None, None, False), ("560.1", "", False), ("560.1", "-1", False), ("560.1", "0", True)],
@@ -195,6 +251,37 @@ def test_the_cpu_although_there_is_a_gpu_is_a_warning(gpus, monkeypatch, capsys,
     assert ("warning: there is a GPU, but torch cannot use it" in capsys.readouterr().err) == told
     plan_hardware(arguments(device="cpu"), "04_train", 1)
     assert not capsys.readouterr().err  # as asked for
+
+
+@pytest.mark.parametrize(
+    ("program", "version"),
+    [("echo 560.1; echo 560.2", "560.1"), ("echo ' 560.1 '", "560.1"), ("echo 560.1; exit 9", None), (None, None)],
+)
+def test_the_driver_is_asked_for_its_version(tmp_path, monkeypatch, program, version):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if program:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert hardware.nvidia_driver() == version
+
+
+def test_why_a_gpu_is_idle(gpus, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(hardware, "nvidia_driver", lambda: "560.1")
+    gpus(count=1)
+    assert hardware.idle_gpu() is None
+    gpus(count=0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert hardware.idle_gpu() == f"torch {torch.__version__} is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert hardware.idle_gpu() == "torch finds no usable GPU"
+
+    def unavailable():
+        warnings.warn("CUDA initialization: the driver is too old\nand more", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", unavailable)
+    assert hardware.idle_gpu() == "CUDA initialization: the driver is too old"
 
 
 @pytest.mark.parametrize(
@@ -256,6 +343,36 @@ def test_as_many_loader_processes_as_shared_memory_has_room_for(monkeypatch, cap
             )
 
 
+@pytest.mark.parametrize(
+    ("jobs", "processes", "room", "expected"),
+    [(1, 1, 7, 7), (1, 4, 28, 7), (2, 4, 56, 7), (1, 4, 27, 6), (1, 4, 32, 8), (1, 4, 40, 8), (2, 4, 7, 0)],
+)
+def test_jobs_and_processes_of_torchrun_share_the_memory(monkeypatch, jobs, processes, room, expected):
+    """Of 8 loader processes each, of which one takes three batches of 1 MB; `room` for so many of them all in all."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=room * 3 * 10**6))
+    wanted = Hardware(torch.device("cpu"), workers=8)
+    assert fit_shared_memory(wanted, HardwareOptions(jobs=jobs), 10**6).workers == expected
+
+
+def test_the_room_in_shared_memory_is_told_in_megabytes(monkeypatch, capsys):
+    monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    fit_shared_memory(Hardware(torch.device("cpu"), workers=8), HardwareOptions(), 10**8)
+    assert capsys.readouterr().err.startswith(
+        f"warning: {hardware.SHARED_MEMORY} has 1000 MB free, enough for 3 loader processes with batches of 100 MB; "
+        "using 3. For more, "
+    )
+
+
+def test_a_machine_without_shared_memory_keeps_its_loader_processes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(hardware, "SHARED_MEMORY", tmp_path / "shm")
+    wanted = Hardware(torch.device("cpu"), workers=8)
+    assert fit_shared_memory(wanted, HardwareOptions(), 10**15) is wanted
+    (tmp_path / "shm").mkdir()
+    assert fit_shared_memory(wanted, HardwareOptions(), 10**15).workers == 0
+    assert "warning: " in capsys.readouterr().err
+
+
 def test_a_batch_takes_the_bytes_of_its_crops_or_of_whole_images():
     assert batch_bytes(get_recipe("resnet50"), 74) == 74 * 4 * 512**2
     assert batch_bytes(get_recipe("resnet50"), 0) == 32 * 4 * 768**2
@@ -283,8 +400,9 @@ def test_a_full_gpu_is_known_by_whatever_says_so(error, expected):
 
 def test_fast_kernels_are_asked_for(monkeypatch):
     calls = []
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, warn_only: calls.append(on))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, warn_only: calls.append((on, warn_only)))
     for fast in (True, False):
         hardware.set_kernels(Hardware(torch.device("cpu"), fast=fast))
         assert torch.backends.cudnn.benchmark == torch.backends.cudnn.allow_tf32 == fast
-    assert calls == [False, True]
+        assert torch.backends.cuda.matmul.allow_tf32 == fast and not torch.utils.deterministic.fill_uninitialized_memory
+    assert calls == [(False, True), (True, True)]  # what has no deterministic kernel warns only

@@ -55,6 +55,16 @@ def test_stored_planes_come_back_and_the_statistics_are_theirs(tmp_path):
     assert values["crc"] != statistics(planes[::-1])["crc"]
 
 
+def test_black_and_saturated_pixels_are_counted_by_channel():
+    planes = np.full((4, 10, 10), 128, np.uint8)
+    planes[0, 0, :3], planes[1, :2], planes[2] = 0, 255, 0
+    planes[3, 0, :2], planes[3, 1, :2] = (254, 255), (0, 1)
+    values = statistics(planes)
+    for name, shares in (("zeros", [0.03, 0, 1, 0.01]), ("saturated", [0, 0.2, 0, 0.01])):
+        found = [values[f"{name}_{channel}"] for channel in ("red", "green", "blue", "yellow")]
+        np.testing.assert_allclose(found, shares, atol=1e-12)
+
+
 @pytest.mark.parametrize("size", [96, 512])  # uncompressed, compressed
 def test_stored_planes_come_back_and_damaged_ones_are_refused(tmp_path, size):
     planes = np.random.default_rng(0).integers(0, 256, (4, size, size), dtype=np.uint8)

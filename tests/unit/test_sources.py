@@ -13,10 +13,12 @@ from common.data.sources import (
     channel_files,
     examine_sample,
     list_files,
+    looks_cut_short,
     not_found,
     read_channel,
     read_sample,
     read_side,
+    through_table,
 )
 from tests.tiffs import TURNS, agreed, stretched, turned, write_tiff
 
@@ -41,6 +43,14 @@ def test_grey_images_come_back_as_they_are(tmp_path, name, dtype):
     np.testing.assert_array_equal(read, image)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("compression", ["lzw", "deflate", "adobe_deflate", "zstd"])
+def test_tiffs_with_a_predictor_come_back_as_they_are(tmp_path, compression, dtype):
+    image = RNG.integers(0, np.iinfo(dtype).max, (16, 16), endpoint=True, dtype=dtype)
+    tifffile.imwrite(tmp_path / "a.tif", image, compression=compression, predictor=True)
+    np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), image)
+
+
 @pytest.mark.parametrize("name", ["a.tif", "a.png", "a.jpg"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.98])
 def test_a_truncated_image_is_refused(tmp_path, name, share):
@@ -50,6 +60,32 @@ def test_a_truncated_image_is_refused(tmp_path, name, share):
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(BadImage, match="cannot be"):
         read_channel(path, "green")
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.PNG", "a.jpg"])
+def test_the_end_of_a_file_tells_whether_it_is_cut_short(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.tif":  # whose last bytes are pixels
+        tifffile.imwrite(path, RNG.integers(0, 256, (64, 64), dtype=np.uint8), rowsperstrip=16)
+    else:
+        grey(path, 200)
+    content = path.read_bytes()
+    assert not looks_cut_short(path)
+    for kept in (content[:-9], content[: len(content) // 2], content[:8], b""):
+        path.write_bytes(kept)
+        assert looks_cut_short(path)
+    path.write_bytes(content + b"\0" * 9)
+    assert not looks_cut_short(path)
+
+
+def test_a_tiff_is_cut_short_from_its_first_missing_byte_on(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", RNG.integers(0, 256, (64, 64), dtype=np.uint8), rowsperstrip=16)
+    content = (tmp_path / "a.tif").read_bytes()
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        end = tiff.pages.first.dataoffsets[-1] + tiff.pages.first.databytecounts[-1]
+    for kept in (end, end - 1):
+        (tmp_path / "a.tif").write_bytes(content[:kept])
+        assert looks_cut_short(tmp_path / "a.tif") == (kept < end)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +110,24 @@ def test_a_header_that_claims_too_much_is_refused_before_decoding(tmp_path):
     Image.new("L", (8200, 8200)).save(path, compress_level=1)
     with pytest.raises(BadImage):
         read_side(path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize(
+    ("size", "refused"),
+    [((16, 16), None), ((17, 17), "claims"), ((17, 8), "claims"), ((8, 17), "claims"), ((16, 15), "is not")],
+)
+def test_the_largest_side_is_accepted_and_one_pixel_more_in_either_direction_is_not(
+    tmp_path, monkeypatch, suffix, size, refused
+):
+    monkeypatch.setattr(sources, "MAX_SIDE", 16)
+    path = tmp_path / f"a{suffix}"
+    Image.new("L", size).save(path)
+    if refused is None:
+        assert read_side(path) == 16
+    else:
+        with pytest.raises(BadImage, match=f"^{refused} "):
+            read_side(path)
 
 
 def test_a_file_that_decodes_to_another_size_than_its_header_says_is_refused(tmp_path, monkeypatch):
@@ -119,6 +173,10 @@ def test_tiff_is_preferred_over_png_and_whole_samples_over_parts(tmp_path):
     assert all(path.suffix == ".tif" for path in channel_files("b", folders)[0])
     assert channel_files("c", folders) == ([], ["c_red", "c_green", "c_blue", "c_yellow"])
     assert channel_files("a", [folders[0]]) == ([], ["a_red"])
+    for name in ("a_blue.png", "a_green.png"):
+        (small / name).unlink()
+    for order in ((full, small), (small, full)):  # of folders with parts, the fullest says what is missing
+        assert channel_files("a", [list_files(folder) for folder in order]) == ([], ["a_red"])
 
 
 def test_folders_and_pipes_are_no_images(tmp_path):
@@ -211,13 +269,15 @@ def test_smaller_copies_old_descriptions_and_other_files_of_the_series_are_no_fu
     values = RNG.integers(0, 256, (16, 16))
     for tags in (
         {"subfiles": (0, 1, 1)},
+        {"subfiles": (0,) + (1,) * 15},
         {"description": "ImageJ=1.53t\nimages=4\n", "compression": 8},
         {"description": '{"shape": "x"}'},
     ):
         write_tiff(tmp_path / "a.tif", values, **tags)
         np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), values)
     ome = (
-        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" Type="uint8" '
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        '<Pixels ID="Pixels:0" Type="uint8" '
         'DimensionOrder="XYCZT" SizeX="16" SizeY="16" SizeC="2" SizeZ="1" SizeT="1">'
         '<TiffData FirstC="0" PlaneCount="1"><UUID FileName="a.tif">urn:uuid:1</UUID></TiffData>'
         '<TiffData FirstC="1" PlaneCount="1"><UUID FileName="b.tif">urn:uuid:2</UUID></TiffData></Pixels></Image></OME>'
@@ -235,6 +295,12 @@ VALUES = np.arange(256).reshape(16, 16)
     [
         ({"subfiles": (0, 0)}, "has 2 pages"),
         ({"subfiles": (1, 0)}, "has 2 pages"),
+        ({"subfiles": (0, 1, 0)}, "has 3 pages"),  # one image among smaller copies
+        ({"subfiles": (0, 0, 1)}, "has 3 pages"),
+        ({"subfiles": (0,) + (1,) * 16}, "has 17 pages"),
+        ({"more": [(322, "I", [8208]), (323, "I", [16])]}, r"claims .* px; at most 8192 x 8192"),
+        ({"more": [(322, "I", [16]), (323, "I", [8208])]}, r"claims .* px; at most 8192 x 8192"),
+        ({"more": [(32997, "I", [2])]}, "claims 2 x 16 x 16 px"),
         ({"description": '{"shape": [3, 16, 16], "truncated": true}', "images": 3}, "has 3 images in one page"),
         ({"description": "ImageJ=1.53t\nimages=4\nslices=4\n", "images": 4}, "has 4 images in one page"),
         ({"photometric": 6}, "is stored as YCBCR with 1 values a pixel"),
@@ -263,13 +329,25 @@ def test_a_tiff_that_would_be_read_wrongly_is_refused_by_name(tmp_path, tags, me
     [
         (2, [2], "has an alpha channel; save it without"),
         (4, [1], "has an alpha channel"),
+        (5, [0, 1], "has an alpha channel"),
+        (5, [2, 0], "has an alpha channel"),
         (2, [0], "has 2 values a pixel; expected one"),
+        (5, [0, 0], "has 5 values a pixel; expected one"),
     ],
 )
 def test_more_values_a_pixel_are_refused_by_name(tmp_path, n, extra, message):
     write_tiff(tmp_path / "a.tif", np.zeros((8, 8, n), int), photometric=1 if n == 2 else 2, more=[(338, "H", extra)])
     with pytest.raises(BadImage, match=message):
         read_channel(tmp_path / "a.tif", "green", rgb_coded=True)
+
+
+def test_the_first_page_says_for_how_many_images_it_stands_not_its_smaller_copies(tmp_path):
+    stack = RNG.integers(0, 256, (3, 16, 16), dtype=np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(stack, photometric="minisblack", truncate=True)
+        tiff.write(stack[0, ::2, ::2], photometric="minisblack", subfiletype=1)
+    with pytest.raises(BadImage, match="^has 3 images in one page; expected one channel a file$"):
+        read_channel(tmp_path / "a.tif", "green")
 
 
 def test_a_tile_without_data_is_refused_as_cut_short(tmp_path):
@@ -306,6 +384,23 @@ def test_a_display_table_leaves_values_as_they_are_and_a_grey_one_gives_the_leve
     np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), np.array([0, 30, 100, 255])[values % 4])
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize(("entry", "kind"), [((100, 100, 100), "grey"), ((100, 100, 101), "colour")])
+def test_one_entry_makes_a_table_one_of_colours(tmp_path, suffix, entry, kind):
+    values = np.arange(256).reshape(16, 16)
+    falling = np.stack([np.arange(256)[::-1]] * 3, axis=1)
+    falling[155] = entry
+    rising = GREEN // 257
+    rising[155] = [0, 155, 0] if kind == "grey" else [0, 153, 0]  # below the entry before
+    for table, levels in ((falling, 255 - values), (rising, values)):
+        palette_picture(values, table).save(tmp_path / f"a{suffix}")
+        if kind == "grey":
+            np.testing.assert_array_equal(read_channel(tmp_path / f"a{suffix}", "green"), levels)
+        else:
+            with pytest.raises(BadImage, match="is a colour image"):
+                read_channel(tmp_path / f"a{suffix}", "green")
+
+
 def palette_picture(values, table):
     picture = Image.fromarray(values.astype(np.uint8))
     picture.putpalette(np.asarray(table, np.uint8).tobytes())
@@ -321,6 +416,13 @@ def test_a_table_of_colours_is_looked_up_where_colours_code_the_channel(tmp_path
     np.testing.assert_array_equal(read_channel(tmp_path / f"a{suffix}", "green", rgb_coded=True), table[values, 1])
     with pytest.raises(BadImage, match="is a colour image"):
         read_channel(tmp_path / f"a{suffix}", "green")
+
+
+def test_values_beyond_a_table_are_black():
+    indices = np.array([[0, 3], [2, 9]], np.uint8)
+    table = np.array([(10, 1, 2), (20, 3, 4), (30, 5, 6)], np.uint8)
+    assert through_table(indices, table, "grey").tolist() == [[10, 0], [30, 0]]
+    assert through_table(indices, table, "colour").tolist() == [[[10, 1, 2], [0, 0, 0]], [[30, 5, 6], [0, 0, 0]]]
 
 
 # --- PNG and JPEG ------------------------------------------------------------------------------------------
@@ -435,7 +537,8 @@ def test_a_channel_in_another_folder_is_named(tmp_path):
             (tmp_path / folder / f"a_{channel}.png").touch()
     folders = [list_files(tmp_path / "full"), list_files(tmp_path / "small")]
     assert not_found(channel_files("a", folders)[1], folders) == (
-        f"a_red not found as .tif, .png or .jpg; there is {tmp_path}/small/a_red.png (put all four files into one folder)"
+        "a_red not found as .tif, .png or .jpg; there is "
+        f"{tmp_path}/small/a_red.png (put all four files into one folder)"
     )
 
 

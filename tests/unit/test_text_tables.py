@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from common.artifacts import text_tables
 from common.artifacts.tables import read_table
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.data.labels import read_csv, read_labels
@@ -70,6 +71,7 @@ def test_text_stays_text(tmp_path, text):
         ("Id,,,x\na,,,\n", "has the column '' 2 times"),
         ('Id,Target\n"a,0\nb,1\n', r"is not a CSV file \(unexpected end of data in line 2\)"),
         ('Id,Target\n"a"b,0\n', r"is not a CSV file \(.* in line 2\)"),
+        ('"Id"s,Target\na,0\n', r"is not a CSV file \(.* in line 1\)"),
         (
             "Id,Target\na,0\nZ\xfcrich,1\n".encode("latin-1"),
             r"is not text in UTF-8 \(byte 0xfc in line 3\); save it as CSV in UTF-8",
@@ -116,8 +118,40 @@ def test_numbers_are_numbers(tmp_path, kind, good, values):
     ],
 )
 def test_what_is_no_number_is_named_by_line(tmp_path, kind, text):
-    with pytest.raises(BadTable, match=rf"has text in its column x, expected (whole )?numbers \(line 4: '{text}'\)$"):
+    expected = "whole numbers" if kind is int else "numbers"
+    with pytest.raises(BadTable, match=rf"has text in its column x, expected {expected} \(line 4: '{text}'\)$"):
         read(tmp_path, f'y,x\na,1\n\nb,"{text}"\n', kinds=lambda header: {"x": kind})
+
+
+def test_a_file_of_the_largest_size_is_read_and_one_byte_more_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_tables, "MAX_BYTES", 2 * 10**6)
+    content = (b"Id\n" + (b"a" * 99_999 + b"\n") * 20)[: 2 * 10**6]
+    assert len(read(tmp_path, content)) == 20
+    with pytest.raises(BadTable, match="^has 2 MB; expected a CSV file of at most 2 MB$"):
+        read(tmp_path, content + b"a")
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize(
+    "header",
+    [lambda n: "a" * (n - 3) + ",b\n", lambda n: '"' + "a" * (1 + n % 2) + "\na" * (n // 2 - 1) + '",b\n'],
+    ids=["of one line", "of many lines in quotes"],
+)
+def test_a_header_of_the_largest_length_is_read_and_a_longer_one_is_not(tmp_path, header, more):
+    content = header(10_000 + more) + "1,2\n"
+    if more:
+        with pytest.raises(BadTable, match="^has a first line of over 10000 characters; expected the names"):
+            read(tmp_path, content)
+    else:
+        assert read(tmp_path, content).to_numpy().tolist() == [["1", "2"]]
+
+
+def test_five_lines_are_named_and_the_rest_counted(tmp_path):
+    for wrong, rest in ((5, ""), (6, " and 1 more lines")):
+        named = ", ".join(f"line {k + 3}: 'n'" for k in range(5))
+        with pytest.raises(BadTable) as error:
+            read(tmp_path, "x\n1\n" + "n\n" * wrong + "2\n", kinds=lambda header: {"x": int})
+        assert str(error.value) == f"has text in its column x, expected whole numbers ({named}{rest})"
 
 
 def test_statistics_come_back_as_they_were_written(tmp_path):  # fingerprints of trainings stand on their text

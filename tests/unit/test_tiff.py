@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from common.data import images
+from common.data import images, tiff
 from common.data.images import checksum, corner, read_planes, write_planes
 from common.errors import UserError
 
@@ -118,6 +118,22 @@ def test_a_header_that_lies_is_refused(tmp_path, tag, value):
     for window in ((96, 0.5, 0.5), None):
         with pytest.raises(UserError, match="a.tif cannot be read"):
             read_planes(path, checksum(planes), window)
+
+
+@pytest.mark.parametrize(("side", "rows"), [(8, 1), (8, 3), (8, 8), (9, 8)])
+@pytest.mark.parametrize("compression", [1, 8])
+def test_strips_of_any_height_are_read_up_to_the_largest_side(tmp_path, side, rows, compression):
+    planes = noise(side)
+    how = {"compression": "zlib"} if compression == 8 else {}
+    tifffile.imwrite(tmp_path / "a.tif", planes, photometric="minisblack", rowsperstrip=rows, **how)
+    np.testing.assert_array_equal(read_planes(tmp_path / "a.tif"), planes)
+    data = tiff.read_bytes(tmp_path / "a.tif")
+    layout = tiff.read_layout(data, 4, side)
+    assert (layout.side, layout.compression, layout.predictor) == (side, compression, 1)
+    assert sum(layout.lengths()) == side and all(len(strips) == len(layout.lengths()) for strips in layout.strips)
+    assert max(layout.lengths()) == rows or compression == 1  # tifffile joins the strips of small plain pages
+    with pytest.raises(ValueError, match=f"claims {side} x {side} px in strips of "):
+        tiff.read_layout(data, 4, side - 1)
 
 
 def test_lent_memory_is_used_again_and_other_memory_is_not(tmp_path):
