@@ -12,7 +12,7 @@ from common.data.folds import HOLD_OUT, TRAIN_ONLY, class_counts, fold_numbers
 from common.data.images import CHANNELS
 from common.data.labels import parse_targets
 from common.report import plots
-from common.report.page import Card, Facts, Figure, Gallery, Heading, Note, Table
+from common.report.page import Card, Facts, Figure, Gallery, Heading, Note, Table, section
 from common.report.reader import NAMES, SHOWN, Work, class_names, there
 from common.train.schedules import suggest_learning_rate
 
@@ -22,6 +22,7 @@ STAINS = dict(zip(CHANNELS, ("microtubules", "the protein", "nucleus", "reticulu
 # --- data --------------------------------------------------------------------------------------------------
 
 
+@section("Data", "What there is to learn from. Counts are of samples; a sample may have several classes.")
 def data(work: Work) -> list:
     samples = work.samples
     parts = [part for part in ("train", "test", "external") if (samples["part"] == part).any()]
@@ -207,6 +208,10 @@ def contact_sheet(work: Work, targets: np.ndarray, ids: np.ndarray) -> Gallery:
 # --- duplicates --------------------------------------------------------------------------------------------
 
 
+@section(
+    "Duplicates",
+    "Near-identical images by perceptual hashes of red, green and blue. One sample for each set of labels stays for training; nothing is removed from test.",
+)
 def duplicates(work: Work) -> list:
     table, pairs = work.duplicates, work.pairs
     groups = table.groupby("near_group").agg(
@@ -291,6 +296,7 @@ def pair_card(work: Work, pair: Any) -> Card:
 # --- folds -------------------------------------------------------------------------------------------------
 
 
+@section("Folds", "How the samples are split for validation: whole groups of duplicates, every class evenly.")
 def folds(work: Work) -> list:
     table = work.folds
     numbers, targets, fold = fold_numbers(table), parse_targets(table["Target"]), table["fold"].to_numpy()
@@ -346,6 +352,7 @@ def folds(work: Work) -> list:
 # --- training ----------------------------------------------------------------------------------------------
 
 
+@section("Training", "Each recipe's trainings, one a fold. Validation images are those of the fold.")
 def training(work: Work) -> list:
     blocks: list = [
         Table(

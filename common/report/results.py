@@ -7,7 +7,7 @@ from common.artifacts.tables import read_table
 from common.classes import N_CLASSES
 from common.data.labels import parse_targets
 from common.report import plots
-from common.report.page import Facts, Figure, Gallery, Heading, More, Note, Table, share
+from common.report.page import Facts, Figure, Gallery, Heading, More, Note, Table, section, share
 from common.report.reader import NAMES, SHOWN, Work, there
 from common.score.metrics import f1_from_counts
 from common.score.paper_tables import HEADINGS, TITLES
@@ -19,6 +19,7 @@ GRID = np.round(np.arange(0.02, 0.99, 0.02), 2)  # thresholds of the curves
 # --- predictions -------------------------------------------------------------------------------------------
 
 
+@section("Predictions", "Probabilities of labelled samples, beside their labels.")
 def predictions(work: Work) -> list:
     from sklearn.metrics import average_precision_score
 
@@ -138,6 +139,10 @@ def calibration(targets: np.ndarray, probs: np.ndarray) -> Figure:
 # --- scores ------------------------------------------------------------------------------------------------
 
 
+@section(
+    "Scores",
+    "F1 is the harmonic mean of precision and recall; macro F1 is its mean over the 28 classes. Cross-fitted means that every sample was decided with thresholds found on other samples.",
+)
 def scores(work: Work) -> list:
     found = work.scores
     facts = {
@@ -275,6 +280,7 @@ def gain_figures(gains: pd.DataFrame) -> list[Figure]:
 # --- errors ------------------------------------------------------------------------------------------------
 
 
+@section("Errors", "Where the ensemble is most certain and wrong. Look at the images: is it the network or the label?")
 def errors(work: Work) -> list:
     rows, targets, probs = work.oof
     margin = log_odds(probs) - log_odds(work.cuts)
@@ -437,6 +443,7 @@ def suspect_blocks(work: Work, table: pd.DataFrame) -> list:
 # --- submission --------------------------------------------------------------------------------------------
 
 
+@section("Submission", "What is handed in: the classes of the test samples.")
 def submission(work: Work) -> list:
     table = work.submission
     predicted = parse_targets(table["Predicted"])
