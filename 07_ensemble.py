@@ -3,10 +3,10 @@
 reads   WORK/predictions/<recipe>/test.npz of each recipe, WORK/thresholds.json, WORK/samples.csv
         WORK/left_out.csv: test samples that stage 01 left out get an empty row
         or, with --test, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids), in the order in which
-        stage 06 had the --oof of the same networks, and --sample
+        stage 06 got the --oof of the same networks, and --sample
 writes  WORK/submission.csv   Id, Predicted in the order of sample_submission.csv, checked (or --out); its .meta.json
-                              says which folds each recipe stands on
-        submissions.json beside the thresholds: where --out submissions lie, for the page
+                              says which folds each recipe is based on
+        submissions.json beside the thresholds: where --out submissions are, for the page
 
 example python 07_ensemble.py --work work --recipes resnet50
         python 07_ensemble.py --test a.npz b.csv --thresholds work/thresholds.json --sample sample_submission.csv
@@ -16,7 +16,7 @@ import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
 from common.errors import UserError
 from common.process import command_line
@@ -35,10 +35,10 @@ def parse_args():
     parser.add_argument(
         "--fallback",
         choices=("argmax", "empty"),
-        help="where no class passes its threshold: the most probable one (default) or none",
+        help="if no class passes its threshold, predict the most probable one (argmax, default) or none (empty)",
     )
     parser.add_argument(
-        "--test", type=Path, nargs="+", metavar="FILE", help="predictions to use in place of the recipes'"
+        "--test", type=Path, nargs="+", metavar="FILE", help="predictions to use instead of the recipes'"
     )
     parser.add_argument("--ids", type=Path, metavar="CSV", help="Ids of the rows of .npy files")
     parser.add_argument("--thresholds", type=Path, metavar="JSON", help="default: WORK/thresholds.json")
@@ -53,8 +53,8 @@ def parse_args():
     parser.add_argument(
         "--override-duplicates",
         action="store_true",
-        help="give test samples that are near-identical to labelled ones (WORK/duplicate_pairs.csv) their "
-        "labels in place of the predicted ones; against the spirit of a test, so off by default",
+        help="give test samples that are near-identical to labelled ones (WORK/duplicate_pairs.csv) their labels "
+        "instead of predictions; against the spirit of a test, so off by default",
     )
     return parser.parse_args()
 
@@ -62,7 +62,7 @@ def parse_args():
 def main():
     args = parse_args()
 
-    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
     import numpy as np
 
     from common.artifacts.layout import Layout
@@ -167,7 +167,7 @@ def main():
 
 
 def wanted_ids(args, order, own):
-    """Return the Ids of the submission in its order."""
+    """Return the submission's Ids in order."""
     from common.artifacts.layout import Layout
     from common.data.labels import read_csv
 

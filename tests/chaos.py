@@ -182,7 +182,7 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
         or (kind not in ("group", "main", "both") and "Traceback" in text)
     ):
         return True, f"ended with {process.returncode} after {kind}: {shlex.join(command)}\n{text}"
-    if process.returncode in (130, -2, 143) and "To go on: python" not in text:
+    if process.returncode in (130, -2, 143) and "To resume: python" not in text:
         return True, f"said no command to go on after {kind}: {shlex.join(command)}\n{text}"
     return True, None if quiet else f"worker processes went on writing after {kind}: {shlex.join(command)}"
 
