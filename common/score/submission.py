@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,51 @@ from common.artifacts.text_tables import BadTable, read_text_table
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data.labels import check_samples, format_targets, is_target, parse_targets
 from common.errors import UserError, listing
-from common.score.ensemble import COMBINATIONS
+from common.score.ensemble import COMBINATIONS, combine, stack_members
+from common.score.members import check_networks, check_origin, check_there, member_files, read_members
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The members of a submission, and how they are combined and decided.
+
+    path : of the thresholds; names, files : of the members
+    made_by : the command that makes the files; None where they come from elsewhere
+    """
+
+    path: Path
+    thresholds: dict
+    names: list[str]
+    files: list[Path]
+    made_by: str | None
+
+    def predict(self, ids: Path | None, wanted: np.ndarray) -> np.ndarray:
+        """Return the combined probabilities of the Ids `wanted`, (n, 28); ids : CSV with the Ids of .npy files."""
+        members = stack_members(read_members(self.files, ids, self.made_by), self.names, wanted)
+        return combine(members, self.thresholds["combine"], self.thresholds["weights"])
+
+
+def find_ensemble(layout: Layout, recipes: list[str], given: list[Path] | None, thresholds: Path | None) -> Ensemble:
+    """Return the ensemble of the recipes' test predictions, or of the files `given`; raises UserError if a part is missing.
+
+    thresholds : where they are, if not in the work folder
+    """
+    asked = ["--recipes", ",".join(recipes)]
+    path = thresholds or layout.thresholds
+    makes = "--oof FILES --labels CSV" if given else shlex.join([*layout.flags(), *asked])
+    found = read_thresholds(path, None if given else recipes, makes)
+    names, files = member_files(given, layout.work, recipes, "test")
+    if len(names) != len(found["weights"]):
+        raise UserError(
+            f"{path} is for {len(found['weights'])} members ({', '.join(found['recipes'])}), found "
+            f"{len(names)}: {', '.join(names)}; give the same networks in the same order"
+        )
+    made_by = None if given else layout.command("05_predict_oof.py", *asked)
+    check_there(files, made_by)
+    if made_by:
+        check_origin(layout.work, recipes, "test")
+        check_networks(layout.work, recipes, "test", made_by)
+    return Ensemble(path, found, names, files, made_by)
 
 
 def read_thresholds(path: Path, recipes: list[str] | None, makes: str) -> dict:
