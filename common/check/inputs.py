@@ -123,8 +123,8 @@ def while_time_lasts(items: Sequence[int], seconds: float, label: str) -> Iterat
 
 
 def read_headers(samples: Sequence[Sample]) -> tuple[list[Sample], list[int]]:
-    """Return the samples, as many as time allows, drawn at random (the same ones every time), with their side or fault; and
-    the places of those that look cut short."""
+    """Return the samples, as many as time allows, drawn at random (the same ones every time), with their side or fault;
+    and the places of those that look cut short."""
     seen, doubtful = list(samples), []
     whole = [k for k, sample in enumerate(samples) if not sample.fault]
     drawn = [whole[k] for k in np.random.default_rng(0).permutation(len(whole))]
@@ -171,22 +171,21 @@ def try_samples(plan: ingest.Plan, doubtful: Sequence[int]) -> Trial:
     with tempfile.TemporaryDirectory() as folder:
         how = images.Storing(Path(folder), plan.options.levels, plan.options.raw)
         for k in while_time_lasts(chosen, SECONDS / 2, "decoding"):
-            try_sample(trial, replace(plan.samples[k], lacking=plan.stores), how, plan.fitted)
+            try_sample(trial, replace(plan.samples[k], lacking=plan.stores), how, plan)
     return trial
 
 
-def try_sample(trial: Trial, sample: Sample, how: images.Storing, recipes: dict[str, Recipe]) -> None:
+def try_sample(trial: Trial, sample: Sample, how: images.Storing, plan: ingest.Plan) -> None:
     """Decode, store, hash and read one sample, and note what came of it."""
     started = time.perf_counter()
     stored = images.attempt(images.store_sample, sample, how)
     if isinstance(stored, images.BadImage):
         trial.faults[sample.Id] = f"{sample.part}: {stored}"
         return
-    smallest = min(stored.images, key=lambda store: stored.images[store]["side"])
-    hash_planes(images.read_planes(how.folder / smallest / f"{sample.Id}.tif"))
+    hash_planes(images.read_planes(how.folder / ingest.hash_store(plan.sides) / f"{sample.Id}.tif"))
     trial.seconds.append(time.perf_counter() - started)
     trial.stored.append(stored)
-    for name, recipe in recipes.items():
+    for name, recipe in plan.fitted.items():
         trial.reading.setdefault(name, []).append(seconds_to_read(how.folder / recipe.store / f"{sample.Id}.tif"))
 
 

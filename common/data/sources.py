@@ -1,7 +1,8 @@
 """Channel files of an input folder: finding them, and reading each as one grey plane or not at all.
 
-What changes the meaning of pixels (bits, inversion, orientation, planar storage, colour tables) is applied or refused by
-name; what does not (resolution, damaged EXIF data, other metadata) is ignored. A TIFF is its first page, never a series.
+What changes the meaning of pixels (bits, inversion, orientation, planar storage, colour tables) is applied or refused
+by name; what does not (resolution, damaged EXIF data, other metadata) is ignored. A TIFF is its first page, never a
+series.
 """
 
 import os
@@ -53,7 +54,7 @@ class BadImage(Exception):
 
 
 class Files(dict[str, Path]):
-    """'Id_colour' in NFC -> image file of one folder; `others`: the same in lower case -> a file that is no usable image."""
+    """'Id_colour' in NFC -> image file of one folder; `others`: in lower case -> a file that is no usable image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,9 +164,10 @@ class Reader:
 
     suffixes : of its files, in lower case, preferred ones first
     open : function of a path -> context manager of the open file
-    header : function of the open file -> Header, without decoding it; raises BadImage for what is no image of one channel
-    pixels : function of the open file -> array (height, width) or (height, width, 3), uint8 or uint16, where 0 is black and
-        the largest number white
+    header : function of the open file -> Header, without decoding it; raises BadImage for what is no image of one
+        channel
+    pixels : function of the open file -> array (height, width) or (height, width, 3), uint8 or uint16, where 0 is black
+        and the largest number white
     is_cut : function of a path -> whether the end of the file is missing, as after a broken download
     """
 
@@ -187,7 +189,9 @@ def reader_of(path: Path) -> Reader:
 
 @contextmanager
 def opened(path: Path, rgb_coded: bool) -> Iterator[tuple[Header, Callable[[], np.ndarray]]]:
-    """Open an image of one channel; yield its header and what decodes it. Raises BadImage, also for what goes wrong inside.
+    """Open an image of one channel; yield its header and what decodes it.
+
+    Raises BadImage, also for what goes wrong inside the `with`.
 
     rgb_coded : whether a colour image may hold the channel
     """
@@ -222,7 +226,8 @@ def check_header(header: Header, rgb_coded: bool) -> None:
 
 
 def text_in(path: Path) -> str | None:
-    """Return what a small text file holds: links and large files that were copied without their content leave such files."""
+    """Return what a small text file holds: links and large files that were copied without their content leave such
+    files."""
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_TEXT + 1)
@@ -271,8 +276,9 @@ def oriented(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def table_kind(table: np.ndarray, entries: int) -> str:
-    """Tell what a colour table, (n, 3), makes of indices: 'grey' levels, 'colour', or a display ramp, 'ramp', which leaves the
-    indices the grey levels: an entry for each of the `entries` values, none darker in any colour than the one before."""
+    """Tell what a colour table, (n, 3), makes of indices: 'grey' levels, 'colour', or a display ramp, 'ramp', which
+    leaves the indices the grey levels: an entry for each of the `entries` values, none darker in any colour than the
+    one before."""
     if (table == table[:, :1]).all():
         return "grey"
     return "ramp" if len(table) == entries and (np.diff(table.astype(int), axis=0) >= 0).all() else "colour"
@@ -357,7 +363,7 @@ def is_reduced(page: tifffile.TiffPage | tifffile.TiffFrame) -> bool:
 
 
 def claimed_images(tiff: tifffile.TiffFile) -> int:
-    """Return how many images the first page says that it stands for: tifffile, ImageJ and MetaMorph write such stacks."""
+    """Return how many images the first page claims to stand for: tifffile, ImageJ and MetaMorph write such stacks."""
     page = tiff.pages.first
     try:
         if page.is_shaped:
@@ -370,8 +376,8 @@ def claimed_images(tiff: tifffile.TiffFile) -> int:
 
 
 def room(tiff: tifffile.TiffFile) -> int:
-    """Return for how many images like the first page's a TIFF has data behind each other; programs that split stacks leave
-    the old description."""
+    """Return for how many images like the first page's a TIFF has data behind each other; programs that split stacks
+    leave the old description."""
     page = tiff.pages.first
     return (tiff.filehandle.size - page.dataoffsets[0]) // page.nbytes if page.is_contiguous and page.nbytes else 1
 
@@ -418,7 +424,7 @@ def check_page(page: tifffile.TiffPage) -> None:
 
 
 def tiff_table(page: tifffile.TiffPage) -> tuple[np.ndarray | None, str]:
-    """Return a page's colour table, (n, 3) uint8, and what it makes of the values; None and 'grey' where it has none."""
+    """Return a page's colour table, (n, 3) uint8, and what it makes of the values; (None, 'grey') without one."""
     if page.photometric != tifffile.PHOTOMETRIC.PALETTE:
         return None, "grey"
     table = np.asarray(page.colormap).T

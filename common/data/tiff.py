@@ -1,5 +1,5 @@
-"""The stored TIFFs from within. tifffile writes these files and reads them too, but its own work and memory add much to the
-time of decoding.
+"""The stored TIFFs from within. tifffile writes these files and reads them too, but its own work and memory add much to
+the time of decoding.
 """
 
 import math
@@ -42,7 +42,8 @@ class Layout:
 
 
 def read_layout(data: np.ndarray, n_planes: int, max_side: int) -> Layout:
-    """Read the layout of a file's bytes, which tifffile wrote with a page a plane; raises for what is none or claims too much."""
+    """Read the layout of a file's bytes, which tifffile wrote with a page a plane; raises for what is none or claims
+    too much."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4].tobytes())
     if order is None:
         raise ValueError("is no TIFF")
@@ -84,8 +85,8 @@ def read_layout(data: np.ndarray, n_planes: int, max_side: int) -> Layout:
 
 
 class Memory(threading.local):
-    """An array for each thread that is used again and again: with the system's page faults, new memory for each image would
-    take a good part of the time of decoding it."""
+    """An array for each thread that is used again and again: with the system's page faults, new memory for each image
+    would take a good part of the time of decoding it."""
 
     def __init__(self) -> None:
         self.bytes: np.ndarray = np.empty(0, np.uint8)

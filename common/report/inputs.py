@@ -131,8 +131,8 @@ def image_blocks(work: Work, parts: list[str]) -> list:
         Figure(
             "Brightness of the channels",
             plots.boxes("channels", titles, means, "mean of an image, 0 to 1"),
-            "Boxes hold the middle half of the images, whiskers 90 %. Look for parts that differ: there a network meets "
-            "what it was not trained on.",
+            "Boxes hold the middle half of the images, whiskers 90 %. Look for parts that differ: there a network "
+            "meets what it was not trained on.",
         ),
         Table(
             "Size of the source images",
@@ -210,7 +210,8 @@ def contact_sheet(work: Work, targets: np.ndarray, ids: np.ndarray) -> Gallery:
 
 @section(
     "Duplicates",
-    "Near-identical images by perceptual hashes of red, green and blue. One sample for each set of labels stays for training; nothing is removed from test.",
+    "Near-identical images by perceptual hashes of red, green and blue. One sample for each set of labels stays for "
+    "training; nothing is removed from test.",
 )
 def duplicates(work: Work) -> list:
     table, pairs = work.duplicates, work.pairs
@@ -423,8 +424,8 @@ def curves(recipe: str, logs: dict[int, pd.DataFrame]) -> list[Figure]:
             "Loss",
             plots.lines(f"loss {recipe}", loss, "epoch", "loss per sample", dashed=dashed, **restarts),
             "Both should fall. A validation loss (solid) that rises while the training loss (dashed) falls means "
-            "overfitting. Dotted lines are restarts. Training counts crops and the hardest samples only, so the two are "
-            "not on one scale.",
+            "overfitting. Dotted lines are restarts. Training counts crops and the hardest samples only, so the two "
+            "are not on one scale.",
         ),
         Figure(
             "Macro F1",
@@ -510,7 +511,7 @@ def class_weights(work: Work, recipe: str) -> list[Figure]:
             plots.dots(
                 f"weights {recipe}", names, {"weight": weights[order]}, "weight of the class in the loss", log=True
             ),
-            f"Fold {fold}, alpha {settings.alpha:g}; training samples in brackets. Rare classes weigh more, and more so "
-            "with a higher alpha. If all are alike, alpha is too low to matter.",
+            f"Fold {fold}, alpha {settings.alpha:g}; training samples in brackets. Rare classes weigh more, and more "
+            "so with a higher alpha. If all are alike, alpha is too low to matter.",
         )
     ]

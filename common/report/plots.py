@@ -142,7 +142,8 @@ def dots(
 ) -> Markup:
     """Draw a line of the plot for each row (a class), with a hollow mark for each series; a filled one for the last.
 
-    rows : from top to bottom; series : label -> values, (n_rows,), NaN = none; intervals : (n_rows, 2) of the last series
+    rows : from top to bottom; series : label -> values, (n_rows,), NaN = none; intervals : (n_rows, 2) of the last
+        series
     limits : of the axes, such as xlim
     """
     place = np.arange(len(rows))

@@ -61,7 +61,8 @@ def predictions(work: Work) -> list:
         Heading("Class by class, the weakest first"),
         Note(
             "Left, precision against recall: the higher the better; the dotted line is chance. Right, what a threshold "
-            "(upright line) would give: F1 should be at its top there, and flat, so that other samples would have it too."
+            "(upright line) would give: F1 should be at its top there, and flat, so that other samples would have it "
+            "too."
         ),
         *panels[:6],
         *([More(f"The other {len(panels) - 6} classes", panels[6:])] if len(panels) > 6 else []),
@@ -75,7 +76,8 @@ def whole(work: Work, rows: pd.DataFrame) -> str:
 
 
 def origin(work: Work) -> list[Note]:
-    """Say whether networks were trained on the samples that they predict, as far as a page can know, and what is a rank."""
+    """Say whether networks were trained on the samples that they predict, as far as a page can know, and what is a
+    rank."""
     source = Note(
         "These predictions were given to stage 06. If a network was trained on these samples, all figures flatter."
         if work.given
@@ -141,7 +143,8 @@ def calibration(targets: np.ndarray, probs: np.ndarray) -> Figure:
 
 @section(
     "Scores",
-    "F1 is the harmonic mean of precision and recall; macro F1 is its mean over the 28 classes. Cross-fitted means that every sample was decided with thresholds found on other samples.",
+    "F1 is the harmonic mean of precision and recall; macro F1 is its mean over the 28 classes. Cross-fitted means "
+    "that every sample was decided with thresholds found on other samples.",
 )
 def scores(work: Work) -> list:
     found = work.scores
@@ -195,9 +198,9 @@ def class_scores(table: pd.DataFrame) -> list:
         Figure(
             "F1 of each class",
             plots.dots("f1", names, marks, "F1", intervals=intervals, xlim=(-0.02, 1.02)),
-            f"Positives in brackets. Filled marks are honest{'' if intervals is None else ', with 95 % intervals'}; a hollow "
-            "mark far to the right is a threshold fitted to chance. Work on the classes at the bottom: they pull macro F1 "
-            "down most.",
+            f"Positives in brackets. Filled marks are honest{'' if intervals is None else ', with 95 % intervals'}; a "
+            "hollow mark far to the right is a threshold fitted to chance. Work on the classes at the bottom: they "
+            "pull macro F1 down most.",
         ),
         Table(
             "F1 of each class",
@@ -379,8 +382,8 @@ def suspects(
 ) -> pd.DataFrame:
     """Return the samples by how much their labels are in doubt, most first.
 
-    suspicion : rank from 0 to 1 of the loss out of fold, and where the hard samplers kept books the mean of it and of the
-        ranks of the mean loss in training. More labels, more loss: a sample is ranked among those with as many.
+    suspicion : rank from 0 to 1 of the loss out of fold, and where the hard samplers kept books the mean of it and of
+        the ranks of the mean loss in training. More labels, more loss: a sample is ranked among those with as many.
     """
     clipped = np.clip(probs, 1e-6, 1 - 1e-6)
     table = pd.DataFrame(
@@ -419,8 +422,8 @@ def suspect_blocks(work: Work, table: pd.DataFrame) -> list:
         else []
     )
     ranks = (
-        "the mean of two ranks from 0 to 1: of the loss out of fold, and of the mean loss in the trainings that had the "
-        "sample. Near 1, the networks cannot even learn it by heart"
+        "the mean of two ranks from 0 to 1: of the loss out of fold, and of the mean loss in the trainings that had "
+        "the sample. Near 1, the networks cannot even learn it by heart"
         if "rank in training" in table
         else "the rank from 0 to 1 of the loss out of fold"
     )
@@ -478,8 +481,8 @@ def submission(work: Work) -> list:
         Figure(
             "Class frequencies",
             plots.dots("submission", list(NAMES[order]), marks, "share of the samples, %", log=True),
-            "The two marks of a class should be close, unless test differs from the labelled samples. Far to the right the "
-            "class is predicted too freely; no filled mark means never.",
+            "The two marks of a class should be close, unless test differs from the labelled samples. Far to the right "
+            "the class is predicted too freely; no filled mark means never.",
         ),
         Table(
             "Class frequencies",
@@ -491,8 +494,8 @@ def submission(work: Work) -> list:
 
 
 def labelled_shares(work: Work) -> np.ndarray:
-    """Return the share of labelled samples that have each class, (28,): of the training samples, or without stage 01 of those
-    that stage 06 scored."""
+    """Return the share of labelled samples that have each class, (28,): of the training samples, or without stage 01 of
+    those that stage 06 scored."""
     samples = there(lambda: work.samples)
     if samples is not None:
         return parse_targets(samples.loc[samples["part"] == "train", "Target"]).mean(axis=0)

@@ -73,8 +73,8 @@ def stretched(plane: np.ndarray) -> np.ndarray:
 
 
 def place(work: Work, Id: str) -> tuple[int | None, str]:
-    """Return the fold whose network was not trained on a sample, None where the folds do not differ in that, and in words what
-    the sample was to them."""
+    """Return the fold whose network was not trained on a sample, None where the folds do not differ in that, and in
+    words what the sample was to them."""
     if part_of(work, Id) == "test":
         return None, "a test sample, which no network was trained on"
     folds = there(lambda: work.folds)
@@ -103,8 +103,8 @@ def part_of(work: Work, Id: str) -> str:
 
 
 def member_probabilities(work: Work, Id: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return recipe -> probabilities (28,) of a sample, and those of all together as stage 06 combines them; raises UserError
-    where the sample is not predicted."""
+    """Return recipe -> probabilities (28,) of a sample, and those of all together as stage 06 combines them; raises
+    UserError where the sample is not predicted."""
     if work.given:
         raise UserError(
             f"the thresholds are for predictions given to stage 06 ({', '.join(work.members)}), not for stage 05's; "

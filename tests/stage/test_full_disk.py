@@ -1,4 +1,5 @@
-"""A disk that is full at each write in turn, folders that cannot be written, input that goes away: one message, nothing half done."""
+"""A disk that is full at each write in turn, folders that cannot be written, input that goes away: one message, nothing
+half done."""
 
 import errno
 import io
