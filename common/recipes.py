@@ -489,6 +489,7 @@ WORDS = {
     "dropouts": "dropout drop drop_rate",
     "buffers": "head hidden fc",
     "optimizer": "opt optim",
+    "augmentations": "augmentation augment aug transform transforms",
     "schedule": "scheduler sched lr_schedule",
     "warmup_share": "warmup warmup_epochs",
     "clip_norm": "clip grad_clip gradient_clip max_norm",
@@ -529,7 +530,8 @@ def parse_setting(setting: str) -> tuple[str, Any]:
             return name, tuple(type((default or (0.1,))[0])(part) for part in text.split(",") if part)
         return name, type(default)(text)
     except (ValueError, KeyError):
-        kind = {tuple: "numbers separated by commas", bool: "true or false"}.get(type(default), type(default).__name__)
+        parts = "names" if name in CHOICES else "numbers"
+        kind = {tuple: f"{parts} separated by commas", bool: "true or false"}.get(type(default), type(default).__name__)
         raise UserError(f"cannot read the setting {setting!r}; expected {name}=<{kind}>") from None
 
 

@@ -1,5 +1,6 @@
 """How a script starts and ends: what an error means to the user, exit codes, and what a signal leaves."""
 
+import contextlib
 import errno
 import io
 import multiprocessing
@@ -190,8 +191,9 @@ def kill(children: list[multiprocessing.process.BaseProcess]) -> None:
     """End worker or loader processes at once."""
     if children:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
-    for child in children:
-        child.kill()
+    for pid in filter(None, (child.pid for child in children)):  # loky's children have no method `kill`
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def stopped(stop: BaseException) -> NoReturn:

@@ -308,6 +308,21 @@ def fit_shared_memory(hardware: Hardware, options: HardwareOptions, batch_bytes:
     return replace(hardware, workers=fits)
 
 
+def check_torchrun(args: argparse.Namespace, training: bool) -> None:
+    """Refuse what does not go together with torchrun."""
+    if local_rank() is None:
+        return
+    if not training:
+        raise UserError(
+            "this stage does not share its work among the processes of torchrun; start it without, with --jobs N "
+            "for N folds at once"
+        )
+    if args.jobs or args.cluster:
+        raise UserError(
+            "torchrun's processes train one fold together, so give no --jobs and no --cluster; or leave torchrun out"
+        )
+
+
 def plan_hardware(
     args: argparse.Namespace, stage: str, n_jobs: int, training: bool = True
 ) -> tuple[HardwareOptions, Hardware]:
@@ -318,17 +333,7 @@ def plan_hardware(
     """
     names = HardwareOptions.__dataclass_fields__.keys() & vars(args).keys()
     options = HardwareOptions(**{name: getattr(args, name) for name in names if name != "jobs"})
-    if local_rank() is not None:
-        if not training:
-            raise UserError(
-                "this stage does not share its work among the processes of torchrun; start it without, with --jobs N "
-                "for N folds at once"
-            )
-        if args.jobs or args.cluster:
-            raise UserError(
-                "torchrun's processes train one fold together, so give no --jobs and no --cluster; "
-                "or leave torchrun out"
-            )
+    check_torchrun(args, training)
     gpus = gpu_count(options.device)
     jobs = (
         joblib.cpu_count()

@@ -183,9 +183,7 @@ def predict_logits(
     model.eval()
     fitting = fitting or Fitting()
     parts = whole_batches(dataset, batch_size)
-    batches: Iterator[Batch] = islice(feed or (), len(parts))
-    if not feed:
-        batches = on_device(loader(dataset, hardware.workers, hardware.is_gpu, parts), hardware.device)
+    batches = islice(feed, len(parts)) if feed else loaded(dataset, parts, hardware)
 
     @torch.inference_mode()  # not around the loader, which may receive a later training batch meanwhile
     def logits_of(images: torch.Tensor) -> torch.Tensor:
@@ -196,13 +194,18 @@ def predict_logits(
             logits = torch.stack([model(look(images)) for look in looks])
         return logits
 
-    logits = [torch.empty(len(looks), 0, N_CLASSES, device=hardware.device)]
+    done = [torch.empty(len(looks), 0, N_CLASSES, device=hardware.device)]
     for images, _ in progress(batches, len(parts), label or "", unit="batches", quiet=not label):
         stopping.check()
-        logits.append(in_parts_that_fit(logits_of, images, fitting))
+        done.append(in_parts_that_fit(logits_of, images, fitting))
     result = torch.empty(len(looks), len(dataset), N_CLASSES)
-    result[:, np.concatenate([*parts, np.zeros(0, dtype=int)])] = torch.cat(logits, dim=1).cpu()
+    result[:, np.concatenate([*parts, np.zeros(0, dtype=int)])] = torch.cat(done, dim=1).cpu()
     return result
+
+
+def loaded(dataset: ImageSet, parts: list[np.ndarray], hardware: Hardware) -> Iterator[Batch]:
+    """Return an iterator over batches of whole images, by their rows, on the device."""
+    return on_device(loader(dataset, hardware.workers, hardware.is_gpu, parts), hardware.device)
 
 
 def in_parts_that_fit(

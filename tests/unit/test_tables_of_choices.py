@@ -77,6 +77,14 @@ def test_a_name_without_a_row_is_told_with_the_nearest(field):
         recipes.row_of(TABLES[field], field, f"{CHOICES[field][0]}0")
 
 
+def test_augmentations_are_several_names_or_none():
+    assert get_recipe("resnet50", ["augmentations="]).augmentations == ()
+    with pytest.raises(UserError, match="expected augmentations=<names separated by commas>"):
+        get_recipe("resnet50", ["augmentations"])
+    with pytest.raises(UserError, match="recipe field augmentations is 'dihedral'"):
+        Recipe(augmentations="dihedral")
+
+
 # --- each row keeps the promise of its table ---------------------------------------------------------------
 
 
