@@ -211,12 +211,7 @@ def labels(args: argparse.Namespace, seen: Seen) -> Checks[pd.DataFrame]:
             f"{len(absent)} of 28 classes have no sample and will count as 0: {', '.join(absent)}",
             "a class needs at least one sample a fold to be learnt and scored",
         )
-    layout = Layout(args.work, args.data)
-    if layout.folds.is_file():
-        folds, origin = layout.read_folds(), f"folds of {layout.folds}"
-    else:
-        folds = plan_folds(ingest.sample_table(labelled), FoldOptions(args.n_folds))
-        origin = "folds, before duplicates are left out"
+    folds, origin = folds_of(args, labelled)
     numbers = fold_numbers(folds)
     known_folds(args.work, folds, args.folds or numbers)
     rare = audit(folds)["classes_missing_folds"]
@@ -229,3 +224,12 @@ def labels(args: argparse.Namespace, seen: Seen) -> Checks[pd.DataFrame]:
         )
     yield Check("labels", FINE, f"{len(labelled)} labelled samples in {len(numbers)} {origin}")
     return folds
+
+
+def folds_of(args: argparse.Namespace, labelled: Sequence[Sample]) -> tuple[pd.DataFrame, str]:
+    """Return the folds that there are, or would be if no sample was a duplicate, and in words which of these."""
+    layout = Layout(args.work, args.data)
+    if layout.folds.is_file():
+        return layout.read_folds(), f"folds of {layout.folds}"
+    folds = plan_folds(ingest.sample_table(labelled), FoldOptions(args.n_folds))
+    return folds, "folds, before duplicates are left out"

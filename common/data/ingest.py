@@ -346,7 +346,7 @@ def write_tables(plan: Plan, layout: Layout) -> list[Path]:
     return [layout.left_out, *map(layout.store_table, plan.stores)]
 
 
-def sample_table(samples: list[Sample]) -> pd.DataFrame:
+def sample_table(samples: Sequence[Sample]) -> pd.DataFrame:
     """Table of all samples: Id, part (train, test, external), Target, side of the source in pixels."""
     return pd.DataFrame([{"Id": s.Id, "part": s.part, "Target": s.Target, "side": s.side} for s in samples])
 

@@ -384,15 +384,30 @@ def room(tiff: tifffile.TiffFile) -> int:
 
 def check_page(page: tifffile.TiffPage) -> None:
     """Refuse by name what is no usable image of one channel, or would be decoded otherwise by other programs."""
+    check_values(page)
+    check_coding(page)
+    sides = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
+    if max(sides) > MAX_SIDE or page.imagedepth != 1 or 0 in page.shaped:
+        raise BadImage(f"claims {' x '.join(map(str, page.shape))} px; at most {MAX_SIDE} x {MAX_SIDE} are accepted")
+    parts, kind = int(np.prod(page.chunked)), "tile" if page.is_tiled else "strip"
+    data = list(zip(page.dataoffsets, page.databytecounts, strict=False))
+    empty = next((k for k in range(parts) if k >= len(data) or 0 in data[k]), None)
+    if empty is not None:
+        raise BadImage(f"is cut short: {kind} {empty} of 0 to {parts - 1} has no data")
 
-    def name(value: object) -> str:
-        return getattr(value, "name", str(value))
 
-    compression, photometric = name(page.compression), name(page.photometric)
+def name_of(value: object) -> str:
+    """Return the name of a tag's value, or the number where it has none."""
+    return getattr(value, "name", str(value))
+
+
+def check_values(page: tifffile.TiffPage) -> None:
+    """Refuse what are no grey levels of at most 16 bits, one or three a pixel, with a known black."""
+    compression, photometric = name_of(page.compression), name_of(page.photometric)
     if compression not in TIFF_COMPRESSIONS:
         raise BadImage(f"is compressed as {compression}; expected one of {', '.join(TIFF_COMPRESSIONS)}")
     if page.dtype not in (np.bool_, np.uint8, np.uint16) or not isinstance(page.bitspersample, int):
-        found = page.dtype or f"{page.bitspersample} bits of {name(page.sampleformat)}"
+        found = page.dtype or f"{page.bitspersample} bits of {name_of(page.sampleformat)}"
         raise BadImage(f"holds {found}; expected unsigned integers of at most 16 bits")
     if any(kind in (1, 2) for kind in page.extrasamples):
         raise BadImage("has an alpha channel; save it without")
@@ -403,24 +418,21 @@ def check_page(page: tifffile.TiffPage) -> None:
     expected = ("MINISBLACK", "MINISWHITE", "PALETTE") if page.samplesperpixel == 1 else ("RGB", "MINISBLACK")
     if photometric not in expected:
         raise BadImage(f"is stored as {photometric} with {page.samplesperpixel} values a pixel; expected grey levels")
+
+
+def check_coding(page: tifffile.TiffPage) -> None:
+    """Refuse codings of the pixels that programs read differently."""
+    compression = name_of(page.compression)
     if page.predictor != 1 and not (page.predictor == 2 and compression in PREDICTED and page.bitspersample in (8, 16)):
         raise BadImage(
-            f"has the predictor {name(page.predictor)} for {page.bitspersample} bits compressed as {compression}, "
+            f"has the predictor {name_of(page.predictor)} for {page.bitspersample} bits compressed as {compression}, "
             "which programs read differently; save it again"
         )
     if page.fillorder not in (1, 2) or page.planarconfig not in (1, 2):
         raise BadImage(
-            f"has the FillOrder {name(page.fillorder)} and the PlanarConfiguration {name(page.planarconfig)}; "
+            f"has the FillOrder {name_of(page.fillorder)} and the PlanarConfiguration {name_of(page.planarconfig)}; "
             "expected 1 or 2"
         )
-    sides = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
-    if max(sides) > MAX_SIDE or page.imagedepth != 1 or 0 in page.shaped:
-        raise BadImage(f"claims {' x '.join(map(str, page.shape))} px; at most {MAX_SIDE} x {MAX_SIDE} are accepted")
-    parts, kind = int(np.prod(page.chunked)), "tile" if page.is_tiled else "strip"
-    data = list(zip(page.dataoffsets, page.databytecounts, strict=False))
-    empty = next((k for k in range(parts) if k >= len(data) or 0 in data[k]), None)
-    if empty is not None:
-        raise BadImage(f"is cut short: {kind} {empty} of 0 to {parts - 1} has no data")
 
 
 def tiff_table(page: tifffile.TiffPage) -> tuple[np.ndarray | None, str]:

@@ -47,17 +47,7 @@ def read_layout(data: np.ndarray, n_planes: int, max_side: int) -> Layout:
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4].tobytes())
     if order is None:
         raise ValueError("is no TIFF")
-    place, pages = 4, []
-    for _ in range(n_planes):
-        (start,) = struct.unpack_from(order + "I", data.data, place)
-        (entries,) = struct.unpack_from(order + "H", data.data, start)
-        place = start + 2 + 12 * entries
-        pages.append(
-            {
-                tag: (kind, count, value)
-                for tag, kind, count, value in struct.iter_unpack(order + "HHI4s", data[start + 2 : place].data)
-            }
-        )
+    pages = read_tags(data, n_planes, order)
 
     def numbers(page: dict, tag: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
         if tag not in page and default is not None:
@@ -82,6 +72,18 @@ def read_layout(data: np.ndarray, n_planes: int, max_side: int) -> Layout:
         rows,
         [list(zip(numbers(page, OFFSETS), numbers(page, COUNTS), strict=True)) for page in pages],
     )
+
+
+def read_tags(data: np.ndarray, n_pages: int, order: str) -> list[dict[int, tuple[int, int, bytes]]]:
+    """Return tag -> (kind, count, value or where it lies) of each page; order : of bytes, < or >."""
+    place, pages = 4, []
+    for _ in range(n_pages):
+        (start,) = struct.unpack_from(order + "I", data.data, place)
+        (entries,) = struct.unpack_from(order + "H", data.data, start)
+        place = start + 2 + 12 * entries
+        tags = struct.iter_unpack(order + "HHI4s", data[start + 2 : place].data)
+        pages.append({tag: (kind, count, value) for tag, kind, count, value in tags})
+    return pages
 
 
 class Memory(threading.local):

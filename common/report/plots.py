@@ -129,6 +129,20 @@ def legend(axes: Axes, columns: int = 3) -> None:
 # --- kinds of plots ----------------------------------------------------------------------------------------
 
 
+def mark(k: int, is_filled: bool) -> dict[str, Any]:
+    """Return how the marks of the series `k` look."""
+    colour = SERIES[0] if is_filled else SERIES[1 + k % (len(SERIES) - 1)]
+    return {
+        "marker": MARKERS[k % len(MARKERS)],
+        "color": colour,
+        "zorder": 4 + k,
+        "linestyle": "none",
+        "markersize": 5.5 if is_filled else 5,
+        "markerfacecolor": colour if is_filled else PAPER,
+        "markeredgewidth": 1.3,
+    }
+
+
 def dots(
     name: str,
     rows: list[str],
@@ -154,20 +168,7 @@ def dots(
         if intervals is not None:
             axes.hlines(place, *np.transpose(intervals), color=SERIES[0], linewidth=2, zorder=2)
         for k, (label, row) in enumerate(zip(series, values, strict=True)):
-            last = filled and k == len(series) - 1
-            colour = SERIES[0] if last else SERIES[1 + k % (len(SERIES) - 1)]
-            axes.plot(
-                row,
-                place,
-                MARKERS[k % len(MARKERS)],
-                color=colour,
-                label=label,
-                zorder=4 + k,
-                linestyle="none",
-                markersize=5.5 if last else 5,
-                markerfacecolor=colour if last else PAPER,
-                markeredgewidth=1.3,
-            )
+            axes.plot(row, place, label=label, **mark(k, filled and k == len(series) - 1))
         if reference is not None:
             axes.axvline(reference, color=MUTED, linewidth=1, linestyle="--")
         axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6), **limits)

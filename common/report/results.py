@@ -58,6 +58,13 @@ def predictions(work: Work) -> list:
             "positives, the class is over- or underrated. Average precision needs no threshold.",
             {"expected": ",.1f", "threshold": share},
         ),
+        *class_by_class(panels),
+    ]
+
+
+def class_by_class(panels: list[Figure]) -> list:
+    """Show the first figures, the others when asked for."""
+    return [
         Heading("Class by class, the weakest first"),
         Note(
             "Left, precision against recall: the higher the better; the dotted line is chance. Right, what a threshold "
@@ -289,21 +296,6 @@ def errors(work: Work) -> list:
     margin = log_odds(probs) - log_odds(work.cuts)
     predicted = probs >= work.cuts
     missed, false = targets & ~predicted, ~targets & predicted
-
-    def gallery(title: str, mask: np.ndarray, confidence: np.ndarray, text: str) -> list[Gallery]:
-        cards = [
-            work.card(
-                [rows["Id"][row]],
-                [
-                    f"{NAMES[c]}: {share(probs[row, c])} (threshold {share(work.cuts[c])})",
-                    f"labelled {', '.join(NAMES[targets[row]])}",
-                    f"predicted {', '.join(NAMES[predicted[row]]) or 'none'}",
-                ],
-            )
-            for row, c in (worst(mask, confidence) if work.stores else [])
-        ]
-        return [Gallery(title, cards, text)] if cards else []
-
     return [
         Facts(
             {
@@ -313,23 +305,41 @@ def errors(work: Work) -> list:
             }
         ),
         *([] if work.stores else [Note("No images are stored in this work folder.")]),
-        *gallery(
+        *error_gallery(
+            work,
             "Most confident misses",
-            missed,
-            -margin,
+            worst(missed, -margin),
             "Labelled with the class in bold, and predicted far below its "
             "threshold. If the green is not there, the label may be wrong.",
         ),
-        *gallery(
+        *error_gallery(
+            work,
             "Most confident false alarms",
-            false,
-            margin,
+            worst(false, margin),
             "Predicted with the class in bold, and not labelled with it. If "
             "the green is there, a label may be missing.",
         ),
         *error_tables(targets, missed, false),
         *suspect_blocks(work, suspects(work, rows, targets, probs, predicted)),
     ]
+
+
+def error_gallery(work: Work, title: str, places: list[tuple[int, int]], text: str) -> list[Gallery]:
+    """Show samples with what is labelled and predicted; places : row and class of each."""
+    rows, targets, probs = work.oof
+    predicted = probs >= work.cuts
+    cards = [
+        work.card(
+            [rows["Id"][row]],
+            [
+                f"{NAMES[c]}: {share(probs[row, c])} (threshold {share(work.cuts[c])})",
+                f"labelled {', '.join(NAMES[targets[row]])}",
+                f"predicted {', '.join(NAMES[predicted[row]]) or 'none'}",
+            ],
+        )
+        for row, c in (places if work.stores else [])
+    ]
+    return [Gallery(title, cards, text)] if cards else []
 
 
 def log_odds(probs: np.ndarray) -> np.ndarray:
@@ -451,20 +461,6 @@ def submission(work: Work) -> list:
     table = work.submission
     predicted = parse_targets(table["Predicted"])
     ours, theirs = 100 * predicted.mean(axis=0), 100 * labelled_shares(work)
-    order = np.argsort(-theirs, kind="stable")
-    marks = {
-        name: np.where(values > 0, values, np.nan)[order]
-        for name, values in (("labelled", theirs), ("submission", ours))
-    }
-    counts = pd.DataFrame(
-        {
-            "class": NAMES,
-            "test samples": predicted.sum(axis=0),
-            "of test, %": ours,
-            "of labelled, %": theirs,
-            "ratio": np.divide(ours, theirs, out=np.full(N_CLASSES, np.nan), where=theirs > 0),
-        }
-    ).iloc[order]
     lost = table["Id"].isin(work.left_out["Id"]).sum()
     return [
         Facts(
@@ -478,6 +474,27 @@ def submission(work: Work) -> list:
             }
         ),
         *([Note(f"{lost} test samples were left out by stage 01 and have empty rows.")] if lost else []),
+        *frequencies(predicted.sum(axis=0), ours, theirs),
+    ]
+
+
+def frequencies(samples: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> list:
+    """Show the test samples of each class, (28,), and in % of test and of the labelled samples, as figure and table."""
+    order = np.argsort(-theirs, kind="stable")
+    marks = {
+        name: np.where(values > 0, values, np.nan)[order]
+        for name, values in (("labelled", theirs), ("submission", ours))
+    }
+    counts = pd.DataFrame(
+        {
+            "class": NAMES,
+            "test samples": samples,
+            "of test, %": ours,
+            "of labelled, %": theirs,
+            "ratio": np.divide(ours, theirs, out=np.full(N_CLASSES, np.nan), where=theirs > 0),
+        }
+    ).iloc[order]
+    return [
         Figure(
             "Class frequencies",
             plots.dots("submission", list(NAMES[order]), marks, "share of the samples, %", log=True),
