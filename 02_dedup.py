@@ -65,13 +65,13 @@ def main():
     from common.artifacts.stage import Stage
     from common.artifacts.tables import write_csv
     from common.data.duplicates import HASHED, doubtful_pairs, duplicate_tables, hash_file
-    from common.data.ingest import HASH_SIZE
+    from common.data.ingest import hash_store
     from common.data.pictures import SHOWN, save_contact_sheet
     from common.process.parallel import run_parallel, workers
 
     layout = Layout(args.work, args.data)
     samples = layout.read_samples()
-    store = str(min(HASH_SIZE, samples["side"].min()))
+    store = hash_store(samples["side"])
     stage = Stage(
         "02_dedup",
         layout.duplicates,

@@ -1,7 +1,7 @@
 """Look at everything before days are spent: what is fine, what will fail and how to mend it, and what a run will take.
 
-Each check yields lines; it writes nothing but temporary files, which it takes away again. This module loads nothing but the
-standard library, so that missing packages can be told like the rest: `later` loads the other checks when their turn comes.
+Each check yields lines; it writes nothing but temporary files, which it takes away again. This module loads nothing but
+the standard library, so that missing packages can be told like the rest: `later` loads each other check in its turn.
 """
 
 import argparse

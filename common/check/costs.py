@@ -95,7 +95,7 @@ def random_images(recipe: Recipe) -> ImageSet:
 
 
 def step_seconds(run: Run, data: ImageSet, n: int) -> float:
-    """Return what a step of n images takes; with the making of the batch, where no loader process does that beside it."""
+    """Return what a step of n images takes, and making the batch where no loader process does that beside it."""
     started = time.perf_counter()
     images, targets = collate([data[k % 2, draw] for k, draw in enumerate(np.random.default_rng(0).random((n, 3)))])
     if run.hardware.workers:
@@ -119,7 +119,7 @@ def predict_seconds(run: Run, n: int) -> float:
 
 
 def timed(step: Callable[[], float]) -> list[float]:
-    """Return the seconds of a few steps; of a first one, which pays for what is set up once, only where it took all the time."""
+    """Return the seconds of a few steps; of the first, which pays for setting up, only where it took all the time."""
     seconds = [step()]
     while len(seconds) < 30 and sum(seconds) + seconds[-1] < SECONDS:
         seconds.append(step())
@@ -143,7 +143,8 @@ def bytes_kept(run: Run, data: ImageSet) -> int:
 
 
 def free_memory(hardware: Hardware) -> int:
-    """Return the free bytes of the device's memory; of the machine's, what this process's control group leaves of it."""
+    """Return the free bytes of the device's memory; of the machine's, what this process's control group leaves of
+    it."""
     if hardware.is_gpu:
         return torch.cuda.mem_get_info(hardware.device)[0]
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

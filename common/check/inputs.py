@@ -123,8 +123,8 @@ def while_time_lasts(items: Sequence[int], seconds: float, label: str) -> Iterat
 
 
 def read_headers(samples: Sequence[Sample]) -> tuple[list[Sample], list[int]]:
-    """Return the samples, as many as time allows, drawn at random (the same ones every time), with their side or fault; and
-    the places of those that look cut short."""
+    """Return the samples, as many as time allows, drawn at random (the same ones every time), with their side or fault;
+    and the places of those that look cut short."""
     seen, doubtful = list(samples), []
     whole = [k for k, sample in enumerate(samples) if not sample.fault]
     drawn = [whole[k] for k in np.random.default_rng(0).permutation(len(whole))]
@@ -171,22 +171,21 @@ def try_samples(plan: ingest.Plan, doubtful: Sequence[int]) -> Trial:
     with tempfile.TemporaryDirectory() as folder:
         how = images.Storing(Path(folder), plan.options.levels, plan.options.raw)
         for k in while_time_lasts(chosen, SECONDS / 2, "decoding"):
-            try_sample(trial, replace(plan.samples[k], lacking=plan.stores), how, plan.fitted)
+            try_sample(trial, replace(plan.samples[k], lacking=plan.stores), how, plan)
     return trial
 
 
-def try_sample(trial: Trial, sample: Sample, how: images.Storing, recipes: dict[str, Recipe]) -> None:
+def try_sample(trial: Trial, sample: Sample, how: images.Storing, plan: ingest.Plan) -> None:
     """Decode, store, hash and read one sample, and note what came of it."""
     started = time.perf_counter()
     stored = images.attempt(images.store_sample, sample, how)
     if isinstance(stored, images.BadImage):
         trial.faults[sample.Id] = f"{sample.part}: {stored}"
         return
-    smallest = min(stored.images, key=lambda store: stored.images[store]["side"])
-    hash_planes(images.read_planes(how.folder / smallest / f"{sample.Id}.tif"))
+    hash_planes(images.read_planes(how.folder / ingest.hash_store(plan.sides) / f"{sample.Id}.tif"))
     trial.seconds.append(time.perf_counter() - started)
     trial.stored.append(stored)
-    for name, recipe in recipes.items():
+    for name, recipe in plan.fitted.items():
         trial.reading.setdefault(name, []).append(seconds_to_read(how.folder / recipe.store / f"{sample.Id}.tif"))
 
 
@@ -212,12 +211,7 @@ def labels(args: argparse.Namespace, seen: Seen) -> Checks[pd.DataFrame]:
             f"{len(absent)} of 28 classes have no sample and will count as 0: {', '.join(absent)}",
             "a class needs at least one sample a fold to be learnt and scored",
         )
-    layout = Layout(args.work, args.data)
-    if layout.folds.is_file():
-        folds, origin = layout.read_folds(), f"folds of {layout.folds}"
-    else:
-        folds = plan_folds(ingest.sample_table(labelled), FoldOptions(args.n_folds))
-        origin = "folds, before duplicates are left out"
+    folds, origin = folds_of(args, labelled)
     numbers = fold_numbers(folds)
     known_folds(args.work, folds, args.folds or numbers)
     rare = audit(folds)["classes_missing_folds"]
@@ -230,3 +224,12 @@ def labels(args: argparse.Namespace, seen: Seen) -> Checks[pd.DataFrame]:
         )
     yield Check("labels", FINE, f"{len(labelled)} labelled samples in {len(numbers)} {origin}")
     return folds
+
+
+def folds_of(args: argparse.Namespace, labelled: Sequence[Sample]) -> tuple[pd.DataFrame, str]:
+    """Return the folds that there are, or would be if no sample was a duplicate, and in words which of these."""
+    layout = Layout(args.work, args.data)
+    if layout.folds.is_file():
+        return layout.read_folds(), f"folds of {layout.folds}"
+    folds = plan_folds(ingest.sample_table(labelled), FoldOptions(args.n_folds))
+    return folds, "folds, before duplicates are left out"

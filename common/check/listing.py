@@ -55,8 +55,8 @@ def recipe_listing(as_json: bool) -> str:
 def class_weight_listing(recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: list[int]) -> str:
     """Return what the E-loss will weigh each class with, for each recipe and fold, as text."""
     return "\n\n".join(
-        f"{name} fold {fold}: alpha {recipe.alpha:g}, weights {recipe.class_weights}, on the {recipe.weighted_part} of each class\n"
-        + class_weight_table(class_counts(folds, fold), recipe).to_string(index=False)
+        f"{name} fold {fold}: alpha {recipe.alpha:g}, weights {recipe.class_weights}, on the {recipe.weighted_part} of "
+        "each class\n" + class_weight_table(class_counts(folds, fold), recipe).to_string(index=False)
         for name, recipe in recipes.items()
         for fold in numbers
     )

@@ -62,8 +62,8 @@ def memory(name: str, recipe: Recipe, args: argparse.Namespace) -> Checks[costs.
     free = costs.free_memory(hardware)
     fits = costs.batch_that_fits(cost, free)
     each = (
-        f"about {gigabytes(cost.activations)} an image at {recipe.crop} px and {gigabytes(cost.fixed)} for the network, "
-        f"{gigabytes(free)} free on the {'GPU' if hardware.is_gpu else 'machine'}"
+        f"about {gigabytes(cost.activations)} an image at {recipe.crop} px and {gigabytes(cost.fixed)} for the network"
+        f", {gigabytes(free)} free on the {'GPU' if hardware.is_gpu else 'machine'}"
     )
     if fits >= recipe.batch_size:
         state, found, cure = FINE, f"a batch of {recipe.batch_size} fits", ""

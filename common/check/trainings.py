@@ -126,6 +126,6 @@ def changed_trainings(
                     "work so far",
                     FAILS,
                     f"{layout.run(name, fold)} was trained on something else ({changes})",
-                    f"{layout.command('04_train.py', '--recipe', name, '--folds', fold, '--force')} trains it again; or "
-                    "give another --work",
+                    f"{layout.command('04_train.py', '--recipe', name, '--folds', fold, '--force')} trains it again; "
+                    "or give another --work",
                 )

@@ -33,8 +33,8 @@ LEVEL = (
 def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
     """Bring one channel to (size, size); 16 bit becomes 8 bit as round(255 * (value - black) / (white - black)).
 
-    It is made smaller by area averaging, larger by linear interpolation, in the source's depth, so 16-bit data is rounded once;
-    what is below black becomes 0, above white 255.
+    It is made smaller by area averaging, larger by linear interpolation, in the source's depth, so 16-bit data is
+    rounded once; what is below black becomes 0, above white 255.
     """
     if plane.shape[0] != size:
         method = cv2.INTER_AREA if plane.shape[0] > size else cv2.INTER_LINEAR
@@ -46,7 +46,7 @@ def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
 
 
 def write_planes(path: Path, planes: np.ndarray, raw: bool = False) -> None:
-    """Store (4, size, size) uint8 planes as a TIFF that Fiji and napari open as 4 channels, large ones compressed by zstd.
+    """Store (4, size, size) uint8 planes as a TIFF that Fiji and napari open as 4 channels; zstd packs large ones.
 
     raw : leave large ones uncompressed too
     """
@@ -66,8 +66,8 @@ def write_planes(path: Path, planes: np.ndarray, raw: bool = False) -> None:
 
 
 def is_smooth(planes: np.ndarray) -> bool:
-    """Tell from rows in the middle of each plane whether differences between neighbours take a tenth less room than pixels,
-    as in images that were JPEGs. Elsewhere a predictor is not worth the time that it adds to decoding."""
+    """Tell from rows in the middle of each plane whether differences between neighbours take a tenth less room than
+    pixels, as in images that were JPEGs. Elsewhere a predictor is not worth the time that it adds to decoding."""
     middle = planes[:, planes.shape[1] // 2 :][:, :96].copy()
     differences: np.ndarray = np.diff(middle, axis=-1, prepend=np.uint8(0))
     # The stubs of imagecodecs know no arrays.
@@ -77,15 +77,15 @@ def is_smooth(planes: np.ndarray) -> bool:
 
 
 def corner(share: float, size: int, side: int) -> int:
-    """Return where a window of `size` pixels begins that lies at `share`, in [0, 1), of its way along an image's side."""
+    """Return where a window of `size` pixels begins that lies at `share`, in [0, 1), of its way along a side."""
     return int(share * (side - size + 1))
 
 
 def read_planes(
     path: Path, crc: str | None = None, window: tuple[int, float, float] | None = None, lent: bool = False
 ) -> np.ndarray:
-    """Read the (4, size, size) uint8 planes that `write_planes` stored, now or in an earlier version; raises UserError where
-    it cannot.
+    """Read the (4, size, size) uint8 planes that `write_planes` stored, now or in an earlier version; raises UserError
+    where it cannot.
 
     crc : what `checksum` was of them; other pixels are refused
     window : side in pixels of a square to read, and how far down and to the right it lies (see `corner`)

@@ -72,7 +72,9 @@ class Plan:
 
 
 def make_plan(data: Path, work: Path, options: IngestOptions, n_jobs: int | None) -> Plan:
-    """List the samples of an input folder, with the state of their files. What the run before was to leave out is left out.
+    """List the samples of an input folder, with the state of their files.
+
+    What the run before was to leave out is left out.
 
     work : absolute
     n_jobs : processes that compare files whose entries have changed; None = they are taken for the same (see
@@ -149,8 +151,8 @@ def read_sides(samples: Sequence[Sample], n_jobs: int) -> list[Sample]:
 
 
 def with_sizes(plan: Plan) -> Plan:
-    """Return the plan with its recipes as they fit the sources whose sides are known; samples that are too small for them
-    have that as their fault. Without any side it stays as it is."""
+    """Return the plan with its recipes as they fit the sources whose sides are known; samples that are too small for
+    them have that as their fault. Without any side it stays as it is."""
     if not plan.sides:
         return plan
     fitted = fit_recipes(plan.options.recipes, plan.sides)
@@ -159,16 +161,21 @@ def with_sizes(plan: Plan) -> Plan:
         fitted=fitted,
         samples=[s if s.fault else replace(s, fault=why_too_small(s, fitted)) for s in plan.samples],
     )
-    wanted = {str(min([HASH_SIZE, *plan.sides])), *(recipe.store for recipe in fitted.values())}
+    wanted = {hash_store(plan.sides), *(recipe.store for recipe in fitted.values())}
     return replace(plan, stores=tuple(sorted(wanted, key=lambda store: (len(store), store))))
+
+
+def hash_store(sides: Iterable[int]) -> str:
+    """Return the store that stage 02 reads; sides : of the sources in pixels."""
+    return str(min([HASH_SIZE, *sides]))
 
 
 def fit_recipes(recipes: dict[str, Recipe], sides: Iterable[int]) -> dict[str, Recipe]:
     """Return the recipes as they fit the sources.
 
     sides : of the sources in pixels
-    A recipe keeps its size where at least three quarters of the sources have it; else it gets the largest that three quarters
-    have. So one small image does not make all others smaller, and a set of small images is used as it is.
+    A recipe keeps its size where at least three quarters of the sources have it; else it gets the largest that three
+    quarters have. So one small image does not make all others smaller, and a set of small images is used as it is.
     """
     ordered = sorted(sides)
     common = ordered[len(ordered) // 4]
@@ -243,8 +250,8 @@ def refuse_bad(samples: Sequence[Sample], report: Path, cure: str = "") -> None:
 def store(plan: Plan, n_jobs: int) -> Plan:
     """Make the images that checked samples lack, resuming where an earlier run stopped.
 
-    Raises UserError where the disk has no room for them; and, when all good samples are stored, where others are not to be
-    left out.
+    Raises UserError where the disk has no room for them; and, when all good samples are stored, where others are not to
+    be left out.
     """
     plan = with_lacking(plan)
     folder, options = Layout(plan.work).images, plan.options
@@ -274,7 +281,8 @@ def store_one(sample: Sample, how: images.Storing) -> tuple[Sample, list[int] | 
 
 
 def with_lacking(plan: Plan) -> Plan:
-    """Return the plan with what each sample lacks: stores where no image lies of its files as they are, of the kind asked for."""
+    """Return the plan with what each sample lacks: stores where no image lies of its files as they are, of the kind
+    asked for."""
     folder, stores = Layout(plan.work).images, plan.stores
     stored = {store: stored_ids(folder / store) for store in stores}
 
@@ -287,7 +295,7 @@ def with_lacking(plan: Plan) -> Plan:
 
 
 def is_of_kind(sample: Sample, store: str, raw: bool) -> bool:
-    """Tell whether a sample's image in a store is compressed, or `raw`, as is asked for; small ones are the same in both."""
+    """Tell whether a sample's stored image is compressed, or `raw`, as is asked for; small ones are always plain."""
     return stored_size(store, sample.side or 0) <= images.PLAIN_SIDE or (store in sample.raw) == raw
 
 
@@ -338,7 +346,7 @@ def write_tables(plan: Plan, layout: Layout) -> list[Path]:
     return [layout.left_out, *map(layout.store_table, plan.stores)]
 
 
-def sample_table(samples: list[Sample]) -> pd.DataFrame:
+def sample_table(samples: Sequence[Sample]) -> pd.DataFrame:
     """Table of all samples: Id, part (train, test, external), Target, side of the source in pixels."""
     return pd.DataFrame([{"Id": s.Id, "part": s.part, "Target": s.Target, "side": s.side} for s in samples])
 
@@ -349,15 +357,16 @@ def statistics_table(samples: list[Sample], store: str) -> pd.DataFrame:
 
 
 def drop_outdated(plan: Plan, layout: Layout) -> None:
-    """Delete the tables of stores that were not made now and hold images of sources that have changed since: whoever needs
-    one is told to make it."""
+    """Delete the tables of stores that were not made now and hold images of sources that have changed since: whoever
+    needs one is told to make it."""
     for table in csv_files(layout.images):
         if table.stem in plan.stores:
             continue
         listed = set(read_table(table, layout.preprocess_command(table.stem))["Id"])
         if any(sample.Id in listed and table.stem not in sample.images for sample in plan.samples):
             print(
-                f"{table} is deleted: source images or levels have changed since; its recipes need 01_preprocess.py again"
+                f"{table} is deleted: source images or levels have changed since; its recipes need "
+                "01_preprocess.py again"
             )
             table.unlink()
 

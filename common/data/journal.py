@@ -1,6 +1,7 @@
 """Stage 01's journal: what earlier runs know of each sample's source files, and which images they stored of them.
 
-One JSON line a sample and run, appended when the sample is done, so that an interrupted run loses nothing; the last line counts.
+One JSON line a sample and run, appended when the sample is done, so that an interrupted run loses nothing; the last
+line counts.
 """
 
 import json
@@ -62,7 +63,7 @@ def record_of(sample: Sample, levels: Levels, content: list[int] | None) -> dict
 
 
 def recall(samples: Sequence[Sample], path: Path, levels: Levels) -> list[Sample]:
-    """Return the samples with what the journal has of their files as they are now, where it was made with these levels."""
+    """Return the samples with what the journal has of their files as they are, where these levels made it."""
     records = read_journal(path)
     return [recalled(sample, records.get(sample.Id, {}), levels) for sample in samples]
 
@@ -91,8 +92,8 @@ def exposure_in(record: dict) -> dict:
 
 
 def source_state(sample: Sample, entry: bool = True) -> str:
-    """Fingerprint a sample's files by name, size and times of change, without reading them; programs that copy or unpack
-    files set the time of their content (mtime), none that of their entry (ctime).
+    """Fingerprint a sample's files by name, size and times of change, without reading them; programs that copy or
+    unpack files set the time of their content (mtime), none that of their entry (ctime).
 
     entry : whether that of the entry counts, which new rights or another owner change too
     """
@@ -111,8 +112,9 @@ def content(files: tuple[Path, ...]) -> list[int] | None:
 
 
 def with_states(samples: Sequence[Sample], path: Path, n_jobs: int | None) -> list[Sample]:
-    """Return the samples with the state of their files: that in which the journal knows them, where only the times of their
-    entries have changed and their content has not. The journal then notes the new times, so that nothing is read twice.
+    """Return the samples with the state of their files: that in which the journal knows them, where only the times of
+    their entries have changed and their content has not. The journal then notes the new times, so that nothing is read
+    twice.
 
     n_jobs : processes that read files; None = content is taken for unchanged, and nothing is read or noted
     """

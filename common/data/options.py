@@ -1,4 +1,4 @@
-"""What stages 01 and 03 are told: each choice with its default, and the flags that make them. The check takes the same ones.
+"""What stages 01 and 03 are told: each choice with its default, and the flags for it, which the check takes too.
 
 It loads neither numpy nor pandas, so that --help is quick.
 """

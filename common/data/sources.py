@@ -1,7 +1,8 @@
 """Channel files of an input folder: finding them, and reading each as one grey plane or not at all.
 
-What changes the meaning of pixels (bits, inversion, orientation, planar storage, colour tables) is applied or refused by
-name; what does not (resolution, damaged EXIF data, other metadata) is ignored. A TIFF is its first page, never a series.
+What changes the meaning of pixels (bits, inversion, orientation, planar storage, colour tables) is applied or refused
+by name; what does not (resolution, damaged EXIF data, other metadata) is ignored. A TIFF is its first page, never a
+series.
 """
 
 import os
@@ -53,7 +54,7 @@ class BadImage(Exception):
 
 
 class Files(dict[str, Path]):
-    """'Id_colour' in NFC -> image file of one folder; `others`: the same in lower case -> a file that is no usable image."""
+    """'Id_colour' in NFC -> image file of one folder; `others`: in lower case -> a file that is no usable image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,9 +164,10 @@ class Reader:
 
     suffixes : of its files, in lower case, preferred ones first
     open : function of a path -> context manager of the open file
-    header : function of the open file -> Header, without decoding it; raises BadImage for what is no image of one channel
-    pixels : function of the open file -> array (height, width) or (height, width, 3), uint8 or uint16, where 0 is black and
-        the largest number white
+    header : function of the open file -> Header, without decoding it; raises BadImage for what is no image of one
+        channel
+    pixels : function of the open file -> array (height, width) or (height, width, 3), uint8 or uint16, where 0 is black
+        and the largest number white
     is_cut : function of a path -> whether the end of the file is missing, as after a broken download
     """
 
@@ -187,7 +189,9 @@ def reader_of(path: Path) -> Reader:
 
 @contextmanager
 def opened(path: Path, rgb_coded: bool) -> Iterator[tuple[Header, Callable[[], np.ndarray]]]:
-    """Open an image of one channel; yield its header and what decodes it. Raises BadImage, also for what goes wrong inside.
+    """Open an image of one channel; yield its header and what decodes it.
+
+    Raises BadImage, also for what goes wrong inside the `with`.
 
     rgb_coded : whether a colour image may hold the channel
     """
@@ -222,7 +226,8 @@ def check_header(header: Header, rgb_coded: bool) -> None:
 
 
 def text_in(path: Path) -> str | None:
-    """Return what a small text file holds: links and large files that were copied without their content leave such files."""
+    """Return what a small text file holds: links and large files that were copied without their content leave such
+    files."""
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_TEXT + 1)
@@ -271,8 +276,9 @@ def oriented(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def table_kind(table: np.ndarray, entries: int) -> str:
-    """Tell what a colour table, (n, 3), makes of indices: 'grey' levels, 'colour', or a display ramp, 'ramp', which leaves the
-    indices the grey levels: an entry for each of the `entries` values, none darker in any colour than the one before."""
+    """Tell what a colour table, (n, 3), makes of indices: 'grey' levels, 'colour', or a display ramp, 'ramp', which
+    leaves the indices the grey levels: an entry for each of the `entries` values, none darker in any colour than the
+    one before."""
     if (table == table[:, :1]).all():
         return "grey"
     return "ramp" if len(table) == entries and (np.diff(table.astype(int), axis=0) >= 0).all() else "colour"
@@ -357,7 +363,7 @@ def is_reduced(page: tifffile.TiffPage | tifffile.TiffFrame) -> bool:
 
 
 def claimed_images(tiff: tifffile.TiffFile) -> int:
-    """Return how many images the first page says that it stands for: tifffile, ImageJ and MetaMorph write such stacks."""
+    """Return how many images the first page claims to stand for: tifffile, ImageJ and MetaMorph write such stacks."""
     page = tiff.pages.first
     try:
         if page.is_shaped:
@@ -370,43 +376,16 @@ def claimed_images(tiff: tifffile.TiffFile) -> int:
 
 
 def room(tiff: tifffile.TiffFile) -> int:
-    """Return for how many images like the first page's a TIFF has data behind each other; programs that split stacks leave
-    the old description."""
+    """Return for how many images like the first page's a TIFF has data behind each other; programs that split stacks
+    leave the old description."""
     page = tiff.pages.first
     return (tiff.filehandle.size - page.dataoffsets[0]) // page.nbytes if page.is_contiguous and page.nbytes else 1
 
 
 def check_page(page: tifffile.TiffPage) -> None:
     """Refuse by name what is no usable image of one channel, or would be decoded otherwise by other programs."""
-
-    def name(value: object) -> str:
-        return getattr(value, "name", str(value))
-
-    compression, photometric = name(page.compression), name(page.photometric)
-    if compression not in TIFF_COMPRESSIONS:
-        raise BadImage(f"is compressed as {compression}; expected one of {', '.join(TIFF_COMPRESSIONS)}")
-    if page.dtype not in (np.bool_, np.uint8, np.uint16) or not isinstance(page.bitspersample, int):
-        found = page.dtype or f"{page.bitspersample} bits of {name(page.sampleformat)}"
-        raise BadImage(f"holds {found}; expected unsigned integers of at most 16 bits")
-    if any(kind in (1, 2) for kind in page.extrasamples):
-        raise BadImage("has an alpha channel; save it without")
-    if page.samplesperpixel not in (1, 3):
-        raise BadImage(f"has {page.samplesperpixel} values a pixel; expected one")
-    if "PhotometricInterpretation" not in page.tags:
-        raise BadImage("does not say whether 0 is black (it has no PhotometricInterpretation tag); save it again")
-    expected = ("MINISBLACK", "MINISWHITE", "PALETTE") if page.samplesperpixel == 1 else ("RGB", "MINISBLACK")
-    if photometric not in expected:
-        raise BadImage(f"is stored as {photometric} with {page.samplesperpixel} values a pixel; expected grey levels")
-    if page.predictor != 1 and not (page.predictor == 2 and compression in PREDICTED and page.bitspersample in (8, 16)):
-        raise BadImage(
-            f"has the predictor {name(page.predictor)} for {page.bitspersample} bits compressed as {compression}, "
-            "which programs read differently; save it again"
-        )
-    if page.fillorder not in (1, 2) or page.planarconfig not in (1, 2):
-        raise BadImage(
-            f"has the FillOrder {name(page.fillorder)} and the PlanarConfiguration {name(page.planarconfig)}; "
-            "expected 1 or 2"
-        )
+    check_values(page)
+    check_coding(page)
     sides = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
     if max(sides) > MAX_SIDE or page.imagedepth != 1 or 0 in page.shaped:
         raise BadImage(f"claims {' x '.join(map(str, page.shape))} px; at most {MAX_SIDE} x {MAX_SIDE} are accepted")
@@ -417,8 +396,47 @@ def check_page(page: tifffile.TiffPage) -> None:
         raise BadImage(f"is cut short: {kind} {empty} of 0 to {parts - 1} has no data")
 
 
+def name_of(value: object) -> str:
+    """Return the name of a tag's value, or the number where it has none."""
+    return getattr(value, "name", str(value))
+
+
+def check_values(page: tifffile.TiffPage) -> None:
+    """Refuse what are no grey levels of at most 16 bits, one or three a pixel, with a known black."""
+    compression, photometric = name_of(page.compression), name_of(page.photometric)
+    if compression not in TIFF_COMPRESSIONS:
+        raise BadImage(f"is compressed as {compression}; expected one of {', '.join(TIFF_COMPRESSIONS)}")
+    if page.dtype not in (np.bool_, np.uint8, np.uint16) or not isinstance(page.bitspersample, int):
+        found = page.dtype or f"{page.bitspersample} bits of {name_of(page.sampleformat)}"
+        raise BadImage(f"holds {found}; expected unsigned integers of at most 16 bits")
+    if any(kind in (1, 2) for kind in page.extrasamples):
+        raise BadImage("has an alpha channel; save it without")
+    if page.samplesperpixel not in (1, 3):
+        raise BadImage(f"has {page.samplesperpixel} values a pixel; expected one")
+    if "PhotometricInterpretation" not in page.tags:
+        raise BadImage("does not say whether 0 is black (it has no PhotometricInterpretation tag); save it again")
+    expected = ("MINISBLACK", "MINISWHITE", "PALETTE") if page.samplesperpixel == 1 else ("RGB", "MINISBLACK")
+    if photometric not in expected:
+        raise BadImage(f"is stored as {photometric} with {page.samplesperpixel} values a pixel; expected grey levels")
+
+
+def check_coding(page: tifffile.TiffPage) -> None:
+    """Refuse codings of the pixels that programs read differently."""
+    compression = name_of(page.compression)
+    if page.predictor != 1 and not (page.predictor == 2 and compression in PREDICTED and page.bitspersample in (8, 16)):
+        raise BadImage(
+            f"has the predictor {name_of(page.predictor)} for {page.bitspersample} bits compressed as {compression}, "
+            "which programs read differently; save it again"
+        )
+    if page.fillorder not in (1, 2) or page.planarconfig not in (1, 2):
+        raise BadImage(
+            f"has the FillOrder {name_of(page.fillorder)} and the PlanarConfiguration {name_of(page.planarconfig)}; "
+            "expected 1 or 2"
+        )
+
+
 def tiff_table(page: tifffile.TiffPage) -> tuple[np.ndarray | None, str]:
-    """Return a page's colour table, (n, 3) uint8, and what it makes of the values; None and 'grey' where it has none."""
+    """Return a page's colour table, (n, 3) uint8, and what it makes of the values; (None, 'grey') without one."""
     if page.photometric != tifffile.PHOTOMETRIC.PALETTE:
         return None, "grey"
     table = np.asarray(page.colormap).T

@@ -58,7 +58,8 @@ def stage_files(work: Work) -> list[tuple[str, Path]]:
 
 
 def stage_table(work: Work) -> pd.DataFrame:
-    """Return a row a stage: what it made, whether from what is there now, rows, seconds; folds in one state together."""
+    """Return a row a stage: what it made, whether from what is there now, rows, seconds; folds in one state
+    together."""
     rows = []
     for stage, path in stage_files(work):
         state, record = work.state(path)

@@ -56,8 +56,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that sorts on a click; formats : column -> format of its numbers, or a function that writes them; wide : takes
-    the whole width."""
+    """A table that sorts on a click; formats : column -> format of its numbers, or a function that writes them; wide :
+    takes the whole width."""
 
     title: str
     frame: pd.DataFrame

@@ -73,8 +73,8 @@ def stretched(plane: np.ndarray) -> np.ndarray:
 
 
 def place(work: Work, Id: str) -> tuple[int | None, str]:
-    """Return the fold whose network was not trained on a sample, None where the folds do not differ in that, and in words what
-    the sample was to them."""
+    """Return the fold whose network was not trained on a sample, None where the folds do not differ in that, and in
+    words what the sample was to them."""
     if part_of(work, Id) == "test":
         return None, "a test sample, which no network was trained on"
     folds = there(lambda: work.folds)
@@ -103,8 +103,8 @@ def part_of(work: Work, Id: str) -> str:
 
 
 def member_probabilities(work: Work, Id: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return recipe -> probabilities (28,) of a sample, and those of all together as stage 06 combines them; raises UserError
-    where the sample is not predicted."""
+    """Return recipe -> probabilities (28,) of a sample, and those of all together as stage 06 combines them; raises
+    UserError where the sample is not predicted."""
     if work.given:
         raise UserError(
             f"the thresholds are for predictions given to stage 06 ({', '.join(work.members)}), not for stage 05's; "
@@ -199,20 +199,9 @@ def heat(work: Work, Id: str, recipe: str | None) -> list:
     numbers = [fold] if fold is not None else finished or [0]  # what is not trained is refused below
     whose = f"fold{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
     predicted = there(lambda: member_probabilities(work, Id)[1])
-    labelled = parse_targets([work.targets_by_id[Id]])[0]
 
     def reasons(own: np.ndarray) -> dict[int, str]:
-        """Return the classes to explain, most probable first, with why."""
-        probs = own if predicted is None else predicted
-        why = {
-            int(c): " and ".join(
-                word for word, holds in (("labelled", labelled[c]), ("predicted", probs[c] >= work.cuts[c])) if holds
-            )
-            for c in np.argsort(-probs, kind="stable")
-        }
-        return {c: text for c, text in why.items() if text} or {
-            next(iter(why)): "the most probable class, below its threshold"
-        }
+        return to_explain(work, Id, own if predicted is None else predicted)
 
     row = pd.DataFrame({"Id": [Id], "Target": [work.targets_by_id[Id]]})
     probs, maps = explain(work.folder, recipe, numbers, work.folds, row, reasons)
@@ -224,13 +213,12 @@ def heat(work: Work, Id: str, recipe: str | None) -> list:
         )
         for (c, heat), why in zip(maps.items(), reasons(probs).values(), strict=True)
     ]
-    which = (
-        f"Means over the networks of {recipe}, {whose}"
-        if len(numbers) > 1
-        else f"The network is that of {recipe}, {whose}"
-    )
+    which = "Means over the networks of" if len(numbers) > 1 else "The network is that of"
     return [
-        Note(f"{which}. This sample is {known}. Maps and probabilities are means over the 8 symmetries of the image."),
+        Note(
+            f"{which} {recipe}, {whose}. This sample is {known}. Maps and probabilities are means over the 8 symmetries "
+            "of the image."
+        ),
         Gallery(
             "Where they look",
             cards,
@@ -240,6 +228,20 @@ def heat(work: Work, Id: str, recipe: str | None) -> list:
             large=True,
         ),
     ]
+
+
+def to_explain(work: Work, Id: str, probs: np.ndarray) -> dict[int, str]:
+    """Return the classes of a sample to explain, most probable first, with why; probs : (28,) that decide."""
+    labelled = parse_targets([work.targets_by_id[Id]])[0]
+    why = {
+        int(c): " and ".join(
+            word for word, holds in (("labelled", labelled[c]), ("predicted", probs[c] >= work.cuts[c])) if holds
+        )
+        for c in np.argsort(-probs, kind="stable")
+    }
+    return {c: text for c, text in why.items() if text} or {
+        next(iter(why)): "the most probable class, below its threshold"
+    }
 
 
 def overlay(planes: np.ndarray, heat: np.ndarray) -> np.ndarray:

@@ -23,7 +23,8 @@ def recipes_of(stores) -> dict[str, Recipe]:
 
 @pytest.fixture
 def make(tmp_path):
-    """Return a function that stores two samples as stage 01 does, and returns store -> table, file -> time of change."""
+    """Return a function that stores two samples as stage 01 does, and returns store -> table, file -> time of
+    change."""
     for Id in "ab":
         write_sample(tmp_path / "data" / "train_full_size", Id, size=304)
     pd.DataFrame({"Id": list("ab"), "Target": "0"}).to_csv(tmp_path / "data" / "train.csv", index=False)

@@ -94,8 +94,8 @@ def test_what_to_give_instead_is_said_and_works(tmp_path, names, settings, comma
 def test_the_line_of_stages_01_and_04_says_what_is_used_and_what_to_give_instead():
     recipe = get_recipe("resnet50")
     assert describe_fit("resnet50", recipe, fit_to_source(recipe, 512)) == (
-        "the smallest source image has 512 px: resnet50 uses 512 px with crops of 384 instead of 768 and 512; nothing is "
-        "enlarged. To enlarge instead, give stages 01 and 04 --set enlarge=true"
+        "the smallest source image has 512 px: resnet50 uses 512 px with crops of 384 instead of 768 and 512; nothing "
+        "is enlarged. To enlarge instead, give stages 01 and 04 --set enlarge=true"
     )
 
 
