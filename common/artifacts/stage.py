@@ -169,7 +169,7 @@ class Stage:
 
     @contextmanager
     def making(self, wait: bool = False) -> Iterator[Record]:
-        """Lock others out while the outputs are made inside; the sidecar goes first and comes back at the end.
+        """Lock others out while the outputs are made inside; remove the sidecar first and write it at the end.
 
         Yields a Record to fill in. Prints why existing outputs are made again.
         """

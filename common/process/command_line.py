@@ -75,8 +75,8 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="let a GPU choose its fastest kernels: results then differ in their last digits from run to run, also "
-        "when a training is resumed (default: the same bits each time)",
+        help="let a GPU choose its fastest kernels: results then differ in their last digits from run to run, and "
+        "between resumed and uninterrupted training (default: the same bits each time)",
     )
 
 

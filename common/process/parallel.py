@@ -106,7 +106,7 @@ def run_jobs(
         done = run_parallel(_stoppable, calls, n_workers, label, "folds", stopping.SIGNALS)
         if any([was_stopped for _, was_stopped in done]) and not stopping.STATE.asked:
             raise UserError(f"{label}: {WORKER_LOST}")
-        if cluster is None:  # idle workers only note a SIGTERM, so this would wait for them
+        if cluster is None:  # idle workers only note a SIGTERM, and would be waited for
             get_reusable_executor(reuse=True).shutdown(kill_workers=True)
 
 

@@ -161,7 +161,7 @@ def override(predicted: np.ndarray, ids: np.ndarray, known: pd.DataFrame) -> np.
 
 
 def frequency_table(predicted: np.ndarray, per_class: list[dict], n_samples: int) -> str:
-    """Return a table: how often each class is predicted, beside its share of labelled samples; largest ratio first.
+    """Return a table: how often each class is predicted, beside its share of labelled samples; most different first.
 
     per_class, n_samples : as in thresholds.json
     """

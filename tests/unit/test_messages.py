@@ -1,6 +1,6 @@
 """What a user needs from each message: the file, what was expected and found, and the command that cures it.
 
-Only these parts are asserted, not whole sentences. The exception is the message after a signal, which other tests share.
+Only these parts are asserted, not whole sentences. The exception is the message after a signal, STOPPED.
 """
 
 import argparse
