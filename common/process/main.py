@@ -1,5 +1,6 @@
 """How a script starts and ends: what an error means to the user, exit codes, and what a signal leaves."""
 
+import contextlib
 import errno
 import io
 import multiprocessing
@@ -191,7 +192,9 @@ def kill(children: list[multiprocessing.process.BaseProcess]) -> None:
     if children:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
     for child in children:
-        child.kill()
+        if child.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)  # joblib's processes have no `kill`
 
 
 def stopped(stop: BaseException) -> NoReturn:
