@@ -210,6 +210,27 @@ def test_a_thread_that_loses_the_other_end_says_nothing_and_other_errors_are_tol
     )
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_idle_worker_processes_are_ended_without_a_word(number):
+    code = (
+        "import os, signal, time; from common.process.main import run\n"
+        "from common.process.parallel import run_parallel\n"
+        "def main():\n    list(run_parallel(abs, [(1,), (2,)], 2, 'jobs'))\n"
+        f"    os.kill(os.getpid(), {int(number)})\n    time.sleep(60)\nrun(main)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert result.returncode == 128 + number
+    assert result.stderr == "\nstopped; finished work is kept. To go on: python -c\n"
+
+
 def test_worker_processes_never_see_ctrl_c():
     code = (
         "import signal; from common.process.parallel import run_parallel\n"

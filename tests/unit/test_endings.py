@@ -118,6 +118,8 @@ FULL = OSError(28, "No space left on device", "last.pt")
             "out of memory while loading a library (libtorch_cuda.so",
         ),
         (ImportError("No module named 'x'"), None),
+        (EOFError("unexpected EOF"), "a worker process was killed"),  # the one that starts loader processes
+        (EOFError("of a file"), None),
         (RuntimeError("a bug"), None),
     ],
 )
