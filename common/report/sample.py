@@ -216,8 +216,8 @@ def heat(work: Work, Id: str, recipe: str | None) -> list:
     which = "Means over the networks of" if len(numbers) > 1 else "The network is that of"
     return [
         Note(
-            f"{which} {recipe}, {whose}. This sample is {known}. Maps and probabilities are means over the 8 symmetries "
-            "of the image."
+            f"{which} {recipe}, {whose}. This sample is {known}. Maps and probabilities are means over the 8 "
+            "symmetries of the image."
         ),
         Gallery(
             "Where they look",
