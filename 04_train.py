@@ -142,7 +142,7 @@ def main():
     request = Request(args.work, fitted, numbers, args.seed, force, args.pretrained, args.weights_dir)
     jobs = plan(request, folds, team)
     if not args.find_lr:
-        # Every refusal comes before the first training, and before --force throws anything away.
+        # Every refusal comes before the first training, and before --force deletes anything.
         if team.is_main:
             prepare([job.stage for job in jobs], args.force)
         team.agree("prepared")

@@ -1,4 +1,4 @@
-"""What macro F1 is worth nothing: a constant predictor and an untrained network, on the folds of a work folder.
+"""Measure the macro F1 of no skill: a constant predictor and an untrained network, on the folds of a work folder.
 
 example python benchmarks/baselines.py --work work --recipe demo
 The last line is a JSON object.

@@ -1,6 +1,6 @@
-"""Time and memory of a training step of every recipe at its real crop, batch of 2, on this machine's CPU.
+"""Measure time and memory of each recipe's training step at its real crop, with a batch of 2, on this machine's CPU.
 
-Each recipe runs in a process of its own: three steps of stage 04 (loss, hard sampler, optimizer) on random images.
+Each recipe runs in its own process: three steps of stage 04 (loss, hard sampler, optimizer) on random images.
 
 example python benchmarks/recipes.py --recipes resnet50,gapnet_pl
 """
@@ -51,7 +51,7 @@ def main():
 
 
 def measure(name: str) -> dict:
-    """Return the fastest of a few steps and the growth of the process's peak memory since torch was loaded."""
+    """Return the fastest of a few steps, and the growth of the process's peak memory since torch was loaded."""
     import numpy as np
     import torch
 

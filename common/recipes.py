@@ -89,7 +89,7 @@ class Recipe:
     fourth_channel: str = "red"  # where the stem's weights for yellow come from
     normalisation: str = "weights"  # that of the pretrained weights; of the data, as always where there are none
     augmentations: tuple[str, ...] = ("dihedral",)  # of training crops, in this order
-    standardise: str = "none"  # "sample": each channel of each image by its own mean and deviation, in place of both
+    standardise: str = "none"  # "sample": each channel of each image by its own mean and deviation, instead of both
 
     # An epoch has every sample once; with a power p above 0, as often as (count of its rarest class) ** -p says.
     class_balance: float = 0.0
@@ -102,7 +102,7 @@ class Recipe:
     weighted_part: str = "column"
     class_reduction: str = "sum"
 
-    # Hard sampler: the share K/B of each batch that is learnt from, after a warm-up with all of it.
+    # Hard sampler: the share K/B of each batch that is trained on, after a warm-up with all of it.
     hard_share: float = 0.7
     hard_warmup_epochs: int = 1
 

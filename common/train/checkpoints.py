@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what stage 04 may go on from or must not overwrite, and networks for prediction."""
+"""Checkpoints on disk: what stage 04 may resume or must not overwrite, and networks for prediction."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ def save_checkpoint(path: Path, values: dict) -> None:
 
 
 def snapshot(value: Any) -> Any:
-    """Return a copy on the CPU of nested dicts, lists and tensors, which training goes on to change."""
+    """Return a copy on the CPU of nested dicts, lists and tensors, which training then changes."""
     if torch.is_tensor(value):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -51,7 +51,7 @@ def snapshot(value: Any) -> Any:
 
 
 class Writer:
-    """A thread that writes while training goes on, one thing after the other; the next call raises what failed."""
+    """A thread that writes while training continues, one thing after the other; the next call raises what failed."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1)

@@ -40,7 +40,7 @@ STANDARD_MEAN, STANDARD_DEVIATION = 64, 24  # of each channel of a standardised 
 def dihedral(image: Image, which: int) -> Image:
     """Apply one of the 8 symmetries of the square to (..., h, w): bit 1 of `which` transposes, 2 and 4 mirror.
 
-    Works on NumPy arrays and torch tensors alike.
+    Works on NumPy arrays and on torch tensors.
     """
     if which & 1:
         image = image.swapaxes(-2, -1)

@@ -69,7 +69,7 @@ def class_mix(epoch: int, targets: np.ndarray, ranked: np.ndarray, kept: np.ndar
     """Return a row a class: its share of the labels that were ranked in an epoch, and of those that were kept.
 
     targets : (n, n_classes) bool; ranked, kept : (n,) times in the epoch that a sample was ranked and kept
-    A share among the kept above that among the ranked means that the class is learnt from more than it is seen.
+    A share among the kept above that among the ranked means that the class is trained on more than it is seen.
     """
     seen, stayed = ranked @ targets, kept @ targets
     shares = (seen / max(1, seen.sum()), stayed / max(1, stayed.sum()))

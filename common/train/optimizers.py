@@ -52,7 +52,7 @@ class Muon(torch.optim.AdamW):
     anything overflowed to the step, as attributes `grad_scale` and `found_inf`, so that nothing waits for the GPU.
     """
 
-    __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's looks for its own state in every parameter
+    __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's expects its own state in every parameter
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:

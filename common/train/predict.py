@@ -75,7 +75,7 @@ class PredictionJob:
     def file(self, part: str) -> Path:
         return Layout(self.work).predictions(self.name, part, self.fold)
 
-    def looks(self, recipe: Recipe) -> list[View]:
+    def views(self, recipe: Recipe) -> list[View]:
         return views(self.settings["tta"], recipe.crop if self.settings["view"] == "crops" else None)
 
 
@@ -97,7 +97,7 @@ def predict_job(job: PredictionJob) -> None:
             network = network or load_network(path, recipe, hardware)
             images, label = image_set(job.work, recipe, rows), f"{job.label} {part}"
             logits = predict_logits(
-                *network, images, hardware, job.looks(recipe), job.batch_size, label, fitting=fitting
+                *network, images, hardware, job.views(recipe), job.batch_size, label, fitting=fitting
             )
             save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
             record.rows, record.notes = len(rows), {"hardware": hardware.record()}
@@ -145,7 +145,7 @@ def views(tta: str, crop: int | None = None) -> list[View]:
     """Return functions from images to the images that are predicted and averaged.
 
     tta : none, or dihedral for all 8 symmetries
-    crop : side in pixels of five windows (corners and centre) to use in place of the whole image
+    crop : side in pixels of five windows (corners and centre) to use instead of the whole image
     """
 
     def window(images: torch.Tensor, side: int, top: float, left: float) -> torch.Tensor:
@@ -167,7 +167,7 @@ def predict_logits(
     normalise: Normalisation,
     dataset: ImageSet,
     hardware: Hardware,
-    looks: Sequence[View],
+    tta_views: Sequence[View],
     batch_size: int = BATCH,
     label: str | None = None,
     feed: Iterator[Batch] | None = None,
@@ -189,16 +189,16 @@ def predict_logits(
     def logits_of(images: torch.Tensor) -> torch.Tensor:
         images = normalise(images, hardware.device)
         with hardware.casting():
-            logits = torch.stack([model(look(images)).float() for look in looks])
+            logits = torch.stack([model(view(images)).float() for view in tta_views])
         if hardware.autocast == torch.float16 and not logits.isfinite().all():  # an overflow, which 32 bits do not have
-            logits = torch.stack([model(look(images)) for look in looks])
+            logits = torch.stack([model(view(images)) for view in tta_views])
         return logits
 
-    done = [torch.empty(len(looks), 0, N_CLASSES, device=hardware.device)]
+    done = [torch.empty(len(tta_views), 0, N_CLASSES, device=hardware.device)]
     for images, _ in progress(batches, len(parts), label or "", unit="batches", quiet=not label):
         stopping.check()
         done.append(in_parts_that_fit(logits_of, images, fitting))
-    result = torch.empty(len(looks), len(dataset), N_CLASSES)
+    result = torch.empty(len(tta_views), len(dataset), N_CLASSES)
     result[:, np.concatenate([*parts, np.zeros(0, dtype=int)])] = torch.cat(done, dim=1).cpu()
     return result
 

@@ -64,7 +64,7 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
 
     pretrained : 'none'; 'auto' for the published file, from `weights_dir`, torch's cache or its host; or a file
 
-    Where the host cannot be reached, a message on stdout says which file to put where. A file at hand that is not
+    Where the host cannot be reached, a message on stdout says which file to put where. An existing file that is not
     the published one is used, with a warning. Raises UserError for a file that is not there, or cannot be written.
     """
     if pretrained == "none":
@@ -316,7 +316,7 @@ class Start:
 def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
     """Return the start of a recipe: `file` is what `weights.find_weights` found for `pretrained`.
 
-    Raises UserError where the file is another network's: now, before anything is trained or thrown away.
+    Raises UserError where the file is another network's: now, before anything is trained or deleted.
     """
     if file:
         build_encoder(recipe, read_weights(file))

@@ -48,7 +48,7 @@ def load_if_any(run: "Run", name: str, value: dict) -> None:
 
 def load_optimizer(run: "Run", name: str, value: dict) -> None:
     load(run, name, value)
-    for parameter, state in run.optimizer.state.items():  # torch looks at neither, and ends the process later
+    for parameter, state in run.optimizer.state.items():  # torch checks no shapes, and ends the process later
         if any(part.ndim and part.shape != parameter.shape for part in state.values() if torch.is_tensor(part)):
             raise ValueError("its optimizer is another network's")
 

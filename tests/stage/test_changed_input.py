@@ -1,4 +1,4 @@
-"""A changed input: what depends on it is made again and nothing else, and training is never thrown away unasked."""
+"""A changed input: only what depends on it is made again, and no training is discarded without --force."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     networks = {path: path.read_bytes() for path in work.rglob("best.pt")}
     assert f"begun or trained already, to be gone on with: {RECIPE} fold 0" in check().stdout
 
-    # A test image: its stored copies, the test predictions and what is made of these.
+    # A test image: its stored copies, the test predictions and what is made from these.
     before = times()
     write_sample(small_data / "test_full_size", "test-1", seed=7)
     out = stages(1, 2, 3, 4, 5, 6, 7)
@@ -66,7 +66,7 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     assert "fold0 holds a finished training made from something else (changed: images); use --force" in message
     assert "was trained on something else (changed: images); run: python 04_train.py" in fails(*commands[4])
 
-    # As it was: nothing needs to be made, the networks fit again.
+    # As before: nothing needs to be made, the networks fit again.
     write_sample(small_data / "train_full_size", "train-3")
     assert stages(1, 4).count("best.pt is up to date") == 2
 
@@ -97,7 +97,7 @@ def test_a_fold_that_had_to_wait_is_not_trained_on_other_folds_than_its_record_n
     run_script("03_make_folds.py", *places, "--n-folds", 3)
     with pytest.raises(
         UserError,
-        match=r"another process wrote its inputs anew since this command began \(changed: folds.csv\); run it again",
+        match=r"another process rewrote its inputs while this command ran \(changed: folds.csv\); run it again",
     ):
         train_job(replace(job, hardware=HardwareOptions("cpu", "fp32", 0)))
     assert not (work / "runs" / RECIPE / "fold0" / "best.pt").exists()

@@ -78,7 +78,7 @@ def test_a_sample_that_is_not_stored_is_named_with_the_cure(tmp_path):
     with pytest.raises(UserError) as error:
         Layout(tmp_path).read_store("96", ["a", "b", "c"])
     assert str(error.value) == (
-        f"{tmp_path}/images/96 lacks 2 samples, such as b; run: python 01_preprocess.py --set "
+        f"{tmp_path}/images/96: 2 missing samples, for example b; run: python 01_preprocess.py --set "
         f"size_rule=fixed size_divisor=1 image_size=96 crop_size=96 --work {tmp_path}"
     )
 
