@@ -1,16 +1,16 @@
-"""Train recipes on the chosen folds with the paper's whole method, going on where an earlier run stopped.
+"""Train recipes on the chosen folds with the paper's whole method, resuming where an earlier run stopped.
 
 reads   WORK/folds.csv, WORK/samples.csv, WORK/images/<size>/ and <size>.csv
 writes  WORK/runs/<recipe>/fold<k>/best.pt    network of the best epoch, for stage 05
-        WORK/runs/<recipe>/fold<k>/last.pt    everything needed to go on after an interruption
-        WORK/runs/<recipe>/fold<k>/log.jsonl  one line an epoch
+        WORK/runs/<recipe>/fold<k>/last.pt    everything needed to resume after an interruption
+        WORK/runs/<recipe>/fold<k>/log.jsonl  one line per epoch
         WORK/runs/<recipe>/fold<k>/lr_find.csv, .png             curve of the learning rate finder
         WORK/runs/<recipe>/fold<k>/hard_samples.csv              Ids that the hard sampler kept most often
         WORK/runs/<recipe>/fold<k>/bad_batch.csv                 Ids and losses of the batch whose loss is not finite
         WORK/runs/<recipe>/fold<k>/hard_classes.csv              classes among the kept samples, per epoch
         WORK/runs/<recipe>/fold<k>/tensorboard/                  the log for TensorBoard, with --tensorboard
 
-A finished fold is left alone; one that was trained on other data or settings is refused without --force.
+A finished fold is left alone. One that was trained on other data or settings is refused without --force.
 A recipe's variants of the paper's ablation: resnet50-original, -customised, -hard, -eloss; resnet50 has everything.
 
 example python 04_train.py --recipe resnet50 --folds 0,2 --set alpha=0.999 batch_size=32
@@ -22,7 +22,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
 from common.process import command_line
 from common.process.main import run
@@ -39,7 +39,7 @@ def parse_args():
         help="recipe to train, or several: a,b (default: resnet50)",
     )
     parser.add_argument("--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to train (default: all)")
-    parser.add_argument("--force", action="store_true", help="throw away what these folds have and train anew")
+    parser.add_argument("--force", action="store_true", help="discard what these folds have and train from scratch")
     parser.add_argument(
         "--set",
         action="extend",
@@ -64,33 +64,33 @@ def parse_args():
         "--micro-batch",
         type=command_line.positive,
         metavar="N",
-        help="images in memory at once; a batch is accumulated from several (default: the whole batch, "
+        help="images in memory at once; a batch accumulates gradients over several of these (default: the whole batch, "
         "halved when a GPU runs out of memory)",
     )
     parser.add_argument(
         "--on-nan",
         default="stop",
         choices=("stop", "back"),
-        help="when the loss is no longer finite: stop (default), or go back to the beginning of the epoch with "
-        "half the learning rates, at most three times",
+        help="when the loss is no longer finite: stop (default), or go back to the start of the epoch with half the "
+        "learning rates, at most three times",
     )
     parser.add_argument(
         "--compile",
         action="store_true",
         dest="compiled",
-        help="compile the network with torch.compile before it is trained (default: off, since on CPUs it takes a "
-        "minute and gains nothing)",
+        help="compile the network with torch.compile before training (default: off; on CPUs it takes a minute and "
+        "gains nothing)",
     )
     parser.add_argument(
         "--memory-format",
         default="channels-last",
         choices=("channels-last", "contiguous"),
-        help="how tensors lie in memory while training (default: channels-last, the faster one)",
+        help="memory layout of tensors during training (default: channels-last, the faster one)",
     )
     parser.add_argument(
         "--tensorboard",
         action="store_true",
-        help="write the log as scalars for TensorBoard too, an epoch at a time: tensorboard --logdir WORK/runs",
+        help="also write the log as scalars for TensorBoard, after each epoch: tensorboard --logdir WORK/runs",
     )
     command_line.add_hardware_flags(parser)
     command_line.add_cluster_flag(parser)
@@ -100,7 +100,7 @@ def parse_args():
 def main():
     args = parse_args()
 
-    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
     from common.artifacts.layout import Layout
     from common.process.parallel import run_jobs
 
@@ -109,7 +109,7 @@ def main():
 
         return print(recipe_listing(args.json))
     if args.cluster:
-        args.work = args.work.resolve()  # the workers' folder is another one
+        args.work = args.work.resolve()  # workers run in another folder
     recipes = get_recipes(args.recipe, args.settings)
     layout = Layout(args.work, args.data)
     samples, folds = layout.read_samples(), layout.read_folds()
@@ -125,7 +125,7 @@ def main():
     from common.train.tensorboard import summary_writer, write_finished
 
     if args.tensorboard:
-        summary_writer()  # refuse now what would fail after hours
+        summary_writer()  # fail now instead of after hours
     numbers = args.folds if args.folds is not None else fold_numbers(folds)
     known_folds(args.work, folds, numbers)
     fitted = {name: fit_to_source(recipe, int(samples["side"].min())) for name, recipe in recipes.items()}

@@ -1,10 +1,10 @@
 """Predict each fold's validation samples and all test samples with the fold's best network.
 
 reads   WORK/runs/<recipe>/fold<k>/best.pt, WORK/folds.csv, WORK/samples.csv, WORK/images/
-writes  WORK/predictions/<recipe>/fold<k>_oof.npz, fold<k>_test.npz   one fold's
-        WORK/predictions/<recipe>/oof.npz    all predicted folds' out-of-fold rows together, each sample once
-        WORK/predictions/<recipe>/test.npz   the mean over the folds; held_out.npz too, if stage 03 held some out
-        These are of --folds and of folds that earlier runs predicted the same way, with networks that still exist.
+writes  WORK/predictions/<recipe>/fold<k>_oof.npz, fold<k>_test.npz   of one fold
+        WORK/predictions/<recipe>/oof.npz    out-of-fold rows of all predicted folds, each sample once
+        WORK/predictions/<recipe>/test.npz   the mean over the folds; also held_out.npz if stage 03 held samples out
+        They cover --folds, and folds that earlier runs predicted the same way with networks that still exist.
         each: ids (n,), probs (n, 28) float32 in [0, 1], classes (28,)
 
 example python 05_predict_oof.py --work work --recipes resnet50 --folds 0,1,2,3,4
@@ -13,7 +13,7 @@ example python 05_predict_oof.py --work work --recipes resnet50 --folds 0,1,2,3,
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
 from common.process import command_line
 from common.process.main import run
@@ -55,14 +55,14 @@ def parse_args():
 def main():
     args = parse_args()
 
-    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
     from common.artifacts.layout import Layout
     from common.process.parallel import run_jobs
     from common.score.ensemble import mean_predictions
     from common.score.members import describe_folds
 
     if args.cluster:
-        args.work = args.work.resolve()  # the workers' folder is another one
+        args.work = args.work.resolve()  # workers run in another folder
     layout = Layout(args.work, args.data)
     folds, samples = layout.read_folds(), layout.read_samples()
 
@@ -115,7 +115,7 @@ def combine(layout, recipe_name, numbers, part, how):
     )
     if stage.is_current():
         return stage.say_current()
-    with stage.making(wait=True) as record:  # it takes a second
+    with stage.making(wait=True) as record:  # this takes a second
         rerun = layout.command("05_predict_oof.py", "--recipes", recipe_name)
         ids, probs = how([load_predictions(path, rerun) for path in sources], [str(p) for p in sources])
         save_predictions(stage.artifact, ids, probs)
@@ -124,7 +124,7 @@ def combine(layout, recipe_name, numbers, part, how):
 
 
 def join_folds(members, _):
-    """Put the folds' rows below each other; each sample is in one fold only."""
+    """Concatenate the folds' rows; each sample is in one fold only."""
     import numpy as np
 
     return tuple(np.concatenate(arrays) for arrays in zip(*members, strict=True))

@@ -1,7 +1,7 @@
 """Every training setting in one dataclass, and the table of recipes.
 
-Numbers are those of Zhang et al. 2021 ("Trainings settings for different base models"); where the paper is
-silent, the field's comment says what was chosen.
+Numbers are those of Zhang et al. 2021 ("Trainings settings for different base models"). If the paper gives none, the
+field's comment gives our choice.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from common.errors import UserError, nearest
 
-# Names of what a recipe may choose. The tables that have a row for each are in common/train: ENCODERS in networks.py,
+# The choices of a recipe. The tables with a row for each are in common/train: ENCODERS in networks.py,
 # LOSSES, OPTIMIZERS, SCHEDULES in files of those names, AUGMENTATIONS in dataset.py; this file loads no torch.
 CHOICES = {
     "size_rule": ("fixed", "by-source"),
@@ -45,35 +45,35 @@ CHOICES = {
 }
 
 
-# Encoders that pool by themselves; they are made for four channels and have no BatchNorm.
+# Encoders that pool by themselves; they take four channels and have no BatchNorm.
 OWN_POOLING = ("gapnet_pl", "gapnet_pl_plus")
 
 T = TypeVar("T")
 
 
 def row_of(table: Mapping[str, T], field: str, name: str) -> T:
-    """Return the row of a table of choices that a recipe's field names; raises UserError where there is none."""
+    """Return the row of a table of choices that a recipe's field names; raises UserError if there is none."""
     if name not in table:
         raise UserError(f"recipe field {field} is {name!r}, which has no row in its table; {nearest(name, table)}")
     return table[name]
 
 
 BY_SOURCE = "by-source"
-OF_RUN = ("fold", "seed", "checkpoint_format")  # beside the recipe's fields: what makes a training another one
+OF_RUN = ("fold", "seed", "checkpoint_format")  # these, and the recipe's fields, identify a training
 BOOLEANS = {word: word in ("true", "yes", "1") for word in ("true", "yes", "1", "false", "no", "0")}
 OFF: tuple[object, ...] = (False, 0, "", "none", "off", None, [])  # values of fields that change nothing
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is built and trained; checked when made. Sizes in pixels, lengths in epochs.
+    """How one network is built and trained; checked on creation. Sizes in pixels, lengths in epochs.
 
-    The default of a new field is what this project did before it had the field: `current_fields` relies on that.
+    The default of a new field must be the behaviour before the field existed: `current_fields` relies on that.
     """
 
     # Images: random crops of `crop_size` from `image_size`, both divided by `size_divisor`.
-    # By source: 768 from sources up to 2048 pixels, 1024 from larger ones, whatever `image_size` says.
-    # Sources with fewer pixels than that are refused or left out, or enlarged where asked; see `ingest.fit_recipes`.
+    # By source: 768 from sources up to 2048 pixels, 1024 from larger ones, whatever `image_size` is.
+    # Smaller sources are refused or left out, or enlarged if `enlarge`; see `ingest.fit_recipes`.
     size_rule: str = "fixed"
     image_size: int = 768
     crop_size: int = 512
@@ -85,13 +85,13 @@ class Recipe:
     pooling: str = "acp"
     buffers: tuple[int, ...] = (1024,)
     dropouts: tuple[float, ...] = (0.5,)
-    head_order: str = "linear-relu-dropout"  # after a BatchNorm, as is fastai's other order; the one with SELU has none
-    fourth_channel: str = "red"  # where the stem's weights for yellow come from
-    normalisation: str = "weights"  # that of the pretrained weights; of the data, as always where there are none
+    head_order: str = "linear-relu-dropout"  # after a BatchNorm, as in fastai's other order; none with SELU
+    fourth_channel: str = "red"  # source of the stem's weights for yellow
+    normalisation: str = "weights"  # of the pretrained weights, or of the data; always the data's without weights
     augmentations: tuple[str, ...] = ("dihedral",)  # of training crops, in this order
-    standardise: str = "none"  # "sample": each channel of each image by its own mean and deviation, instead of both
+    standardise: str = "none"  # "sample": each channel of each image by its own mean and deviation instead
 
-    # An epoch has every sample once; with a power p above 0, as often as (count of its rarest class) ** -p says.
+    # An epoch has every sample once; with a power p above 0, in proportion to (count of its rarest class) ** -p.
     class_balance: float = 0.0
 
     # E-loss (eq. 5-6) on the base loss; weights normalised to sum to 28 (Cui et al. 2019) unless raw.
@@ -106,24 +106,24 @@ class Recipe:
     hard_share: float = 0.7
     hard_warmup_epochs: int = 1
 
-    # Layer groups; `learning_rates` (first layers first) wins over `learning_rate` and `layer_groups`.
+    # Layer groups; `learning_rates` (first layers first) overrides `learning_rate` and `layer_groups`.
     # The finder's curve is recorded before training; with "use" its suggestion is the last group's learning rate.
     batch_size: int = 64
     learning_rate: float = 0.01
     layer_groups: int = 2
     learning_rates: tuple[float, ...] = ()
     finder: str = "record"
-    optimizer: str = "sgd"  # "muon" is for the weights of convolutions, with AdamW for the rest
+    optimizer: str = "sgd"  # "muon" for the weights of convolutions, with AdamW for the rest
     momentum: float = 0.9  # of SGD and Muon; beta1 of AdamW
     weight_decay: float = 1e-6  # L2 on all parameters with SGD; decoupled and on weights only with AdamW and Muon
     l1: float = 0.0
-    clip_norm: float = 0.0  # largest norm of the gradient; 0 = any
-    sync_batchnorm: bool = False  # several GPUs: normalise over the images of all of them, not of each alone
+    clip_norm: float = 0.0  # limit of the gradient's norm; 0 = none
+    sync_batchnorm: bool = False  # several GPUs: normalise over the images of all, not of each
 
     # Cosine cycles with restarts; a constant rate; one that halves after more than `patience` validations without a
     # better loss; or one cycle over all epochs: up for a `warmup_share` of it, down to 0. Training ends after
     # cycle_epochs x max_cycles epochs; or with the first cycle that improves the validation loss by less than
-    # `min_cycle_gain` (cycles, constant); or on the plateau after `max_halvings` halvings (0: any number).
+    # `min_cycle_gain` (cycles, constant); or on the plateau after `max_halvings` halvings (0: no limit).
     schedule: str = "cycles"
     warmup_share: float = 0.25
     patience: int = 3
@@ -132,10 +132,10 @@ class Recipe:
     max_cycles: int = 4
     min_cycle_gain: float = 0.01
 
-    evaluate_epochs: int = 1  # validate after so many epochs, and at the end of each cycle
+    evaluate_epochs: int = 1  # validate every so many epochs, and at the end of each cycle
 
     def __post_init__(self) -> None:
-        """Raise UserError for a value that cannot be, and for values that do not fit together."""
+        """Raise UserError for invalid values, and for values that do not fit together."""
         self._check_choices()
         if self.size_divisor < 1:  # sizes are divided by it
             raise UserError(f"recipe field size_divisor has an impossible value: {self.size_divisor!r}")
@@ -143,7 +143,7 @@ class Recipe:
         if (self.pooling == "own") != (self.encoder in OWN_POOLING):
             raise UserError(
                 f"recipe fields do not fit: pooling {self.pooling!r} with encoder {self.encoder!r}; "
-                f"{' and '.join(OWN_POOLING)} need pooling=own, the other encoders one of the others"
+                f"{' and '.join(OWN_POOLING)} need pooling=own, the other encoders another pooling"
             )
         if self.size_rule == BY_SOURCE and self.crop > stored_size(self.store, 0):
             raise UserError(
@@ -201,7 +201,7 @@ class Recipe:
 
     @property
     def standardised(self) -> bool:
-        """Whether images are standardised when they are read; see `data.standardise`."""
+        """Whether images are standardised when they are read; see `dataset.standardise`."""
         return self.standardise == "sample"
 
     @property
@@ -216,7 +216,7 @@ class Recipe:
 
     @property
     def epochs(self) -> int:
-        """The most epochs that a training takes."""
+        """The maximum number of epochs."""
         return self.cycle_epochs * self.max_cycles
 
     @property
@@ -229,14 +229,14 @@ class Recipe:
 
 
 def stored_size(store: str, side: int) -> int:
-    """Return the side in pixels at which a source of `side` pixels lies in a folder of stored images."""
+    """Return the side in pixels at which a folder of stored images has a source of `side` pixels."""
     if not store.startswith(BY_SOURCE):
         return int(store)
     return (768 if side <= 2048 else 1024) // int(store.rsplit("-", 1)[1])
 
 
 def store_settings(store: str) -> list[str]:
-    """Return the settings with which any recipe asks for a folder of stored images."""
+    """Return the settings that make any recipe use a folder of stored images."""
     if store.startswith(BY_SOURCE):
         divisor = int(store.rsplit("-", 1)[1])
         return [f"size_rule={BY_SOURCE}", f"size_divisor={divisor}", f"crop_size={32 * divisor}"]
@@ -244,7 +244,7 @@ def store_settings(store: str) -> list[str]:
 
 
 PAPER = Recipe()
-# Half of the paper's learning rates are its own; where it says "default" or "as large as fits", PAPER's stand.
+# The paper gives half of the learning rates. For "default" and "as large as fits" PAPER's numbers are used.
 RESNET50 = replace(PAPER, batch_size=74, learning_rates=(1e-2, 2e-2))
 SENET = replace(PAPER, encoder="se_resnext50_32x4d", batch_size=80, learning_rates=(1e-3, 3e-3, 5e-3), max_cycles=8)
 DENSENET50 = replace(PAPER, encoder="densenet50", learning_rates=(2e-3, 4e-3), max_cycles=5)
@@ -269,9 +269,9 @@ GAPNET_PL = replace(
     max_halvings=4,
     max_cycles=10,
 )
-# For the demo data: the whole method at a quarter of the scale, on an encoder that learns from random weights on a
-# CPU in a minute. Small classes are common there, so alpha is the smaller of the paper's two examples; a look at the
-# validation part costs a third of an epoch.
+# For the demo data: the whole method at a quarter of the scale, with an encoder that trains from random weights on a
+# CPU in a minute. Small classes are common there, so alpha is the smaller of the paper's two examples. A validation
+# costs a third of an epoch.
 DEMO = replace(
     PAPER,
     encoder="resnet10_narrow",
@@ -288,7 +288,7 @@ DEMO = replace(
 
 
 def plus(recipe: Recipe, rates: tuple[float, ...], epochs: int) -> Recipe:
-    """Return our own training of a recipe's network: what learns more in the same time (see docs/learning.md).
+    """Return our own training of a recipe's network, which scores higher in the same time (see docs/learning.md).
 
     rates : top learning rates of the layer groups
     """
@@ -378,15 +378,15 @@ VARIANTS = {**ABLATION, "quick": quick}
 
 
 def run_name(name: str) -> str:
-    """Return the one name of a recipe and its variants: 'resnet50-ta' is 'resnet50', and 'quick' comes last."""
+    """Return the canonical name of a recipe and its variants: 'resnet50-ta' is 'resnet50', and 'quick' comes last."""
     base, *variants = name.split("-")
     return "-".join([base, *sorted((v for v in variants if v != "ta"), key=lambda variant: variant == "quick")])
 
 
 def ablation_runs(name: str) -> dict[str, str]:
-    """Return the columns of the ablation and the runs that fill them, for 'recipe' or 'recipe-quick'.
+    """Return the run for each column of the ablation, for 'recipe' or 'recipe-quick'.
 
-    A network with its own head and schedule has the column eloss only, filled by itself.
+    A network with its own head and schedule has only the column eloss, with its own run.
     """
     base, *variants = name.split("-")
     if get_recipe(name).pooling == "own":
@@ -404,7 +404,7 @@ def get_recipes(
 ) -> dict[str, Recipe]:
     """Return the recipes of these names, each changed by all settings.
 
-    tell : function that is given a note on each setting that has no effect on some of the recipes
+    tell : function that gets a note on each setting that has no effect on some of the recipes
     Raises UserError for unknown names and fields, a field set twice, and a setting without effect on any recipe.
     """
     changes = [parse_setting(setting) for setting in settings]
@@ -426,7 +426,7 @@ def get_recipes(
 
 
 def idle_fields(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """Return the fields without effect in a recipe: the setting that is the reason, and what to set instead."""
+    """Return the fields without effect in a recipe, each with the setting that causes this and what to set instead."""
     rates = ",".join(f"{rate:g}" for rate in recipe.learning_rates)
     schedule = f"schedule={recipe.schedule}"
     rules = [
@@ -466,7 +466,7 @@ def named_recipe(name: str) -> Recipe:
     if base not in RECIPES:
         raise UserError(f"unknown recipe {base!r}; {nearest(base, RECIPES, every=True)}")
     if len(set(variants) & set(ABLATION)) > 1:
-        raise UserError(f"{name}: each variant of the ablation holds the ones before it, so name only one")
+        raise UserError(f"{name}: each variant of the ablation includes the ones before it, so name only one")
     recipe = RECIPES[base]
     for variant in variants:
         if variant not in VARIANTS:
@@ -475,7 +475,7 @@ def named_recipe(name: str) -> Recipe:
     return recipe
 
 
-# Fields by other names, and what is no field of a recipe.
+# Other names for fields, and for flags that are no field of a recipe.
 WORDS = {
     "learning_rates, or learning_rate for a recipe without them": "lr lrs rate rates",
     "cycle_epochs or max_cycles, whose product is the number of epochs": "epoch epochs n_epochs num_epochs max_epochs",
@@ -543,29 +543,29 @@ def to_dict(recipe: Recipe) -> dict:
 
 
 def from_dict(values: dict) -> Recipe:
-    """Return the recipe that `to_dict` took apart, here or in another version; see `current_fields`.
+    """Return the recipe from `to_dict`'s result, of this or another version; see `current_fields`.
 
-    Raises UserError for a field that this version does not know and that is not off.
+    Raises UserError for an unknown field that is not off.
     """
     fields = current_fields(values)
     unknown = sorted(fields.keys() - to_dict(Recipe()).keys())
     if unknown:
         found = ", ".join(f"{name}={fields[name]}" for name in unknown)
         raise UserError(
-            f"the recipe was saved by another version of this project, whose fields this one does not have: {found}"
+            f"the recipe was saved by another version of this project, with fields that this one does not have: {found}"
         )
     given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     try:
         return Recipe(**given)
     except TypeError as error:
-        raise UserError(f"the recipe that was saved has a value of another kind ({error})") from None
+        raise UserError(f"the saved recipe has a value of the wrong type ({error})") from None
 
 
 def current_fields(saved: dict) -> dict:
-    """Return saved fields of a recipe, or what `run_parameters` returned, as this version has them.
+    """Convert saved fields of a recipe, or the result of `run_parameters`, to those of this version.
 
-    Missing fields get their defaults: a new field's default is what versions without it did. Unknown ones that are off
-    (0, false, empty, none) are left out, since they changed nothing.
+    Missing fields get their defaults, which are the behaviour of versions without them. Unknown fields that are off (0,
+    false, empty, none) are left out, since they changed nothing.
     """
     defaults = to_dict(Recipe())
     known = {*defaults, *OF_RUN}
@@ -573,25 +573,25 @@ def current_fields(saved: dict) -> dict:
 
 
 def run_parameters(recipe: Recipe, fold: int, seed: int, checkpoint_format: int) -> dict:
-    """Return what stage 04 notes of a training: with other values it is another training."""
+    """Return the parameters in stage 04's sidecar: with other values it is another training."""
     return {**to_dict(recipe), **dict(zip(OF_RUN, (fold, seed, checkpoint_format), strict=True))}
 
 
 def recipe_of_run(parameters: dict) -> Recipe:
-    """Return the recipe that `run_parameters` took in."""
+    """Return the recipe in the result of `run_parameters`."""
     return from_dict({name: value for name, value in parameters.items() if name not in OF_RUN})
 
 
 def is_too_small(recipe: Recipe, side: int) -> bool:
-    """Tell whether a source of `side` pixels has fewer than the recipe's stored images, which may not be enlarged."""
+    """Tell whether a source of `side` pixels is smaller than the recipe's stored images, and may not be enlarged."""
     return not recipe.enlarge and stored_size(recipe.store, side) > side
 
 
 def fit_to_source(recipe: Recipe, side: int) -> Recipe:
     """Return the recipe with sizes that a source of `side` pixels can give without enlarging.
 
-    A 512 px source is used at 512 with crops of 384: the source's own size, and three quarters of it rounded
-    to a multiple of 32. A recipe that enlarges stays as it is.
+    A 512 px source is used at 512 with crops of 384: the source's own size, and three quarters of it, rounded down to a
+    multiple of 32. A recipe that enlarges is not changed.
     """
     if not is_too_small(recipe, side):
         return recipe
@@ -605,7 +605,7 @@ def fit_to_source(recipe: Recipe, side: int) -> Recipe:
 
 
 def describe_fit(name: str, recipe: Recipe, fitted: Recipe) -> str:
-    """Say what `fit_to_source` changed of a recipe, and what to give instead."""
+    """Describe what `fit_to_source` changed in a recipe, and how to enlarge instead."""
     return (
         f"the smallest source image has {fitted.size} px: {name} uses {fitted.size} px with crops of {fitted.crop} "
         f"instead of {recipe.size} and {recipe.crop}; nothing is enlarged. To enlarge instead, give stages 01 and 04 "

@@ -37,12 +37,12 @@ TRAINING: dict[str, Kind] = {  # in last.pt too
 
 def save_checkpoint(path: Path, values: dict) -> None:
     """Write a checkpoint of tensors and plain types in one go."""
-    with writing(path) as temporary, open(temporary, "wb") as file:  # given a path, torch hides what the disk says
+    with writing(path) as temporary, open(temporary, "wb") as file:  # given a path, torch hides the disk's error
         torch.save(values, file)
 
 
 def snapshot(value: Any) -> Any:
-    """Return a copy on the CPU of nested dicts, lists and tensors, which training then changes."""
+    """Return a copy on the CPU of nested dicts, lists and tensors, before training changes them."""
     if torch.is_tensor(value):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -51,7 +51,7 @@ def snapshot(value: Any) -> Any:
 
 
 class Writer:
-    """A thread that writes while training continues, one thing after the other; the next call raises what failed."""
+    """A thread that writes while training continues, one job after the other; the next call raises its error."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1)
@@ -66,7 +66,7 @@ class Writer:
             self.wait()
 
     def start(self, write: Callable[[], object]) -> None:
-        """Call `write()` beside what the caller does next, as soon as the write before it is done."""
+        """Call `write()` in the background, as soon as the previous write is done."""
         self.wait()
         self.job = self.thread.submit(write)
 
@@ -79,7 +79,7 @@ class Writer:
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint of tensors and plain types onto the CPU; no code in it is ever run.
 
-    Raises UserError for what cannot be read, and for a checkpoint of another version of this project or other classes.
+    Raises UserError for an unreadable file, and for a checkpoint of other classes or another version of this project.
     """
     try:
         refuse_inflated(path)
@@ -87,7 +87,7 @@ def load_checkpoint(path: Path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise many kinds
         raise UserError(
-            f"{path} is not a checkpoint that can be read ({first_line(error)}); delete it and train the fold again"
+            f"{path} is not a readable checkpoint ({first_line(error)}); delete it and train the fold again"
         ) from None
     found = saved.get("format", 1) if isinstance(saved, dict) else "no"
     if found != FORMAT:
@@ -101,19 +101,19 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def check_types(path: Path, saved: dict) -> None:
-    """Refuse a checkpoint that lacks what each has, or holds other kinds of values than this project writes."""
+    """Refuse a checkpoint with missing entries, or with other kinds of values than this project writes."""
     kinds = {**NETWORK, **{key: kind for key, kind in TRAINING.items() if key in saved}}
     fits = {key: isinstance(saved.get(key), kind) for key, kind in kinds.items()}
     for key in ("mean", "std"):
         fits[key] = fits[key] and len(saved[key]) == 4 and all(isinstance(value, NUMBER) for value in saved[key])
     wrong = [key for key, fine in fits.items() if not fine]
     if wrong:
-        lacks = "lacks" if wrong[0] not in saved else "has no valid"
-        raise UserError(f"{path} is not a checkpoint that this project wrote: it {lacks} {wrong[0]!r}; {TRAIN_AGAIN}")
+        has_no = "has no" if wrong[0] not in saved else "has no valid"
+        raise UserError(f"{path} is not a checkpoint that this project wrote: it {has_no} {wrong[0]!r}; {TRAIN_AGAIN}")
 
 
 def check_classes(path: Path, found: list) -> None:
-    """Refuse a checkpoint of other classes: other in number, name or order."""
+    """Refuse a checkpoint whose classes differ in number, name or order."""
     if len(found) != N_CLASSES:
         raise UserError(
             f"{path} was trained for {len(found)} classes, expected the {N_CLASSES} of this project; {TRAIN_AGAIN}"
@@ -128,18 +128,18 @@ def check_classes(path: Path, found: list) -> None:
 
 @contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Make one message of what torch raises for a checkpoint of another network or with parts missing."""
+    """Turn torch's errors for a checkpoint of another network, or with missing parts, into one message."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else shorten(str(error), 240)
+        reason = f"it has no {error}" if isinstance(error, KeyError) else shorten(str(error), 240)
         raise UserError(f"{path} does not fit the network of this version ({reason}); {TRAIN_AGAIN}") from None
 
 
 def check_recipe(path: Path, saved: dict, recipe: Recipe) -> None:
-    """Refuse a checkpoint of another recipe than is expected, with both named; see `from_dict` for older versions'."""
+    """Refuse a checkpoint of another recipe than expected, and name both; see `from_dict` for older versions."""
     try:
         found = to_dict(from_dict(saved["recipe"]))
     except UserError as error:
@@ -158,7 +158,7 @@ def made_from(folder: Path) -> dict | None:
     if (folder / "last.pt").is_file():
         made = load_checkpoint(folder / "last.pt").get("made_from", {})
         if not all(isinstance(made.get(part), dict) for part in ("parameters", "inputs")):
-            raise UserError(f"{folder / 'last.pt'} does not say what it was made from; {TRAIN_AGAIN}")
+            raise UserError(f"{folder / 'last.pt'} does not record what it was made from; {TRAIN_AGAIN}")
         return made
     return None
 
@@ -175,23 +175,23 @@ def prepare(stages: list[Stage], force: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete a run's folder. Raises UserError where it cannot be: what is left would pass for the new training."""
+    """Delete a run's folder. Raises UserError if that fails: what is left would pass for the new training."""
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
         pass
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be deleted, which --force asks for ({error.filename or folder}: "
-            f"{error.strerror or error.args[0]}); get the right to delete it or have its owner do so, or "
-            "give another --work"
+            f"--force cannot delete {folder} ({error.filename or folder}: "
+            f"{error.strerror or error.args[0]}); get permission to delete it, ask its owner to, or give "
+            "another --work"
         ) from None
 
 
 def check_unfinished(stage: Stage) -> None:
     """Refuse to overwrite or continue a run that was made from something else; the caller holds the stage's lock."""
     folder = stage.artifact.parent
-    cure = "use --force to throw it away and train anew, or another --work"
+    cure = "use --force to discard it and train from scratch, or give another --work"
     reason = stage.why_stale()
     if stage.sidecar.is_file() and reason:
         raise UserError(f"{folder} holds a finished training made from something else ({reason}); {cure}")
@@ -201,7 +201,7 @@ def check_unfinished(stage: Stage) -> None:
 
 
 def check_alike(work: Path, name: str, numbers: list[int]) -> None:
-    """Refuse finished folds of one name with different recipes: their probabilities are put together."""
+    """Refuse finished folds of one name with different recipes: their probabilities are combined."""
     first = None
     for fold in numbers:
         path = Layout(work).network(name, fold)
@@ -221,8 +221,8 @@ def check_alike(work: Path, name: str, numbers: list[int]) -> None:
 def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, which: str) -> tuple[Path, Recipe]:
     """Return the path of a fold's best.pt or last.pt, and the recipe that it was trained with.
 
-    Raises UserError where the fold is not trained to its end, or was trained on other folds or images than
-    there are now: its out-of-fold rows would not be out of fold.
+    Raises UserError if the fold's training is not finished, or used other folds or images than the current ones: its
+    out-of-fold rows would not be out of fold.
     """
     folder = Layout(work).run(name, fold)
     train = Layout(work).command("04_train.py", "--recipe", name, "--folds", fold)
@@ -230,19 +230,19 @@ def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, w
         raise UserError(f"{folder} has no finished training; run: {train}")
     meta = read_sidecar(folder / "best.pt")
     recipe = recipe_of_run(meta["parameters"])
-    # Which weights it began with is of no concern here.
+    # The weights that it started from do not matter here.
     inputs = {**meta["inputs"], **training_inputs(work, folds, recipe)}
     reason = Stage("04_train", folder / "best.pt", meta["parameters"], inputs).why_stale()
     if reason:
         raise UserError(f"{folder} was trained on something else ({reason}); run: {train} --force")
     path = folder / f"{which}.pt"
     if not path.is_file():
-        raise UserError(f"{path} is not there any more; predict with --checkpoint best, or run: {train} --force")
+        raise UserError(f"{path} no longer exists; predict with --checkpoint best, or run: {train} --force")
     return path, recipe
 
 
 def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.nn.Module, Normalisation]:
-    """Return a trained network on the device and its normalisation; chooses this process's kernels."""
+    """Return a trained network on the device, and its normalisation; also choose this process's kernels."""
     set_kernels(hardware)
     saved = load_checkpoint(path)
     check_recipe(path, saved, recipe)

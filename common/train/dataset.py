@@ -1,7 +1,7 @@
-"""Stored images to batches: random, augmented crops for training, whole images for evaluation.
+"""From stored images to batches: random, augmented crops for training, whole images for evaluation.
 
 Every random number is a function of (seed, epoch, position in the epoch), so workers never repeat each other
-and a resumed run draws what an undisturbed one would have drawn.
+and a resumed run draws what an uninterrupted one would have drawn.
 """
 
 import math
@@ -29,8 +29,9 @@ from common.train.distributed import ALONE, Team
 
 BATCH = 32  # whole images at once
 CACHE_BYTES = 2**29  # of decoded images that a set keeps
-PRELOADED = ["torch", "pandas", "cv2", "tifffile"]  # by the server of loader processes, which share their memory
-AHEAD = 3  # steps that may wait for a GPU at once
+# By the server that starts loader processes, so that these share the memory.
+PRELOADED = ["torch", "pandas", "cv2", "tifffile"]
+AHEAD = 3  # steps that may be queued on a GPU at once
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 Image = TypeVar("Image", np.ndarray, torch.Tensor)
 Batch = tuple[torch.Tensor, torch.Tensor]  # images (n, 4, h, w) uint8 and targets (n, n_classes) float32
@@ -51,7 +52,7 @@ def dihedral(image: Image, which: int) -> Image:
 
 
 def random_crop(image: np.ndarray, crop: int, draw: np.ndarray) -> np.ndarray:
-    """Cut a random (crop, crop) window out of (4, h, w), placed by a sample's draw; a view, nothing is copied."""
+    """Cut a random (crop, crop) window out of (4, h, w), placed by a sample's draw; returns a view, without a copy."""
     top, left = (corner(share, crop, side) for share, side in zip(draw, image.shape[1:], strict=False))
     return image[:, top : top + crop, left : left + crop]
 
@@ -60,7 +61,7 @@ def random_crop(image: np.ndarray, crop: int, draw: np.ndarray) -> np.ndarray:
 
 
 class Chance:
-    """The random numbers of one training sample: a function of (seed, epoch, position), whoever loads it.
+    """The random numbers of one training sample: a function of (seed, epoch, position) in any process.
 
     draw : (3,) in [0, 1): two for the crop's place, one for its symmetry
     """
@@ -70,24 +71,24 @@ class Chance:
 
     @cached_property
     def generator(self) -> np.random.Generator:
-        """As many more as are asked for."""
+        """A source of further random numbers."""
         return np.random.default_rng(np.asarray(self.draw, dtype=np.float64).view(np.uint64))
 
 
-# Functions of (crop, chance) that return the changed crop, of the same shape, (4, crop, crop) uint8. They leave the
-# crop itself as it is: it is kept for later epochs.
+# Functions of (crop, chance) that return the changed crop, of the same shape, (4, crop, crop) uint8. They do not
+# change the crop itself, which is kept for later epochs.
 AUGMENTATIONS: dict[str, Callable[[np.ndarray, Chance], np.ndarray]] = {
     "dihedral": lambda image, chance: dihedral(image, int(8 * chance.draw[2]))
 }
 
 
 def augmented(image: np.ndarray, names: tuple[str, ...], draw: np.ndarray) -> np.ndarray:
-    """Put a crop, (4, crop, crop) uint8, through augmentations; raises UserError for one that gives something else."""
+    """Apply augmentations to a crop, (4, crop, crop) uint8; raises UserError if one returns another shape or type."""
     chance, shape = Chance(draw), image.shape
     for name in names:
         image = row_of(AUGMENTATIONS, "augmentations", name)(image, chance)
         if image.shape != shape or image.dtype != np.uint8:
-            raise UserError(f"augmentation {name} gives {image.dtype} {image.shape}, expected uint8 {shape}")
+            raise UserError(f"augmentation {name} returns {image.dtype} {image.shape}, expected uint8 {shape}")
     if image.strides[0] == 1:
         return image
     return np.ascontiguousarray(image.transpose(1, 2, 0)).transpose(2, 0, 1)  # channels last, as batches are
@@ -96,8 +97,8 @@ def augmented(image: np.ndarray, names: tuple[str, ...], draw: np.ndarray) -> np
 def standardise(planes: np.ndarray) -> np.ndarray:
     """Bring each channel of an image, (4, h, w) uint8, to the standard mean and deviation by its own.
 
-    So exposure and the amount of a protein do not show.
-    What lies 8 deviations above the mean or 2.7 below is cut off; noise in an empty channel stays small.
+    This hides exposure and the amount of a protein. Values 8 deviations above the mean or 2.7 below it are clipped.
+    Noise in an empty channel stays small.
     """
     result = np.empty_like(planes)
     for plane, target in zip(planes, result, strict=True):
@@ -110,7 +111,7 @@ def standardise(planes: np.ndarray) -> np.ndarray:
 class Cache(dict):
     """Decoded images by Id, as many as fit into `room` bytes: small images are decoded once, large ones each time.
 
-    A copy in another process has no room: loader processes would each keep all images.
+    A copy in another process has no room: else each loader process would keep all images.
     """
 
     def __init__(self, room: int = CACHE_BYTES) -> None:
@@ -122,7 +123,7 @@ class Cache(dict):
 
     def keep(self, Id: str, image: np.ndarray) -> None:
         if image.nbytes > self.room:
-            self.room = 0  # full: from here on large images are read in part
+            self.room = 0  # full: from now on only windows of large images are read
             return
         self[Id] = image
         self.room -= image.nbytes
@@ -130,15 +131,17 @@ class Cache(dict):
 
 @dataclass
 class ImageSet(Dataset):
-    """Images of `ids` under `folder` with their targets; one item is a (4, h, w) uint8 array, channels last
-    in memory, and its targets.
+    """Images of `ids` under `folder` with their targets.
+
+    One item is a (4, h, w) uint8 array, channels last in memory, and its targets.
 
     crop : side of random training crops in pixels; None for whole images
-    sides : side of each stored image in pixels, where they may differ: one batch of whole images has one size
-    crcs : checksum of each Id's pixels, where they are known
+    sides : side of each stored image in pixels, if they may differ: one batch of whole images has one size
+    crcs : checksum of each Id's pixels, if known
     standardised : see `standardise`
     augmentations : of training crops; see AUGMENTATIONS
-    A training item is asked for by its row and its draw (see `Chance`), a whole image by its row.
+
+    The key of a training item is its row and its draw (see `Chance`); that of a whole image is its row.
     """
 
     folder: Path
@@ -168,7 +171,7 @@ class ImageSet(Dataset):
         return image, self.targets[row]
 
     def read(self, Id: str, window: tuple | None = None) -> np.ndarray:
-        """Decode one stored image, or a `window` of it (see `read_planes`). Raises UserError: missing, or damaged."""
+        """Decode one stored image, or a `window` of it (see `read_planes`). Raises UserError if missing or damaged."""
         path, crc = self.folder / f"{Id}.tif", self.crcs.get(Id)
         if self.standardised:  # by the statistics of the whole image
             planes = standardise(read_planes(path, crc, lent=True))
@@ -189,7 +192,7 @@ class Sets(Dataset):
 
 
 def whole_batches(dataset: ImageSet, batch_size: int) -> list[np.ndarray]:
-    """Return the rows of each batch of whole images: all rows, in order, those of one size together."""
+    """Return the rows of each batch of whole images: all rows, grouped by image size, in order."""
     sides = np.zeros(len(dataset)) if dataset.sides is None else dataset.sides
     rows = [np.flatnonzero(sides == side) for side in np.unique(sides)]
     return [part for same in rows for part in np.split(same, range(batch_size, len(same), batch_size))]
@@ -220,12 +223,13 @@ class Normalisation:
 class EpochBatches:
     """Batches of (row, draw for its crop) for one epoch: all rows in an order drawn from (seed, epoch).
 
-    Every batch is full, so that normalisation layers and the hard sampler see the same batch size; the rest
-    of up to one batch falls away, another one each epoch. With fewer rows than a batch, one batch holds all.
-    start : number of batches to leave out because an interrupted run had them
+    Every batch is full, so that normalisation layers and the hard sampler see the same batch size. The incomplete last
+    batch is dropped; its rows differ from epoch to epoch. With fewer rows than a batch, one batch holds all.
+
+    start : number of batches to skip because an interrupted run had them
     team : of several processes each one gets its part of every batch
-    weights : (n_rows,) how often rows are drawn, relative to each other; each comes up as often as that says,
-        rounded up or down
+    weights : (n_rows,) how often rows are drawn, relative to each other; each row is drawn that often, rounded up or
+        down
     """
 
     def __init__(
@@ -265,8 +269,8 @@ class EpochBatches:
 def collate(items: Sequence[tuple[np.ndarray, np.ndarray]], pinned: bool = False) -> Batch:
     """Stack items to (n, 4, h, w) uint8 images, channels last in memory, and (n, n_classes) float targets.
 
-    A loader process stacks them in memory that it shares with the process it works for, others in pinned memory if
-    asked to: a batch is written once.
+    A loader process stacks them in memory shared with the process that it loads for; others use pinned memory if
+    `pinned`. So a batch is written once.
     """
     images, targets = zip(*items, strict=True)
     height, width = images[0].shape[1:]
@@ -282,9 +286,9 @@ def collate(items: Sequence[tuple[np.ndarray, np.ndarray]], pinned: bool = False
 
 
 def new_tensor(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
-    """Return an empty tensor: in shared memory in a loader process, elsewhere in pinned memory if asked to.
+    """Return an empty tensor: in shared memory in a loader process, elsewhere in pinned memory if `pinned`.
 
-    So a lack of shared memory is an error of this call, and does not hang a thread that sends batches.
+    So if shared memory is full, this call fails, instead of a thread that sends batches hanging.
     """
     if get_worker_info():
         storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
@@ -296,8 +300,8 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torc
 class Loader(DataLoader):
     """A DataLoader whose processes come from a server of single-threaded ones: forking threads may deadlock.
 
-    They get no signals before `begin_loading`: torch would let SIGTERM end them, and training with them, and Ctrl+C
-    would be a traceback of theirs.
+    They get no signals before `begin_loading`: else torch would let SIGTERM end them, and training with them, and
+    Ctrl+C would make them print a traceback.
     """
 
     def __iter__(self) -> Any:
@@ -308,7 +312,7 @@ class Loader(DataLoader):
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, processes that are started use one thread each: all the cores are busy with loading already."""
+    """Let processes that are started inside use one thread each: loading already keeps all cores busy."""
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     try:
@@ -321,8 +325,8 @@ def one_thread() -> Iterator[None]:
 def loader(dataset: Dataset, workers: int, pinned: bool, batches: Iterable[Any]) -> Iterable[Batch]:
     """Return an iterable of the given batches, lists of the dataset's keys, in their order.
 
-    workers : processes that make them; none are needed where a batch is small: a DataLoader's own work takes as long
-    pinned : whether they come in memory that a GPU copies from by itself
+    workers : processes that load them; small batches need none, since a DataLoader's own work takes as long
+    pinned : whether batches are in memory that a GPU copies from by itself
     """
     if not workers:
         return (collate([dataset[key] for key in keys], pinned) for keys in batches)
@@ -338,7 +342,7 @@ def loader(dataset: Dataset, workers: int, pinned: bool, batches: Iterable[Any])
 
 
 def begin_loading(_: int) -> None:
-    """Let a loader process outlast what is sent to the whole process group: whom it works for ends it when it can."""
+    """Let a loader process ignore signals to the whole process group: the process that it loads for ends it in time."""
     for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stopping.end_later())
@@ -347,20 +351,20 @@ def begin_loading(_: int) -> None:
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches (images, targets) on the device. On a GPU a batch is copied while the step before it computes."""
+    """Yield batches (images, targets) on the device. On a GPU a batch is copied while the previous step runs."""
     if device.type != "cuda":
         yield from batches
         return
     copying = torch.cuda.Stream(device)
     steps: deque[torch.cuda.Event] = deque()
-    for images, targets in batches:  # asked for when the step before is under way
+    for images, targets in batches:  # requested while the previous step runs
         with torch.cuda.stream(copying):
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         computing = torch.cuda.current_stream(device)
         computing.wait_stream(copying)
         for part in (images, targets):
-            part.record_stream(computing)  # its memory is not used again before the step is over
+            part.record_stream(computing)  # its memory is not reused before the step is over
         yield images, targets
         steps.append(computing.record_event())
-        if len(steps) > AHEAD:  # each batch that is ahead holds memory
+        if len(steps) > AHEAD:  # each waiting batch holds memory
             steps.popleft().synchronize()

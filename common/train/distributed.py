@@ -1,4 +1,4 @@
-"""One training on several processes that torchrun started: who this process is, and what they tell each other."""
+"""One training on several processes started by torchrun: this process's rank, and how they exchange data."""
 
 import os
 import sys
@@ -20,11 +20,11 @@ class Team:
 
     @property
     def is_main(self) -> bool:
-        """Tell whether this is the process that writes files and talks."""
+        """Tell whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def part(self, n: int, rank: int | None = None) -> slice:
-        """Return which of n things are this process's (or another's); parts differ by one at most."""
+        """Return which of n items are this process's (or another rank's); parts differ by one at most."""
         rank = self.rank if rank is None else rank
         return slice(n * rank // self.size, n * (rank + 1) // self.size)
 
@@ -54,9 +54,9 @@ class Team:
                 distributed.broadcast(buffer, 0)
 
     def leave(self) -> None:
-        """End this process of several, as the last thing that it does, when the others have come so far too.
+        """End this process, if there are several, once all of them are done.
 
-        Python does not clear up: gloo's threads may still hold tensors then, and one process in eight aborts. Nor is
+        Python does not clean up: gloo's threads may still hold tensors, and one process in eight would abort. Nor is
         gloo's group destroyed: with torch 2.6 that may wait for ever.
         """
         if self.size > 1:
@@ -68,7 +68,7 @@ class Team:
             os._exit(0)
 
     def agree(self, value: T) -> T:
-        """Return what the main process has (plain types)."""
+        """Return the main process's value (plain types) in every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -80,7 +80,7 @@ ALONE = Team()
 
 
 def local_rank() -> int | None:
-    """Return this process's number on its machine, None where torchrun did not start several."""
+    """Return this process's number on its machine; None if torchrun did not start several."""
     return int(os.environ["LOCAL_RANK"]) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
 
 

@@ -1,4 +1,4 @@
-"""What a fold is trained and validated on: images, targets, class counts and normalisation."""
+"""The data that a fold is trained and validated on: images, targets, class counts and normalisation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +26,17 @@ class FoldData:
 
 
 def known_folds(work: Path, folds: pd.DataFrame, numbers: list[int]) -> None:
-    """Refuse fold numbers that stage 03's table does not have."""
+    """Refuse fold numbers that are not in stage 03's table."""
     known = fold_numbers(folds)
     for fold in numbers:
         if fold not in known:
-            raise UserError(f"there is no fold {fold}; {Layout(work).folds} has the folds {', '.join(map(str, known))}")
+            raise UserError(f"there is no fold {fold}; {Layout(work).folds} has folds {', '.join(map(str, known))}")
 
 
 def load_fold(
     work: Path, folds: pd.DataFrame, fold: int, recipe: Recipe, normalisation: Normalisation | None = None
 ) -> FoldData:
-    """Return the data of one fold of stage 03's table; normalised by its own statistics unless given others.
+    """Return the data of one fold of stage 03's table, normalised by its own statistics unless others are given.
 
     Standardised images are brought to mean 0 and deviation 1.
     """
@@ -68,7 +68,7 @@ def load_fold(
 
 
 def measured_normalisation(statistics: pd.DataFrame) -> Normalisation:
-    """Return mean and spread of all pixels together: within images and between them."""
+    """Return mean and standard deviation of all pixels, within and between images."""
     mean = [float(statistics[f"mean_{c}"].mean()) for c in CHANNELS]
     std = [
         float(np.sqrt((statistics[f"std_{c}"] ** 2 + statistics[f"mean_{c}"] ** 2).mean() - m**2))
@@ -78,7 +78,7 @@ def measured_normalisation(statistics: pd.DataFrame) -> Normalisation:
 
 
 def training_inputs(work: Path, folds: pd.DataFrame, recipe: Recipe) -> dict:
-    """Return the fingerprints of all that a training reads, but pretrained weights."""
+    """Return the inputs of a training for its sidecar, except pretrained weights."""
     return {"folds.csv": Layout(work).folds, "images": Layout(work).images_digest(recipe.store, folds["Id"])}
 
 

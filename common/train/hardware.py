@@ -1,4 +1,4 @@
-"""Where networks run: device, precision, loader processes, and what the device's memory holds."""
+"""Where networks run: device, precision, loader processes, and how much fits into memory."""
 
 import argparse
 import ctypes
@@ -29,7 +29,7 @@ SHARED_MEMORY = Path("/dev/shm")  # where loader processes put batches
 
 @dataclass(frozen=True)
 class HardwareOptions:
-    """What the command line asks for; 'auto' and None leave it to the machine.
+    """The command line's hardware flags; 'auto' and None let the machine decide.
 
     jobs : trainings that share the machine
     """
@@ -51,9 +51,9 @@ class Hardware:
     autocast : type of autocast, None for 32-bit floats
     workers : loader processes
     team : the processes that train together
-    micro_batch : images of a batch that are in memory at once, None for all
-    compiled, memory_format : for training, whether the network is compiled and how its tensors lie in memory
-    fast : kernels are chosen by speed, so two runs may differ in their last digits
+    micro_batch : images of a batch that are in memory at once; None for all
+    compiled, memory_format : for training: whether the network is compiled, and the memory layout of its tensors
+    fast : choose kernels by speed, so two runs may differ in their last digits
     """
 
     device: torch.device
@@ -75,7 +75,7 @@ class Hardware:
         )
 
     def record(self) -> dict:
-        """Return what logs and sidecars note, as plain types."""
+        """Return the values for logs and sidecars, as plain types."""
         return {
             "device": device_name(self.device),
             "precision": str(self.autocast or torch.float32).removeprefix("torch."),
@@ -97,12 +97,13 @@ class Hardware:
 def choose_hardware(
     options: HardwareOptions = HardwareOptions(), training: bool = True, trial: bool = True
 ) -> Hardware:
-    """Resolve 'auto': a GPU where there is one, else the CPU, with the precision that it is fast in.
+    """Resolve 'auto': a GPU if there is one, else the CPU, at its fastest precision.
 
-    That is bfloat16 where the device multiplies it itself, float16 on older GPUs, else 32 bit. A CPU always predicts in
-    32 bit, so that no image's result depends on its batch.
-    Of several processes that torchrun or a stage started on one machine each takes its own GPU. On a CPU the training
-    process makes the batches by default: the cores are the network's.
+    That is bfloat16 if the device multiplies it in hardware, float16 on older GPUs, else 32 bit. A CPU always predicts
+    in 32 bit, so that no image's result depends on its batch.
+    If torchrun or a stage started several processes on one machine, each takes its own GPU. On a CPU the training
+    process loads the batches itself by default, to leave the cores to the network.
+
     trial : run a kernel on the device, and make it the one that this process allocates on
     Raises UserError for a device that does not work.
     """
@@ -154,7 +155,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def try_device(device: torch.device) -> None:
-    """Make a GPU this process's own and run a kernel on it; raises UserError where that fails."""
+    """Make a GPU this process's default and run a kernel on it; raises UserError if that fails."""
     if device.type != "cuda":
         return
     try:
@@ -164,8 +165,8 @@ def try_device(device: torch.device) -> None:
             )
         os.environ.setdefault(
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # read at the first product; without it they vary between runs
-        torch.cuda.set_device(device)  # from here on this process seeds and allocates there only
+        )  # read at the first product; without it products vary between runs
+        torch.cuda.set_device(device)  # from now on this process seeds and allocates there only
         run_kernel(device)
     except (
         RuntimeError,
@@ -179,7 +180,7 @@ def try_device(device: torch.device) -> None:
         known = ", ".join(torch.cuda.get_arch_list())
         raise UserError(
             f"torch {torch.__version__} has no kernels for {device} ({torch.cuda.get_device_name(device)}, "
-            f"sm_{major}{minor}; it has them for {known}); install a release of torch for this GPU, or use --device cpu"
+            f"sm_{major}{minor}; it has them for {known}); install a torch release for this GPU, or use --device cpu"
         ) from None
 
 
@@ -200,8 +201,10 @@ def device_name(device: torch.device) -> str:
 
 
 def idle_gpu() -> str | None:
-    """Return why a GPU of this machine cannot be used by torch; None where it can, where there is none, and where
-    CUDA_VISIBLE_DEVICES hides it."""
+    """Return why torch cannot use this machine's GPU.
+
+    None if it can, if there is no GPU, or if CUDA_VISIBLE_DEVICES hides it.
+    """
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") or not nvidia_driver():
         return None
     with warnings.catch_warnings(record=True) as caught:
@@ -214,7 +217,7 @@ def idle_gpu() -> str | None:
 
 
 def nvidia_driver() -> str | None:
-    """Return the version of the NVIDIA driver, None where there is none."""
+    """Return the version of the NVIDIA driver; None if there is none."""
     try:
         found = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
@@ -229,7 +232,7 @@ def nvidia_driver() -> str | None:
 
 
 def cpu_flags() -> tuple[set[str], str]:
-    """Return what Linux says of the processor: its features, and its name."""
+    """Return the processor's features and its name, as Linux reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -239,7 +242,7 @@ def cpu_flags() -> tuple[set[str], str]:
 
 
 def bf16_is_faster(flags: set[str], name: str) -> bool:
-    """Tell whether a CPU multiplies bfloat16 faster than 32 bit: Intel's with AMX only, others' with AVX-512 too."""
+    """Tell whether a CPU multiplies bfloat16 faster than 32 bit: Intel's need AMX, others AMX or AVX-512."""
     return "amx_bf16" in flags or ("avx512_bf16" in flags and "Intel" not in name)
 
 
@@ -254,10 +257,10 @@ class Fitting:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MB of what is freed for the next batch.
+    """Let glibc keep up to 256 MB of freed memory for the next batch.
 
-    Given back to the system after every step, it would be asked for and zeroed again page by page, which takes up to a
-    tenth of a small network's step.
+    Else it returns the memory to the system after every step, and the system zeroes it again page by page. That takes
+    up to a tenth of a small network's step.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
@@ -268,7 +271,7 @@ def keep_freed_memory() -> None:
 def set_kernels(hardware: Hardware) -> None:
     """Choose kernels for this process: those that give the same bits in every run, or with `fast` the fastest ones."""
     torch.use_deterministic_algorithms(not hardware.fast, warn_only=True)
-    # Nothing here reads what it did not write. The property is not in the stubs.
+    # Nothing here reads uninitialised memory. The property is not in the stubs.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = hardware.fast
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = hardware.fast
@@ -282,14 +285,14 @@ def batch_bytes(recipe: Recipe, crops: int, whole: int = BATCH) -> int:
 
 def loaders_that_fit(free: int, batch_bytes: int) -> int:
     """Return how many loader processes have room for their batches in `free` bytes of shared memory."""
-    return free // ((PREFETCHED + 1) * batch_bytes)  # one more is in the making
+    return free // ((PREFETCHED + 1) * batch_bytes)  # one more is being loaded
 
 
 def fit_shared_memory(hardware: Hardware, options: HardwareOptions, batch_bytes: int) -> Hardware:
-    """Return the hardware with as many loader processes as /dev/shm has room for; prints a warning when it lowers them.
+    """Return the hardware with as many loader processes as /dev/shm has room for; warn if these are fewer.
 
     batch_bytes : of the largest batch
-    Raises UserError for more processes than fit where --workers asks for them: torch would hang.
+    Raises UserError if --workers asks for more processes than fit: torch would hang.
     """
     if not hardware.workers or not SHARED_MEMORY.is_dir():
         return hardware
@@ -301,7 +304,7 @@ def fit_shared_memory(hardware: Hardware, options: HardwareOptions, batch_bytes:
         f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, enough for {fits} loader processes with batches of "
         f"{batch_bytes / 1e6:.0f} MB"
     )
-    cure = "give it more (docker run --shm-size=16g), or use a smaller batch"
+    cure = "make it larger (docker run --shm-size=16g), or use a smaller batch"
     if options.workers is not None:
         raise UserError(f"{found}, not for {hardware.workers}; {cure} or --workers {fits}")
     print(f"warning: {found}; using {fits}. For more, {cure}", file=sys.stderr, flush=True)
@@ -309,27 +312,24 @@ def fit_shared_memory(hardware: Hardware, options: HardwareOptions, batch_bytes:
 
 
 def check_torchrun(args: argparse.Namespace, training: bool) -> None:
-    """Refuse what does not go together with torchrun."""
+    """Refuse flags and stages that do not work with torchrun."""
     if local_rank() is None:
         return
     if not training:
         raise UserError(
-            "this stage does not share its work among the processes of torchrun; start it without, with --jobs N "
-            "for N folds at once"
+            "this stage does not work with torchrun; start it without torchrun, and use --jobs N for N folds at once"
         )
     if args.jobs or args.cluster:
-        raise UserError(
-            "torchrun's processes train one fold together, so give no --jobs and no --cluster; or leave torchrun out"
-        )
+        raise UserError("torchrun's processes train one fold together; leave out --jobs and --cluster, or torchrun")
 
 
 def plan_hardware(
     args: argparse.Namespace, stage: str, n_jobs: int, training: bool = True
 ) -> tuple[HardwareOptions, Hardware]:
-    """Return the options of a stage's jobs, with how many are done at once, and the hardware of one; prints one line.
+    """Return the options of a stage's jobs, with how many run at once, and the hardware of one; prints one line.
 
     args : parsed arguments of stage 04 or 05; n_jobs : how many jobs there are
-    Raises UserError for flags that do not go together with torchrun.
+    Raises UserError for flags that do not work with torchrun.
     """
     names = HardwareOptions.__dataclass_fields__.keys() & vars(args).keys()
     options = HardwareOptions(**{name: getattr(args, name) for name in names if name != "jobs"})

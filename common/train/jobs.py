@@ -1,4 +1,4 @@
-"""The jobs of stage 04, a recipe and fold each: which ones there are to do."""
+"""The jobs of stage 04, a recipe and fold each, and which of them are still to do."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -19,10 +19,10 @@ from common.train.run import FORMAT
 
 @dataclass(frozen=True)
 class Request:
-    """What stage 04 is asked to train.
+    """What stage 04 should train.
 
-    recipes : by name, as the images can give them
-    force : train what is trained already too, and begin what was begun from scratch
+    recipes : by name, with sizes that the images allow
+    force : train finished folds again, and restart unfinished ones from scratch
     pretrained, weights_dir : see `pretrained.find_weights`
     """
 
@@ -39,9 +39,9 @@ class Request:
 class Job:
     """One fold of a recipe to train.
 
-    stage : what it makes, from what
-    hardware : what the command line asks for
-    on_nan : when the loss stops being finite: "stop", or "back" to the state that the epoch began with
+    stage : its outputs and inputs
+    hardware : the command line's flags
+    on_nan : when the loss stops being finite: "stop", or go "back" to the state at the start of the epoch
     """
 
     work: Path
@@ -67,7 +67,8 @@ class Job:
 def plan(request: Request, folds: pd.DataFrame, team: Team) -> list[Job]:
     """Return a job for each recipe and fold that is not up to date.
 
-    With pretrained='auto' a training that was begun continues from what it began with, whatever can be had now.
+    With pretrained='auto' an unfinished training resumes with the weights that it started from, whatever is available
+    now.
     """
 
     @cache
@@ -100,6 +101,6 @@ def plan(request: Request, folds: pd.DataFrame, team: Team) -> list[Job]:
 
 
 def training_hardware(job: Job) -> Hardware:
-    """Return the hardware of a training, with as many loader processes as have room for its batches."""
+    """Return the hardware of a training, with as many loader processes as there is room for."""
     largest = batch_bytes(job.recipe, job.recipe.batch_size)
     return fit_shared_memory(choose_hardware(job.hardware), job.hardware, largest)

@@ -1,4 +1,4 @@
-"""Train one fold from what is on disk to its seal: epochs, validation, checkpoints from which it resumes exactly."""
+"""Train one fold, from scratch or from its last checkpoint: epochs, validation, checkpoints that resume exactly."""
 
 import json
 import math
@@ -76,9 +76,10 @@ class NotFinite(Exception):
 
 
 def train_job(job: Job) -> None:
-    """Train one fold from what is on disk and seal it, in this process or a worker's.
+    """Train one fold, resuming from its last checkpoint, and seal it; in this process or a worker.
 
-    Waits for a fold that another process came to train meanwhile, except with several processes, who would lose touch.
+    If another process is already training the fold, wait for it. Several processes of torchrun do not wait: they would
+    lose their connection.
     """
     hardware = training_hardware(job)
     team, stage = hardware.team, job.stage
@@ -89,18 +90,18 @@ def train_job(job: Job) -> None:
             check_unfinished(stage)
         folds = Layout(job.work).read_folds()
         data = load_fold(job.work, folds, job.fold, job.recipe, job.start.normalisation)
-        stage.check_unchanged(training_inputs(job.work, folds, job.recipe))  # it may have waited for days
+        stage.check_unchanged(training_inputs(job.work, folds, job.recipe))  # the job may have waited for days
         check_team(job.recipe, len(data.train), hardware)
         run = begin_fold(job, data, hardware)
         with scalars(job.folder, run.history) if job.tensorboard and team.is_main else nullcontext() as note:
             train_fold(run, job, data, note)
         if team.is_main:
-            # The rest is not sealed: whoever needs the space of last.pt may delete it.
+            # The rest is not sealed: last.pt may be deleted to free its space.
             stage.seal(Record(len(data.train), [job.folder / "log.jsonl"], sealed_with(run)))
 
 
 def begin_fold(job: Job, data: FoldData, hardware: Hardware) -> Run:
-    """Return a fold's run: as last.pt left it, or at its start, with the learning rates that were found."""
+    """Return a fold's run: as last.pt saved it, or at its start, with the learning rates that were found."""
     path = job.folder / "last.pt"
     if path.is_file():
         saved = load_checkpoint(path)
@@ -111,7 +112,7 @@ def begin_fold(job: Job, data: FoldData, hardware: Hardware) -> Run:
         run.good = saved.get("good")
         run.normalise = Normalisation(tuple(saved["mean"]), tuple(saved["std"]))
         place = f"epoch {run.epoch + 1}" + (f", batch {run.step + 1}" if run.step else "")
-        print(f"{job.label}: going on at {place}", flush=True)
+        print(f"{job.label}: resuming at {place}", flush=True)
         return run
     print(f"{job.label}: {job.start.describe()}", flush=True)
     weights, rates = job.start.read(), job.recipe.group_learning_rates
@@ -123,7 +124,7 @@ def begin_fold(job: Job, data: FoldData, hardware: Hardware) -> Run:
 
 
 def sealed_with(run: Run) -> dict:
-    """Return what a finished training's sidecar notes of it."""
+    """Return the notes for a finished training's sidecar."""
     return {
         "epochs": run.epoch,
         "score_best": run.best_score,
@@ -142,10 +143,10 @@ def sealed_with(run: Run) -> dict:
 def train_fold(run: Run, job: Job, data: FoldData, note: Callable[[dict], None] | None = None) -> Run:
     """Train a run until its schedule is over.
 
-    note : function that is given each epoch's row of the log as well
+    note : function that also gets each epoch's row of the log
     Writes last.pt (everything), best.pt (network of the best epoch by macro F1 at 0.5), log.jsonl, and what the
     hard sampler did (see `losses.sample_table`); a thread writes while training continues.
-    Raises UserError when the loss stops being finite, Stopped after a last checkpoint when SIGTERM has come.
+    Raises UserError when the loss stops being finite; Stopped, after a last checkpoint, on SIGTERM.
     """
     feed = all_batches(run, data)
     with Saver(run, job, data) as saver, stopping.held():
@@ -171,7 +172,7 @@ def train_fold(run: Run, job: Job, data: FoldData, note: Callable[[dict], None] 
 
 
 def keep_good_state(run: Run, job: Job) -> None:
-    """Keep the state that an epoch begins with, where the job may return to it."""
+    """Keep the state at the start of an epoch, if the job may return to it."""
     if job.on_nan == "stop":
         run.good = None
     elif not (run.good and run.step):
@@ -184,7 +185,7 @@ class Saver:
     def __init__(self, run: Run, job: Job, data: FoldData) -> None:
         self.run, self.job, self.data = run, job, data
         self.made_from = job.stage.made_from()  # saved in every checkpoint
-        self.best: dict | None = None  # network that best.pt is to hold
+        self.best: dict | None = None  # network to write to best.pt
         self.saved = time.monotonic()
         self.writer = Writer()
 
@@ -196,7 +197,7 @@ class Saver:
         self.writer.__exit__(*error)
 
     def save(self) -> bool:
-        """Begin to write a checkpoint; returns False where it is another process's task or a number is not finite."""
+        """Start to write a checkpoint; returns False if that is another process's task or a number is not finite."""
         run, train = self.run, self.data.train
         if not run.hardware.team.is_main or not math.isfinite(run.loss_sum) or not finite_weights(run).all():
             return False
@@ -214,7 +215,7 @@ class Saver:
             print(f"{self.job.label}: saved in epoch {self.run.epoch + 1} after batch {self.run.step}", flush=True)
 
     def after_epoch(self, row: dict) -> None:
-        """Take the network of the best epoch, and save now and then, and in the end."""
+        """Keep the network of the best epoch; save now and then, and at the end."""
         run = self.run
         if "macro_f1" in row and row["macro_f1"] > run.best_score:
             run.best_score, self.best = row["macro_f1"], snapshot(run.network_state())
@@ -223,7 +224,7 @@ class Saver:
 
 
 def write_state(folder: Path, state: dict, best: dict | None, samples: pd.DataFrame | None) -> None:
-    """Write what belongs to a state of a run, and last.pt after it: killed in between, its epochs are done again."""
+    """Write the files of a run's state, last.pt last: if it is killed in between, these epochs are trained again."""
     if best:
         save_checkpoint(folder / "best.pt", best)
     if state["history"]:
@@ -244,24 +245,25 @@ def describe_epoch(run: Run, row: dict, label: str) -> str:
 def go_back(run: Run, error: NotFinite, job: Job) -> None:
     """Return a run to its last good state, to continue with half the learning rates.
 
-    Raises UserError without such a state, or when it happens too often.
     Writes bad_batch.csv, the Ids and losses of the batch.
+    Raises UserError without such a state, or if this happens too often.
     """
     path = job.folder / "bad_batch.csv"
-    found = f"{job.label}: the loss is not finite in {error}, whose Ids and losses are in {path}"
+    found = f"{job.label}: the loss is not finite in {error}"
+    where = f"its Ids and losses are in {path}"
     if run.hardware.team.is_main:
         write_csv(path, error.batch)
     returns = [*run.returns, str(error)]
     if run.good is None or len(returns) > MOST_RETURNS:
         tried = f", after it went back {MOST_RETURNS} times" if run.good else ""
         raise UserError(
-            f"{found}{tried}; lower the learning rates with --set learning_rates=... and train anew with --force"
-            + ("" if run.good else ", or go on with --on-nan back")
+            f"{found}{tried}; {where}. Lower the learning rates with --set learning_rates=... and train from scratch "
+            f"with --force{'' if run.good else ', or resume with --on-nan back'}"
         )
     run.restore(snapshot(run.good))
     run.returns = returns
     print(
-        f"{found}: going back to the beginning of epoch {run.epoch + 1} with {0.5 ** len(returns):g} of the "
+        f"{found}; {where}. Going back to the start of epoch {run.epoch + 1} with {0.5 ** len(returns):g} of the "
         "learning rates",
         flush=True,
     )
@@ -278,10 +280,10 @@ def is_finished(run: Run) -> bool:
 
 
 def all_batches(run: Run, data: FoldData) -> Iterator[Batch]:
-    """Return an iterator over every batch from the run's place on.
+    """Return an iterator over all remaining batches of a run.
 
-    Those are the training batches of each epoch, and after them, where it is evaluated, those of its validation part.
-    One loader makes them all, so that its processes and the batches that they have ready last from epoch to epoch.
+    Those are the training batches of each epoch, followed by its validation batches if the epoch is evaluated. One
+    loader makes them all, so that its processes and the batches that they have ready last from epoch to epoch.
     """
     epoch, step, recipe = run.epoch, run.step, run.recipe
     valid = part_of(data.valid, run.hardware.team)
@@ -311,7 +313,7 @@ def part_of(dataset: ImageSet, team: Team) -> ImageSet:
 
 
 def train_epoch(run: Run, data: FoldData, feed: Iterator[Batch], label: str, save: Callable[[], object]) -> None:
-    """Work through the rest of the run's current epoch; calls `save` now and then. Raises NotFinite.
+    """Train the rest of the run's current epoch; calls `save` now and then. Raises NotFinite.
 
     feed : iterator over its batches; see `all_batches`
     """
@@ -362,7 +364,7 @@ def learning_rate_factor(run: Run, step: int, steps: int) -> float:
 
 
 class Sums:
-    """What an epoch's steps add up, on the device: it is read now and then, since each reading makes a GPU wait."""
+    """Sums over an epoch's steps, on the device: read now and then, since each reading makes a GPU wait."""
 
     def __init__(self, run: Run) -> None:
         device = run.hardware.device
@@ -404,11 +406,11 @@ def check_finite(run: Run, data: FoldData, batches: EpochBatches, losses: list[t
 
 
 def without_overflows(fine: list[bool], steps: int, epoch_steps: int) -> list[bool]:
-    """Pass over single steps whose losses overflowed in float16, which the scaler skipped.
+    """Ignore single steps whose losses overflowed in float16; the scaler skipped them.
 
     fine : whether the losses of each of the last `steps` are finite, then whether each weight is
     epoch_steps : steps of this epoch so far
-    Where all of an epoch's, or CHECK_STEPS in a row, overflowed, that is no odd batch.
+    If all steps of an epoch, or CHECK_STEPS in a row, overflowed, they are not ignored.
     """
     if not any(fine[:steps]) and steps in (CHECK_STEPS, epoch_steps):
         return fine
@@ -416,14 +418,14 @@ def without_overflows(fine: list[bool], steps: int, epoch_steps: int) -> list[bo
 
 
 def finite_weights(run: Run) -> torch.Tensor:
-    """Tell of each parameter whether all its weights are finite numbers, (n_parameters,) on the device."""
+    """Tell for each parameter whether all its weights are finite, (n_parameters,) on the device."""
     # A NaN is both of a tensor's ends, an infinity one of them; `isfinite` on every weight takes ten times as long.
     ends = [torch.stack(parameter.detach().aminmax()) for parameter in run.model.parameters()]
     return torch.stack(ends).isfinite().all(dim=1)
 
 
 def note_ranking(run: Run, rows: torch.Tensor, losses: torch.Tensor, kept: torch.Tensor) -> None:
-    """Count for the batch's rows that they were ranked, whether they were kept, and their losses."""
+    """Count that the batch's rows were ranked, which of them were kept, and add up their losses."""
     counts = torch.stack([torch.ones_like(losses), torch.zeros_like(losses).index_fill(0, kept, 1.0), losses], dim=1)
     run.ranking.index_add_(1, rows, counts.expand(2, -1, -1))  # a row may be in a batch twice
 
@@ -432,7 +434,7 @@ def note_ranking(run: Run, rows: torch.Tensor, losses: torch.Tensor, kept: torch
 
 
 def close_epoch(run: Run, data: FoldData, feed: Iterator[Batch]) -> dict:
-    """Evaluate where the recipe says so, and go to the next epoch; returns the finished one's row of the log.
+    """Evaluate if the recipe says so, and move on to the next epoch; returns the finished epoch's row of the log.
 
     Raises NotFinite for the loss of the validation samples.
     """

@@ -1,4 +1,4 @@
-"""E-loss, the hard sampler, and what the sampler does: which classes it keeps, and which samples most often."""
+"""E-loss, the hard sampler, and statistics of it: which classes it keeps, and which samples most often."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +23,9 @@ def bce(logits: torch.Tensor, targets: torch.Tensor, recipe: Recipe) -> torch.Te
 
 
 def focal(logits: torch.Tensor, targets: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Return the focal loss of each class, (batch, n_classes): less of what is right already (Lin et al. 2017)."""
+    """Return the focal loss of each class, (batch, n_classes): easy samples count less (Lin et al. 2017)."""
     miss = torch.sigmoid(logits * (1 - 2 * targets))  # 1 - p of the true answer
-    # Below the smallest normal number its power would have an infinite slope, for a gamma below 1.
+    # For a gamma below 1, the power has an infinite slope at 0.
     return bce(logits, targets, recipe) * miss.clamp(min=torch.finfo(miss.dtype).tiny) ** recipe.focal_gamma
 
 
@@ -43,7 +43,7 @@ def sample_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
     losses = row_of(LOSSES, "base_loss", recipe.base_loss)(logits, targets, recipe)
     if losses.shape != logits.shape:
         found = tuple(losses.shape)
-        raise UserError(f"base_loss={recipe.base_loss} gives the shape {found}, expected {tuple(logits.shape)}")
+        raise UserError(f"base_loss={recipe.base_loss} returns the shape {found}, expected {tuple(logits.shape)}")
     if recipe.weighted_part == "positives":
         weights = torch.where(targets > 0, weights, 1.0)
     losses = losses * weights
@@ -54,7 +54,7 @@ def sample_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
 
 
 def hard_samples(losses: torch.Tensor, share: float) -> torch.Tensor:
-    """Return the indices of the K largest losses of a batch, K = share * B rounded, at least 1; ties: first come.
+    """Return the indices of the K largest losses of a batch, K = share * B rounded, at least 1; ties: first first.
 
     losses : (batch,)
     """
@@ -62,14 +62,14 @@ def hard_samples(losses: torch.Tensor, share: float) -> torch.Tensor:
     return torch.sort(losses.detach(), descending=True, stable=True).indices[:k]
 
 
-# --- what the sampler does ---------------------------------------------------------------------------------
+# --- statistics of the sampler -----------------------------------------------------------------------------
 
 
 def class_mix(epoch: int, targets: np.ndarray, ranked: np.ndarray, kept: np.ndarray) -> list[dict]:
-    """Return a row a class: its share of the labels that were ranked in an epoch, and of those that were kept.
+    """Return a row per class: its share of the labels that were ranked in an epoch, and of those that were kept.
 
     targets : (n, n_classes) bool; ranked, kept : (n,) times in the epoch that a sample was ranked and kept
-    A share among the kept above that among the ranked means that the class is trained on more than it is seen.
+    If its share among the kept is above that among the ranked, the sampler trains on the class more often.
     """
     seen, stayed = ranked @ targets, kept @ targets
     shares = (seen / max(1, seen.sum()), stayed / max(1, stayed.sum()))

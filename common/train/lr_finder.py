@@ -39,13 +39,13 @@ def find_lr(job: Job) -> None:
 
 
 def found_rates(job: Job, data: FoldData, hardware: Hardware, weights: dict | None) -> tuple[float, ...]:
-    """Save the finder's curve and return the learning rates to train with: by its suggestion, or the recipe's."""
+    """Save the finder's curve and return the learning rates to train with: from its suggestion, or the recipe's."""
     run = new_run(job.recipe, data, hardware, job.fold, job.seed, weights)
     rates, losses = lr_range_test(run, data, label=f"{job.label} learning rates")
     groups = job.recipe.group_learning_rates
-    if not math.isfinite(losses[0]):  # training meets the same batch first, and deals with it
+    if not math.isfinite(losses[0]):  # training starts with the same batch, and handles it
         print(
-            f"{job.label}: the loss is not finite from the very first batch, so there is no learning rate to be found",
+            f"{job.label}: the loss is not finite from the very first batch, so no learning rate can be found",
             flush=True,
         )
         return groups
@@ -54,10 +54,10 @@ def found_rates(job: Job, data: FoldData, hardware: Hardware, weights: dict | No
     is_used = job.recipe.finder == "use"
     if is_used:
         groups = tuple(suggestion * rate / groups[-1] for rate in groups)
-    used, of = ", ".join(f"{rate:.2g}" for rate in groups), "by that" if is_used else "of the recipe"
+    used, origin = ", ".join(f"{rate:.2g}" for rate in groups), "from the finder" if is_used else "of the recipe"
     print(
         f"{job.label}: highest learning rate at which the loss still falls: {suggestion:.2g}, at which it falls "
-        f"fastest: {steepest:.2g}; learning rates {used} ({of}); curve: {job.folder / 'lr_find.png'}",
+        f"fastest: {steepest:.2g}; learning rates {used} ({origin}); curve: {job.folder / 'lr_find.png'}",
         flush=True,
     )
     return groups
@@ -71,7 +71,7 @@ def lr_range_test(
     high: float = 10.0,
     label: str = "learning rates",
 ) -> tuple[list[float], list[float]]:
-    """Train a fresh run while the learning rate grows per batch from `low` to `high`; stop when it diverges.
+    """Train a fresh run with a learning rate that grows per batch from `low` to `high`; stop when it diverges.
 
     The rate is that of the last layer group; the others keep their ratio to it. Returns rates and losses.
     """
@@ -83,7 +83,7 @@ def lr_range_test(
     n = epoch_batches(run, data, 0).batch
     run.model.train()
     for images, targets in progress(feed, n_steps, label, unit="batches", quiet=not hardware.team.is_main):
-        stopping.check()  # a worker process that trains notes signals only
+        stopping.check()  # a worker process that trains only records signals
         rates.append(exponential_range(len(rates), n_steps, low, high))
         for group in groups:
             group["lr"] = rates[-1] * group["top_lr"] / groups[-1]["top_lr"]
@@ -114,7 +114,7 @@ def save_lr_curve(folder: Path, rates: list[float], losses: list[float]) -> tupl
     axes.set(
         xscale="log",
         xlabel="learning rate of the head (per batch, growing)",
-        ylabel="E-loss",
+        ylabel="training loss",
         ylim=(0, 1.1 * max(losses[0], np.median(losses))),
     )
     axes.legend()

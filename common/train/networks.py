@@ -1,4 +1,4 @@
-"""Encoders for four channels and their table, the paper's head, GapNet-PL."""
+"""Encoders for four channels and their table, the paper's head, and GapNet-PL."""
 
 import math
 import warnings
@@ -16,7 +16,7 @@ from common.errors import UserError, nearest
 from common.recipes import Recipe, row_of
 
 PYTORCH = "https://download.pytorch.org/models"
-# One host twice: the project moved, and its old address forwards to the new one.
+# The project moved; its old address forwards to the new one.
 TIMM = (
     "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights",
     "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights",
@@ -34,7 +34,7 @@ class AdaptiveConcatPool2d(nn.Module):
 
 
 class PadTo(nn.Module):
-    """Put images smaller than `minimum` pixels into the middle of zeros: (n, c, h, w) -> at least minimum a side."""
+    """Pad images with zeros on all sides to at least `minimum` pixels per side: (n, c, h, w) -> (n, c, h', w')."""
 
     def __init__(self, minimum: int) -> None:
         super().__init__()
@@ -64,8 +64,9 @@ class Classifier(nn.Module):
 class GapNetEncoder(nn.Sequential):
     """The convolutions of GapNet-PL (Rumetshofer et al., ICLR 2019) and its pooled features: (n, 4, h, w) -> (n, 224).
 
-    The global averages of three levels (32, 64 and 128 channels) are concatenated, so that fine structure reaches
-    the head beside context.
+    The global averages of three levels (32, 64 and 128 channels) are concatenated, so that the head gets
+    both fine structure and context.
+
     wider : two more convolutions of 32 channels before the first level, as Zhang et al. add "in the first step"
     """
 
@@ -112,7 +113,7 @@ def self_normalise(network: nn.Module) -> None:
 
 
 def load_torchvision() -> None:
-    """Import torchvision: torch before 2.7 cannot load what it needs under the meta device."""
+    """Import torchvision: torch before 2.7 cannot import it under the meta device."""
     with torch.device("cpu"):
         import torchvision  # noqa: F401
 
@@ -120,22 +121,22 @@ def load_torchvision() -> None:
 def pretrainedmodel(name: str) -> nn.Module:
     """Return a network of the package pretrainedmodels with random weights and three input channels."""
     load_torchvision()
-    with torch.random.fork_rng(devices=[]):  # its import draws random numbers; ours must not depend on that
+    with torch.random.fork_rng(devices=[]):  # its import draws random numbers; ours must not change
         import pretrainedmodels
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it calls torchvision with arguments that are deprecated there
+        warnings.simplefilter("ignore")  # it uses deprecated arguments of torchvision
         return getattr(pretrainedmodels, name)(num_classes=1000, pretrained=None)
 
 
 def resnet10_narrow() -> nn.Module:
-    """Return a ResNet for images of 100 to 250 pixels: one block a stage, 16 to 128 channels, halved by max pooling.
+    """Return a ResNet for images of 100 to 250 pixels: one block per stage, 16 to 128 channels, max pooling.
 
-    Small bright spots, which strided convolutions learn to see only with much data, pass a maximum unharmed. The stem
-    pools before it normalises, which takes a fifth off the time of a training step.
+    Max pooling keeps small bright spots, which strided convolutions learn to detect only with much data. The stem pools
+    before it normalises, which makes a training step a fifth faster.
     """
     load_torchvision()
-    from torchvision.models.resnet import BasicBlock, ResNet  # two seconds, spared where nothing is built
+    from torchvision.models.resnet import BasicBlock, ResNet  # takes two seconds, so only when needed
 
     network = ResNet(BasicBlock, [1, 1, 1, 1])
     network.conv1 = nn.Sequential(nn.Conv2d(3, 16, 5, stride=2, padding=2, bias=False), network.maxpool)
@@ -152,7 +153,7 @@ def resnet10_narrow() -> nn.Module:
 
 
 def densenet50() -> nn.Module:
-    """Return a DenseNet-BC with 2 * 22 + 5 = 49 layers; with its buffering layer it has about ResNet18's parameters."""
+    """Return a DenseNet-BC with 2 * 22 + 5 = 49 layers; with its buffering layer it is about as large as ResNet18."""
     load_torchvision()
     from torchvision.models import DenseNet
 
@@ -161,17 +162,17 @@ def densenet50() -> nn.Module:
 
 @dataclass(frozen=True)
 class Published:
-    """A file of published weights, and what its network expects of RGB values in [0, 1]."""
+    """A file of published weights, and its network's normalisation of RGB values in [0, 1]."""
 
     file: str
     urls: tuple[str, ...]  # tried in order
-    sha256: str  # the first digits at least
+    sha256: str  # at least its first digits
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
 def named_by_digest(file: str, *hosts: str) -> Published:
-    """Describe a file whose name ends in the first digits of its SHA-256, as torchvision and timm name theirs."""
+    """Describe a file whose name ends in the first digits of its SHA-256, as those of torchvision and timm do."""
     return Published(file, tuple(f"{host}/{file}" for host in hosts), Path(file).stem.rsplit("-", 1)[1], *IMAGENET)
 
 
@@ -180,9 +181,9 @@ class Encoder:
     """A row of ENCODERS.
 
     build : function that returns the convolutional part, (n, 3 or 4, h, w) -> (n, features, h', w'), or (n, features)
-        where it pools by itself, and its features; with random weights, under the names that files of weights use
-    split : name of its child at which its second half begins, which three learning rates train faster than the first
-    weights : those that are published for it
+        if it pools by itself, and the number of features; with random weights, and the names of published parameters
+    split : name of the child that begins its second half, which three learning rates train faster than the first
+    weights : its published weights
     """
 
     build: Callable[[], tuple[nn.Sequential, int]]
@@ -191,29 +192,29 @@ class Encoder:
 
 
 def residual(network: nn.Module) -> tuple[nn.Sequential, int]:
-    """Return the convolutional part of a ResNet or SENet, and its features."""
+    """Return the convolutional part of a ResNet or SENet, and its number of features."""
     stages = ("conv1", "bn1", "relu", "maxpool", "layer0", "layer1", "layer2", "layer3", "layer4")
     parts = [(name, module) for name, module in network.named_children() if name in stages]
     return nn.Sequential(OrderedDict(parts)), features_of(network)
 
 
 def dense(network: nn.Module) -> tuple[nn.Sequential, int]:
-    """Return the convolutional part of a DenseNet, and its features.
+    """Return the convolutional part of a DenseNet, and its number of features.
 
-    It ends in a BatchNorm; the network itself puts a ReLU behind it.
+    The part ends in a BatchNorm; the original network applies a ReLU after it.
     """
     parts = [*network.get_submodule("features").named_children(), ("relu", nn.ReLU(inplace=True))]
     return nn.Sequential(OrderedDict(parts)), features_of(network)
 
 
 def inception(network: nn.Module) -> tuple[nn.Sequential, int]:
-    """Return the convolutional part of an Inception network, for images of any size, and its features."""
+    """Return the convolutional part of an Inception network, for images of any size, and its number of features."""
     parts = [("pad", PadTo(INCEPTION_MINIMUM)), *network.get_submodule("features").named_children()]
     return nn.Sequential(OrderedDict(parts)), features_of(network)
 
 
 def features_of(network: nn.Module) -> int:
-    """Return the features that a network's last linear layer takes."""
+    """Return the number of inputs of a network's last linear layer."""
     return next(layer for layer in reversed(list(network.modules())) if isinstance(layer, nn.Linear)).in_features
 
 
@@ -245,7 +246,7 @@ ENCODERS = {
     "inceptionv4": Encoder(
         lambda: inception(pretrainedmodel("inceptionv4")),
         "11",
-        Published(  # on its host it is called model.safetensors, and its whole digest is on record
+        Published(  # named model.safetensors on its host; this is its whole digest
             "inception_v4.tf_in1k-a756a086.safetensors",
             ("https://huggingface.co/timm/inception_v4.tf_in1k/resolve/main/model.safetensors",),
             "a756a086851c8d5a8de135ec15c76b90ea56cb5aef450e3299107e659e725bb1",
@@ -258,12 +259,12 @@ ENCODERS = {
 
 
 def encoder_of(name: str) -> Encoder:
-    """Return an encoder's row; raises UserError for a name without one."""
+    """Return an encoder's row; raises UserError for an unknown name."""
     return row_of(ENCODERS, "encoder", name)
 
 
 def widen_stem(convolution: nn.Conv2d, fourth_channel: str) -> nn.Conv2d:
-    """Return the first convolution for four channels: RGB weights kept, yellow's those of red, their mean, or zero."""
+    """Return the first convolution for four channels: RGB weights are kept; yellow's are red's, their mean, or 0."""
     geometry: dict[str, Any] = {name: getattr(convolution, name) for name in ("kernel_size", "stride", "padding")}
     wide = nn.Conv2d(4, convolution.out_channels, **geometry, bias=convolution.bias is not None)
     rgb = convolution.weight.detach()
@@ -283,8 +284,8 @@ def stem(encoder: nn.Module) -> tuple[str, nn.Conv2d]:
 def build_encoder(recipe: Recipe, weights: dict | None = None) -> tuple[nn.Sequential, int]:
     """Return the encoder with a 4-channel stem and its feature count.
 
-    weights : parameters under the encoder's names, for three input channels or four; None for random ones
-    Raises UserError where the weights are another network's.
+    weights : parameters under the encoder's names, for three or four input channels; None for random ones
+    Raises UserError if the weights are another network's.
     """
     row = encoder_of(recipe.encoder)
     encoder, features = row.build()
@@ -301,28 +302,28 @@ def build_encoder(recipe: Recipe, weights: dict | None = None) -> tuple[nn.Seque
 
 
 def check_split(name: str, split: str, encoder: nn.Sequential) -> None:
-    """Refuse a row of ENCODERS whose layer groups cannot split where it says."""
+    """Refuse a row of ENCODERS whose `split` is not a child of its encoder."""
     children = dict(encoder.named_children())
     if split not in children:
         raise UserError(
-            f"encoder {name} splits at {split!r}, which it does not have; {nearest(split, children, every=True)}"
+            f"encoder {name} should split at {split!r}, but has no such layer; {nearest(split, children, every=True)}"
         )
 
 
 def load_weights(encoder: nn.Module, weights: dict, name: str) -> None:
-    """Load parameters into an encoder; raises UserError where names or shapes differ."""
+    """Load parameters into an encoder; raises UserError if names or shapes differ."""
     own = encoder.state_dict()
     needed = {key for key in own if not key.endswith("num_batches_tracked")}  # old files do not have those
     shapes = {key for key in needed & weights.keys() if own[key].shape != weights[key].shape}
     for what, keys in (
-        ("lack", needed - weights.keys()),
-        ("have too much, such as", weights.keys() - own.keys()),
-        ("have other shapes, such as", shapes),
+        ("missing tensor", needed - weights.keys()),
+        ("unexpected tensor", weights.keys() - own.keys()),
+        ("tensor of another shape,", shapes),
     ):
         if keys:
             raise UserError(
-                f"these are not weights of {name}: they {what} {sorted(keys)[0]} ({len(keys)} in all); "
-                "give --pretrained the file of that network"
+                f"these are not weights of {name}: {what} {sorted(keys)[0]} ({len(keys)} in all); give "
+                "--pretrained the file of that network"
             )
     encoder.load_state_dict(weights, strict=False)
 
@@ -331,7 +332,7 @@ def load_weights(encoder: nn.Module, weights: dict, name: str) -> None:
 
 
 def build_pool(kind: str) -> nn.Module:
-    """Return the global pooling: acp, average, or none behind an encoder with its own."""
+    """Return the global pooling: acp, average, or none after an encoder with its own."""
     if kind == "average":
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return AdaptiveConcatPool2d() if kind == "acp" else nn.Identity()
@@ -355,7 +356,7 @@ def build_head(features: int, n_classes: int, recipe: Recipe) -> nn.Sequential:
 
 
 def build_model(recipe: Recipe, n_classes: int, weights: dict | None = None) -> Classifier:
-    """Return the recipe's network; what `weights` does not give is drawn from torch's global generator."""
+    """Return the recipe's network; parameters not in `weights` are drawn from torch's global generator."""
     encoder, features = build_encoder(recipe, weights)
     pooled = 2 * features if recipe.pooling == "acp" else features
     head = build_head(pooled, n_classes, recipe)
@@ -363,6 +364,6 @@ def build_model(recipe: Recipe, n_classes: int, weights: dict | None = None) -> 
 
 
 def count_parameters(recipe: Recipe, n_classes: int) -> int:
-    """Return the number of trained parameters, without spending memory on them."""
+    """Return the number of trained parameters, without allocating them."""
     with torch.device("meta"):
         return sum(math.prod(p.shape) for p in build_model(recipe, n_classes).parameters())

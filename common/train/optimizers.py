@@ -1,6 +1,6 @@
 """Optimizers and their groups of parameters: SGD, AdamW, and Muon.
 
-Muon takes steps of momentum whose directions are all equally long (Jordan et al. 2024), for weights of convolutions.
+Muon orthogonalises the momentum before each step (Jordan et al. 2024); it is for weights of convolutions.
 """
 
 import math
@@ -14,18 +14,18 @@ from common.errors import UserError
 from common.recipes import Recipe, row_of
 from common.train.networks import Classifier
 
-# Of the quintic iteration: steep at 0, so that five of them bring singular values between 0.0015 and 1 to 0.68 to 1.21.
+# Of the quintic iteration: steep at 0, so five iterations bring singular values in [0.0015, 1] into [0.68, 1.21].
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPSILON = 1e-7
-RMS = 0.2  # of a step of AdamW, which steps here are as large as (Liu et al. 2025)
+RMS = 0.2  # of a step, to match AdamW's (Liu et al. 2025)
 
 
 def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
-    """Return a matrix (m, n) with its singular values brought to about 1, its singular vectors as they are.
+    """Return a matrix (m, n) with singular values of about 1 and the same singular vectors.
 
-    Each iteration multiplies by a polynomial of the matrix and its transpose. Those commute, so all are multiplied in
-    the smaller of the two spaces first and meet the matrix once: a third of the work where n is 9 m, as in a
+    Each iteration multiplies by a polynomial of the matrix and its transpose. Those commute, so they are multiplied in
+    the smaller of the two spaces, and with the matrix only once. That is a third of the work if n is 9 m, as in a
     convolution.
     """
     a, b, c = COEFFICIENTS
@@ -45,11 +45,11 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """Muon with Nesterov's momentum for the groups of parameters that say `muon`, AdamW for the others.
+    """Muon with Nesterov's momentum for the parameter groups marked `muon`, AdamW for the others.
 
-    Weights (m, ...) count as matrices (m, n); a Muon group's momentum is its first beta. Steps are as large as AdamW's,
-    so rates and decay mean the same for both. Where AdamW is `fused`, a gradient scaler leaves its scale and whether
-    anything overflowed to the step, as attributes `grad_scale` and `found_inf`, so that nothing waits for the GPU.
+    Weights (m, ...) are treated as matrices (m, n). A Muon group's momentum is its first beta. Steps are as large as
+    AdamW's, so rates and decay mean the same for both. If AdamW is `fused`, a gradient scaler passes its scale, and
+    whether anything overflowed, to the step as attributes `grad_scale` and `found_inf`, so nothing waits for the GPU.
     """
 
     __setstate__ = torch.optim.Optimizer.__setstate__  # AdamW's expects its own state in every parameter
@@ -89,16 +89,16 @@ class Muon(torch.optim.AdamW):
 
 
 def sgd(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
-    """Return SGD with momentum, whose decay is L2 on all parameters."""
+    """Return SGD with momentum; its decay is L2 on all parameters."""
     optimizer = torch.optim.SGD(groups, momentum=recipe.momentum, weight_decay=recipe.weight_decay, **STEADY)
-    # torch leaves them unset where a first step overflows in float16, and uses them in the next
+    # If the first step overflows in float16, torch leaves them unset, and uses them in the next step.
     for parameter in all_parameters(groups) if recipe.momentum else ():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def adamw(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
-    """Return AdamW, whose decay is decoupled and of weights only."""
+    """Return AdamW; its decay is decoupled, and on weights only."""
     return torch.optim.AdamW(by_dimensions(recipe, groups), betas=(recipe.momentum, 0.99), **STEADY)
 
 
@@ -109,8 +109,8 @@ def muon(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
 
 STEADY: dict[str, Any] = {"lr": 0.0, "fused": True}  # the schedule sets the rate before each step
 
-# Functions of (recipe, groups of parameters with their `lr` and `top_lr`). All state is the optimizer's own, in
-# `Optimizer.state`, from which `Run` checkpoints it: tensors of a parameter's shape, or numbers.
+# Functions of (recipe, groups of parameters with their `lr` and `top_lr`). All state is in `Optimizer.state`,
+# from which `Run` checkpoints it: tensors of a parameter's shape, or numbers.
 OPTIMIZERS: dict[str, Callable[[Recipe, list[dict]], torch.optim.Optimizer]] = {
     "sgd": sgd,
     "adamw": adamw,
@@ -119,15 +119,13 @@ OPTIMIZERS: dict[str, Callable[[Recipe, list[dict]], torch.optim.Optimizer]] = {
 
 
 def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer. Raises UserError for one that leaves parameters out or forgets their top rates."""
+    """Return the recipe's optimizer. Raises UserError if it leaves out parameters or their top rates."""
     optimizer = row_of(OPTIMIZERS, "optimizer", recipe.optimizer)(recipe, groups)
     held = {id(parameter) for parameter in all_parameters(optimizer.param_groups)}
     if held != {id(parameter) for parameter in all_parameters(groups)}:
-        raise UserError(f"optimizer={recipe.optimizer} does not hold all parameters, and no others")
+        raise UserError(f"optimizer={recipe.optimizer} must hold all given parameters and no others")
     if not all("top_lr" in group for group in optimizer.param_groups):
-        raise UserError(
-            f"optimizer={recipe.optimizer} has groups without 'top_lr'; make them of those that it is given"
-        )
+        raise UserError(f"optimizer={recipe.optimizer} has groups without 'top_lr'; derive them from the given groups")
     return optimizer
 
 

@@ -1,4 +1,4 @@
-"""Stage 05: which folds there are to predict, and probabilities from a network by test-time views."""
+"""Stage 05: which folds to predict, and a network's probabilities, averaged over test-time views."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -25,7 +25,7 @@ from common.train.dataset import BATCH, Batch, ImageSet, Normalisation, dihedral
 from common.train.fold_data import image_set
 from common.train.hardware import Fitting, Hardware, HardwareOptions, batch_bytes, choose_hardware, fit_shared_memory
 
-View = Callable[[torch.Tensor], torch.Tensor]  # from images to what is predicted of them
+View = Callable[[torch.Tensor], torch.Tensor]  # from images to the images that are predicted
 
 
 # --- jobs --------------------------------------------------------------------------------------------------
@@ -37,8 +37,8 @@ class PredictionJob:
 
     name : of the recipe
     folds : the whole table of stage 03
-    means : part -> table of samples that every fold predicts, and whose mean over the folds counts
-    settings : tta, view and checkpoint, which stage 05's sidecars note
+    means : part -> table of samples that every fold predicts, to be averaged over the folds
+    settings : tta, view and checkpoint, as in stage 05's sidecars
     """
 
     work: Path
@@ -64,7 +64,7 @@ class PredictionJob:
         return finished_checkpoint(self.work, self.name, self.fold, self.folds, self.settings["checkpoint"])
 
     def stage(self, part: str, network: Path, recipe: Recipe) -> Stage:
-        """Return what stage 05 makes for one part of the samples."""
+        """Return stage 05's output for one part of the samples."""
         return Stage(
             "05_predict_oof",
             self.file(part),
@@ -80,7 +80,7 @@ class PredictionJob:
 
 
 def predict_job(job: PredictionJob) -> None:
-    """Write a fold's probabilities for each part of the samples, where they are not up to date."""
+    """Write a fold's probabilities for each part of the samples, unless they are up to date."""
     path, recipe = job.network()
     network, fitting = None, Fitting()
     for part, rows in job.parts.items():
@@ -107,8 +107,9 @@ def predict_job(job: PredictionJob) -> None:
 def predicted_folds(job: PredictionJob, numbers: list[int]) -> dict[str, list[int]]:
     """Return for each part of the samples the folds whose predictions belong together.
 
-    Those are `numbers`, and the others that are predicted and up to date. Prints which predictions of other folds are
+    Those are `numbers`, and other folds whose predictions are up to date. Prints which predictions of other folds are
     left out, and why.
+
     job : of any fold of the recipe
     """
     job = replace(job, fold=numbers[0])
@@ -126,7 +127,7 @@ def predicted_folds(job: PredictionJob, numbers: list[int]) -> dict[str, list[in
 
 
 def why_not_current(job: PredictionJob, parts: list[str], recipe: Recipe) -> dict[str, str | None]:
-    """Return for each part why its predictions are not what this recipe's network would make now; else None."""
+    """Return for each part why its predictions are not up to date with this recipe's network; None if they are."""
     if not parts:
         return {}
     try:
@@ -176,21 +177,21 @@ def predict_logits(
     """Return the logits of every image under every view, (n_views, n, n_classes) float32 on the CPU.
 
     Images are decoded once for all views.
-    label : shown with a progress bar
-    feed : iterator that has the batches of `whole_batches` next, on the device; None to load them
-    fitting : what is known of the memory; prediction continues with the size that fitted
+    label : of the progress bar; None for no bar
+    feed : iterator whose next batches are those of `whole_batches`, on the device; None to load them
+    fitting : the batch size that fits into memory, if known; updated here
     """
     model.eval()
     fitting = fitting or Fitting()
     parts = whole_batches(dataset, batch_size)
     batches = islice(feed, len(parts)) if feed else loaded(dataset, parts, hardware)
 
-    @torch.inference_mode()  # not around the loader, which may receive a later training batch meanwhile
+    @torch.inference_mode()  # not around the loader, which may be receiving a later training batch
     def logits_of(images: torch.Tensor) -> torch.Tensor:
         images = normalise(images, hardware.device)
         with hardware.casting():
             logits = torch.stack([model(view(images)).float() for view in tta_views])
-        if hardware.autocast == torch.float16 and not logits.isfinite().all():  # an overflow, which 32 bits do not have
+        if hardware.autocast == torch.float16 and not logits.isfinite().all():  # an overflow, which 32 bits avoid
             logits = torch.stack([model(view(images)) for view in tta_views])
         return logits
 
@@ -220,7 +221,7 @@ def in_parts_that_fit(
             if not is_out_of_memory(error):
                 raise
         if size == 1:
-            raise UserError("one image does not fit into the GPU's memory; try --device cpu")
+            raise UserError("the GPU is out of memory with one image at once; try --device cpu")
         fitting.size = size // 2
         torch.cuda.empty_cache()
 

@@ -1,6 +1,6 @@
-"""Where a training starts: from a file of pretrained weights, found or downloaded, checked and read; or at random.
+"""The start of a training: a file of pretrained weights, found or downloaded, checked and read; or random weights.
 
-No pickle is ever run: files hold tensors, or are refused.
+No pickle is ever run: files that hold anything but tensors are refused.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ SAVE = (
     "save the network's parameters alone with torch.save(network.state_dict(), FILE), and give that: --pretrained FILE"
 )
 OTHER_THINGS = re.compile(r"GLOBAL (\S+)|(TorchScript)")
-# What programs save around a network's parameters, and put in front of their names.
+# Keys under which programs save a network's parameters, and prefixes of the parameters' names.
 WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -53,7 +53,7 @@ WRAPPERS = (
 )
 DEPTH = 4  # of wrappers in wrappers
 WRAPPED_NAME = re.compile(r"(?:^|(?<=\.))(?:(?:_orig_mod|module)\.)+")
-NETWORK_NAMES = ("model.", "network.", "net.", "backbone.")  # of a network that is a part of a larger object
+NETWORK_NAMES = ("model.", "network.", "net.", "backbone.")  # prefixes of a network that is part of a larger object
 OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # as torchvision published them
 
 # --- finding -----------------------------------------------------------------------------------------------
@@ -64,14 +64,14 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
 
     pretrained : 'none'; 'auto' for the published file, from `weights_dir`, torch's cache or its host; or a file
 
-    Where the host cannot be reached, a message on stdout says which file to put where. An existing file that is not
-    the published one is used, with a warning. Raises UserError for a file that is not there, or cannot be written.
+    If the host cannot be reached, a message on stdout says which file to put where. An existing file that is not the
+    published one is used, with a warning. Raises UserError for a missing file, or one that cannot be written.
     """
     if pretrained == "none":
         return None
     if pretrained != "auto" and not Path(pretrained).is_file():
         raise UserError(
-            f"--pretrained {pretrained}: there is no such file; give a .pth or .safetensors file, 'auto' "
+            f"--pretrained {pretrained}: no such file; give a .pth or .safetensors file, 'auto' "
             "for the published weights, or 'none' for random ones"
         )
     if pretrained != "auto":
@@ -86,18 +86,18 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
 
 
 def weight_files(published: Published, weights_dir: Path | None) -> list[Path]:
-    """Return where published weights are looked for; they are downloaded to the first place."""
+    """Return the paths to look for published weights; they are downloaded to the first one."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     return [folder / published.file for folder in (weights_dir, cache) if folder]
 
 
 def told_if_other(path: Path, sha256: str) -> Path:
-    """Return a file that was found under a published name; print a warning where its SHA-256 is another one's."""
+    """Return a file that was found under a published name; print a warning if its SHA-256 differs."""
     found = fingerprint(path)
     if not found.startswith(sha256):
         print(
             f"warning: {path} is not the published file: its SHA-256 should begin with {sha256}, found {found}. It is "
-            "used as it is; delete it to have the published one downloaded",
+            "used anyway; delete it to download the published one",
             flush=True,
         )
     return path
@@ -107,13 +107,13 @@ def told_if_other(path: Path, sha256: str) -> Path:
 
 
 class NotPublished(Exception):
-    """A host does not answer, or gives another file than the published one."""
+    """A host does not answer, or sends another file than the published one."""
 
 
 def download(encoder: str, published: Published, path: Path) -> Path | None:
-    """Download to `path` from the first host that has the file; where none has, print what to do and return None.
+    """Download to `path` from the first host that has the file; if none has, print what to do and return None.
 
-    Raises UserError where `path` cannot be written: that is no reason to train from random weights.
+    Raises UserError if `path` cannot be written: that is no reason to train from random weights.
     """
     failures = []
     for url in published.urls:
@@ -124,15 +124,15 @@ def download(encoder: str, published: Published, path: Path) -> Path | None:
             failures.append(f"  {url} ({error})")
         except OSError as error:
             raise UserError(
-                f"the weights of {encoder} cannot be written to {path.parent} ({error.strerror or error}); make "
-                "room or get the right to, give --weights-dir a folder that can be written, or start from random "
-                "weights with --pretrained none"
+                f"the weights of {encoder} cannot be written to {path.parent} ({error.strerror or error}); free "
+                "space, get write permission, give --weights-dir a writable folder, or start from random weights with "
+                "--pretrained none"
             ) from None
     print(
-        f"{encoder}: the ImageNet weights could not be downloaded, so training goes on from random weights.\n"
-        f"To start from them, save one of these as {path.absolute()}:\n"
+        f"{encoder}: the ImageNet weights could not be downloaded, so training starts from random weights.\n"
+        f"To use them, save one of these as {path.absolute()}:\n"
         + "\n".join(failures)
-        + "\n(--pretrained none starts from random weights without asking for them)",
+        + "\n(--pretrained none starts from random weights without trying to download)",
         flush=True,
     )
     return None
@@ -148,7 +148,7 @@ def answers(url: str) -> bool:
 
 
 def receive(url: str) -> Iterator[Any]:
-    """Yield how many megabytes a file has and then its content, in parts; raises NotPublished."""
+    """Yield a file's size in megabytes, then its content in parts; raises NotPublished."""
     try:
         with urlopen(Request(url, headers={"User-Agent": "python"}), timeout=SECONDS_TO_ANSWER) as response:
             yield math.ceil(int(response.headers.get("Content-Length", 0)) / MEGABYTE)
@@ -159,9 +159,9 @@ def receive(url: str) -> Iterator[Any]:
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:
-    """Download one file under a temporary name and move it into place once its checksum is right.
+    """Download one file under a temporary name, and rename it once its checksum is right.
 
-    Raises NotPublished for what the host does, OSError for what the disk does.
+    Raises NotPublished for errors of the host, OSError for those of the disk.
     """
     content = receive(url)
     size = next(content)
@@ -194,10 +194,10 @@ def read_file(path: Path) -> Any:
             return load_file(path)
         refuse_inflated(path)
         return torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # damaged files raise many kinds, torch's with long advice
+    except Exception as error:  # damaged files raise many kinds; torch's have long advice
         if other := OTHER_THINGS.search(str(error)):
             raise UserError(
-                f"{path} holds other things than tensors ({other[1] or other[2]}), which might run code, so it is "
+                f"{path} holds objects other than tensors ({other[1] or other[2]}), which might run code, so it is "
                 f"not read; {SAVE}"
             ) from None
         reason = first_line(error) if isinstance(error, ValueError) else type(error).__name__
@@ -207,29 +207,29 @@ def read_file(path: Path) -> Any:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read a file of weights onto the CPU: tensors of the encoder alone, under the encoder's own parameter names.
 
-    Takes torchvision's, timm's and pretrainedmodels' files of whole networks, this project's checkpoints, and what
-    other programs save around or in front of the parameters. Raises UserError for what cannot be read, is not such a
-    file, or has numbers that are not finite.
+    Accepts whole networks of torchvision, timm and pretrainedmodels, this project's checkpoints, and the wrappers and
+    prefixes of other programs. Raises UserError for a file that cannot be read, is none of these, or has numbers that
+    are not finite.
     """
     state = unwrapped(read_file(path))
     if not is_parameters(state):
-        raise UserError(f"{path} holds {contents(state)}; expected the tensors of a network; {SAVE}")
+        raise UserError(f"{path} holds {contents(state)}; expected a network's tensors; {SAVE}")
     tensors = encoder_tensors(state)
     if not tensors:
-        raise UserError(f"{path} holds no tensors of an encoder, but {contents(state)}; {CURE}")
+        raise UserError(f"{path} holds no encoder tensors, only {contents(state)}; {CURE}")
     broken = [
         name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.float().isfinite().all()
     ]
     if broken:
         raise UserError(
-            f"{path} has weights that are NaN or infinite, such as {broken[0]} ({len(broken)} tensors in all); give "
-            "another file with --pretrained FILE"
+            f"{path} has weights that are NaN or infinite, for example {broken[0]} ({len(broken)} tensors in all); "
+            "give another file with --pretrained FILE"
         )
     return tensors
 
 
 def unwrapped(state: Any) -> Any:
-    """Return a network's parameters among what was saved: those under the first of WRAPPERS, else the only ones."""
+    """Return a network's parameters from a saved object: those under the first of WRAPPERS, else the only ones."""
     for _ in range(DEPTH):
         if not isinstance(state, dict) or is_parameters(state):
             break
@@ -242,7 +242,7 @@ def unwrapped(state: Any) -> Any:
 
 
 def is_parameters(state: object) -> bool:
-    """Tell whether something is a dictionary of named tensors and nothing else."""
+    """Tell whether an object is a dictionary of named tensors and nothing else."""
     return (
         isinstance(state, dict)
         and bool(state)
@@ -251,7 +251,7 @@ def is_parameters(state: object) -> bool:
 
 
 def is_plain(tensor: object) -> bool:
-    """Tell whether something is a tensor of real numbers with a place in memory for each."""
+    """Tell whether an object is a dense tensor of real numbers, with its data in memory."""
     return (
         torch.is_tensor(tensor)
         and tensor.layout == torch.strided
@@ -262,7 +262,7 @@ def is_plain(tensor: object) -> bool:
 
 
 def contents(state: object) -> str:
-    """Say what a file holds: first what is no plain tensor."""
+    """Describe what a file holds; objects other than plain tensors come first."""
     if not isinstance(state, dict) or not state:
         return f"one {type(state).__name__}" if state != {} else "nothing"
     others = {name: value for name, value in state.items() if not is_plain(value)} or state
@@ -274,7 +274,7 @@ def contents(state: object) -> str:
 
 
 def encoder_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a network's tensors without its classifier, named as in the encoder."""
+    """Return a network's tensors, without its classifier, under the encoder's names."""
     state = {WRAPPED_NAME.sub("", name): tensor for name, tensor in state.items() if name != "n_averaged"}
     for part in NETWORK_NAMES:
         state = {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)} or state
@@ -296,27 +296,27 @@ class Start:
     """The weights that a training starts from; without a file, random ones."""
 
     file: Path | None = None
-    normalisation: Normalisation | None = None  # that of the weights; None = that of the data
-    reason: str = "as asked for"  # why random
+    normalisation: Normalisation | None = None  # of the weights; None = of the data
+    reason: str = "as requested"  # why random
 
     def read(self) -> dict[str, torch.Tensor] | None:
         """Return the encoder's parameters, None for random ones."""
         return read_weights(self.file) if self.file else None
 
     def inputs(self) -> dict:
-        """Return what a sidecar says of the file."""
+        """Return the file's fingerprint for a sidecar."""
         return {"weights": fingerprint(self.file)} if self.file else {}
 
     def describe(self) -> str:
-        """Say in a few words what training starts from and how images are normalised, for logs and records."""
+        """Describe briefly what training starts from and how images are normalised, for logs and records."""
         weights = f"from {self.file.name}" if self.file else f"from random weights ({self.reason})"
-        return f"{weights}, images normalised as {'for those' if self.normalisation else 'the data asks for'}"
+        return f"{weights}, images normalised {'for these weights' if self.normalisation else 'by the data'}"
 
 
 def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
-    """Return the start of a recipe: `file` is what `weights.find_weights` found for `pretrained`.
+    """Return the start of a recipe: `file` is the result of `find_weights` for `pretrained`.
 
-    Raises UserError where the file is another network's: now, before anything is trained or deleted.
+    Raises UserError if the file is another network's: now, before anything is trained or deleted.
     """
     if file:
         build_encoder(recipe, read_weights(file))
@@ -325,7 +325,7 @@ def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
     if pretrained == "none":
         return Start()
     return Start(
-        reason="the published ones could not be had"
+        reason="the published ones were not available"
         if encoder_of(recipe.encoder).weights
         else f"none are published for {recipe.encoder}"
     )
@@ -342,14 +342,14 @@ def is_four_numbers(values: object) -> bool:
 def weights_normalisation(recipe: Recipe, file: Path) -> Normalisation | None:
     """Return the normalisation that weights were trained with: a checkpoint's own, or the published one.
 
-    Yellow is normalised as the channel that its stem weights come from. None where nothing is known.
+    Yellow is normalised like the channel that its stem weights come from. None if the normalisation is unknown.
     """
     saved = read_file(file)
     if "mean" in saved and "std" in saved:
         if not all(map(is_four_numbers, (saved["mean"], saved["std"]))) or min(saved["std"]) <= 0:
             raise UserError(
-                f"{file} has a mean or std that is not four numbers, one a channel, those of std above 0; take both "
-                "out of the file, or give --pretrained another"
+                f"{file} has a mean or std that is not four numbers, one per channel, with those of std above 0; "
+                "remove both from the file, or give --pretrained another"
             )
         return Normalisation(tuple(saved["mean"]), tuple(saved["std"]))
     if not (published := encoder_of(recipe.encoder).weights):

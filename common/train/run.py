@@ -1,6 +1,6 @@
-"""The state of a run: what a training works with, and each piece that a checkpoint holds of it, declared once.
+"""The state of a run: what a training works with, and which parts of it a checkpoint holds, declared once.
 
-Whoever adds a piece of state adds one field to `Run`, with `saved` where a resumed training needs it.
+To add a piece of state, add one field to `Run`, with `saved` if a resumed training needs it.
 """
 
 import math
@@ -23,14 +23,14 @@ from common.train.hardware import Fitting, Hardware, set_kernels
 from common.train.networks import build_model
 from common.train.optimizers import build_optimizer, param_groups
 
-FORMAT = 4  # of checkpoints; one more whenever older ones could be misread, as after each change of a network
+FORMAT = 4  # of checkpoints; add one whenever older ones could be misread, as after each change of a network
 ENOUGH_IMAGES = 8  # for BatchNorm, in each of several processes
 
 Kind = type | tuple[type, ...]
 NUMBER = (int, float)
 
 
-# --- how a piece of state gets out of a checkpoint ---------------------------------------------------------
+# --- how a piece of state is restored from a checkpoint ----------------------------------------------------
 
 
 def put(run: "Run", name: str, value: Any) -> None:
@@ -42,15 +42,15 @@ def load(run: "Run", name: str, value: dict) -> None:
 
 
 def load_if_any(run: "Run", name: str, value: dict) -> None:
-    if value:  # empty where another precision needed none
+    if value:  # empty if saved at a precision that needs none
         load(run, name, value)
 
 
 def load_optimizer(run: "Run", name: str, value: dict) -> None:
     load(run, name, value)
-    for parameter, state in run.optimizer.state.items():  # torch checks no shapes, and ends the process later
+    for parameter, state in run.optimizer.state.items():  # torch does not check shapes, and crashes later
         if any(part.ndim and part.shape != parameter.shape for part in state.values() if torch.is_tensor(part)):
-            raise ValueError("its optimizer is another network's")
+            raise ValueError("its optimizer belongs to another network")
 
 
 def put_ranking(run: "Run", name: str, value: torch.Tensor) -> None:
@@ -60,16 +60,16 @@ def put_ranking(run: "Run", name: str, value: torch.Tensor) -> None:
 
 
 def put_micro_batch(run: "Run", name: str, value: int | None) -> None:
-    run.micro_batch = run.hardware.micro_batch or value  # what is asked for wins
+    run.micro_batch = run.hardware.micro_batch or value  # the command line wins
 
 
 @dataclass(frozen=True)
 class Saved:
     """How a checkpoint holds a piece of state.
 
-    kind : its type there; of what has a `state_dict`, that
-    restore : function of (run, name, value) that takes it over
-    later : checkpoints of earlier versions lack it, and it keeps its default when one is restored
+    kind : its type there; dict for an object with a `state_dict`
+    restore : function of (run, name, value) that restores it
+    later : missing in checkpoints of earlier versions, for which it keeps its default
     """
 
     kind: Kind
@@ -99,26 +99,26 @@ class Run:
     model: torch.nn.Module = saved(dict, load)
     optimizer: torch.optim.Optimizer = saved(dict, load_optimizer)
     scaler: torch.amp.GradScaler = saved(dict, load_if_any)
-    # (2, n_rows, 3): in this epoch and in all; times ranked, times kept, sum of losses
+    # (2, n_rows, 3): in this epoch and in total; times ranked, times kept, sum of losses
     ranking: torch.Tensor = saved(torch.Tensor, put_ranking)
     epoch: int = saved(int, default=0)
     step: int = saved(int, default=0)  # batches done in this epoch
     loss_sum: float = saved(NUMBER, default=0.0)  # over those batches
-    skipped: int = saved(int, later=True, default=0)  # of those batches, for they overflowed in float16
+    skipped: int = saved(int, later=True, default=0)  # of those batches, because they overflowed in float16
     seconds: float = saved(NUMBER, default=0.0)  # spent on this epoch
     best_score: float = saved(NUMBER, default=-math.inf)
     # images that are in memory at once; None = the whole batch
     micro_batch: int | None = saved((int, type(None)), put_micro_batch, default=None)
     start: str = saved(str, default="")  # what it started from, in words
     returns: list[str] = saved(list, default_factory=list)  # where it returned to the last good state
-    history: list[dict] = saved(list, default_factory=list)  # the log, a row an epoch
+    history: list[dict] = saved(list, default_factory=list)  # the log, a row per epoch
     class_mix: list[dict] = saved(list, default_factory=list)  # what the hard sampler kept, by epoch and class
 
-    good: dict | None = None  # the state that this epoch began with, where the run may return to it
+    good: dict | None = None  # the state at the start of this epoch, if the run may return to it
     fitting: Fitting = field(default_factory=Fitting)  # of the validation
 
     def state(self) -> dict:
-        """Return what a checkpoint holds: what prediction needs, and each saved piece."""
+        """Return the content of a checkpoint: what prediction needs, and each saved piece."""
         pieces = {name: getattr(self, name) for name in saved_pieces(self)}
         return {
             **self.network_state(),
@@ -126,9 +126,9 @@ class Run:
         }
 
     def restore(self, state: dict) -> None:
-        """Take over a saved state.
+        """Restore a saved state.
 
-        Raises KeyError, RuntimeError or ValueError where it is another network's or lacks parts.
+        Raises KeyError, RuntimeError or ValueError if it is another network's or has missing parts.
         """
         for name, how in saved_pieces(self).items():
             if name in state or not how.later:
@@ -139,7 +139,7 @@ class Run:
         return [row["valid_loss"] for row in self.history if "valid_loss" in row]
 
     def network_state(self) -> dict:
-        """Return what prediction needs: weights, normalisation, classes, and what tells that it is this project's."""
+        """Return what prediction needs: weights, normalisation, classes, and recipe and format to check them."""
         return {
             "model": self.model.state_dict(),
             "mean": list(self.normalise.mean),
@@ -161,7 +161,7 @@ def saved_pieces(run: Run | type[Run]) -> dict[str, Saved]:
 def seed_torch(*numbers: int) -> None:
     """Seed torch from several numbers: random draws (weights, dropout) become a function of them."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
-    # torch.manual_seed without a GPU notes a traceback at each call, for a GPU that may yet come.
+    # Without a GPU, torch.manual_seed stores a traceback at each call, in case a GPU is used later.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
@@ -176,7 +176,7 @@ def new_run(
     weights: dict | None = None,
     rates: tuple[float, ...] | None = None,
 ) -> Run:
-    """Return a run at its very start; what `weights` does not give depends on seed and fold only.
+    """Return a run before its first step; parameters not in `weights` depend on seed and fold only.
 
     weights : pretrained parameters of the encoder; rates : top learning rates instead of the recipe's
     """
@@ -186,7 +186,7 @@ def new_run(
     model = build_model(recipe, N_CLASSES, weights)
     if recipe.sync_batchnorm and hardware.team.size > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # The stubs know a device or a memory format, not both.
+    # The stubs allow a device or a memory format, not both.
     model = model.to(device, memory_format=hardware.memory_format)  # type: ignore[call-overload]
     counts = effective_number_weights(data.counts, recipe.alpha, recipe.class_weights)
     return Run(
@@ -215,9 +215,9 @@ def wrapped(model: torch.nn.Module, hardware: Hardware) -> torch.nn.Module:
 
 
 def check_team(recipe: Recipe, n_rows: int, hardware: Hardware) -> None:
-    """Refuse several processes whose images are too few for BatchNorm, and warn where they are few.
+    """Refuse several processes with too few images each for BatchNorm; warn if there are few.
 
-    Each process normalises over its own.
+    Each process normalises over its own images.
     """
     size = hardware.team.size
     each = min(recipe.batch_size, n_rows) // size
@@ -240,7 +240,7 @@ def check_team(recipe: Recipe, n_rows: int, hardware: Hardware) -> None:
 
 
 def epoch_batches(run: Run, data: FoldData, epoch: int, start: int = 0) -> EpochBatches:
-    """Return an epoch's batches from number `start` on."""
+    """Return an epoch's batches, starting at number `start`."""
     return EpochBatches(
         len(data.train),
         run.recipe.batch_size,

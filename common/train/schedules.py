@@ -13,7 +13,7 @@ from common.recipes import Recipe, row_of
 
 
 def at_the_maximum(recipe: Recipe, epochs: int, losses: list[float]) -> bool:
-    """Never end before the recipe's most epochs."""
+    """Never end before the recipe's maximum of epochs."""
     return False
 
 
@@ -26,9 +26,9 @@ class Schedule:
     """A row of SCHEDULES.
 
     factor : function of (recipe, step, steps, losses) that returns the factor on the top learning rates, finite and not
-        below 0; step : of the run, from 0 on; steps : in an epoch; losses : of the validations so far
-    is_over : function of (recipe, epochs, losses) that tells whether training ends after so many epochs, which are
-        fewer than the recipe's most
+        below 0; step : of the run, from 0; steps : per epoch; losses : of the validations so far
+    is_over : function of (recipe, epochs, losses) that tells whether training ends after this many epochs; called below
+        the recipe's maximum of epochs
     describe : function of the recipe that returns its length in words
     """
 
@@ -77,15 +77,15 @@ def schedule_of(recipe: Recipe) -> Schedule:
 
 
 def rate_factor(recipe: Recipe, step: int, steps: int, losses: list[float]) -> float:
-    """Return the factor on the top learning rates; see `Schedule`. Raises UserError for one that cannot be."""
+    """Return the factor on the top learning rates; see `Schedule`. Raises UserError for an invalid one."""
     factor = schedule_of(recipe).factor(recipe, step, steps, losses)
     if not 0 <= factor < math.inf:
-        raise UserError(f"schedule={recipe.schedule} gives the factor {factor} at step {step}, expected one from 0 on")
+        raise UserError(f"schedule={recipe.schedule} returns the factor {factor} at step {step}, expected 0 or more")
     return factor
 
 
 def is_over(recipe: Recipe, epochs: int, losses: list[float]) -> bool:
-    """Tell whether training ends after so many epochs, which are fewer than the recipe's most; see `Schedule`."""
+    """Tell whether training ends after this many epochs, below the recipe's maximum; see `Schedule`."""
     return schedule_of(recipe).is_over(recipe, epochs, losses)
 
 
@@ -110,7 +110,7 @@ def cosine_with_restarts(step: int, cycle_steps: int) -> float:
 def one_cycle(step: int, steps: int, warmup_share: float) -> float:
     """Return the factor on the top learning rates: along a cosine from 0 up to 1, then down to 0 (Smith 2018).
 
-    warmup_share : share of all `steps` that go up
+    warmup_share : share of all `steps` in which it rises
     """
     top = warmup_share * steps
     place = (step + 1) / top - 1 if step + 1 <= top else (step + 1 - top) / (steps + 1 - top)
@@ -118,7 +118,7 @@ def one_cycle(step: int, steps: int, warmup_share: float) -> float:
 
 
 def plateau_halvings(losses: list[float], patience: int, threshold: float = 1e-4) -> int:
-    """Return how often a rate has halved: each time after more than `patience` epochs without a better loss.
+    """Return how often a rate was halved: each time after more than `patience` epochs without a better loss.
 
     losses : validation loss per epoch; better means lower by the share `threshold`
     """
@@ -156,8 +156,8 @@ def has_diverged(losses: list[float]) -> bool:
 def centred(losses: list[float], widths: tuple[float, ...] = (1, 1.5, 2, 3, 4, 6, 8)) -> np.ndarray:
     """Return the losses smoothed without lag, up to the first that is not finite: (n,), n <= len(losses).
 
-    Each value is that of a parabola fitted to the logarithms around it with Gaussian weights. Of the `widths`, in
-    steps, the one is taken that best predicts each loss from the others: a small one for a clean curve, so that a sharp
+    Each value comes from a parabola fitted to the logarithms around it with Gaussian weights. It uses the one of the
+    `widths`, in steps, that best predicts each loss from the others: a small one for a clean curve, so that a sharp
     rise stays sharp.
     """
     finite = np.isfinite(losses)
@@ -188,7 +188,7 @@ def suggest_learning_rate(rates: list[float], losses: list[float]) -> float:
 def steepest_learning_rate(rates: list[float], losses: list[float]) -> float:
     """Return the learning rate at which the smoothed loss falls fastest on the way to its lowest point.
 
-    rates : growing exponentially, so that slopes are those over the logarithm of the rate
+    rates : growing exponentially, so slopes are over the logarithm of the rate
     """
     falls = slice(int(centred(losses).argmin()) + 1)
     curve = centred(losses, (6,))  # slopes need more smoothing than values

@@ -19,7 +19,7 @@ from common.train.run import Run, seed_torch
 def train_step(
     run: Run, images: torch.Tensor, targets: torch.Tensor, n: int, share: float, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Train on the hardest samples of one batch, in as many micro-batches as memory asks for.
+    """Train on the hardest samples of one batch, in as many micro-batches as memory requires.
 
     images : (part, 4, h, w) uint8 and targets : (part, n_classes), this process's part of a batch of n
     share : K / n; step : number of the batch in the run, which dropout depends on
@@ -35,12 +35,12 @@ def train_step(
                 ranked = team.gather(attempt.ranked_losses(), n)  # (n,): images -> logits -> losses
                 kept = hard_samples(ranked, share)  # (K,) indices of the largest losses
             factors = torch.zeros(n, device=device).index_fill(0, kept, team.size / len(kept))  # (n,): 1 / K or 0
-            losses = team.gather(attempt.backward(factors[team.part(n)]), n)  # (n,); gradients are summed now
+            losses = team.gather(attempt.backward(factors[team.part(n)]), n)  # (n,); gradients are now summed
             break
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        # Handled outside, where the failed attempt's tensors are free. The optimizer has not touched a weight yet.
+        # Outside `except`, so the failed attempt's tensors can be freed. The optimizer has not changed any weight yet.
         del attempt
         run.micro_batch = smaller_micro_batch(run.micro_batch or len(images), run.hardware)
         torch.cuda.empty_cache()
@@ -52,16 +52,16 @@ def train_step(
 
 
 class Attempt:
-    """Losses and gradients of one batch in micro-batches; what it holds is free when it is dropped, out of memory.
+    """Losses and gradients of one batch in micro-batches; dropping it frees its tensors when out of memory.
 
-    The sampler ranks the whole batch of all processes. In several micro-batches that takes a pass of its own, without
-    gradients, with the same dropout and without a trace in the running statistics.
+    The sampler ranks the whole batch of all processes. With several micro-batches that takes a separate pass, without
+    gradients, with the same dropout, and without changing the running statistics.
     """
 
     def __init__(self, run: Run, images: torch.Tensor, targets: torch.Tensor, n: int, step: int) -> None:
         self.run, self.images, self.targets, self.step = run, images, targets, step
         self.micro = micro_batches(len(images), run.micro_batch, n, run.hardware.team.size)
-        self.whole: torch.Tensor | None = None  # losses of a batch in one piece, with what their gradient needs
+        self.whole: torch.Tensor | None = None  # losses of an undivided batch, with their graph
         half = run.hardware.autocast == torch.float16
         self.before = [buffer.clone() for buffer in run.model.buffers()] if half else []
 
@@ -96,7 +96,7 @@ class Attempt:
         return torch.cat(done)
 
     def gradients_at_the_last(self, k: int) -> AbstractContextManager:
-        """Let the gradients of several processes meet once, with the last micro-batch."""
+        """Synchronise the gradients of several processes only once, with the last micro-batch."""
         if self.run.hardware.team.size > 1 and k < len(self.micro) - 1:
             return cast(DistributedDataParallel, self.run.network).no_sync()
         return nullcontext()
@@ -112,8 +112,8 @@ class Attempt:
 def micro_batches(n: int, most: int | None, batch: int | None = None, processes: int = 1) -> list[slice]:
     """Return how n images are cut into parts of at most `most`, never one image alone: BatchNorm needs two.
 
-    batch, processes : of n images in each of several processes, which must all have as many parts: those of the
-        largest n
+    batch, processes : size of the whole batch and number of processes, which must all have the same number of parts:
+        that of the largest n
     """
     largest, smallest = -(-(batch or n) // processes), (batch or n) // processes
     parts = max(1, min(-(-largest // (most or largest)), smallest // 2))
@@ -121,12 +121,12 @@ def micro_batches(n: int, most: int | None, batch: int | None = None, processes:
 
 
 def smaller_micro_batch(micro_batch: int, hardware: Hardware) -> int:
-    """Return half of a micro-batch that ran out of memory, and print it; raises UserError where nothing fits."""
+    """Return half of a micro-batch that ran out of memory, and print it; raises UserError if nothing fits."""
     half = micro_batch // 2
     if half < 2:
-        raise UserError("two images do not fit into the GPU's memory; use a smaller crop: --set crop_size=...")
+        raise UserError("the GPU is out of memory with two images at once; use a smaller crop: --set crop_size=...")
     if hardware.team.size > 1:  # the others wait in the middle of their step
-        raise UserError(f"{micro_batch} images do not fit into the GPU's memory; start again with --micro-batch {half}")
+        raise UserError(f"the GPU is out of memory with {micro_batch} images at once; use --micro-batch {half}")
     print(
         f"out of memory with {micro_batch} images at once: continuing with {half}; the batch keeps its size", flush=True
     )
@@ -148,7 +148,7 @@ def frozen_statistics(model: torch.nn.Module) -> Iterator[None]:
 
 
 def regularise(run: Run) -> None:
-    """Add the L1 penalty's gradient and limit the gradient's norm, where the recipe asks for it."""
+    """Add the L1 penalty's gradient and limit the gradient's norm, if the recipe asks for it."""
     recipe = run.recipe
     if not recipe.l1 and not recipe.clip_norm:
         return

@@ -1,4 +1,4 @@
-"""TensorBoard's view of a training: the rows of its log as scalars, one point an epoch."""
+"""TensorBoard's view of a training: the rows of its log as scalars, one point per epoch."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ NAMES = {
 
 
 def summary_writer() -> "type[SummaryWriter]":
-    """Return torch's SummaryWriter; raises UserError where the package that it needs is missing."""
+    """Return torch's SummaryWriter; raises UserError if the package that it needs is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -35,7 +35,7 @@ def summary_writer() -> "type[SummaryWriter]":
 def scalars(folder: Path, history: list[dict]) -> Iterator[Callable[[dict], None]]:
     """Yield a function that writes a row of the log to `folder`/tensorboard, after all rows of `history`.
 
-    Events of an earlier run that was stopped are written again from its history, so that no step is there twice.
+    Events of an earlier, stopped run are written again from its history, so that no step appears twice.
     """
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     with summary_writer()(folder / "tensorboard") as writer:
@@ -52,7 +52,7 @@ def scalars(folder: Path, history: list[dict]) -> Iterator[Callable[[dict], None
 
 
 def write_finished(folder: Path) -> None:
-    """Write the events of a fold that was trained without them, from its log."""
+    """Write the events of a fold that was trained without TensorBoard, from its log."""
     log = folder / "log.jsonl"
     if log.is_file() and not (folder / "tensorboard").is_dir():
         with scalars(folder, read_lines(log)):

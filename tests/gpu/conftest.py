@@ -1,4 +1,4 @@
-"""Tests that need a GPU, and are skipped without one. HPA_GPU_TESTS=cpu runs on the CPU what does not need CUDA itself."""
+"""Tests that need a GPU, and are skipped without one. HPA_GPU_TESTS=cpu runs those that work on a CPU."""
 
 import gc
 import os
@@ -21,7 +21,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what this machine lacks the GPUs for, with the reason."""
+    """Skip tests that need more GPUs than this machine has, and give the reason."""
     ours = [item for item in items if ROOT / "tests" / "gpu" in item.path.parents]
     reason = (
         f"torch finds no GPU ({idle_gpu() or 'there is none'}); HPA_GPU_TESTS=cpu runs what works without"
@@ -53,7 +53,7 @@ def hardware(device):
 
 @pytest.fixture(autouse=True)
 def tidy(monkeypatch):
-    """Let a training write after every epoch; give back what earlier tests left in the GPU's memory."""
+    """Let a training write after every epoch; free GPU memory that earlier tests left allocated."""
     monkeypatch.setattr(loop, "EPOCH_SECONDS", 0)
     gc.collect()
     if GPUS:
@@ -62,8 +62,10 @@ def tidy(monkeypatch):
 
 @pytest.fixture(scope="session")
 def work(run_script, device, tmp_path_factory):
-    """The work folder of run_all.sh on a little demo data, two jobs at once with loader processes each; what it said, and
-    a function that runs it again."""
+    """The work folder of run_all.sh, its output, and a function that runs it again.
+
+    It runs on a little demo data, two jobs at once with loader processes each.
+    """
     folder = tmp_path_factory.mktemp("gpu")
     make_demo_data(folder / "data", n_train=80, n_test=10)
     settings = [part for setting in FEW_EPOCHS for part in ("--set", setting)]

@@ -18,7 +18,7 @@ RECIPES = {"sgd": SMALL, "adamw": replace(OURS, optimizer="adamw"), "muon": repl
 
 
 def drawn(n: int, size: int) -> FoldData:
-    """Return n images of noise, one class each, that lie in memory; the same ones for training and validation."""
+    """Return n images of noise in memory, one class each; the same ones for training and validation."""
     rng = np.random.default_rng(0)
     targets = np.arange(28) == np.arange(n)[:, None] % 28
     images = ImageSet(ROOT, np.array([f"s{i}" for i in range(n)]), targets, size)
@@ -43,7 +43,7 @@ def with_rates(run):
 
 @contextmanager
 def little_memory(work):
-    """Do `work()`, then allow a quarter of the GPU memory that it took: with half of it, less room for kernels might do."""
+    """Call `work()`, then limit GPU memory to a quarter of what it took: half may suffice with smaller kernels."""
 
     def settle():
         gc.collect()

@@ -21,7 +21,7 @@ def train(folder, data, recipe, hardware):
 
 
 def outcome(folder) -> tuple[bytes, dict]:
-    """Return what must be the same in every run: the best network's file, and the last state without times and hardware."""
+    """Return the parts that all runs must share: the best network's file, and the last state without hardware."""
     state = load_checkpoint(folder / "last.pt")
     for row in state["history"]:
         del row["hardware"]

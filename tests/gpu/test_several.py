@@ -35,7 +35,7 @@ def test_a_group_of_one_trains_and_talks(group, hardware, device):
         for run in runs:
             train_step(run, *noise(8, 64, device, step), 8, 0.5, step)
     assert same(*(run.model.state_dict() for run in runs))
-    # What Team sends: tensors on the device, and plain types.
+    # Team sends tensors on the device, and plain types.
     values = torch.arange(3.0, device=device)
     parts, objects, box = [torch.empty_like(values)], [None], [{"a": 1}]
     distributed.all_gather(parts, values)
@@ -57,7 +57,7 @@ def test_two_gpus_train_the_weights_of_one(tmp_path):
         assert second["model"][name].equal(weights)
 
 
-# Each GPU that a process has touched holds a context of it, hundreds of MB.
+# Each GPU that a process has used holds a context for it, of hundreds of MB.
 ONE_STEP = """
 import torch
 from common.train.hardware import HardwareOptions, choose_hardware

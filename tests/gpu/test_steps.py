@@ -1,4 +1,4 @@
-"""Single steps on a GPU: as the CPU's, with the expected kernels and memory layout, without waiting, and when memory is full."""
+"""Single steps on a GPU: equal to the CPU's, expected kernels and memory layout, without waiting, out of memory."""
 
 import warnings
 from dataclasses import replace
@@ -25,7 +25,7 @@ CPU = Hardware(torch.device("cpu"))
 ENCODERS = {
     recipe.encoder: recipe for recipe in reversed([*RECIPES.values(), get_recipe("demo", ["encoder=resnet18"])])
 }
-NOT_DETERMINISTIC = []  # warnings that are expected; none, or a run would not repeat its bits
+NOT_DETERMINISTIC = []  # expected warnings: none, else runs would not be bit-identical
 ROOMY = replace(GAPNET_PL, size_divisor=2, batch_size=64, finder="record")  # half a GB of activations
 
 
@@ -42,7 +42,7 @@ def test_the_precision_is_one_that_the_gpu_multiplies_itself(device):
     ("recipe", "tolerance"),
     [
         (get_recipe("gapnet_pl", ["size_divisor=4", "dropouts=0,0"]), 1e-4),
-        # ReLU, maximum pooling and BatchNorm amplify the last digits: two kinds of kernels of a CPU differ by up to a hundredth.
+        # ReLU, maximum pooling and BatchNorm amplify the last digits: two kinds of CPU kernels differ by up to 0.01.
         (get_recipe("demo", ["dropouts=0"]), 3e-2),
         (get_recipe("demo", ["encoder=resnet18", "dropouts=0"]), 3e-2),
     ],
@@ -195,7 +195,7 @@ def test_two_images_that_do_not_fit_end_in_one_message(hardware, device):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / total)
     try:
-        with pytest.raises(UserError, match="two images do not fit into the GPU's memory; use a smaller crop"):
+        with pytest.raises(UserError, match="out of memory with two images at once; use a smaller crop"):
             train_step(run, *batch, 4, 1.0, 0)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

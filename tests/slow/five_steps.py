@@ -1,6 +1,7 @@
 """Five steps of GapNet-PL (it has no BatchNorm, whose statistics are each process's own) on one or several processes.
 
-Started by test_distributed.py, alone or through torchrun, on the CPU or on GPUs; saves weights, losses and the hard sampler's choices.
+Started by test_distributed.py, alone or through torchrun, on the CPU or on GPUs. Saves weights, losses and the hard
+sampler's choices.
 """
 
 import sys

@@ -95,15 +95,15 @@ def test_weights_with_four_channels_keep_their_own_stem():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("layer1.0.conv1.weight"), "they lack layer1.0.conv1.weight .1 in all."),
-        (lambda state: state.update(more=torch.ones(1)), "they have too much, such as more"),
+        (lambda state: state.pop("layer1.0.conv1.weight"), "missing tensor layer1.0.conv1.weight .1 in all."),
+        (lambda state: state.update(more=torch.ones(1)), "unexpected tensor more"),
         (
             lambda state: state.update({"layer1.0.conv1.weight": torch.ones(1)}),
-            "they have other shapes, such as layer1.0.conv1",
+            "tensor of another shape, layer1.0.conv1",
         ),
         (
             lambda state: state.update({"conv1.weight": torch.ones(64, 5, 7, 7)}),
-            "they have other shapes, such as conv1.weight",
+            "tensor of another shape, conv1.weight",
         ),
     ],
 )
@@ -176,7 +176,7 @@ def test_the_original_network_has_average_pooling_and_one_linear_layer(pooling, 
         torch.testing.assert_close(model.pool(x), x.mean(dim=(2, 3)))
 
 
-# One recipe for each network: others train the same one in another way.
+# One recipe per network: the others train the same networks in another way.
 NETWORKS = list({(r.encoder, r.pooling, r.buffers, r.head_order): name for name, r in RECIPES.items()}.values())
 
 

@@ -89,7 +89,7 @@ def train(folder, data, recipe=SMALL, fold=0, seed=0, hardware=CPU, on_nan="stop
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Return a function that gives n images and the folder of a whole training on them; of equal ones there is one."""
+    """Return a function that returns n images and the folder of a whole training on them; equal ones are cached."""
 
     @cache
     def trained(n, recipe=SMALL, on_nan="stop"):
@@ -398,7 +398,7 @@ def test_a_batch_that_overflows_in_float16_is_skipped_and_leaves_no_trace(tmp_pa
 
 def test_single_overflows_are_counted_and_whole_epochs_of_them_end_training(tmp_path, monkeypatch):
     data, half = fold_data(tmp_path / "images", 24), choose_hardware(HardwareOptions("cpu", "fp16"))
-    overflow(monkeypatch, {1, 5})  # of 3 steps and a validation an epoch: the second step of two epochs
+    overflow(monkeypatch, {1, 5})  # of 3 steps and a validation per epoch: the second step of two epochs
     run = train(tmp_path / "run", data, hardware=half)
     assert [row.get("skipped") for row in run.history] == [1, 1, None, None]
     assert all(np.isfinite(row["train_loss"]) for row in run.history)
@@ -408,7 +408,7 @@ def test_single_overflows_are_counted_and_whole_epochs_of_them_end_training(tmp_
         train(tmp_path / "bad", data, hardware=half)
     overflow(monkeypatch, {1})
     with pytest.raises(UserError, match="the loss is not finite in epoch 1, batch 2 of 3"):
-        train(tmp_path / "full", data)  # in 32 bit there is no excuse
+        train(tmp_path / "full", data)  # in 32 bit none is tolerated
 
 
 def test_one_loader_serves_a_whole_training_and_makes_the_same_batches(tmp_path, monkeypatch):
@@ -427,7 +427,7 @@ def test_two_images_that_do_not_fit_end_with_a_cure(tmp_path, monkeypatch):
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(run.network, "forward", no_gpu)
-    with pytest.raises(UserError, match="two images do not fit into the GPU's memory; use a smaller crop"):
+    with pytest.raises(UserError, match="out of memory with two images at once; use a smaller crop"):
         train_step(run, *batch(4), 4, 1.0, 0)
 
 
@@ -465,7 +465,7 @@ def test_the_hard_samplers_choices_are_told(tmp_path):
 def test_samples_that_are_drawn_twice_are_counted_twice(tmp_path):
     data = fold_data(tmp_path / "images", 16)
     data.train.targets[:] = np.arange(28) == 0
-    data.train.targets[3] = np.arange(28) == 1  # one sample against fifteen: 16 * 15 / 30 draws of it an epoch
+    data.train.targets[3] = np.arange(28) == 1  # one sample against fifteen: 16 * 15 / 30 draws of it per epoch
     train(tmp_path / "run", data, replace(SMALL, batch_size=16, hard_warmup_epochs=0, class_balance=1.0))
     samples = pd.read_csv(tmp_path / "run" / "hard_samples.csv").set_index("Id")
     assert samples["ranked"].sum() == 4 * 16 and samples.loc["s3", "ranked"] == 4 * 8
@@ -516,20 +516,20 @@ def test_every_network_trains_goes_on_from_a_checkpoint_and_predicts(tmp_path, n
     for run in (whole, resumed):
         train_step(run, *batch(2), 2, 0.5, 1)
     assert same(whole.model.state_dict(), resumed.model.state_dict())
-    # Running statistics of two steps are of no use yet: deep networks overflow with them.
+    # Running statistics of two steps are useless: deep networks overflow with them.
     assert predict_logits(whole.model, data.normalisation, data.valid, CPU, views("none")).shape == (1, 4, 28)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda saved: saved.pop("ranking"), "lacks 'ranking'"),
+        (lambda saved: saved.pop("ranking"), "it has no 'ranking'"),
         (lambda saved: saved.update(ranking=torch.zeros(2, 3, 3)), "its ranking has the shape"),
         (lambda saved: saved["model"].pop("head.0.weight"), "Missing key"),
         (lambda saved: saved["model"].update({"head.0.weight": torch.zeros(3)}), "size mismatch"),
         (
             lambda saved: saved["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(5)),
-            "its optimizer is another network's",
+            "its optimizer belongs to another network",
         ),
         (lambda saved: saved["optimizer"]["param_groups"].pop(), "different number of parameter groups"),
     ],
@@ -546,11 +546,11 @@ def test_a_checkpoint_with_parts_missing_or_of_other_shapes_is_one_message(tmp_p
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_advice(tmp_path):
-    with pytest.raises(UserError, match="the loss is not finite in epoch .*; lower the learning rates"):
+    with pytest.raises(UserError, match="the loss is not finite in epoch .* Lower the learning rates"):
         train(tmp_path / "run", fold_data(tmp_path / "images", 16), replace(SMALL, learning_rates=(1e20, 1e20)))
 
 
-STEADY = replace(SMALL, schedule="constant")  # at 0.02, 3 batches an epoch from 24 samples
+STEADY = replace(SMALL, schedule="constant")  # at 0.02, 3 batches per epoch from 24 samples
 
 
 def poison(monkeypatch, steps, highest):
@@ -569,12 +569,8 @@ def poison(monkeypatch, steps, highest):
 @pytest.mark.parametrize(
     ("last", "place", "file"),
     [
-        (
-            3,
-            "epoch 2, batch 2 of 3",
-            True,
-        ),  # the weights after the first batch are NaN: the second one's losses show it
-        (5, "epoch 2, batch 3 of 3", True),  # the losses are fine still, the weights are looked at
+        (3, "epoch 2, batch 2 of 3", True),  # NaN weights after the first batch show in the second one's losses
+        (5, "epoch 2, batch 3 of 3", True),  # the losses are still finite, the weights are not
     ],
 )
 def test_the_ids_of_the_first_batch_that_is_not_finite_are_saved(tmp_path, monkeypatch, last, place, file):
@@ -583,20 +579,19 @@ def test_the_ids_of_the_first_batch_that_is_not_finite_are_saved(tmp_path, monke
     with pytest.raises(UserError) as stop:
         train(tmp_path / "run", data, STEADY)
     path = tmp_path / "run" / "bad_batch.csv"
-    assert str(stop.value) == (
-        f"test fold 0: the loss is not finite in {place}, whose Ids and losses are in {path}; lower the learning "
-        "rates with --set learning_rates=... and train anew with --force, or go on with --on-nan back"
-    )
+    message = str(stop.value)
+    assert message.startswith(f"test fold 0: the loss is not finite in {place}; ") and f" {path}. " in message
+    assert all(cure in message for cure in ("--set learning_rates=...", "--force", "--on-nan back"))
     batch = int(place.split()[3]) - 1
     assert list(pd.read_csv(path)["Id"]) == list(data.train.ids[EpochBatches(24, 8, 0, 1).rows(batch)])
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1  # what was good is there still
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1  # the last good state still exists
 
 
 @pytest.mark.parametrize("killed_after", [None, 3, 4, 6, 8, 10])
 def test_it_goes_back_with_half_the_learning_rates_and_ends_the_same_when_killed(
     undisturbed, tmp_path, monkeypatch, killed_after
 ):
-    poison(monkeypatch, {4, 7}, 0.006)  # twice at once in the second epoch; at a quarter of the rate no more
+    poison(monkeypatch, {4, 7}, 0.006)  # twice in a row in the second epoch; not at a quarter of the rate
     data, whole = undisturbed(24, STEADY, "back")
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert [row["learning_rate"] for row in log] == pytest.approx([2e-2, 5e-3, 5e-3, 5e-3])
@@ -637,12 +632,11 @@ def test_one_weight_that_is_not_finite_is_found_wherever_it_is(bad, place):
 
 def test_it_goes_back_three_times_at_most(tmp_path, monkeypatch, capsys):
     poison(monkeypatch, {1}, 0)
-    with pytest.raises(UserError, match="bad_batch.csv, after it went back 3 times; lower the learning rates"):
+    with pytest.raises(UserError, match="after it went back 3 times; .*bad_batch.csv. Lower the learning rates"):
         train(tmp_path / "run", fold_data(tmp_path / "images", 24), STEADY, on_nan="back")
     out = capsys.readouterr().out
     assert [
-        f"beginning of epoch 1 with {factor} of the learning rates" in out
-        for factor in ("0.5", "0.25", "0.125", "0.0625")
+        f"start of epoch 1 with {factor} of the learning rates" in out for factor in ("0.5", "0.25", "0.125", "0.0625")
     ] == [True, True, True, False]
 
 
@@ -665,14 +659,9 @@ def test_a_validation_loss_that_is_not_finite_counts_too(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_from_the_first_batch_passes_the_finder(tmp_path, monkeypatch, capsys):
     data = fold_data(tmp_path / "images", 24)
     monkeypatch.setattr(step_module, "sample_losses", lambda logits, *_: logits.sum(dim=1) * float("nan"))
-    with pytest.raises(
-        UserError, match="the loss is not finite in epoch 1, batch 1 of 3, whose Ids and losses are in "
-    ):
+    with pytest.raises(UserError, match="the loss is not finite in epoch 1, batch 1 of 3; .*bad_batch.csv"):
         train(tmp_path / "run", data, replace(SMALL, finder="record"))
-    assert (
-        "the loss is not finite from the very first batch, so there is no learning rate to be found"
-        in capsys.readouterr().out
-    )
+    assert "the loss is not finite from the very first batch" in capsys.readouterr().out
     assert len(pd.read_csv(tmp_path / "run" / "bad_batch.csv")) == 8
 
 
@@ -804,18 +793,15 @@ def test_crops_are_five_windows():
 
 def test_a_damaged_checkpoint_is_an_error_with_its_name(tmp_path):
     write_text(tmp_path / "last.pt", "no checkpoint")
-    with pytest.raises(UserError, match="last.pt is not a checkpoint that can be read"):
+    with pytest.raises(UserError, match="last.pt is not a readable checkpoint"):
         load_checkpoint(tmp_path / "last.pt")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"format": 1},
-            "is a checkpoint of format 1, this version of the project reads format 4; train the fold again with --force",
-        ),
-        ({"format": 5}, "is a checkpoint of format 5, this version of the project reads format 4"),
+        ({"format": 1}, "checkpoint of format 1, .* reads format 4; train the fold again with --force"),
+        ({"format": 5}, "checkpoint of format 5, .* reads format 4"),
         ({"classes": ["a", "b"]}, "was trained for 2 classes, expected the 28 of this project"),
         (
             {"recipe": to_dict(replace(SMALL, buffers=(32,), alpha=0.5))},

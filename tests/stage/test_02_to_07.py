@@ -116,7 +116,7 @@ def test_the_whole_row(stages, fails, small_data, tmp_path):
     assert "there is no fold 7; " in fails(*train, "--folds", "7")
     (work / "runs" / RECIPE / "fold1" / "last.pt").unlink()
     message = fails("05_predict_oof.py", "--work", work, "--recipes", RECIPE, "--checkpoint", "last")
-    assert "fold1/last.pt is not there any more; predict with --checkpoint best, or run: python 04_train.py" in message
+    assert "fold1/last.pt no longer exists; predict with --checkpoint best, or run: python 04_train.py" in message
     before = (work / "runs" / RECIPE / "fold1" / "best.pt").read_bytes()
     stages(small_data, [3], "--seed", "3")
     assert "changed: folds.csv" in fails(*train, *TINY, "--folds", "1")

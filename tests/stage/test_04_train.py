@@ -133,33 +133,33 @@ def test_a_file_of_weights_its_normalisation_and_its_record(train, work, fails, 
     torch.manual_seed(0)
     torch.save(build_encoder(Recipe(encoder="resnet18"))[0].state_dict(), tmp_path / "mine.pth")
     out = train(*RESNET18, "--folds", "0", "--pretrained", tmp_path / "mine.pth")
-    assert "demo-quick fold 0: from mine.pth, images normalised as for those" in out
+    assert "demo-quick fold 0: from mine.pth, images normalised for these weights" in out
     meta = read_json(sidecar(work / "runs" / RECIPE / "fold0" / "best.pt"))
-    assert meta["start"] == "from mine.pth, images normalised as for those" and meta["mean"] == [
+    assert meta["start"] == "from mine.pth, images normalised for these weights" and meta["mean"] == [
         0.485,
         0.456,
         0.406,
         0.485,
     ]
-    assert "is up to date" in train(*RESNET18, "--folds", "0")  # auto: as it began
+    assert "is up to date" in train(*RESNET18, "--folds", "0")  # auto: the weights that it started from
     flags = ("04_train.py", "--work", work, "--recipe", RECIPE, *RESNET18, "--folds", "0")
     assert "(changed: weights); use --force" in fails(*flags, "--pretrained", "none")
-    assert "there is no such file" in fails(*flags, "--pretrained", tmp_path / "other.pth")
+    assert "no such file" in fails(*flags, "--pretrained", tmp_path / "other.pth")
     other = ("04_train.py", "--work", work, "--recipe", RECIPE, *TINY, "--pretrained", tmp_path / "mine.pth", "--force")
     assert "these are not weights of resnet10_narrow" in fails(*other)
-    assert "is up to date" in train(*RESNET18, "--folds", "0")  # refused before --force threw anything away
+    assert "is up to date" in train(*RESNET18, "--folds", "0")  # refused before --force discarded anything
 
 
 def test_without_a_network_auto_says_where_the_file_goes_and_goes_on(train, work, monkeypatch, tmp_path):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing listens there
     out = train(*RESNET18, "--weights-dir", tmp_path / "weights")
-    assert out.count("the ImageNet weights could not be downloaded, so training goes on from random weights") == 1
+    assert out.count("the ImageNet weights could not be downloaded, so training starts from random weights") == 1
     assert str(tmp_path / "weights" / "resnet18-f37072fd.pth") in out and "https://download.pytorch.org" in out
     for fold in (0, 1):
         meta = read_json(sidecar(work / "runs" / RECIPE / f"fold{fold}" / "best.pt"))
         assert meta["start"] == (
-            "from random weights (the published ones could not be had), images normalised as the data asks for"
+            "from random weights (the published ones were not available), images normalised by the data"
         )
         log = (work / "runs" / RECIPE / f"fold{fold}" / "log.jsonl").read_text()
         assert json.loads(log)["start"] == meta["start"]
@@ -199,7 +199,7 @@ def test_torchrun_trains_a_fold_on_two_processes(work, run_script):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert first.stdout.count("epoch 2/2") == 1  # one process talks
+    assert first.stdout.count("epoch 2/2") == 1  # one process prints
     run = work / "runs" / RECIPE / "fold0"
     assert {"best.pt", "last.pt", "log.jsonl", "hard_samples.csv"} <= {path.name for path in run.iterdir()}
     rows = read_json(sidecar(run / "best.pt"))["rows"]

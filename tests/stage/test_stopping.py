@@ -70,7 +70,7 @@ def test_a_preempted_job_saves_each_fold_and_goes_on(work):
             f"stopped; finished work is kept. To resume: python 04_train.py --work {work} --recipe demo-quick" in output
         )
         assert all((work / "runs" / RECIPE / f"fold{fold}" / "last.pt").is_file() for fold in (0, 1))
-    assert output.count("going on at epoch") == 2
+    assert output.count("resuming at epoch") == 2
     assert not sidecar(work / "runs" / RECIPE / "fold0" / "best.pt").exists()
 
 
@@ -82,7 +82,7 @@ def test_the_command_that_goes_on_does_not_throw_away_again(work):
         assert code == 128 + number and "saved in epoch" in output and "Traceback" not in output, output
         assert "To resume: python 04_train.py" in output and "--folds 0 --workers 1\n" in output, output
     goes_on = output.rpartition("To resume: python ")[2].split()
-    assert "going on at epoch" in stopped((sys.executable, *goes_on), signal.SIGTERM, ["going on"], whole_group=True)[1]
+    assert "resuming at epoch" in stopped((sys.executable, *goes_on), signal.SIGTERM, ["resuming"], whole_group=True)[1]
 
 
 def test_torchruns_main_process_saves(work):

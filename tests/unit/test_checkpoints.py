@@ -1,4 +1,4 @@
-"""Checkpoints that are not this version's: each is one message with the file and the cure; --force clears them."""
+"""Checkpoints of other versions: each ends in one message with the file and the cure; --force clears them."""
 
 import hashlib
 import re
@@ -70,7 +70,8 @@ def test_what_every_checkpoint_has_must_be_there(tmp_path, state, key):
     path = written(tmp_path, state, **{key: GONE})
     with pytest.raises(UserError) as error:
         load_checkpoint(path)
-    assert str(error.value) == f"{path} is not a checkpoint that this project wrote: it lacks {key!r}; {CURE}"
+    message = str(error.value)
+    assert message.startswith(f"{path} is not a checkpoint ") and f"has no {key!r}; {CURE}" in message
 
 
 @pytest.mark.parametrize(
@@ -96,18 +97,14 @@ def test_values_must_be_of_the_kind_that_is_written(tmp_path, state, changes):
     path = written(tmp_path, state, **changes)
     with pytest.raises(UserError) as error:
         load_checkpoint(path)
-    assert (
-        str(error.value)
-        == f"{path} is not a checkpoint that this project wrote: it has no valid {list(changes)[0]!r}; {CURE}"
-    )
+    message = str(error.value)
+    assert message.startswith(f"{path} is not a checkpoint ") and f"no valid {list(changes)[0]!r}; {CURE}" in message
 
 
 @pytest.mark.parametrize("made", [GONE, {}, {"parameters": {}, "inputs": "folds.csv"}])
 def test_without_what_it_was_made_from_a_training_cannot_go_on(tmp_path, state, made):
     written(tmp_path, state, made_from=made)
-    with pytest.raises(
-        UserError, match="last.pt does not say what it was made from; train the fold again with --force"
-    ):
+    with pytest.raises(UserError, match="last.pt does not record .* made from; train the fold again with --force"):
         made_from(tmp_path)
 
 
@@ -156,9 +153,9 @@ def test_another_networks_tensors_are_one_message(tmp_path, state, change, told)
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"epoch": GONE}, "it lacks 'epoch'"),
-        ({"optimizer": GONE}, "it lacks 'optimizer'"),
-        ({"optimizer": {}}, "it lacks 'param_groups'"),
+        ({"epoch": GONE}, "it has no 'epoch'"),
+        ({"optimizer": GONE}, "it has no 'optimizer'"),
+        ({"optimizer": {}}, "it has no 'param_groups'"),
         ({"optimizer": {"state": {}, "param_groups": []}}, "different number of parameter"),
     ],
 )
@@ -170,7 +167,7 @@ def test_parts_of_a_training_that_are_missing_are_one_message(tmp_path, state, c
 
 
 class Malicious:
-    """What a stranger's pickle can do."""
+    """An object whose unpickling runs code."""
 
     def __init__(self, path):
         self.path = path
@@ -184,7 +181,7 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path, legacy):
     torch.save(
         {"model": Malicious(tmp_path / "owned")}, tmp_path / "last.pt", _use_new_zipfile_serialization=not legacy
     )
-    with pytest.raises(UserError, match="is not a checkpoint that can be read"):
+    with pytest.raises(UserError, match="last.pt is not a readable checkpoint"):
         load_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "owned").exists()
     torch.load(tmp_path / "last.pt", weights_only=False)  # it would have
@@ -200,7 +197,7 @@ def test_a_checkpoint_that_claims_more_than_its_size_is_refused(tmp_path):
         for name in whole.namelist():
             small.writestr(name, whole.read(name))
     with pytest.raises(
-        UserError, match=r"b.pt is not a checkpoint that can be read .claims 40,\d{3},\d{3} bytes in \d\d,\d{3}"
+        UserError, match=r"b.pt is not a readable checkpoint .claims 40,\d{3},\d{3} bytes in \d\d,\d{3}"
     ):
         load_checkpoint(tmp_path / "b.pt")
 
@@ -217,11 +214,8 @@ def test_a_run_that_cannot_be_deleted_is_told_and_not_taken_for_new(tmp_path, mo
     monkeypatch.setattr(shutil, "rmtree", refused)
     with pytest.raises(UserError) as error:
         prepare([stage], force=True)
-    assert str(error.value) == (
-        f"{tmp_path}/fold0 cannot be deleted, which --force asks for (best.pt: Permission denied); "
-        "get the right to delete it or have its owner do so, or "
-        "give another --work"
-    )
+    for part in ("--force", f"{tmp_path}/fold0 (best.pt: Permission denied)", "permission", "another --work"):
+        assert part in str(error.value)
 
 
 def test_a_run_that_is_a_link_is_not_cleared_in_silence(tmp_path):
@@ -229,7 +223,7 @@ def test_a_run_that_is_a_link_is_not_cleared_in_silence(tmp_path):
     (tmp_path / "elsewhere" / "best.pt").touch()
     (tmp_path / "fold0").symlink_to(tmp_path / "elsewhere")
     stage = Stage("04_train", tmp_path / "fold0" / "best.pt", {}, {}, whole=tmp_path / "fold0")
-    with pytest.raises(UserError, match="fold0 cannot be deleted, which --force asks for .*symbolic link"):
+    with pytest.raises(UserError, match="--force cannot delete .*fold0 .*symbolic link"):
         prepare([stage], force=True)
     (tmp_path / "fold0").unlink()
     prepare([stage], force=True)  # nothing is there

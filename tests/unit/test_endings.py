@@ -178,7 +178,7 @@ def test_one_byte_of_a_checkpoint_that_changed_is_noticed_before_it_is_used(tmp_
     place = data.index(weights.numpy().tobytes()) + 400
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     assert not torch.equal(torch.load(path, weights_only=True)["model"]["a"], weights)  # torch itself does not check
-    with pytest.raises(UserError, match="last.pt is not a checkpoint that can be read .its part .*data/0 is damaged."):
+    with pytest.raises(UserError, match="last.pt is not a readable checkpoint .its part .*data/0 is damaged."):
         load_checkpoint(path)
 
 

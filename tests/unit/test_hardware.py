@@ -1,4 +1,4 @@
-"""Machines with GPUs, simulated on one without: what is chosen, what is refused, and what is said."""
+"""Machines with GPUs, simulated on one without: what is chosen, refused and printed."""
 
 import os
 import warnings
@@ -28,7 +28,7 @@ NO_KERNELS = "CUDA error: no kernel image is available for execution on the devi
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Return a function that makes this a machine with GPUs, and says which were set as this process's own."""
+    """Return a function that simulates GPUs, and returns the list of those set as this process's default."""
 
     def simulate(count=1, bf16=True, cores=16, kernel=lambda device: None):
         chosen = []
@@ -108,10 +108,9 @@ def test_a_card_without_kernels_is_one_message_with_the_cure(gpus):
     gpus(kernel=fails)
     with pytest.raises(UserError) as error:
         choose_hardware()
-    assert str(error.value) == (
-        f"torch {torch.__version__} has no kernels for cuda:0 (Some GPU, sm_75; it has them for sm_80, sm_90); "
-        "install a release of torch for this GPU, or use --device cpu"
-    )
+    message = str(error.value)
+    for part in (f"torch {torch.__version__}", "cuda:0 (Some GPU, sm_75;", "sm_80, sm_90", "install", "--device cpu"):
+        assert part in message
 
 
 @pytest.mark.parametrize(
@@ -250,7 +249,7 @@ def test_the_cpu_although_there_is_a_gpu_is_a_warning(gpus, monkeypatch, capsys,
     plan_hardware(arguments(), "04_train", 1)
     assert ("warning: there is a GPU, but torch cannot use it" in capsys.readouterr().err) == told
     plan_hardware(arguments(device="cpu"), "04_train", 1)
-    assert not capsys.readouterr().err  # as asked for
+    assert not capsys.readouterr().err  # as requested
 
 
 @pytest.mark.parametrize(
@@ -287,13 +286,9 @@ def test_why_a_gpu_is_idle(gpus, monkeypatch):
 @pytest.mark.parametrize(
     ("training", "changes", "message"),
     [
-        (True, {"jobs": 2}, "torchrun's processes train one fold together, so give no --jobs"),
+        (True, {"jobs": 2}, "torchrun's processes train one fold together; leave out --jobs"),
         (True, {"cluster": "tcp://host:1"}, "torchrun's processes train one fold together"),
-        (
-            False,
-            {},
-            "this stage does not share its work among the processes of torchrun; start it without, with --jobs N",
-        ),
+        (False, {}, "this stage does not work with torchrun; .* --jobs N"),
     ],
 )
 def test_torchrun_is_for_one_training_on_several_gpus(monkeypatch, training, changes, message):
@@ -335,7 +330,7 @@ def test_as_many_loader_processes_as_shared_memory_has_room_for(monkeypatch, cap
     err = capsys.readouterr().err
     assert ("docker run --shm-size" in err) == (expected < workers)
     if expected < workers:
-        with pytest.raises(UserError, match=f"not for {workers}; give it more .* or --workers {expected}"):
+        with pytest.raises(UserError, match=f"not for {workers}; make it larger .* or --workers {expected}"):
             fit_shared_memory(
                 found.__class__(torch.device("cpu"), workers=workers),
                 HardwareOptions(workers=workers, jobs=jobs),
@@ -348,7 +343,7 @@ def test_as_many_loader_processes_as_shared_memory_has_room_for(monkeypatch, cap
     [(1, 1, 7, 7), (1, 4, 28, 7), (2, 4, 56, 7), (1, 4, 27, 6), (1, 4, 32, 8), (1, 4, 40, 8), (2, 4, 7, 0)],
 )
 def test_jobs_and_processes_of_torchrun_share_the_memory(monkeypatch, jobs, processes, room, expected):
-    """Of 8 loader processes each, of which one takes three batches of 1 MB; `room` for so many of them all in all."""
+    """With 8 loader processes per job, three batches of 1 MB each, and `room` for that many processes in total."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(hardware.shutil, "disk_usage", lambda path: SimpleNamespace(free=room * 3 * 10**6))
     wanted = Hardware(torch.device("cpu"), workers=8)

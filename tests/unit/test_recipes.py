@@ -27,7 +27,7 @@ def test_resnet50_has_the_papers_numbers():
     assert (recipe.buffers, recipe.dropouts, recipe.hard_share, recipe.alpha) == ((1024,), (0.5,), 0.7, 0.99)
 
 
-# METHOD: encoder, buffers, dropouts, crop, batch (None: as large as fits), learning rates, most cycles, epochs a cycle.
+# METHOD: encoder, buffers, dropouts, crop, batch (None: as large as fits), learning rates, max cycles, epochs each.
 PAPER = {
     "resnet50": ("resnet50", (1024,), (0.5,), 512, 74, (1e-2, 2e-2), 4, 4),
     "resnet101": ("resnet101", (4096, 1024), (0.25, 0.5), 512, None, (1e-2, 2e-2), 4, 4),
@@ -99,7 +99,7 @@ def test_a_recipe_survives_being_saved(name):
 def test_quick_divides_sizes_by_eight():
     quick = get_recipe("resnet50-quick")
     assert (quick.size, quick.crop, quick.encoder) == (96, 64, "resnet50")
-    # 8 of 74 samples a batch: learning rates for 74 would diverge
+    # 8 instead of 74 samples per batch: learning rates for 74 would diverge
     assert quick.group_learning_rates == pytest.approx((1e-2 * 8 / 74, 2e-2 * 8 / 74))
 
 
@@ -143,7 +143,7 @@ def test_sizes_by_source_follow_the_papers_two():
         ("resnet50", ["alpha"], "cannot read the setting 'alpha'"),
         ("resnet50", ["alpha=1"], "alpha has an impossible value: 1.0"),
         ("resnet50", ["encoder=resnet51"], "encoder is 'resnet51'; did you mean resnet50"),
-        ("resnet50-hard-eloss", [], "each variant of the ablation holds the ones before it, so name only one"),
+        ("resnet50-hard-eloss", [], "each variant of the ablation includes the ones before it, so name only one"),
         ("gapnet_pl-original", [], "gapnet_pl has its own pooling, head and schedule, so it has no variants of them"),
         ("resnet50", ["schedule=cosine"], "schedule is 'cosine'"),
         ("resnet50", ["l1=-1"], "l1 has an impossible value"),
@@ -301,10 +301,10 @@ def test_a_recipe_of_another_version_is_read_where_only_defaults_differ():
 
 def test_a_field_of_another_version_that_is_on_is_refused_by_name():
     with pytest.raises(
-        UserError, match="another version of this project, whose fields this one does not have: ema=0.9, mixup=1"
+        UserError, match="another version of this project, with fields that this one does not have: ema=0.9, mixup=1"
     ):
         from_dict({**to_dict(Recipe()), "mixup": 1, "ema": 0.9, "teacher": ""})
-    with pytest.raises(UserError, match="the recipe that was saved has a value of another kind"):
+    with pytest.raises(UserError, match="the saved recipe has a value of the wrong type"):
         from_dict({**to_dict(Recipe()), "alpha": "much"})
 
 
@@ -321,7 +321,7 @@ def test_other_words_for_on_or_off_are_refused(setting):
         get_recipe("resnet50", [setting])
 
 
-# Field: values at the ends of what is possible, and the first ones beyond; one bad number among good ones is enough.
+# Field: values at the ends of the valid range, and the first ones beyond; one bad number among good ones is enough.
 LIMITS = {
     "size_divisor": ([1], [0, -1]),
     "crop_size": ([32, 768], [31, 769]),
@@ -382,7 +382,7 @@ def test_fields_that_do_not_fit_each_other_are_refused():
         Recipe(size_rule="by-source", image_size=1024, crop_size=800)
 
 
-# What the paper does not say, and our own recipes: numbers that measured scores rest on.
+# Values that the paper does not give, and our own recipes: measured scores are based on them.
 OURS = {
     "resnet101": {"batch_size": 64},
     "densenet50": {"batch_size": 64},

@@ -40,7 +40,7 @@ def test_a_training_that_was_stopped_and_went_on_has_every_step_once(tmp_path):
     found = events(tmp_path)
     assert found["loss/train"] == [(k, round(1 / k, 5)) for k in range(1, 6)]
     assert found["macro F1/valid at 0.5"] == [(1, 0.1), (3, 0.3), (5, 0.5)]
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 1  # for readers that do not care for restarts
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1  # for readers that ignore restarts
 
 
 def test_a_finished_fold_is_written_from_its_log_once(tmp_path):

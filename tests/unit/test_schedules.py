@@ -66,12 +66,12 @@ def test_halving_on_a_plateau_equals_torch(patience):
 
 
 def flattening(epoch):
-    """A validation loss that falls for 10 epochs and then stays as it is."""
+    """A validation loss that falls for 10 epochs and then stays constant."""
     return 1 / (1 + min(epoch, 9))
 
 
 def driven(recipe, loss):
-    """Return the factor on the learning rate in each epoch of a training whose validation losses are given, to its end."""
+    """Return the factor on the learning rate in each epoch of a training with the given validation losses."""
     run = Run(recipe, *[None] * 9)
     factors = []
     while not is_finished(run):
@@ -145,15 +145,17 @@ def test_the_finder_on_a_noisy_quadratic_stops_where_gradient_descent_diverges()
 
 
 def valley(lowest, rise):
-    """Return a function of log10 of the rate: a loss that falls along a logistic curve, fastest at `lowest` - 1.2, and rises as
-    a power of the rate, so that it is lowest at `lowest`."""
+    """Return a loss as a function of log10 of the rate, lowest at `lowest`.
+
+    It falls along a logistic curve, fastest at `lowest` - 1.2, and rises as a power of the rate.
+    """
     fall = lambda x: 1 - 0.7 / (1 + np.exp(-3 * (x - lowest + 1.2)))
-    slope = (fall(lowest - 1e-6) - fall(lowest + 1e-6)) / 2e-6  # that the rise must make good there
+    slope = (fall(lowest - 1e-6) - fall(lowest + 1e-6)) / 2e-6  # which the rise must cancel there
     return lambda x: fall(x) + slope / (rise * math.log(10)) * 10 ** (rise * (x - lowest))
 
 
 def range_test(loss, noise, seed):
-    """Return the rates and losses of a range test, as far as it goes."""
+    """Return the rates and losses of a range test, up to where it ends."""
     rates = [exponential_range(k, 100, 1e-5, 10) for k in range(100)]
     losses = (loss(np.log10(rates)) * (1 + noise * np.random.default_rng(seed).standard_normal(100))).tolist()
     n = next((k for k in range(1, 101) if has_diverged(losses[:k])), 100)

@@ -20,12 +20,12 @@ def file(tmp_path):
 def test_random_weights_have_the_normalisation_of_the_data():
     assert start_from(RESNET, "none", None) == Start() and Start().inputs() == {} and Start().read() is None
     for recipe, asked, reason in (
-        (RESNET, "none", "as asked for"),
-        (RESNET, "auto", "the published ones could not be had"),
+        (RESNET, "none", "as requested"),
+        (RESNET, "auto", "the published ones were not available"),
         (Recipe(encoder="densenet50"), "auto", "none are published for densenet50"),
     ):
         told = start_from(recipe, asked, None).describe()
-        assert told == f"from random weights ({reason}), images normalised as the data asks for"
+        assert told == f"from random weights ({reason}), images normalised by the data"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_checkpoint_of_this_project_brings_its_own(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(encoder.state_dict().values(), again.state_dict().values(), strict=True)
     )
-    assert begun.describe() == "from best.pt, images normalised as for those"
+    assert begun.describe() == "from best.pt, images normalised for these weights"
     assert begun.inputs() == {"weights": pretrained.fingerprint(tmp_path / "best.pt")}
 
 
@@ -81,5 +81,5 @@ def test_a_checkpoint_of_this_project_brings_its_own(tmp_path):
 )
 def test_a_normalisation_that_cannot_be_is_refused(tmp_path, mean, std):
     torch.save({"model": build_encoder(RESNET)[0].state_dict(), "mean": mean, "std": std}, tmp_path / "best.pt")
-    with pytest.raises(UserError, match=r"best\.pt has a mean or std that is not four numbers, one a channel"):
+    with pytest.raises(UserError, match=r"best\.pt has a mean or std that is not four numbers, one per channel"):
         start_from(RESNET, "best.pt", tmp_path / "best.pt")

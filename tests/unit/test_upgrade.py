@@ -159,7 +159,7 @@ def test_a_training_of_a_version_with_more_fields(work, added, refused):
     else:
         with pytest.raises(UserError, match=refused):
             check_unfinished(jobs[0].stage)
-        with pytest.raises(UserError, match="whose fields this one does not have: ema=0.99"):
+        with pytest.raises(UserError, match="fields that this one does not have: ema=0.99"):
             finished_checkpoint(work, "demo-quick", 0, read_table(work / "folds.csv", ""), "best")
 
 

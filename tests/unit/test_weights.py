@@ -34,7 +34,7 @@ TIMM = {"se_resnext50_32x4d": "legacy_seresnext50_32x4d", "senet154": "legacy_se
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache of torch's own, and no way to a host outside this machine."""
+    """An empty cache of torch, and no access to hosts outside this machine."""
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -49,7 +49,7 @@ def publish(monkeypatch, encoder, **changes):
 
 
 def nobody() -> str:
-    """Return the address of a port of this machine where nobody listens."""
+    """Return the address of a port of this machine where nothing listens."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -108,7 +108,7 @@ def source(encoder: str) -> nn.Module:
 
 
 def source_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Return what the original network gives before pooling; a ResNet of torchvision has no method for it."""
+    """Return the original network's features before pooling; torchvision's ResNet has no method for it."""
     if hasattr(network, "forward_features"):
         return network.forward_features(images)
     if hasattr(network, "features"):
@@ -244,7 +244,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
     torch.save({"conv1.weight": torch.ones(1), "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.pth")
     with pytest.raises(
         UserError,
-        match=r"evil\.pth holds other things than tensors \(.+\), which might run code, so it is not read; save the",
+        match=r"evil\.pth holds objects other than tensors \(.+\), which might run code, so it is not read; save the",
     ):
         read_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "sprung").exists()
@@ -305,7 +305,7 @@ def test_what_is_no_dictionary_of_tensors_is_refused_by_what_it_holds(tmp_path, 
 
 def test_a_classifier_alone_is_no_encoder(tmp_path):
     torch.save({"fc.weight": torch.ones(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth holds no tensors of an encoder, but 'fc.weight'"):
+    with pytest.raises(UserError, match=r"other\.pth holds no encoder tensors, only 'fc.weight'"):
         read_weights(tmp_path / "other.pth")
 
 
@@ -313,7 +313,7 @@ def test_a_number_of_numpy_in_a_file_is_named_with_its_cure(tmp_path):
     torch.save({"state_dict": {"conv1.weight": torch.ones(3)}, "score": np.float64(0.5)}, tmp_path / "a.pth")
     with pytest.raises(
         UserError,
-        match=r"a\.pth holds other things than tensors \(numpy.*scalar\).*; save the network's parameters alone",
+        match=r"a\.pth holds objects other than tensors \(numpy.*scalar\).*; save the network's parameters alone",
     ):
         read_weights(tmp_path / "a.pth")
 
@@ -327,13 +327,13 @@ def test_weights_that_are_not_finite_are_refused_when_they_are_read(tmp_path, va
         "bn1.num_batches_tracked": torch.tensor(3),
     }
     torch.save(good, tmp_path / "good.pth")
-    assert "conv1.weight" in read_weights(tmp_path / "good.pth")  # a classifier is not taken, whatever it holds
+    assert "conv1.weight" in read_weights(tmp_path / "good.pth")  # the classifier is ignored, whatever it holds
     broken = torch.ones(3, 3, dtype=kind)
     broken[2, 1] = value
     torch.save(good | {"conv2.weight": broken}, tmp_path / "a.pth")
     with pytest.raises(
         UserError,
-        match=r"a\.pth has weights that are NaN or infinite, such as conv2.weight \(1 tensors in all\); give another",
+        match=r"a\.pth has weights that are NaN or infinite, for example conv2.weight \(1 tensors in all\); give",
     ):
         read_weights(tmp_path / "a.pth")
 
@@ -358,7 +358,7 @@ def host(tmp_path, monkeypatch):
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.handle_error = lambda *_: None  # that a client stops reading is what some tests are about
+        server.handle_error = lambda *_: None  # in some tests a client stops reading
         address = f"http://127.0.0.1:{server.server_port}/{ENCODERS['resnet18'].weights.file}"
         publish(monkeypatch, "resnet18", urls=(address,), sha256=digest(folder / ENCODERS["resnet18"].weights.file))
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -376,7 +376,7 @@ def test_a_file_of_ones_own(tmp_path):
     (tmp_path / "mine.pth").touch()
     assert find_weights("resnet10_narrow", str(tmp_path / "mine.pth"), None) == tmp_path / "mine.pth"
     for wrong in ("missing.pth", "."):
-        with pytest.raises(UserError, match=r"--pretrained .*: there is no such file; give .* 'auto' .* 'none'"):
+        with pytest.raises(UserError, match=r"--pretrained .*: no such file; give .* 'auto' .* 'none'"):
             find_weights("resnet18", str(tmp_path / wrong), None)
 
 
@@ -453,8 +453,8 @@ def test_without_a_network_the_message_says_what_to_put_where(tmp_path, encoder,
 
 
 CANNOT_WRITE = (
-    "the weights of resnet18 cannot be written to {folder} ({reason}); make room or get the right to, give "
-    "--weights-dir a folder that can be written, or start from random weights with --pretrained none"
+    "the weights of resnet18 cannot be written to {folder} ({reason}); free space, get write permission, give "
+    "--weights-dir a writable folder, or start from random weights with --pretrained none"
 )
 
 
