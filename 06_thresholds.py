@@ -10,6 +10,7 @@ writes  WORK/thresholds.json   method, recipes, combine, weights, thresholds (28
 Its first figure is cross-fitted: macro F1 on rows that neither thresholds nor weights were searched on.
 
 example python 06_thresholds.py --work work --recipes resnet50,senet
+        python 06_thresholds.py --work work --compare demo,demo_large
         python 06_thresholds.py --oof a.npz b.csv --labels train.csv --work work
         python 06_thresholds.py --oof test.npy --ids sample_submission.csv --reproduce submission.csv --work work
 """
@@ -19,13 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.files import write_json
+from common.artifacts.files import read_json, write_json
 from common.artifacts.layout import Layout
 from common.artifacts.stage import Stage
 from common.data.labels import parse_targets, read_labels
 from common.errors import UserError
 from common.process import command_line
 from common.process.main import run
+from common.score.compare import compare_runs, describe_comparison, run_facts
 from common.score.ensemble import (
     COMBINATIONS,
     align,
@@ -105,6 +107,13 @@ def parse_args():
         metavar="CSV",
         help="find the thresholds that make this submission of the one --oof file",
     )
+    parser.add_argument(
+        "--compare",
+        type=command_line.recipe_names,
+        metavar="A,B",
+        help="compare these runs on the samples that all of them predicted: scores, paired differences with "
+        "intervals, classes won; writes WORK/comparison.json instead of thresholds",
+    )
     return parser.parse_args()
 
 
@@ -112,6 +121,8 @@ def main():
     args = parse_args()
     if args.reproduce:
         return reproduce(args)
+    if args.compare:
+        return compare(args)
     layout = Layout(args.work, args.data)
     hint = layout.command("05_predict_oof.py", "--recipes", ",".join(args.recipes))
     names, sources = member_files(args.oof, args.work, args.recipes, "oof")
@@ -154,6 +165,27 @@ def main():
     print("06_thresholds: " + "\n  ".join(describe_ensemble(result)))
     if behind:
         print("\n".join(describe_missing_folds(behind, args.work)))
+
+
+def compare(args):
+    """Compare runs on the samples that all of them predicted out of fold."""
+    names, layout = args.compare, Layout(args.work, args.data)
+    hint = layout.command("05_predict_oof.py", "--recipes", ",".join(names))
+    sources = [layout.predictions(name, "oof") for name in names]
+    check_there(sources, hint)
+    check_origin(args.work, names, "oof")
+    inputs = {"folds.csv": layout.folds, **dict(zip(names, sources, strict=True))}
+    stage = Stage("06_thresholds", layout.comparison, {"method": args.method, "compare": names}, inputs)
+    if not stage.is_current():
+        folds = layout.read_folds()
+        members, wanted = keep_common(read_members(sources, None, hint), folds["Id"].to_numpy())
+        probs = dict(zip(names, stack_members(members, names, wanted), strict=True))
+        rows = labelled_rows(folds, wanted, hint)
+        result = compare_runs(parse_targets(rows["Target"]), probs, rows["group"].to_numpy(), args.method)
+        with stage.making() as record:
+            write_json(stage.artifact, result)
+            record.rows = len(wanted)
+    print("\n  ".join(describe_comparison(read_json(stage.artifact), lambda name: run_facts(layout, name))))
 
 
 def reproduce(args):

@@ -92,6 +92,11 @@ class Layout:
         return self.work / "thresholds.json"
 
     @property
+    def comparison(self) -> Path:
+        """What `06_thresholds.py --compare` found."""
+        return self.work / "comparison.json"
+
+    @property
     def submission(self) -> Path:
         return self.work / "submission.csv"
 
