@@ -3,16 +3,17 @@
 reads   DATA/train.csv, DATA/sample_submission.csv, DATA/external/external.csv (optional)
         DATA/train_full_size, DATA/test_full_size (TIFF), else DATA/train, DATA/test (PNG); DATA/external
 writes  WORK/samples.csv         Id, part, Target, side of the source image in pixels
-        WORK/images/<size>/      <Id>.tif with the planes red, green, blue, yellow; by-source-1/ for --set size_rule=by-source
-        WORK/images/<size>.csv   side; per channel: mean, standard deviation, shares of black and saturated pixels; checksum
+        WORK/images/<size>/      <Id>.tif with planes red, green, blue, yellow; by-source-1/ with size_rule=by-source
+        WORK/images/<size>.csv   side; checksum; per channel: mean, deviation, shares of black and saturated pixels
         WORK/left_out.csv        Id, part, Target, place, reason of samples that --keep-going leaves out
 
-Sizes: a recipe keeps its image_size where at least three quarters of the source images have that many pixels. Where fewer do, all
-images are stored at the largest size that three quarters have, with crops of three quarters of it. Samples that are still smaller
-are refused by name; --keep-going leaves them out, --set enlarge=true enlarges them (give it to stage 04 too).
+Sizes: a recipe keeps its image_size where at least three quarters of the source images have that many pixels. Where
+fewer do, all images are stored at the largest size that three quarters have, with crops of three quarters of it.
+Samples that are still smaller are refused by name; --keep-going leaves them out, --set enlarge=true enlarges them (give
+it to stage 04 too).
 
 example python 01_preprocess.py --data data --work work --recipes resnet50
-        python 01_preprocess.py --data data --work work --recipes resnet50 --check    what will fail, before days are spent
+        python 01_preprocess.py --data data --work work --recipes resnet50 --check    what will fail
 """
 
 import sys
@@ -20,11 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.layout import Layout
-from common.check.checks import examine
 from common.errors import UserError
-from common.process import command_line  # first: from here on Ctrl+C is no traceback
-from common.process.main import run  # first: from here on Ctrl+C is no traceback
+from common.process import command_line
+from common.process.main import run
 
 
 def parse_args():
@@ -94,10 +93,13 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if args.check:
-        return examine(args)
 
-    # Imported here, so that --check can tell which packages are missing.
+    # Imported here: --check says which packages are missing, --help needs none, and Ctrl+C meanwhile is one message.
+    if args.check:
+        from common.check.checks import examine
+
+        return examine(args)
+    from common.artifacts.layout import Layout
     from common.artifacts.tables import write_csv
     from common.data.exposure import Levels
     from common.data.ingest import (

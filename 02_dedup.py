@@ -4,7 +4,7 @@ reads   WORK/samples.csv, WORK/images/128/
 writes  WORK/duplicates.csv       Id, part, Target, near_group (first of the near-identical ones), group (what stays in
                                   one fold), kept (1 or 0) of every labelled sample
         WORK/duplicate_pairs.csv  all pairs within the distance, with test samples too; distances in bits of 64
-        WORK/duplicate_pairs.png  the closest pairs, the farthest ones still within, the nearest ones outside: look at it
+        WORK/duplicate_pairs.png  the closest pairs, the farthest ones within, the nearest ones outside: look at it
 
 Nothing is removed from test. Within a group of duplicates one sample for each distinct label set stays, unless
 a class would fall below --floor samples. Thresholds are for the red, green and blue channel, all must hold.
@@ -18,18 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-import numpy as np
-
-from common.artifacts.layout import Layout
-from common.artifacts.stage import Stage
-from common.artifacts.tables import write_csv
-from common.data.duplicates import HASHED, doubtful_pairs, duplicate_tables, hash_file
-from common.data.ingest import HASH_SIZE
-from common.data.pictures import SHOWN, save_contact_sheet
 from common.errors import listing
-from common.process import command_line  # first: from here on Ctrl+C is no traceback
-from common.process.main import run  # first: from here on Ctrl+C is no traceback
-from common.process.parallel import run_parallel, workers
+from common.process import command_line
+from common.process.main import run
 
 BEYOND = 6  # bits outside the thresholds in which the contact sheet looks for doubtful pairs
 
@@ -68,6 +59,18 @@ def thresholds(text):
 
 def main():
     args = parse_args()
+
+    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    import numpy as np
+
+    from common.artifacts.layout import Layout
+    from common.artifacts.stage import Stage
+    from common.artifacts.tables import write_csv
+    from common.data.duplicates import HASHED, doubtful_pairs, duplicate_tables, hash_file
+    from common.data.ingest import HASH_SIZE
+    from common.data.pictures import SHOWN, save_contact_sheet
+    from common.process.parallel import run_parallel, workers
+
     layout = Layout(args.work, args.data)
     samples = layout.read_samples()
     store = str(min(HASH_SIZE, samples["side"].min()))
@@ -108,6 +111,8 @@ def main():
 
 def report(samples, flat, duplicates, pairs, pair_file):
     """Print how many there are, what happened to them, and the matches with test and external samples."""
+    from common.data.duplicates import HASHED
+
     groups = duplicates["near_group"].value_counts()
     print(
         f"02_dedup: {(groups > 1).sum()} groups of near-identical samples; {(duplicates['kept'] == 0).sum()} of "

@@ -15,11 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.files import write_json
-from common.artifacts.layout import Layout
-from common.artifacts.stage import Stage
-from common.artifacts.tables import write_csv
-from common.data.folds import audit, audit_table, describe_audit, make_folds
 from common.process import command_line
 from common.process.main import run
 
@@ -60,6 +55,14 @@ def parse_args():
 
 def main():
     args = parse_args()
+
+    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    from common.artifacts.files import write_json
+    from common.artifacts.layout import Layout
+    from common.artifacts.stage import Stage
+    from common.artifacts.tables import write_csv
+    from common.data.folds import audit, audit_table, describe_audit, make_folds
+
     layout = Layout(args.work, args.data)
     duplicates = layout.read_duplicates()
     settings = {name: getattr(args, name) for name in ("n_folds", "max_copies", "seed", "external", "hold_out")}

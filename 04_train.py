@@ -6,7 +6,7 @@ writes  WORK/runs/<recipe>/fold<k>/best.pt    network of the best epoch, for sta
         WORK/runs/<recipe>/fold<k>/log.jsonl  one line an epoch
         WORK/runs/<recipe>/fold<k>/lr_find.csv, .png             curve of the learning rate finder
         WORK/runs/<recipe>/fold<k>/hard_samples.csv              Ids that the hard sampler kept most often
-        WORK/runs/<recipe>/fold<k>/bad_batch.csv                 Ids and losses of the batch at which the loss ceased to be finite
+        WORK/runs/<recipe>/fold<k>/bad_batch.csv                 Ids and losses of the batch whose loss is not finite
         WORK/runs/<recipe>/fold<k>/hard_classes.csv              classes among the kept samples, per epoch
         WORK/runs/<recipe>/fold<k>/tensorboard/                  the log for TensorBoard, with --tensorboard
 
@@ -25,10 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.layout import Layout
 from common.process import command_line
 from common.process.main import run
-from common.process.parallel import run_jobs
 from common.recipes import describe_fit, fit_to_source, get_recipes
 
 
@@ -102,6 +100,11 @@ def parse_args():
 
 def main():
     args = parse_args()
+
+    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    from common.artifacts.layout import Layout
+    from common.process.parallel import run_jobs
+
     if args.list_recipes:
         from common.check.listing import recipe_listing
 

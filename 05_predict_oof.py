@@ -3,8 +3,8 @@
 reads   WORK/runs/<recipe>/fold<k>/best.pt, WORK/folds.csv, WORK/samples.csv, WORK/images/
 writes  WORK/predictions/<recipe>/fold<k>_oof.npz, fold<k>_test.npz   one fold's
         WORK/predictions/<recipe>/oof.npz    all predicted folds' out-of-fold rows together, each sample once
-        WORK/predictions/<recipe>/test.npz   the mean over the folds; held_out.npz likewise, where stage 03 held some out
-        These are of --folds and of the folds that earlier runs predicted in the same way, with networks that are still there.
+        WORK/predictions/<recipe>/test.npz   the mean over the folds; held_out.npz too, if stage 03 held some out
+        These are of --folds and of folds that earlier runs predicted the same way, with networks that still exist.
         each: ids (n,), probs (n, 28) float32 in [0, 1], classes (28,)
 
 example python 05_predict_oof.py --work work --recipes resnet50 --folds 0,1,2,3,4
@@ -15,16 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-import numpy as np
-
-from common.artifacts.layout import Layout
-from common.artifacts.predictions import load_predictions, save_predictions
-from common.artifacts.stage import Stage, read_sidecar
-from common.process import command_line  # first: from here on Ctrl+C is no traceback
-from common.process.main import run  # first: from here on Ctrl+C is no traceback
-from common.process.parallel import run_jobs
-from common.score.ensemble import mean_predictions
-from common.score.members import describe_folds
+from common.process import command_line
+from common.process.main import run
 
 
 def parse_args():
@@ -68,6 +60,13 @@ def parse_args():
 
 def main():
     args = parse_args()
+
+    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    from common.artifacts.layout import Layout
+    from common.process.parallel import run_jobs
+    from common.score.ensemble import mean_predictions
+    from common.score.members import describe_folds
+
     if args.cluster:
         args.work = args.work.resolve()  # the workers' folder is another one
     layout = Layout(args.work, args.data)
@@ -113,6 +112,9 @@ def main():
 
 def combine(layout, recipe_name, numbers, part, how):
     """Write the folds' predictions of one part as one file."""
+    from common.artifacts.predictions import load_predictions, save_predictions
+    from common.artifacts.stage import Stage, read_sidecar
+
     sources = [layout.predictions(recipe_name, part, fold) for fold in numbers]
     stage = Stage(
         "05_predict_oof",
@@ -132,6 +134,8 @@ def combine(layout, recipe_name, numbers, part, how):
 
 def join_folds(members, _):
     """Put the folds' rows below each other; each sample is in one fold only."""
+    import numpy as np
+
     return tuple(np.concatenate(arrays) for arrays in zip(*members, strict=True))
 
 

@@ -1,7 +1,7 @@
 """Find a threshold per class on out-of-fold probabilities, and say what they are worth on samples they have not seen.
 
 reads   WORK/predictions/<recipe>/oof.npz of each recipe, and held_out.npz where there is one, WORK/folds.csv;
-        or, with --oof, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids) and the --labels of their Ids
+        or, with --oof, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids) and --labels of their Ids
 writes  WORK/thresholds.json   method, recipes, combine, weights, thresholds (28), single, score_cross_fitted, interval,
                                score_in_sample, per_class, members, combinations, methods; score_held_out,
                                interval_held_out; folds that each recipe stands on, n_folds; with --reproduce
@@ -20,41 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.files import read_json, write_json
-from common.artifacts.layout import Layout
-from common.artifacts.stage import Stage
-from common.data.labels import parse_targets, read_labels
 from common.errors import UserError
 from common.process import command_line
 from common.process.main import run
-from common.score.compare import compare_runs, describe_comparison, run_facts
-from common.score.ensemble import (
-    COMBINATIONS,
-    align,
-    combine,
-    describe_ensemble,
-    evaluate_ensemble,
-    keep_common,
-    stack_members,
-)
-from common.score.members import (
-    check_origin,
-    check_there,
-    describe_missing_folds,
-    folds_behind,
-    held_out_files,
-    labelled_rows,
-    member_files,
-    read_groups,
-    read_members,
-    read_predictions,
-    short_names,
-)
-from common.score.submission import check_submission, read_submission, recover
-from common.score.thresholds import METHODS, score_held_out
 
 
 def parse_args():
+    from common.score.ensemble import COMBINATIONS
+    from common.score.thresholds import METHODS
+
     parser = command_line.parser(__doc__)
     parser.add_argument(
         "--recipes",
@@ -119,6 +93,26 @@ def parse_args():
 
 def main():
     args = parse_args()
+
+    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    from common.artifacts.files import write_json
+    from common.artifacts.layout import Layout
+    from common.artifacts.stage import Stage
+    from common.data.labels import parse_targets, read_labels
+    from common.score.ensemble import combine, describe_ensemble, evaluate_ensemble, keep_common, stack_members
+    from common.score.members import (
+        check_origin,
+        check_there,
+        describe_missing_folds,
+        folds_behind,
+        held_out_files,
+        labelled_rows,
+        member_files,
+        read_groups,
+        read_members,
+    )
+    from common.score.thresholds import score_held_out
+
     if args.reproduce:
         return reproduce(args)
     if args.compare:
@@ -168,28 +162,24 @@ def main():
 
 
 def compare(args):
-    """Compare runs on the samples that all of them predicted out of fold."""
-    names, layout = args.compare, Layout(args.work, args.data)
-    hint = layout.command("05_predict_oof.py", "--recipes", ",".join(names))
-    sources = [layout.predictions(name, "oof") for name in names]
-    check_there(sources, hint)
-    check_origin(args.work, names, "oof")
-    inputs = {"folds.csv": layout.folds, **dict(zip(names, sources, strict=True))}
-    stage = Stage("06_thresholds", layout.comparison, {"method": args.method, "compare": names}, inputs)
-    if not stage.is_current():
-        folds = layout.read_folds()
-        members, wanted = keep_common(read_members(sources, None, hint), folds["Id"].to_numpy())
-        probs = dict(zip(names, stack_members(members, names, wanted), strict=True))
-        rows = labelled_rows(folds, wanted, hint)
-        result = compare_runs(parse_targets(rows["Target"]), probs, rows["group"].to_numpy(), args.method)
-        with stage.making() as record:
-            write_json(stage.artifact, result)
-            record.rows = len(wanted)
-    print("\n  ".join(describe_comparison(read_json(stage.artifact), lambda name: run_facts(layout, name))))
+    """Print runs side by side, on the samples that all of them predicted out of fold."""
+    from common.artifacts.layout import Layout
+    from common.score.compare import compare_stage, describe_comparison, run_facts
+
+    layout = Layout(args.work, args.data)
+    found = compare_stage(layout, args.compare, args.method)
+    print("\n  ".join(describe_comparison(found, {name: run_facts(layout, name) for name in args.compare})))
 
 
 def reproduce(args):
     """Write the thresholds that make the submission --reproduce of the one file --oof."""
+    from common.artifacts.files import write_json
+    from common.artifacts.layout import Layout
+    from common.artifacts.stage import Stage
+    from common.score.ensemble import align
+    from common.score.members import read_predictions, short_names
+    from common.score.submission import check_submission, read_submission, recover
+
     if not args.oof or len(args.oof) != 1:
         raise UserError("--reproduce needs the one file of predictions that the submission was made from: --oof FILE")
     submission = read_submission(args.reproduce)
@@ -209,8 +199,8 @@ def reproduce(args):
         write_json(stage.artifact, {"recipes": [name], "combine": "mean", "weights": [1.0], **result})
         record.rows = len(ids)
     print(
-        f"06_thresholds: {stage.artifact}: with these thresholds and the fallback {result['fallback']} all {len(ids)} rows of "
-        f"{args.reproduce} come out the same\n  " + " ".join(f"{value:g}" for value in result["thresholds"])
+        f"06_thresholds: {stage.artifact}: with these thresholds and the fallback {result['fallback']} all {len(ids)} "
+        f"rows of {args.reproduce} come out the same\n  " + " ".join(f"{value:g}" for value in result["thresholds"])
     )
 
 

@@ -4,8 +4,8 @@ reads   WORK/predictions/<recipe>/test.npz of each recipe, WORK/thresholds.json,
         WORK/left_out.csv: test samples that stage 01 left out get an empty row
         or, with --test, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids), in the order in which
         stage 06 had the --oof of the same networks, and --sample
-writes  WORK/submission.csv   Id, Predicted in the order of sample_submission.csv, checked (or --out); its .meta.json says which
-                              folds each recipe stands on
+writes  WORK/submission.csv   Id, Predicted in the order of sample_submission.csv, checked (or --out); its .meta.json
+                              says which folds each recipe stands on
         submissions.json beside the thresholds: where --out submissions lie, for the page
 
 example python 07_ensemble.py --work work --recipes resnet50
@@ -18,40 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-import numpy as np
-
-from common.artifacts.layout import Layout
-from common.artifacts.stage import Stage
-from common.artifacts.tables import write_csv
-from common.data.exposure import exposure_warning
-from common.data.labels import read_csv
 from common.errors import UserError
-from common.process import command_line  # first: from here on Ctrl+C is no traceback
-from common.process.main import run  # first: from here on Ctrl+C is no traceback
-from common.score.ensemble import combine, stack_members
-from common.score.members import (
-    check_networks,
-    check_origin,
-    check_there,
-    describe_missing_folds,
-    folds_behind,
-    member_files,
-    read_members,
-)
-from common.score.submission import (
-    check_out,
-    check_submission,
-    decide,
-    describe_submission,
-    known_labels,
-    left_out_samples,
-    override,
-    read_submission,
-    read_thresholds,
-    remember_submission,
-    submission_table,
-    with_empty_rows,
-)
+from common.process import command_line
+from common.process.main import run
 
 
 def parse_args():
@@ -92,6 +61,39 @@ def parse_args():
 
 def main():
     args = parse_args()
+
+    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    import numpy as np
+
+    from common.artifacts.layout import Layout
+    from common.artifacts.stage import Stage
+    from common.artifacts.tables import write_csv
+    from common.data.exposure import exposure_warning
+    from common.score.ensemble import combine, stack_members
+    from common.score.members import (
+        check_networks,
+        check_origin,
+        check_there,
+        describe_missing_folds,
+        folds_behind,
+        member_files,
+        read_members,
+    )
+    from common.score.submission import (
+        check_out,
+        check_submission,
+        decide,
+        describe_submission,
+        known_labels,
+        left_out_samples,
+        override,
+        read_submission,
+        read_thresholds,
+        remember_submission,
+        submission_table,
+        with_empty_rows,
+    )
+
     recipes = ",".join(args.recipes)
     own = not (args.test or args.check)
     layout = Layout(args.work, args.data)
@@ -103,10 +105,8 @@ def main():
         return
     if len(wanted) == 0:
         lost = left_out_samples(layout.left_out) if own else ()
-        print(
-            f"07_ensemble: {f'stage 01 left out all {len(lost)} test samples' if len(lost) else 'the data has no test samples'}, "
-            "so there is no submission to make"
-        )
+        why = f"stage 01 left out all {len(lost)} test samples" if len(lost) else "the data has no test samples"
+        print(f"07_ensemble: {why}, so there is no submission to make")
         return
     found = args.thresholds or layout.thresholds
     makes = "--oof FILES --labels CSV" if args.test else shlex.join([*layout.flags(), "--recipes", recipes])
@@ -168,6 +168,9 @@ def main():
 
 def wanted_ids(args, order, own):
     """Return the Ids of the submission in its order."""
+    from common.artifacts.layout import Layout
+    from common.data.labels import read_csv
+
     if not own:
         return read_csv(order)["Id"].to_numpy()
     samples = Layout(args.work, args.data).read_samples()

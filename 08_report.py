@@ -2,7 +2,7 @@
 
 reads   WORK/: what the stages have written so far; a section is left out, with a note, where its stage has not run
         WORK/runs/<recipe>/fold<k>/best.pt   only with --sample, for its heat maps
-writes  WORK/report.html        one file, no network: data, duplicates, folds, trainings, predictions, scores, errors, submission
+writes  WORK/report.html        one file, no network: data, duplicates, folds, trainings, predictions, scores, ...
         WORK/sample_<Id>.html   with --sample: channels, probabilities and thresholds, duplicates, heat maps
 
 It is made anew each time, in seconds, so it has no sidecar: it never is out of date with what it shows.

@@ -14,15 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
-from common.artifacts.files import write_text
-from common.artifacts.layout import Layout
-from common.artifacts.stage import Stage, digest
-from common.artifacts.tables import write_csv
 from common.errors import UserError, command, listing
 from common.process import command_line
 from common.process.main import run
 from common.recipes import ablation_runs
-from common.score import paper_tables
 
 
 def parse_args():
@@ -41,6 +36,12 @@ def parse_args():
 
 def main():
     args = parse_args()
+
+    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    from common.artifacts.layout import Layout
+    from common.artifacts.stage import Stage, digest
+    from common.score import paper_tables
+
     systems = {recipe: ablation_runs(recipe) for recipe in args.recipes}
     layout = Layout(args.work, args.data)
     rows = paper_tables.validation_rows(layout.read_folds(), args.folds)
@@ -75,11 +76,15 @@ def main():
 
 
 def rerun(args, recipes):
-    return command("run_tables.sh", "--recipes", ",".join(recipes), "--data", args.data, "--work", args.work)
+    return command("run_all.sh", "--tables", "--recipes", ",".join(recipes), "--data", args.data, "--work", args.work)
 
 
 def write(stage, scores, gains, remarks):
     """Write the tables in all their forms."""
+    from common.artifacts.files import write_text
+    from common.artifacts.tables import write_csv
+    from common.score import paper_tables
+
     frames = {
         "tables.csv": scores,
         "gains.csv": gains,

@@ -1,12 +1,13 @@
-# Sourced by run_all.sh and tests/run.sh: sets PYTHON to one that satisfies the given requirement files,
-# the active python where it does, else .venv beside this project, made and filled where need be.
+# Sourced by tests/run.sh: sets PYTHON to one that satisfies the given requirement files, the active python where it
+# does, else .venv beside this project, made and filled where need be.
 # usage: source common/setup.sh [--dry-run] requirements.txt ...
-# `bash common/setup.sh requirements.txt` makes .venv and no more.
+#        source common/setup.sh --any              any Python that is new enough, with or without packages
+#        bash common/setup.sh requirements.txt     makes .venv where it is needed, and prints the path of the Python
 
 setup() {
-    local dry=false
+    local dry=false active base
+    if [ "$1" = --any ]; then find_base; PYTHON=$base; return; fi
     if [ "$1" = --dry-run ]; then dry=true; shift; fi
-    local active
     active=$(command -v python || command -v python3 || true)
     if [ -n "$active" ] && "$active" common/process/requirements.py "$@" >/dev/null 2>&1; then
         PYTHON=$active
@@ -16,17 +17,7 @@ setup() {
     if [ -x "$PYTHON" ] && "$PYTHON" common/process/requirements.py "$@" >/dev/null 2>&1; then
         return
     fi
-    local base='' candidate
-    for candidate in python python3 python3.14 python3.13 python3.12 python3.11; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
-            base=$candidate
-            break
-        fi
-    done
-    if [ -z "$base" ]; then
-        echo "error: Python 3.11 or later is needed and was not found; install it, then run this again" >&2
-        exit 2
-    fi
+    find_base
     if $dry; then
         echo "bash common/setup.sh $*"
         return
@@ -44,13 +35,24 @@ setup() {
         echo "error: the packages could not be installed into .venv; these are missing:" >&2
         if [ ! -x "$PYTHON" ]; then PYTHON=$base; fi
         "$PYTHON" common/process/requirements.py "$@" >&2 || true
-        echo "run this again with internet, or with their wheels in a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER bash run_all.sh" >&2
+        echo "run this again with internet, or with their wheels in a folder:" \
+            "PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER bash run_all.sh" >&2
         exit 2
     fi
     exec 9>&-
 }
 
-# Make .venv. Where the active Python has torch in range, .venv sees all its packages, and only what is missing is installed.
+# Set base to the first Python of 3.11 or later.
+find_base() {
+    for base in python python3 python3.14 python3.13 python3.12 python3.11; do
+        if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then return; fi
+    done
+    echo "error: Python 3.11 or later is needed and was not found; install it, then run this again" >&2
+    exit 2
+}
+
+# Make .venv. Where the active Python has torch in range, .venv sees all its packages, and only what it lacks is
+# installed.
 make_venv() {
     local base=$1 options=(); shift
     if [ "$("$base" -c 'import sys; print(sys.prefix)')" -ef .venv ]; then return; fi
@@ -71,14 +73,20 @@ make_venv() {
 
 # Install what .venv lacks; a package that is installed may need others in turn.
 fill_venv() {
-    local call _
+    local call _ options=(--disable-pip-version-check --quiet --constraint .venv/constraints.txt)
     for _ in 1 2 3; do
         call=$("$PYTHON" common/process/requirements.py --next-install "$@")
         [ -n "$call" ] || break
         "$PYTHON" common/process/requirements.py --pins "$@" > .venv/constraints.txt
-        eval "\"\$PYTHON\" -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt $call" || return
+        eval "\"\$PYTHON\" -m pip install \"\${options[@]}\" $call" || return
     done
     "$PYTHON" common/process/requirements.py "$@" >&2
 }
 
-setup "$@"
+if [ "${BASH_SOURCE[0]}" != "$0" ]; then
+    setup "$@"
+else
+    trap 'exit 130' INT
+    setup "$@"
+    echo "$PYTHON"
+fi

@@ -61,10 +61,7 @@ CODES = {
     "term": {143, -15},
     "torn": {143, -15},
 }
-PYTHON_STARTS = (
-    "init_import_site",
-    "line 0, in <module>\nKeyboardInterrupt",
-)  # before a script's first line; or without a word
+PYTHON_STARTS = ("init_import_site", "line 0, in <module>\nKeyboardInterrupt")  # before a script's first line
 SECONDS_TO_END = 15  # on a machine that does other things too
 ENVIRONMENT = {
     **os.environ,
@@ -175,7 +172,7 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
         text = output.read()
     if was_killed and seconds > SECONDS_TO_END and process.returncode != 0:
         return True, f"still there {seconds:.0f} s after {kind}: {shlex.join(command)}\n{text}"
-    if kind == "ctrl-c" and (any(part in text for part in PYTHON_STARTS) or process.returncode == -2 and not text):
+    if kind == "ctrl-c" and (any(part in text for part in PYTHON_STARTS) or before_main(process.returncode, text)):
         return True, None
     if process.returncode == 0:  # it was done, or did without what was killed
         return False, None
@@ -188,6 +185,11 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
     if process.returncode in (130, -2, 143) and "To go on: python" not in text:
         return True, f"said no command to go on after {kind}: {shlex.join(command)}\n{text}"
     return True, None if quiet else f"worker processes went on writing after {kind}: {shlex.join(command)}"
+
+
+def before_main(code: int, text: str) -> bool:
+    """Tell whether Ctrl+C came before `run` could turn it into one message: Python ends with a trace, or without a word."""
+    return code == -signal.SIGINT and (not text or text.endswith("\nKeyboardInterrupt\n") and "in main\n" not in text)
 
 
 def leaves_files_alone(group: int, work: Path) -> bool:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from common.artifacts.layout import Layout
 from common.errors import UserError, command, first_line, listing
 from common.process.main import explain, stop_behind
 from common.process.progress import progress
@@ -77,6 +76,8 @@ def checks(args: argparse.Namespace) -> Iterator[Check]:
             "and the rest", WARNING, "labels, weights, memory, disk and time are looked at when the input is mended"
         )
         return
+    from common.artifacts.layout import Layout
+
     folds = yield from guarded("labels", labels(args, seen))
     yield from guarded("weights", weights(args, seen))
     yield from guarded("work so far", work_so_far(args, seen))
@@ -387,6 +388,7 @@ def labels(args: argparse.Namespace, seen: Seen) -> "Generator[Check, None, pd.D
     """Yield how classes are spread; returns the folds that there are, or would be if no sample was a duplicate."""
     import pandas as pd
 
+    from common.artifacts.layout import Layout
     from common.data.folds import audit, fold_numbers, make_folds
     from common.data.labels import absent_classes, parse_targets
     from common.train.fold_data import known_folds
@@ -483,6 +485,7 @@ def download_to(folder: Path, encoder: str, host: str) -> Check:
 
 def work_so_far(args: argparse.Namespace, seen: Seen) -> Generator[Check, None, None]:
     """Yield what of an earlier run in the work folder is of use, and which trainings would ask for --force."""
+    from common.artifacts.layout import Layout
     from common.artifacts.stage import Stage
     from common.data.exposure import Levels, exposure_warning
     from common.data.folds import fold_numbers
@@ -600,6 +603,7 @@ def disk(
     args: argparse.Namespace, seen: Seen, folds: "pd.DataFrame", costs: "dict[str, Cost]"
 ) -> Generator[Check, None, None]:
     """Yield what the work folder will need of the disk, part by part, against what is free."""
+    from common.artifacts.layout import Layout
     from common.check.costs import checkpoint_bytes
     from common.data.exposure import Levels
     from common.data.folds import fold_numbers

@@ -172,7 +172,7 @@ def fold_numbers(text: str) -> list[int]:
 
 
 def leave_out(flag: str) -> None:
-    """From here on the command that goes on is without a flag: what it asks for is done, and would undo what comes now."""
+    """Leave a flag out of the command to resume: what it asks for is done, and would undo what comes now."""
     sys.argv = [argument for argument in sys.argv if argument != flag]
 
 

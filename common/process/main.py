@@ -8,7 +8,9 @@ import resource
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
 
 from common.errors import WORKER_LOST, UserError, is_out_of_memory
@@ -16,8 +18,8 @@ from common.process import stopping
 from common.process.command_line import command
 
 OUT_OF_MEMORY = (
-    "the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, or "
-    "try --device cpu"
+    "the GPU's memory does not do, perhaps because others use it too (nvidia-smi tells); finished work is kept: wait, "
+    "or try --device cpu"
 )
 
 
@@ -48,6 +50,9 @@ def run(main: Callable[[], object]) -> None:
     # Waiting OpenMP threads spin for microseconds, not milliseconds, before they sleep: nothing is lost by that on
     # a quiet machine, and on a shared one torch is ten times faster. Set before torch is loaded, which `main` does.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # OpenCV refuses headers that claim more pixels; it too asks when it is loaded.
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**26))
+    sys.excepthook = tell_exception
     open_streams()
     for stream in (sys.stdout, sys.stderr):  # paths may have names that are no text
         if isinstance(stream, io.TextIOWrapper):
@@ -55,7 +60,7 @@ def run(main: Callable[[], object]) -> None:
     if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started one talks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     stopping.listen()
-    if "RUN_ALL_COMMAND" in os.environ:  # bash does not pass on the SIGTERM that ends it
+    if "RUN_ALL_COMMAND" in os.environ:  # SIGKILL of run_all.sh's process ends this one too
         stopping.when_parent_ends(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         main()
@@ -73,14 +78,20 @@ def run(main: Callable[[], object]) -> None:
             sys.exit(141)
         raise
     finally:
-        end_loaders()
+        kill([child for child in multiprocessing.active_children() if child.daemon])  # loaders, which ignore SIGTERM
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C while Python clears up is no traceback
 
 
+def tell_exception(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception that nobody caught, but for threads of multiprocessing that lose a process which has ended."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main or not isinstance(value, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, value, trace)
+
+
 def open_streams() -> None:
-    """Let what is printed go nowhere where the output was closed, as daemons and cron may do: a file that is opened would take its
-    place."""
+    """Open closed streams, as of daemons, on /dev/null: the next file to be opened would take their place."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -120,19 +131,23 @@ def explain_one(error: BaseException) -> str | None:
         return str(error).split("UserError: ")[-1].rstrip()
     if isinstance(error, BrokenPipeError):
         return None if output_is_closed() else WORKER_LOST
+    if isinstance(error, EOFError) and text == "unexpected EOF":  # of the process that starts the loaders
+        return WORKER_LOST
     if isinstance(error, (ConnectionError, TimeoutError)) and not error.filename:
-        return f"a connection to another process or machine was lost ({error}); finished work is kept. To resume: {command()}"
+        lost = f"a connection to another process or machine was lost ({error})"
+        return f"{lost}; finished work is kept. To resume: {command()}"
     if isinstance(error, OSError) and error.errno and (error.filename or error.errno in FULL_DISK):
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or error}{where}; check that the folder exists, can be written and has space"
     if any(words in text for words in SHARED_MEMORY_FULL):
         return f"{SMALL_SHARED_MEMORY}. To resume: {command()}"
     if isinstance(error, ImportError) and any(words in text for words in NOT_LOADED):
-        return f"out of memory while loading a library ({text.splitlines()[-1]}){address_limit()}; ask the scheduler for more"
+        library = text.splitlines()[-1]
+        return f"out of memory while loading a library ({library}){address_limit()}; ask the scheduler for more"
     if "LOCAL_WORLD_SIZE" in os.environ and is_lost_process(error):
         return (
-            f"another of torchrun's {os.environ.get('WORLD_SIZE')} processes was lost (perhaps memory ran out); finished work is "
-            f"kept. To resume: {command()}"
+            f"another of torchrun's {os.environ.get('WORLD_SIZE')} processes was lost (perhaps memory ran out); "
+            f"finished work is kept. To resume: {command()}"
         )
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
@@ -140,8 +155,8 @@ def explain_one(error: BaseException) -> str | None:
         return f"out of memory ({(text or 'MemoryError').splitlines()[0]}){address_limit()}; {SMALLER}"
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return (
-            f"{str(error).strip()} (perhaps memory ran out); finished work is kept. To go on: {command()}, if need be with "
-            "fewer --workers"
+            f"{str(error).strip()} (perhaps memory ran out); finished work is kept. To go on: {command()}, if need be "
+            "with fewer --workers"
         )
     return None
 
@@ -171,24 +186,24 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def end_loaders() -> None:
-    """End loader processes, which do not listen to the SIGTERM that they get when Python ends."""
-    loaders = [child for child in multiprocessing.active_children() if child.daemon]
-    if loaders:
+def kill(children: list[multiprocessing.process.BaseProcess]) -> None:
+    """End worker or loader processes at once."""
+    if children:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error for each
-    for loader in loaders:
-        loader.kill()
+    for child in children:
+        child.kill()
 
 
 def stopped(stop: BaseException) -> NoReturn:
     """End after a signal with the command to resume, and the exit code that shells expect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    kill(multiprocessing.active_children())  # what they had to save is saved
     say_stopped(stop)
     sys.exit(128 + ((stopping.STATE.asked or signal.SIGTERM) if isinstance(stop, stopping.Stopped) else signal.SIGINT))
 
 
 def say_stopped(stop: BaseException) -> None:
-    """Say how to go on, but where another process does: the main one of several, or run_all.sh, which sees Ctrl+C too."""
+    """Print the command to resume, unless another process does: torchrun's first, or on Ctrl+C run_all.sh's."""
     by_hand = isinstance(stop, KeyboardInterrupt) or stopping.STATE.asked == signal.SIGINT
     if not stopping.is_follower() and not ("RUN_ALL_COMMAND" in os.environ and by_hand):
         print(f"\nstopped; finished work is kept. To go on: {command()}", file=sys.stderr)

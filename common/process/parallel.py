@@ -46,15 +46,14 @@ def run_parallel(
     """
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
     helpers = resource_tracker, loky_tracker
-    with stopping.blocked(unseen, helpers) if n_jobs != 1 else nullcontext(), stopping.undisturbed():
+    # Held, because worker processes that are half started would never end.
+    with stopping.held(), stopping.blocked(unseen, helpers) if n_jobs != 1 else nullcontext():
         results = parallel(
             joblib.delayed(_indexed)(index, function, job, os.getpid()) for index, job in enumerate(jobs)
         )
     try:
         yield from progress(results, len(jobs), label, unit)
     except BrokenProcessPool:
-        if stopping.STATE.asked:
-            raise stopping.Stopped from None
         raise UserError(f"{label}: {WORKER_LOST}") from None
 
 
@@ -74,7 +73,7 @@ PLACE: list[Any] = []  # of this worker process: its number, and the socket that
 
 @cache
 def _join(parent: int) -> None:
-    """Set this worker process up: it takes a number, and ends soon after its parent, for nobody waits for its results then."""
+    """Set this worker process up: it takes a number, and ends soon after its parent, when nobody waits for results."""
     stopping.when_parent_ends(parent, lambda: os._exit(1))
     # Loader processes, which it may start, know nothing of loky's way to start processes, its default.
     multiprocessing.set_start_method(None, force=True)
@@ -92,19 +91,19 @@ def _join(parent: int) -> None:
 
 
 def worker_number() -> int | None:
-    """Return the number of this worker process, from 0 on and different from those of its siblings; None in other processes."""
+    """Return the number of this worker process, from 0 on and unlike those of its siblings; None in other processes."""
     return PLACE[0] if PLACE else None
 
 
 def run_jobs(
     function: Callable[..., object], jobs: Sequence[tuple], n_jobs: int, cluster: str | None, label: str
 ) -> None:
-    """Call `function(*job)` for jobs of minutes or more (a recipe's fold): one after the other here, several, or elsewhere."""
+    """Call `function(*job)` for jobs of minutes or more (a recipe's fold): one by one, at once, or elsewhere."""
     if n_jobs == 1 and not cluster:
         for job in jobs:
             function(*job)
         return
-    with workers(n_jobs, cluster) as n_workers, stopping.held(passed_on=True) if cluster is None else nullcontext():
+    with workers(n_jobs, cluster) as n_workers, stopping.held() if cluster is None else nullcontext():
         calls = [(os.getpid(), function, job) for job in jobs]
         done = run_parallel(_stoppable, calls, n_workers, label, "folds", stopping.SIGNALS)
         if any([was_stopped for _, was_stopped in done]) and not stopping.STATE.asked:
@@ -123,8 +122,8 @@ def _stoppable(parent: int, function: Callable[..., object], job: tuple) -> bool
         return False
     _listen()
     try:
-        with stopping.at_work():
-            function(*job)
+        stopping.check()
+        function(*job)
     except stopping.Stopped:
         return True
     return False
@@ -132,7 +131,7 @@ def _stoppable(parent: int, function: Callable[..., object], job: tuple) -> bool
 
 @cache
 def _listen() -> None:
-    """Let SIGTERM through to this worker process, for the first time; it is noted until `stopping.at_work`."""
+    """Let SIGTERM through to this worker process, where it waits for the next `stopping.check` of any job."""
     stopping.STATE.held = True
     stopping.listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -34,7 +34,7 @@ def requirement(text: str) -> "Requirement":
 
 
 def read_requirements(files: list[str]) -> list:
-    """Return what requirement files ask for, and what packages on torch need that is missing: pip installs those alone."""
+    """Return what requirement files ask for, and what packages on torch lack: pip installs those alone."""
     lines = (
         line.split("#")[0].strip() for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()
     )
@@ -82,8 +82,9 @@ def unmet(files: list[str]) -> list[str]:
 def next_install(files: list[str]) -> list[str]:
     """Return the arguments of the `pip install` to run next, empty where nothing is missing.
 
-    Torch in range stays. What depends on it comes first and without dependencies: for those pip would also look at torch's, and
-    replace by several GB the CUDA libraries that hosted notebooks have in other versions. Then come all other packages.
+    Torch in range stays. What depends on it comes first and without dependencies: for those pip would also look at
+    torch's, and replace by several GB the CUDA libraries that hosted notebooks have in other versions. Then come all
+    other packages.
     """
     missing = [wish for wish in read_requirements(files) if not serves(wish)]
     if any(wish.name in LARGE for wish in missing):
@@ -99,7 +100,7 @@ def pins(files: list[str]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print what is missing, or with --next-install or --pins what those functions return; the exit code is 1 if something is."""
+    """Print what is missing and return 1, or 0; with --next-install or --pins print what those functions return."""
     if arguments[:1] == ["--next-install"]:
         print(shlex.join(next_install(arguments[1:])))
     elif arguments[:1] == ["--pins"]:

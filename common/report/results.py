@@ -229,10 +229,10 @@ def paper_blocks(work: Work) -> list:
     """Show the paper's tables, where stage 09 has made them."""
     folder = work.layout.tables
     if not (folder / "tables.md").is_file():
-        return [Note(f"The paper's tables have not been made; run: bash run_tables.sh --work {work.folder}")]
-    blocks: list = gain_figures(read_table(folder / "gains.csv", "bash run_tables.sh"))
+        return [Note(f"The paper's tables have not been made; run: bash run_all.sh --tables --work {work.folder}")]
+    blocks: list = gain_figures(read_table(folder / "gains.csv", "bash run_all.sh --tables"))
     for number, title in HEADINGS.items():
-        table = read_table(folder / f"table{number}.csv", "bash run_tables.sh").replace("", np.nan)
+        table = read_table(folder / f"table{number}.csv", "bash run_all.sh --tables").replace("", np.nan)
         titles = {
             name: TITLES[name.removesuffix("_paper")] + (", paper" if name.endswith("_paper") else "")
             for name in table.columns[2:]

@@ -1,14 +1,17 @@
 """Several runs side by side on the same samples: scores, paired differences with intervals, and who wins which class."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
 import numpy as np
 
+from common.artifacts.files import read_json, write_json
 from common.artifacts.layout import Layout
-from common.artifacts.stage import read_sidecar, sidecar
+from common.artifacts.stage import Stage, read_sidecar, sidecar
+from common.data.labels import parse_targets
 from common.errors import UserError
+from common.score.ensemble import keep_common, stack_members
+from common.score.members import check_origin, check_there, labelled_rows, read_members
 from common.score.metrics import bootstrap_f1, class_f1, macro_interval
 from common.score.thresholds import cross_fit, repeated_folds
 
@@ -87,16 +90,36 @@ def compare_runs(targets: np.ndarray, probs: dict[str, np.ndarray], groups: np.n
     }
 
 
+def compare_stage(layout: Layout, names: list[str], method: str) -> dict:
+    """Return what `compare_runs` finds for the out-of-fold predictions of stage 05, kept in the work folder."""
+    again = layout.command("05_predict_oof.py", "--recipes", ",".join(names))
+    files = {name: layout.predictions(name, "oof") for name in names}
+    check_there(list(files.values()), again)
+    check_origin(layout.work, names, "oof")
+    parameters = {"method": method, "compare": names}
+    stage = Stage("06_thresholds", layout.comparison, parameters, {"folds.csv": layout.folds, **files})
+    if not stage.is_current():
+        folds = layout.read_folds()
+        members, wanted = keep_common(read_members(files.values(), None, again), folds["Id"].to_numpy())
+        probs = dict(zip(names, stack_members(members, names, wanted), strict=True))
+        rows = labelled_rows(folds, wanted, again)
+        with stage.making() as record:
+            found = compare_runs(parse_targets(rows["Target"]), probs, rows["group"].to_numpy(), method)
+            write_json(stage.artifact, found)
+            record.rows = len(wanted)
+    return read_json(stage.artifact)
+
+
 def paired_interval(difference: float, draws: np.ndarray) -> list[float]:
     """Return the 95 % interval of a difference from its draws (n_draws,), centred on it: [low, high]."""
     low, high = np.quantile(draws - draws.mean(), [0.025, 0.975])
     return [difference + float(low), difference + float(high)]
 
 
-def describe_comparison(result: dict, facts: Callable[[str], str] = lambda name: "") -> list[str]:
+def describe_comparison(result: dict, facts: dict[str, str]) -> list[str]:
     """Say what `compare_runs` found, best run first.
 
-    facts : what else is known of a run, such as its training time and folds
+    facts : what else is known of each run, such as its training time and folds
     """
     wide = max(len(run["name"]) for run in result["runs"])
     lines = [
@@ -104,7 +127,7 @@ def describe_comparison(result: dict, facts: Callable[[str], str] = lambda name:
         f"{'run':{wide}s} macro F1 {'95 % interval':>16s} {'wins':>5s}  ",
     ]
     lines += [
-        f"{run['name']:{wide}s} {run['macro_f1']:8.3f} {span(run['interval']):>16s} {run['wins']:5d}  {facts(run['name'])}"
+        f"{run['name']:{wide}s} {run['macro_f1']:8.3f} {span(run['interval']):>16s} {run['wins']:5d}  {facts.get(run['name'], '')}"
         for run in sorted(result["runs"], key=lambda run: -run["macro_f1"])
     ]
     lines += [f"paired differences over samples, and in how many of {result['n_present']} classes each is better:"]

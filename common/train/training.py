@@ -754,6 +754,7 @@ def lr_range_test(
     n = epoch_batches(run, data, 0).batch
     run.model.train()
     for images, targets in progress(feed, n_steps, label, unit="batches", quiet=not hardware.team.is_main):
+        stopping.check()  # a worker process that trains notes signals only
         rates.append(exponential_range(len(rates), n_steps, low, high))
         for group in run.optimizer.param_groups:
             group["lr"] = rates[-1] * group["top_lr"] / run.optimizer.param_groups[-1]["top_lr"]

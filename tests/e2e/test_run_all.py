@@ -125,7 +125,7 @@ def test_strange_names_come_back_from_a_dry_run(run_script, small_data, tmp_path
         text=True,
         check=True,
     ).stdout
-    assert read.split("\0").count(str(tmp_path / STRANGE).rstrip("\n")) == 8  # each of the eight stages
+    assert read.split("\0").count(str(tmp_path / STRANGE)) == 8  # each of the eight stages
 
 
 def test_several_fields_are_set_at_once_as_in_stage_04(run_script, small_data, tmp_path):
@@ -164,7 +164,7 @@ def test_the_tables_come_from_one_command_and_use_what_is_there(run_script, smal
         "--pretrained",
         "none",
     )
-    out = run_script("run_tables.sh", *flags).stdout
+    out = run_script("run_all.sh", "--tables", *flags).stdout
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(
         [
             "demo-original-quick",
@@ -189,7 +189,7 @@ def test_the_tables_come_from_one_command_and_use_what_is_there(run_script, smal
     assert len(scores) == 7 * 4 + 4 * 4  # columns of demo and of the baseline x two folds, mean and spread
 
     shutil.rmtree(tmp_path / "runs" / "demo-hard-quick" / "fold1")
-    again = run_script("run_tables.sh", *flags).stdout
+    again = run_script("run_all.sh", "--tables", *flags).stdout
     assert again.count("epoch 1/1") == 1 and "demo-hard-quick fold 1: epoch 1/1" in again
     assert again.split("## Table 1")[1] == out.split("## Table 1")[1]  # the same network again
 

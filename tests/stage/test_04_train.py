@@ -91,11 +91,11 @@ def test_variants_have_runs_of_their_own_and_ta_is_the_recipe(train, run_script,
     ]
     message = fails("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0")
     assert (
-        "runs are missing; run: bash run_tables.sh" in message
+        "runs are missing; run: bash run_all.sh --tables" in message
         and "or give --partial to leave these columns empty:" in message
     )
     assert "Customised of demo-quick: demo-customised-quick has no predictions of fold 0" in message
-    assert "bash run_tables.sh --recipes demo-quick" in message
+    assert "bash run_all.sh --tables --recipes demo-quick" in message
     out = run_script("09_tables.py", "--work", work, "--recipes", "demo-quick", "--folds", "0", "--partial").stdout
     assert "## Table 3" in out and "TA + TE" in out
     run_script(

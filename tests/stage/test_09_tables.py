@@ -30,7 +30,7 @@ def test_the_script_writes_every_form_and_shows_them_again(run_script, fails, tm
     # A run goes missing: refused with the command that makes it; with --partial its column is blank.
     (work / "predictions" / "resnet50-hard" / "fold1_oof.npz").unlink()
     message = fails(*flags)
-    assert "run: bash run_tables.sh --recipes resnet50 --data data" in message and "--partial" in message
+    assert "run: bash run_all.sh --tables --recipes resnet50 --data data" in message and "--partial" in message
     assert "With hard sampler of resnet50: resnet50-hard has no predictions of fold 1\n" in message
     assert "gapnet" not in message
     out = run_script(*flags, "--partial").stdout

@@ -17,9 +17,9 @@ from tests.conftest import ROOT
 @pytest.fixture
 def setup(tmp_path):
     """Return a function that starts the set-up, for torch and a package that nobody has, without an index."""
-    (tmp_path / "common").mkdir()
-    for name in ("setup.sh", "environment.py"):
-        shutil.copy(ROOT / "common" / name, tmp_path / "common")
+    (tmp_path / "common" / "process").mkdir(parents=True)
+    for name in ("setup.sh", "process/requirements.py"):
+        shutil.copy(ROOT / "common" / name, tmp_path / "common" / name)
     (tmp_path / "requirements.txt").write_text("torch>=99\nno-such-package-anywhere>=1\n")
 
     def start(path, wheels="", options=""):

@@ -1,6 +1,7 @@
 """Ctrl+C and SIGTERM while stages work: a checkpoint, one message with the command that goes on, and no traceback."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_torchruns_main_process_saves(work):
     [
         ("01_preprocess: ", signal.SIGINT, 130),
         ("epoch 1/300", signal.SIGINT, 130),
-        ("epoch 1/300", signal.SIGTERM, -signal.SIGTERM),
+        ("epoch 1/300", signal.SIGTERM, 143),
     ],
 )
 def test_run_all_names_itself(small_data, tmp_path, when, number, code):
@@ -122,7 +123,7 @@ def test_run_all_names_itself(small_data, tmp_path, when, number, code):
     assert found == code and "Traceback" not in output, output
     assert output.count("To go on: ") == 1
     assert (
-        f"To go on: bash run_all.sh --data {small_data} --work {str(tmp_path / 'my work').replace(' ', chr(92) + ' ')} --quick"
+        f"To go on: bash run_all.sh --data {small_data} --work {shlex.quote(str(tmp_path / 'my work'))} --quick"
         in output
     )
     assert seconds < 20  # a few, on a machine that does nothing else
@@ -190,10 +191,11 @@ def test_sigterm_after_the_last_job_does_not_wait_for_idle_workers():
 
 def test_a_thread_that_loses_the_other_end_says_nothing_and_other_errors_are_told():
     code = (
-        "import sys, threading, common\n"
+        "import sys, threading; from common.process.main import run\n"
         "def fail(error):\n    try:\n        raise error\n    except Exception:\n        sys.excepthook(*sys.exc_info())\n"
-        "for error in (ConnectionResetError('gone'), EOFError('ended'), ValueError('a bug')):\n"
-        "    thread = threading.Thread(target=fail, args=(error,)); thread.start(); thread.join()"
+        "def main():\n    for error in (ConnectionResetError('gone'), EOFError('ended'), ValueError('a bug')):\n"
+        "        thread = threading.Thread(target=fail, args=(error,)); thread.start(); thread.join()\n"
+        "run(main)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60

@@ -324,42 +324,34 @@ def test_after_sigterm_any_error_is_the_end_that_was_asked_for(capsys, monkeypat
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_signals_wait_for_the_end_of_an_import(tmp_path, number, code):
+def test_a_signal_among_the_imports_of_main_is_one_message(tmp_path, number, code):
     (tmp_path / "slow.py").write_text(
-        f"import os, signal, time\nos.kill(os.getpid(), signal.{number})\ntime.sleep(0.3)\nprint('whole')\n"
+        f"import os, signal, time\nos.kill(os.getpid(), signal.{number})\ntime.sleep(9)\n"
     )
-    script = f"import sys, time; sys.path.insert(0, {str(tmp_path)!r})\nfrom common.process.main import run\ndef main():\n    import slow\n    time.sleep(9)\nrun(main)"
-    end = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert (end.returncode, end.stdout, end.stderr) == (
-        code,
-        "whole\n",
-        "\nstopped; finished work is kept. To go on: python -c\n",
-    )
+    body = "def main():\n    import slow\n"
+    end = interrupted(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{body}")
+    assert (end.returncode, end.stderr) == (code, "\nstopped; finished work is kept. To go on: python -c\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signals_wait_until_worker_processes_are_begun(number, code):
-    script = (
-        f"import os, signal, time; from common.process import stopping; from common.process.main import run\ndef main():\n    with stopping.undisturbed():\n"
-        f"        os.kill(os.getpid(), signal.{number}); time.sleep(0.3); print('whole')\n    time.sleep(9)\nrun(main)"
+    body = (
+        "import os, signal, time; from common.process import stopping\ndef main():\n    with stopping.held():\n"
+        f"        os.kill(os.getpid(), signal.{number}); time.sleep(0.3); print('whole')\n    time.sleep(9)\n"
     )
-    end = subprocess.run(
-        [sys.executable, "-c", script],
+    end = interrupted(body)
+    assert (end.returncode, end.stdout) == (code, "whole\n")
+    assert end.stderr.endswith("\nstopped; finished work is kept. To go on: python -c\n")
+
+
+def interrupted(definitions):
+    """Run a `main` that signals itself, where Ctrl+C is not ignored, as it is below nohup."""
+    return subprocess.run(
+        [sys.executable, "-c", f"{definitions}\nfrom common.process.main import run\nrun(main)"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert (end.returncode, end.stdout, end.stderr) == (
-        code,
-        "whole\n",
-        "\nstopped; finished work is kept. To go on: python -c\n",
     )
 
 
@@ -396,23 +388,6 @@ def test_run_all_and_torchrun_name_their_own_commands(monkeypatch):
     assert command_line.command() == "torchrun --nproc-per-node 4 04_train.py --work 'my work'"
     monkeypatch.setenv("RUN_ALL_COMMAND", "bash run_all.sh --work x")
     assert command_line.command() == "bash run_all.sh --work x"
-
-
-@pytest.mark.parametrize("module", ["common.process.command_line", "common.recipes", "common.artifacts.locks"])
-def test_ctrl_c_among_the_imports_is_no_traceback(module):
-    code = f"""import sys
-class Once:
-    def find_spec(self, name, *_):
-        if name == {module!r}:
-            sys.meta_path.remove(self)
-            raise KeyboardInterrupt
-sys.meta_path.insert(0, Once())
-from common.process import command_line
-from common.process.main import run
-from common.artifacts.stage import Stage
-"""
-    end = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (end.returncode, end.stderr) == (-2, "\nstopped; finished work is kept. To go on: python -c\n")
 
 
 def test_a_killed_worker_process_is_one_message(monkeypatch):
