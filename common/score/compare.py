@@ -100,7 +100,7 @@ def compare_stage(layout: Layout, names: list[str], method: str) -> dict:
     stage = Stage("06_thresholds", layout.comparison, parameters, {"folds.csv": layout.folds, **files})
     if not stage.is_current():
         folds = layout.read_folds()
-        members, wanted = keep_common(read_members(files.values(), None, again), folds["Id"].to_numpy())
+        members, wanted = keep_common(read_members(list(files.values()), None, again), folds["Id"].to_numpy())
         probs = dict(zip(names, stack_members(members, names, wanted), strict=True))
         rows = labelled_rows(folds, wanted, again)
         with stage.making() as record:
