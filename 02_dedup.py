@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
+from common.data.options import add_jobs_flags
 from common.errors import listing
 from common.process import command_line
 from common.process.main import run
@@ -43,10 +44,7 @@ def parse_args():
         choices=("antibody", "none"),
         help="keep external fields of one antibody in one fold (default), or treat each by itself",
     )
-    parser.add_argument(
-        "--jobs", type=command_line.jobs, default=-1, metavar="N", help="worker processes (default: all cores)"
-    )
-    command_line.add_cluster_flag(parser)
+    add_jobs_flags(parser)
     return parser.parse_args()
 
 
@@ -67,13 +65,13 @@ def main():
     from common.artifacts.stage import Stage
     from common.artifacts.tables import write_csv
     from common.data.duplicates import HASHED, doubtful_pairs, duplicate_tables, hash_file
-    from common.data.ingest import HASH_SIZE
+    from common.data.ingest import hash_store
     from common.data.pictures import SHOWN, save_contact_sheet
     from common.process.parallel import run_parallel, workers
 
     layout = Layout(args.work, args.data)
     samples = layout.read_samples()
-    store = str(min(HASH_SIZE, samples["side"].min()))
+    store = hash_store(samples["side"])
     stage = Stage(
         "02_dedup",
         layout.duplicates,

@@ -11,38 +11,45 @@ example python 03_make_folds.py --work work --n-folds 5
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
 
+from common.data import options
 from common.process import command_line
 from common.process.main import run
 
 
 def parse_args():
     parser = command_line.parser(__doc__)
-    parser.add_argument("--n-folds", type=int, default=5, metavar="N", help="number of folds (default: 5)")
+    options.add_fold_count(parser, int)
     parser.add_argument(
         "--max-copies",
         type=int,
-        default=4,
+        default=options.FOLDS.max_copies,
         metavar="N",
-        help="copies of the rarest classes' samples; 1 = no oversampling (default: 4)",
+        help=f"copies of the rarest classes' samples; 1 = no oversampling (default: {options.FOLDS.max_copies})",
     )
     parser.add_argument(
         "--external",
-        default="train",
-        choices=("train", "stratified"),
+        default=options.FOLDS.external,
+        choices=options.GROUPED,
         help="external samples are for training only (default), or are split into folds as the others",
     )
     parser.add_argument(
         "--hold-out",
         type=float,
-        default=0.0,
+        default=options.FOLDS.hold_out,
         metavar="SHARE",
         help="set this share of the samples aside, neither trained on nor validated on (default: none)",
     )
-    parser.add_argument("--seed", type=command_line.not_negative, default=0, help="seed of the split (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=command_line.not_negative,
+        default=options.FOLDS.seed,
+        help=f"seed of the split (default: {options.FOLDS.seed})",
+    )
     args = parser.parse_args()
     if args.n_folds < 2:
         parser.error("--n-folds must be at least 2")
@@ -65,7 +72,7 @@ def main():
 
     layout = Layout(args.work, args.data)
     duplicates = layout.read_duplicates()
-    settings = {name: getattr(args, name) for name in ("n_folds", "max_copies", "seed", "external", "hold_out")}
+    settings = asdict(options.fold_options(args))
     stage = Stage("03_make_folds", layout.folds, settings, {"duplicates.csv": layout.duplicates})
     if stage.is_current():
         return stage.say_current()

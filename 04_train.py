@@ -19,7 +19,6 @@ example python 04_train.py --recipe resnet50 --folds 0,2 --set alpha=0.999 batch
 
 import sys
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -58,8 +57,8 @@ def parse_args():
     parser.add_argument(
         "--seed",
         type=command_line.not_negative,
-        default=0,
-        help="seed of weights, order, crops and dropout (default: 0)",
+        default=command_line.SEED,
+        help=f"seed of weights, order, crops and dropout (default: {command_line.SEED})",
     )
     parser.add_argument(
         "--micro-batch",
@@ -120,7 +119,9 @@ def main():
     from common.train.checkpoints import prepare
     from common.train.fold_data import known_folds
     from common.train.hardware import plan_hardware
-    from common.train.jobs import find_lr, plan, train_job
+    from common.train.jobs import Request, plan
+    from common.train.loop import train_job
+    from common.train.lr_finder import find_lr
     from common.train.tensorboard import summary_writer, write_finished
 
     if args.tensorboard:
@@ -137,26 +138,19 @@ def main():
             print(describe_fit(name, recipe, fitted[name]))
     options, hardware = plan_hardware(args, "04_train", len(recipes) * len(numbers))
     team = hardware.team
-    jobs = plan(
-        args.work,
-        fitted,
-        folds,
-        numbers,
-        args.seed,
-        args.force or args.find_lr,
-        args.pretrained,
-        args.weights_dir,
-        team,
-    )
+    force = args.force or args.find_lr
+    request = Request(args.work, fitted, numbers, args.seed, force, args.pretrained, args.weights_dir)
+    jobs = plan(request, folds, team)
     if not args.find_lr:
-        # Every refusal comes before the first training, and before --force throws anything away.
+        # Every refusal comes before the first training, and before --force deletes anything.
         if team.is_main:
-            prepare([stage for stage, *_ in jobs], args.force)
+            prepare([job.stage for job in jobs], args.force)
         team.agree("prepared")
         command_line.leave_out("--force")
     options = replace(options, jobs=max(1, min(options.jobs, len(jobs))))
-    do = find_lr if args.find_lr else partial(train_job, on_nan=args.on_nan, tensorboard=args.tensorboard)
-    run_jobs(do, [(*job, args.work, args.seed, options) for job in jobs], options.jobs, args.cluster, "training")
+    jobs = [replace(job, hardware=options, on_nan=args.on_nan, tensorboard=args.tensorboard) for job in jobs]
+    do = find_lr if args.find_lr else train_job
+    run_jobs(do, [(job,) for job in jobs], options.jobs, args.cluster, "training")
     if args.tensorboard and team.is_main:
         for name, fold in product(recipes, numbers):
             write_finished(layout.run(name, fold))

@@ -31,12 +31,7 @@ def parse_args():
     parser.add_argument(
         "--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to predict (default: all)"
     )
-    parser.add_argument(
-        "--tta",
-        default="dihedral",
-        choices=("none", "dihedral"),
-        help="average over the 8 symmetries of each image (default) or not",
-    )
+    command_line.add_test_flags(parser)
     parser.add_argument(
         "--view",
         default="whole",
@@ -49,7 +44,6 @@ def parse_args():
         choices=("best", "last"),
         help="network of the best validation epoch (default) or of the last epoch",
     )
-    parser.add_argument("--no-test", action="store_true", help="predict the validation samples only")
     parser.add_argument(
         "--batch-size", type=command_line.positive, default=32, metavar="N", help="images at once (default: 32)"
     )
@@ -88,22 +82,19 @@ def main():
 
     from common.train.checkpoints import check_alike
     from common.train.hardware import plan_hardware
-    from common.train.jobs import predict_job, predicted_folds
-
-    def parts_of(fold):
-        return {"oof": folds[folds["fold"] == fold], **means}
+    from common.train.predict import PredictionJob, predict_job, predicted_folds
 
     options, _ = plan_hardware(args, "05_predict_oof", len(args.recipes) * len(numbers), training=False)
     jobs = [
-        (args.work, recipe, fold, folds, parts_of(fold), settings, args.batch_size, options)
+        PredictionJob(args.work, recipe, fold, folds, means, settings, args.batch_size, options)
         for recipe in args.recipes
         for fold in numbers
     ]
     for recipe in args.recipes:
         check_alike(args.work, recipe, numbers)
-    run_jobs(predict_job, jobs, options.jobs, args.cluster, "predicting")
-    for recipe in args.recipes:
-        for part, some in predicted_folds(args.work, recipe, numbers, folds, parts_of, settings).items():
+    run_jobs(predict_job, [(job,) for job in jobs], options.jobs, args.cluster, "predicting")
+    for recipe, job in {job.name: job for job in jobs}.items():
+        for part, some in predicted_folds(job, numbers).items():
             combine(layout, recipe, some, part, mean_predictions if part in means else join_folds)
             print(
                 f"05_predict_oof: {layout.predictions(recipe, part)} {describe_folds(some, len(fold_numbers(folds)))}"

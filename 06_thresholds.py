@@ -1,13 +1,13 @@
-"""Find a threshold per class on out-of-fold probabilities, and say what they are worth on samples they have not seen.
+"""Find a threshold per class on out-of-fold probabilities, and score them on samples they have not seen.
 
-reads   WORK/predictions/<recipe>/oof.npz of each recipe, and held_out.npz where there is one, WORK/folds.csv;
+reads   WORK/predictions/<recipe>/oof.npz of each recipe, and held_out.npz if there is one, WORK/folds.csv;
         or, with --oof, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids) and --labels of their Ids
 writes  WORK/thresholds.json   method, recipes, combine, weights, thresholds (28), single, score_cross_fitted, interval,
                                score_in_sample, per_class, members, combinations, methods; score_held_out,
-                               interval_held_out; folds that each recipe stands on, n_folds; with --reproduce
+                               interval_held_out; folds that each recipe is based on, n_folds; with --reproduce
                                method, thresholds, limits, fallback
 
-Its first figure is cross-fitted: macro F1 on rows that neither thresholds nor weights were searched on.
+Its first figure is cross-fitted: macro F1 on rows that were not used to find thresholds or weights.
 
 example python 06_thresholds.py --work work --recipes resnet50,senet
         python 06_thresholds.py --work work --compare demo,demo_large
@@ -18,7 +18,7 @@ example python 06_thresholds.py --work work --recipes resnet50,senet
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
 from common.errors import UserError
 from common.process import command_line
@@ -42,24 +42,24 @@ def parse_args():
         default="calibrated",
         choices=METHODS,
         help="calibrated (default): highest expected F1 after calibration, rare classes lean on the others; "
-        "half: 0.5; single: one for all; greedy: the paper's search; exact: every distinct probability; "
-        "ratio: predict each class as often as it is to be expected",
+        "half: 0.5; single: one for all classes; greedy: the paper's search; exact: every distinct probability; "
+        "ratio: predict each class as often as expected",
     )
     parser.add_argument(
         "--combine",
         default="mean",
         choices=COMBINATIONS,
-        help="plain mean of the members (default), mean with weights found out of fold, mean of ranks",
+        help="mean: plain mean of the members (default); weighted: mean with weights found out of fold; "
+        "rank: mean of ranks",
     )
     parser.add_argument(
         "--prior",
         type=Path,
         metavar="CSV",
-        help="labels (Id,Target) whose class shares --method ratio is to "
-        "match (default: those of the out-of-fold samples)",
+        help="labels (Id,Target) whose class shares --method ratio must match (default: the out-of-fold samples')",
     )
     parser.add_argument(
-        "--oof", type=Path, nargs="+", metavar="FILE", help="predictions to use in place of the recipes'"
+        "--oof", type=Path, nargs="+", metavar="FILE", help="predictions to use instead of the recipes'"
     )
     parser.add_argument("--ids", type=Path, metavar="CSV", help="Ids of the rows of .npy files")
     parser.add_argument(
@@ -69,17 +69,17 @@ def parse_args():
         "--groups",
         type=Path,
         metavar="CSV",
-        help="Id,group of the --oof samples, such as WORK/duplicates.csv: "
-        "a group is never split (default: each sample by itself)",
+        help="Id,group of the --oof samples, for example WORK/duplicates.csv: a group is never split (default: each "
+        "sample is its own group)",
     )
     parser.add_argument(
-        "--common-ids", action="store_true", help="leave out samples that some file lacks (default: refuse)"
+        "--common-ids", action="store_true", help="leave out samples that are not in all files (default: refuse)"
     )
     parser.add_argument(
         "--reproduce",
         type=Path,
         metavar="CSV",
-        help="find the thresholds that make this submission of the one --oof file",
+        help="find the thresholds that make this submission from the one --oof file",
     )
     parser.add_argument(
         "--compare",
@@ -94,7 +94,7 @@ def parse_args():
 def main():
     args = parse_args()
 
-    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
     from common.artifacts.files import write_json
     from common.artifacts.layout import Layout
     from common.artifacts.stage import Stage
@@ -172,7 +172,7 @@ def compare(args):
 
 
 def reproduce(args):
-    """Write the thresholds that make the submission --reproduce of the one file --oof."""
+    """Write the thresholds that make the submission --reproduce from the one file --oof."""
     from common.artifacts.files import write_json
     from common.artifacts.layout import Layout
     from common.artifacts.stage import Stage
@@ -181,7 +181,7 @@ def reproduce(args):
     from common.score.submission import check_submission, read_submission, recover
 
     if not args.oof or len(args.oof) != 1:
-        raise UserError("--reproduce needs the one file of predictions that the submission was made from: --oof FILE")
+        raise UserError("--reproduce needs the one predictions file that the submission was made from: --oof FILE")
     submission = read_submission(args.reproduce)
     check_submission(submission, submission["Id"])
     ids, probs = read_predictions(args.oof[0], args.ids)
@@ -199,8 +199,8 @@ def reproduce(args):
         write_json(stage.artifact, {"recipes": [name], "combine": "mean", "weights": [1.0], **result})
         record.rows = len(ids)
     print(
-        f"06_thresholds: {stage.artifact}: with these thresholds and the fallback {result['fallback']} all {len(ids)} "
-        f"rows of {args.reproduce} come out the same\n  " + " ".join(f"{value:g}" for value in result["thresholds"])
+        f"06_thresholds: {stage.artifact}: these thresholds and the fallback {result['fallback']} reproduce all "
+        f"{len(ids)} rows of {args.reproduce}\n  " + " ".join(f"{value:g}" for value in result["thresholds"])
     )
 
 

@@ -1,9 +1,9 @@
-"""Make the paper's Tables 1 to 3 again, step by step of the method, from out-of-fold predictions of every step's run.
+"""Reproduce the paper's Tables 1 to 3, step by step of the method, from out-of-fold predictions of each step's run.
 
 reads   WORK/predictions/<run>/fold<k>_oof.npz of each run of the recipes, WORK/folds.csv
 writes  WORK/tables/tables.md    the three tables beside the paper's figures, gains with intervals, notes; also printed
-        WORK/tables/table1.csv, table2.csv, table3.csv   the same, a row for each model and fold
-        WORK/tables/tables.csv   the same, a row for each cell
+        WORK/tables/table1.csv, table2.csv, table3.csv   the same, a row per model and fold
+        WORK/tables/tables.csv   the same, a row per cell
         WORK/tables/gains.csv    model, column, against, gain, low, high, paper, n_folds, n_samples
 
 example python 09_tables.py --work work --recipes resnet50,gapnet_pl
@@ -12,7 +12,7 @@ example python 09_tables.py --work work --recipes resnet50,gapnet_pl
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
 from common.errors import UserError, command, listing
 from common.process import command_line
@@ -37,7 +37,7 @@ def parse_args():
 def main():
     args = parse_args()
 
-    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
     from common.artifacts.layout import Layout
     from common.artifacts.stage import Stage, digest
     from common.score import paper_tables
@@ -80,7 +80,7 @@ def rerun(args, recipes):
 
 
 def write(stage, scores, gains, remarks):
-    """Write the tables in all their forms."""
+    """Write the tables in all formats."""
     from common.artifacts.files import write_text
     from common.artifacts.tables import write_csv
     from common.score import paper_tables

@@ -1,4 +1,4 @@
-"""The tests with the oldest packages in range, those of a hosted notebook, and the newest, each on another Python; by hand.
+"""Run the tests by hand on three Pythons: with the oldest packages in range, a hosted notebook's, and the newest.
 
 pip install "nox[uv]"
 nox                                    # all three: 6 GB of downloads and 10 minutes on 2 cores each
@@ -36,9 +36,8 @@ def tests(session: nox.Session, packages: str) -> None:
     """Run unit and stage tests on one Python with one set of packages."""
     constraints = Path(session.create_tmp()) / "constraints.txt"
     constraints.write_text("\n".join(COLAB) if packages == "colab" else "")
-    if (
-        packages == "oldest"
-    ):  # of what the project asks for itself; the packages of the tests and all others are the newest that fit
+    # The oldest of what the project itself requires; the tests' packages and all others are the newest that fit.
+    if packages == "oldest":
         session.run(
             "uv",
             "pip",

@@ -1,4 +1,4 @@
-"""What macro F1 is worth nothing: a constant predictor and an untrained network, on the folds of a work folder.
+"""Measure the macro F1 of no skill: a constant predictor and an untrained network, on the folds of a work folder.
 
 example python benchmarks/baselines.py --work work --recipe demo
 The last line is a JSON object.
@@ -35,7 +35,7 @@ def main():
     from common.train.fold_data import image_set, load_fold
     from common.train.hardware import choose_hardware
     from common.train.predict import mean_probabilities, predict_logits, views
-    from common.train.training import new_run
+    from common.train.run import new_run
 
     recipe, hardware = get_recipe(args.recipe), choose_hardware()
     probs = np.zeros((len(folds), N_CLASSES), dtype=np.float32)

@@ -1,10 +1,10 @@
-"""Stage 02's three parts: hashes per second, the search among all pairs, and how many true duplicates it finds.
+"""Measure stage 02's three parts: hashes per second, the search among all pairs, and the share of duplicates it finds.
 
-hash    pHash of red, green and blue of the stored 128 px images (`hash_planes`) against imagehash on the whole stored image
-search  `find_pairs` on random 64-bit triples with planted near pairs, against NumPy in blocks for up to 42,774; each in a
-        process of its own, which finds the same pairs; memory is what the process grows by; faiss uses all cores
-recall  each real sample of HPA_REAL_DATA/kaggle_png against a changed copy of itself, and false matches: pairs of
-        different real samples; by the threshold in bits of 64 that red, green and blue must all keep
+hash    pHash of red, green and blue of the stored 128 px images (`hash_planes`), against imagehash on the whole image
+search  `find_pairs` on random 64-bit triples with planted near pairs, against NumPy in blocks for up to 42,774. Each
+        runs in its own process and must find the same pairs. Memory is the growth of the process. faiss uses all cores
+recall  each real sample of HPA_REAL_DATA/kaggle_png against a changed copy of itself, and false matches among pairs of
+        different real samples, by threshold: the bits of 64 within which red, green and blue must all match
 
 example HPA_REAL_DATA=real python benchmarks/dedup.py --sizes 10000,42774,117000,1000000
 """
@@ -33,7 +33,7 @@ from common.data.sources import channel_files, list_files, read_sample
 from common.process import command_line
 from common.process.main import run
 
-ORACLE_LIMIT = 42774  # hashes; beyond that NumPy takes minutes
+ORACLE_LIMIT = 42774  # hashes; above that NumPy takes minutes
 THRESHOLD = (12, 12, 12)
 THRESHOLDS = (4, 6, 8, 10, 12, 14, 16)
 
@@ -45,17 +45,17 @@ def parse_args():
         type=lambda text: [command_line.positive(n) for n in text.split(",")],
         metavar="N,N",
         default=[10000, 42774, 117000, 1000000],
-        help="hashes (default: 10000,42774,117000,1000000)",
+        help="numbers of hashes (default: 10000,42774,117000,1000000)",
     )
     parser.add_argument(
         "--repeats",
         type=command_line.positive,
         default=3,
         metavar="N",
-        help="runs of hashing (the median counts) and of searches that NumPy does too (the fastest; default: 3)",
+        help="runs of hashing (the median counts) and of searches that NumPy also does (the fastest; default: 3)",
     )
     parser.add_argument(
-        "--search", nargs=2, metavar=("WHO", "N"), help="do one search in this process and print its JSON"
+        "--search", nargs=2, metavar=("WHO", "N"), help="run one search in this process and print its JSON"
     )
     args = parser.parse_args()
     if min(args.sizes) < 1000:
@@ -115,7 +115,7 @@ def hash_speed(samples: list, full: list, repeats: int) -> dict:
 
 
 def time_hashing(stored: list, repeats: int) -> tuple[dict, float]:
-    """Return (who, what) -> seconds of each image and repeat, and the mean distance of the two hashes of a channel."""
+    """Return (who, what) -> seconds per image and repeat, and the mean distance between the two hashes of a channel."""
     seconds, hashes = {}, {}
     contestants = {"ours": (128, lambda planes: hash_planes(planes)[0]), "whole": (len(stored[0][0]), plain_hashes)}
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +143,7 @@ def plain_hashes(planes):
 
 
 def compare_search(n: int, repeats: int) -> dict:
-    """Run the searches in turns and print the fastest of each."""
+    """Run the searches in turn and print the fastest of each."""
     who = ("ours", "numpy") if n <= ORACLE_LIMIT else ("ours",)
     runs = {name: [] for name in who}
     for _ in range(repeats if len(who) > 1 else 1):
@@ -169,7 +169,7 @@ def compare_search(n: int, repeats: int) -> dict:
 
 
 def search(who: str, n: int) -> dict:
-    """Search n hashes in this process; return seconds, growth of its peak memory, and a digest of the pairs found."""
+    """Search n hashes in this process; return the seconds, the growth of peak memory, and a digest of the pairs."""
     hashes, planted = plant(n)
     flat, before = np.zeros(n, dtype=bool), memory("VmRSS")
     started = time.perf_counter()
@@ -187,9 +187,9 @@ def search(who: str, n: int) -> dict:
 
 
 def plant(n: int):
-    """Return random hashes (n, 3, 8) and pairs (n // 100, 2) that were made to lie within the threshold.
+    """Return random hashes (n, 3, 8) and planted pairs (n // 100, 2) within the threshold.
 
-    As many other pairs are planted one bit too far apart in one of the channels.
+    As many other pairs are planted one bit too far apart in one channel.
     """
     rng = np.random.default_rng(n)
     hashes = rng.integers(256, size=(n, 3, 8), dtype=np.uint8)
@@ -206,7 +206,7 @@ def plant(n: int):
 
 
 def blocked_search(hashes, flat, thresholds, block: int = 64):
-    """Find the same as `find_pairs` by comparing each block of rows with all later rows in NumPy; flat ones are not meant."""
+    """Find the same pairs as `find_pairs` by comparing blocks of rows with all later rows in NumPy; ignores `flat`."""
     words = np.ascontiguousarray(hashes).view(np.uint64)[:, :, 0].T.copy()  # (3, n)
     found = []
     for start in range(0, len(hashes), block):
@@ -220,7 +220,7 @@ def blocked_search(hashes, flat, thresholds, block: int = 64):
 
 
 def memory(what: str) -> float:
-    """Return VmRSS or VmHWM (its peak) of this process in MiB."""
+    """Return this process's VmRSS or VmHWM (the peak) in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
@@ -256,7 +256,7 @@ def changes() -> dict:
 
 
 def recall(samples: list) -> dict:
-    """Print and return the share of changed copies found by threshold, and the false matches among different samples."""
+    """Print and return the share of changed copies found and the false matches, by threshold."""
 
     def hashed(planes):
         return hash_planes(np.stack([resize(plane, 128) for plane in planes]))
@@ -267,14 +267,15 @@ def recall(samples: list) -> dict:
     figures = {"thresholds": list(THRESHOLDS), "samples": len(samples), "flat": int(flat.sum())}
     for name, change in changes().items():
         copies = np.stack([hashed([change(plane) for plane in planes[:3]])[0] for planes in samples])
-        bits = np.bitwise_count(originals ^ copies).sum(axis=2).max(axis=1)  # of the worst channel
+        bits = np.bitwise_count(originals ^ copies).sum(axis=2).max(axis=1)  # in the worst channel
         figures[name] = [round(float((bits[~flat] <= t).mean()), 4) for t in limits]
         print(f"{name:24s}" + "".join(f"{share:7.3f}" for share in figures[name]) + f"{bits[~flat].max():11d}")
     figures["false_matches"] = [len(find_pairs(originals, flat, (t, t, t))[0]) for t in THRESHOLDS]
     print(
         f"{'false matches':24s}"
         + "".join(f"{n:7d}" for n in figures["false_matches"])
-        + f"   of {len(samples) * (len(samples) - 1) // 2} pairs; {flat.sum()} samples have a flat channel and match nothing"
+        + f"   of {len(samples) * (len(samples) - 1) // 2} pairs; {flat.sum()} samples have a flat channel and match "
+        "nothing"
     )
     return figures
 

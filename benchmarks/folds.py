@@ -1,8 +1,9 @@
-"""How evenly stage 03 splits the real labels, and how long that takes.
+"""Measure how evenly stage 03 splits the real labels, and how long that takes.
 
-Reads HPA_REAL_DATA/labels: train.csv (each sample a group of its own) and HPAv18RBGY_wodpl.csv (the fields of one antibody
-are a group). For each class: `off` is the largest difference of a fold's positives from n / 5, n being the positives
-of all that is validated on; `least` the fewest positives in a fold. A class with at least 5 groups must be in every fold.
+Reads HPA_REAL_DATA/labels: train.csv (each sample is its own group) and HPAv18RBGY_wodpl.csv (the fields of one
+antibody are a group). Per class: `off` is the largest difference of a fold's positives from n / 5, where n counts the
+positives in all validation folds; `least` is the fewest positives in a fold. A class with at least 5 groups must be in
+every fold.
 
 example HPA_REAL_DATA=real python benchmarks/folds.py
 """
@@ -57,7 +58,7 @@ def main():
 
 
 def table(path: Path, part: str) -> pd.DataFrame:
-    """Return a label file as stage 02 would without near-identical images: Id, part, Target, group, kept."""
+    """Return a label file as stage 02 writes it without near-identical images: Id, part, Target, group, kept."""
     frame = read_labels(path).assign(part=part, kept=1)
     links = antibodies(frame)  # none for train
     return frame.assign(group=frame["Id"].to_numpy()[connect(len(frame), links)])
@@ -96,9 +97,9 @@ def report(figures: dict) -> None:
         print(f"{name:30s}" + "".join(" | {:6d} {:7d} {:7.1f} {:7d}".format(*values) for values in cells))
     for name, case in figures.items():
         print(
-            "{0}: {rows} rows in {seconds} s; {validated_rows} in folds, {groups} groups; worst deviation {worst_deviation} "
-            "({worst_class}), at most {worst_share:.1%} of a class's n / 5; classes of at least 5 groups that miss a fold: "
-            "{classes_that_miss_a_fold}; groups split: {groups_split}".format(name, **case)
+            "{0}: {rows} rows in {seconds} s; {validated_rows} in folds, {groups} groups; worst deviation "
+            "{worst_deviation} ({worst_class}), at most {worst_share:.1%} of a class's n / 5; classes of at least 5 "
+            "groups that miss a fold: {classes_that_miss_a_fold}; groups split: {groups_split}".format(name, **case)
         )
     print(json.dumps(figures))
 

@@ -1,15 +1,16 @@
-"""What a machine with a GPU makes of this project; each row is printed as soon as it is measured.
+"""Measure the project's speed and memory on a GPU; prints each row as soon as it is measured.
 
-steps    images a second and peak memory of each recipe's training step, on batches that are in the GPU's memory already, with
+steps    images per second and peak memory of each recipe's training step, on batches already in the GPU's memory, with
          deterministic and with fast kernels
-stage04  steps of stage 04 from stored images against a bare loop (forward, binary cross-entropy, backward, step) on normalised
-         tensors in the GPU's memory, and the share of its time that stage 04 waits for batches
-loader   training crops a second that loader processes make, by their number and the kind of store
-stalls   from the end of an epoch's last step to the beginning of the next one's first, without validation, and with a checkpoint
-stage05  whole images a second under eight views, from stored images and bare
-largest  the largest batch whose training step fits into --memory, and what the check of stage 01 expects
+stage04  steps of stage 04 from stored images against a bare loop (forward, binary cross-entropy, backward, step) on
+         normalised tensors in the GPU's memory, and the share of time that stage 04 waits for batches
+loader   training crops per second from loader processes, by their number and the kind of store
+stalls   from the end of an epoch's last step to the start of the next epoch's first, without validation, and with a
+         checkpoint
+stage05  whole images per second under eight views, from stored images and bare
+largest  the largest batch whose training step fits into --memory, and the batch that stage 01's check expects
 
-It also runs on a CPU, to see that it works: python benchmarks/gpu.py --device cpu --small
+It also runs on a CPU, to check that it works: python benchmarks/gpu.py --device cpu --small
 
 example python benchmarks/gpu.py --recipes resnet50,senet
 The last line is a JSON object.
@@ -39,8 +40,8 @@ from common.process import command_line
 from common.process.main import run
 from common.recipes import RECIPES, Recipe, get_recipe
 
-RATIO, WAITING = 1.03, 0.02  # wanted: of stage 04 to the bare loop, and of its time
-SAMPLES = 16  # different images that are stored; epochs repeat them
+RATIO, WAITING = 1.03, 0.02  # targets: ratio of stage 04 to the bare loop, share of time spent waiting
+SAMPLES = 16  # different stored images; epochs repeat them
 WARM_UP = 3  # steps that are not counted
 WORKERS = (1, 2, 4, 8, 16)
 ENOUGH = 1.03  # between a batch that fits and one that does not
@@ -52,20 +53,30 @@ def parse_args():
         "--recipes",
         type=command_line.recipe_names,
         metavar="A,B",
-        help="of `steps` and `largest` (default: one for each network)",
+        help="recipes of `steps` and `largest` (default: one per network)",
     )
-    parser.add_argument("--fed", default="resnet50", metavar="RECIPE", help="of the other parts (default: resnet50)")
+    parser.add_argument(
+        "--fed", default="resnet50", metavar="RECIPE", help="recipe of the other parts (default: resnet50)"
+    )
     parser.add_argument(
         "--parts", type=command_line.names, default=list(PARTS), metavar="A,B", help=f"default: {','.join(PARTS)}"
     )
     parser.add_argument(
-        "--seconds", type=command_line.positive, default=3, metavar="S", help="of each measurement, about (default: 3)"
+        "--seconds",
+        type=command_line.positive,
+        default=3,
+        metavar="S",
+        help="approximate length of each measurement (default: 3)",
     )
     parser.add_argument(
-        "--memory", type=command_line.positive, default=15, metavar="GB", help="that `largest` may take (default: 15)"
+        "--memory",
+        type=command_line.positive,
+        default=15,
+        metavar="GB",
+        help="memory that `largest` may use (default: 15)",
     )
     parser.add_argument("--small", action="store_true", help="small networks, images and batches")
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU if available)")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
     args = parser.parse_args()
     if unknown := set(args.parts) - PARTS.keys():
@@ -122,7 +133,7 @@ def steps(bench) -> dict:
 
 
 def step_speed(recipe: Recipe, hardware, seconds: float) -> dict:
-    from common.train.training import train_step
+    from common.train.step import train_step
 
     run, n = new_run(recipe, no_images(), hardware), recipe.batch_size
     images, targets = random_batch(n, recipe.crop, hardware.device)
@@ -135,8 +146,8 @@ def step_speed(recipe: Recipe, hardware, seconds: float) -> dict:
 
 
 def stage04(bench) -> dict:
-    """Bare steps, an epoch of stage 04 whose first steps are not counted, and bare steps again."""
-    from common.train.training import all_batches, train_epoch
+    """Run bare steps, an epoch of stage 04 without counting its first steps, and bare steps again."""
+    from common.train.loop import all_batches, train_epoch
 
     recipe, hardware = replace(bench.fed, cycle_epochs=3, evaluate_epochs=3), bench.training
     run = new_run(recipe, no_images(), hardware)
@@ -171,8 +182,8 @@ def stage04(bench) -> dict:
         "waiting": round(clock.waited / stage, 4),
     }
     print(
-        "bare {bare_images_per_s} images/s, stage 04 {images_per_s}: ratio {ratio} (wanted: {0}), waiting for data "
-        "{waiting:.1%} (wanted: {1:.0%}), {steps} steps".format(RATIO, WAITING, **row),
+        "bare {bare_images_per_s} images/s, stage 04 {images_per_s}: ratio {ratio} (target: {0}), waiting for data "
+        "{waiting:.1%} (target: {1:.0%}), {steps} steps".format(RATIO, WAITING, **row),
         flush=True,
     )
     return row
@@ -186,7 +197,7 @@ def loader_alone(bench) -> dict:
     recipe, rows = bench.fed, {}
     numbers = [workers for workers in WORKERS if workers <= cpu_count()]
     print(
-        f"{cpu_count()} cores; crops a second with this many loader processes\n{'store':10s}"
+        f"{cpu_count()} cores; crops per second with this many loader processes\n{'store':10s}"
         + "".join(f"{workers:>9d}" for workers in numbers)
     )
     for store in STORES:
@@ -195,7 +206,7 @@ def loader_alone(bench) -> dict:
         for workers in numbers:
             keys = (batch for epoch in count() for batch in EpochBatches(64 * SAMPLES, recipe.batch_size, 0, epoch))
             feed, batches = iter(loader(data.train, workers, bench.training.is_gpu, keys)), 0
-            for _ in islice(feed, 2 * workers):  # made before they were asked for
+            for _ in islice(feed, 2 * workers):  # made before they are requested
                 pass
             started = time.perf_counter()
             while batches < 2 or time.perf_counter() - started < bench.seconds:
@@ -209,20 +220,23 @@ def loader_alone(bench) -> dict:
 
 
 def stalls(bench) -> dict:
-    """A training of a few epochs without checkpoints, and one with a checkpoint after each epoch."""
+    """Run a training of a few epochs without checkpoints, and one with a checkpoint after each epoch."""
     rows = {what: epoch_gap(bench, seconds) for what, seconds in (("epoch", 10**9), ("epoch and checkpoint", 0))}
     print(
-        f"seconds without a step: {rows['epoch']:.3f} between epochs, {rows['epoch and checkpoint']:.3f} with a checkpoint",
+        f"seconds without a step: {rows['epoch']:.3f} between epochs, {rows['epoch and checkpoint']:.3f} with a "
+        "checkpoint",
         flush=True,
     )
     return rows
 
 
 def epoch_gap(bench, epoch_seconds: float) -> float:
-    from common.train import training
+    from common.artifacts.stage import Stage
+    from common.train import loop
+    from common.train.jobs import Job
 
     recipe, hardware = replace(bench.fed, cycle_epochs=4, max_cycles=1, evaluate_epochs=4), bench.training
-    real, ends, gaps = training.train_step, [], []
+    real, ends, gaps = loop.train_step, [], []
 
     def watched(run, *arguments):
         if run.step == 0 and ends:
@@ -233,25 +247,27 @@ def epoch_gap(bench, epoch_seconds: float) -> float:
             ends.append(time.perf_counter())
         return result
 
-    n_steps = 2 * hardware.workers + 10  # more than are ready before they are asked for
+    n_steps = 2 * hardware.workers + 10  # more than are ready before they are requested
     data = stored_images(bench, recipe, n_steps * recipe.batch_size)
     run = new_run(recipe, data, hardware)
+    folder = Path(tempfile.mkdtemp(dir=bench.folder))
+    job = Job(folder, "stalls", recipe, 0, Stage("04_train", folder / "best.pt", {}, {}))
     with (
-        patch.object(training, "train_step", watched),
-        patch.object(training, "EPOCH_SECONDS", epoch_seconds),
+        patch.object(loop, "train_step", watched),
+        patch.object(loop, "EPOCH_SECONDS", epoch_seconds),
         redirect_stdout(StringIO()),
     ):
-        training.train_fold(run, Path(tempfile.mkdtemp(dir=bench.folder)), data, {}, "stalls")
+        loop.train_fold(run, job, data)
     return round(float(np.median(gaps)), 4)
 
 
 def stage05(bench) -> dict:
     import torch
 
-    from common.train.dataset import BATCH, loader, on_device, whole_batches
+    from common.train.dataset import BATCH, Normalisation, loader, on_device, whole_batches
     from common.train.hardware import set_kernels
     from common.train.networks import build_model
-    from common.train.predict import Normalisation, predict_logits, views
+    from common.train.predict import predict_logits, views
 
     recipe, hardware, looks = bench.fed, bench.predicting, views("dihedral")
     set_kernels(hardware)
@@ -310,7 +326,7 @@ def largest(bench) -> dict:
 
 
 def largest_batch(recipe: Recipe, hardware, room: int, guess: int) -> int:
-    """Return how many images' training step fits into `room` bytes of the GPU's memory, by bisection from `guess`."""
+    """Return the largest batch whose training step fits into `room` bytes of GPU memory, by bisection from `guess`."""
     import torch
 
     run = new_run(recipe, no_images(), hardware)
@@ -333,12 +349,13 @@ def largest_batch(recipe: Recipe, hardware, room: int, guess: int) -> int:
 
 def step_fits(run, n: int) -> bool:
     from common.errors import is_out_of_memory
-    from common.train.training import gradients
+    from common.train.step import Attempt
 
     try:
         images, targets = random_batch(n, run.recipe.crop, run.hardware.device)
-        following = images.clone()  # is there already while a step is done
-        gradients(run, images, targets, n, run.recipe.hard_share, 0)
+        following = images.clone()  # is loaded while a step runs
+        attempt = Attempt(run, images, targets.to(run.hardware.device), n, 0)
+        attempt.backward(attempt.ranked_losses() * 0 + 1 / n)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         return len(following) == n
@@ -369,7 +386,7 @@ def wait_for(hardware) -> None:
 
 
 def tidy(hardware) -> None:
-    """Give memory back that nothing uses, and begin to look for its peak again."""
+    """Free unused memory and reset its peak."""
     gc.collect()
     if hardware.is_gpu:
         import torch
@@ -379,14 +396,14 @@ def tidy(hardware) -> None:
 
 
 def peak_bytes(hardware) -> int:
-    """Return the most bytes of tensors since `tidy`; 0 on a CPU."""
+    """Return the peak bytes of tensors since `tidy`; 0 on a CPU."""
     import torch
 
     return torch.cuda.max_memory_allocated(hardware.device) if hardware.is_gpu else 0
 
 
 def seconds_of(work, seconds: float, hardware) -> float:
-    """Return what `work()` takes when it is repeated for about as many seconds; the GPU is waited for at both ends only."""
+    """Return the seconds per `work()`, repeated for about `seconds`; waits for the GPU only at both ends."""
     for _ in range(WARM_UP):
         work()
     wait_for(hardware)
@@ -399,7 +416,7 @@ def seconds_of(work, seconds: float, hardware) -> float:
 
 
 def random_batch(n: int, size: int, device):
-    """Return n images of noise, (n, 4, size, size) uint8, channels last in memory, and targets (n, 28), on the device."""
+    """Return n noise images, (n, 4, size, size) uint8, channels last, and targets (n, 28), on the device."""
     import torch
 
     images = torch.randint(0, 256, (n, size, size, 4), dtype=torch.uint8, device=device)
@@ -407,8 +424,8 @@ def random_batch(n: int, size: int, device):
 
 
 def no_images():
-    """Return what a run needs to know of its data where it gets batches of noise."""
-    from common.train.predict import Normalisation
+    """Return what a run needs to know about its data when it gets batches of noise."""
+    from common.train.dataset import Normalisation
 
     return SimpleNamespace(
         counts=np.arange(28) + 1, train=range(2), normalisation=Normalisation((0.1,) * 4, (0.1,) * 4)
@@ -416,12 +433,13 @@ def no_images():
 
 
 def stored_images(bench, recipe: Recipe, n: int, store: str = "zstd"):
-    """Return n rows of a few drawn samples, which are stored for the first call, as the data of a fold, `whole` being all of them
-    as whole images."""
+    """Return n rows of a few drawn samples as the data of a fold; `whole` has all of them as whole images.
+
+    The first call stores the samples.
+    """
     from common.data.images import CHANNELS, checksum
     from common.demo.drawing import draw_sample
-    from common.train.dataset import ImageSet
-    from common.train.predict import Normalisation
+    from common.train.dataset import ImageSet, Normalisation
 
     if recipe.size not in bench.drawn:
         planes = (draw_sample(np.random.default_rng(k), (k % 28, 25), recipe.size) for k in range(SAMPLES))

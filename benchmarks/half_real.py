@@ -1,8 +1,9 @@
-"""Make labelled images that are real but for the protein: real cells of HPA_REAL_DATA, and a green channel drawn into them.
+"""Make labelled images that are real except for the protein: real cells of HPA_REAL_DATA, and a drawn green channel.
 
-Few real images with labels are at hand, too few to tell one training from another. Here red, blue and yellow are windows of
-the 63 real fields, and green is drawn from them: where the nucleus, the rest of the cell and its rim are, with texture, a
-changing brightness and noise. Seven structures, label sets as often as in the real train.csv, independent of the field.
+The few available real images with labels cannot tell one training from another. Here red, blue and yellow are windows
+of the 63 real fields. Green is drawn from the nuclei, the rest of the cells and their rims in these windows, with
+texture, varying brightness and noise. There are seven structures. Label sets are as frequent as in the real train.csv
+and independent of the field.
 
 example HPA_REAL_DATA=real python benchmarks/half_real.py --out half_real
         python benchmarks/learning.py --data half_real --out learning_half_real --n-folds 2
@@ -59,7 +60,7 @@ def main():
 
 
 def window(planes: dict, rng) -> dict:
-    """Cut the same random window out of all planes and turn it."""
+    """Cut the same random window out of all planes and rotate it."""
     top, left = (rng.integers(side - SIDE + 1) for side in planes["red"].shape)
     which = int(rng.integers(8))
     return {
@@ -103,7 +104,7 @@ PATTERNS = {
 
 
 def draw(planes: dict, target: str, rng) -> dict:
-    """Return the planes, a little darker or brighter, with a green one drawn for the labels of `target`."""
+    """Return the planes, slightly darker or brighter, with a green one drawn for the labels of `target`."""
     blue, red, yellow = (stretched(planes[channel].astype(np.float32)) for channel in ("blue", "red", "yellow"))
     nuclei = (blur(blue, 2) > 0.25).astype(np.float32)
     cell = np.clip(blur(np.maximum(red, yellow), 3) * 1.6, 0, 1)

@@ -1,4 +1,4 @@
-"""Time a stage against the bare network, batch by batch in turn: a machine that changes its speed changes both."""
+"""Time a stage against the bare network, batch by batch in turn: if the machine changes its speed, it affects both."""
 
 import time
 from itertools import count
@@ -28,10 +28,10 @@ class InTurn:
             yield batch
 
     def measure(self, work, repeats: int, n: int) -> dict:
-        """Do the stage's work on n samples once, and `repeats` times that count.
+        """Do the stage's work on n samples once as a warm-up, and `repeats` times with measurements.
 
-        Returns milliseconds a sample of both, the ratio of the stage to bare with the 95 % interval of that median, and the share
-        of the stage's time that it waited for batches.
+        Returns milliseconds per sample of both, the median ratio of the stage to bare with its 95 % interval, and the
+        share of the stage's time spent waiting for batches.
         """
         seconds = []
         for _ in range(repeats + 1):

@@ -1,10 +1,10 @@
-"""What is learnt in equal seconds on equal cores: our recipes, fastai, and a plain loop; on demo data or any other.
+"""Compare training in equal seconds on equal cores: our recipes, fastai, and a plain loop; on demo data or any other.
 
-Each run trains one fold in a process of its own and predicts its validation part; everything from the start of Python
-counts. How many epochs fit is measured first, once for each arm, with a short run. An arm's score is macro F1 over its
-out-of-fold probabilities with cross-fitted greedy thresholds; of several learning rates the arm with the best score counts,
-which flatters the others and not us. Finished runs are kept in --out: stop it and start it again at will. Curves over
-several --minutes go to OUT/learning.png.
+Each run trains one fold in its own process and predicts its validation part; all time from the start of Python counts.
+A short run of each arm first measures how many epochs fit. An arm's score is macro F1 over its out-of-fold
+probabilities with cross-fitted greedy thresholds. Of several learning rates, the arm with the best score counts, which
+favours the others and not us. Finished runs are kept in --out: stop and restart it at any time. Curves over several
+--minutes go to OUT/learning.png.
 
 example python benchmarks/learning.py --out learning --minutes 2,5 --seeds 0,1,2
 The last line is a JSON object.
@@ -36,7 +36,7 @@ from common.recipes import get_recipe, idle_fields
 from common.score.metrics import bootstrap_macro_f1, class_f1
 from common.score.thresholds import cross_fit
 
-SHARE = 0.97  # of the seconds that the epochs are planned for
+SHARE = 0.97  # of the available seconds that epochs are planned to fill
 CALIBRATION_SECONDS = 25
 OTHERS = (
     "fastai-resnet18@0.001",
@@ -59,9 +59,9 @@ def parse_args():
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="input in the competition's layout (default: demo data)"
     )
-    parser.add_argument("--out", type=Path, default=Path("learning"), metavar="DIR", help="where runs are kept")
+    parser.add_argument("--out", type=Path, default=Path("learning"), metavar="DIR", help="folder for runs")
     parser.add_argument(
-        "--minutes", type=numbers(float), default=[2.0, 5.0], metavar="A,B", help="for each run (default: 2,5)"
+        "--minutes", type=numbers(float), default=[2.0, 5.0], metavar="A,B", help="minutes per run (default: 2,5)"
     )
     parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2], metavar="A,B", help="seeds (default: 0,1,2)")
     parser.add_argument("--n-folds", type=int, default=3, metavar="N", help="folds (default: 3)")
@@ -70,7 +70,7 @@ def parse_args():
         type=command_line.names,
         default=["demo", "small_plus"],
         metavar="A,B",
-        help="recipes; field changes after colons, such as small_plus:batch_size=64 (default: demo,small_plus)",
+        help="recipes; field changes after colons, for example small_plus:batch_size=64 (default: demo,small_plus)",
     )
     parser.add_argument(
         "--others",
@@ -141,7 +141,7 @@ def recipe_of(arm: str) -> tuple[str, list[str]]:
 
 
 def call(args, *command) -> tuple[float, str]:
-    """Run a command on its share of the cores; returns seconds and what it printed. Raises UserError where it fails."""
+    """Run a command on its share of the cores; return the seconds and its output. Raises UserError if it fails."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // args.at_once))
     started = time.monotonic()
     result = subprocess.run(
@@ -161,7 +161,7 @@ def place(args, arm, minutes, seed, fold) -> Path:
 
 
 def train(args, arm, seed, fold, epochs, target: Path) -> dict:
-    """Train and predict one fold; returns seconds in all and of an epoch."""
+    """Train and predict one fold; return the seconds in total and per epoch."""
     work, scratch = args.out / "work", target.with_suffix(".work")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -235,7 +235,7 @@ def train(args, arm, seed, fold, epochs, target: Path) -> dict:
 
 
 def calibrate(args, arm) -> None:
-    """Measure set-up and seconds of an epoch of an arm, once: with as many runs at once as later, after a first short one."""
+    """Measure an arm's setup and seconds per epoch, once, after a short warm-up, with as many runs at once as later."""
     path = args.out / "runs" / "calibration" / f"{arm}.json"
     if path.is_file():
         return
@@ -266,7 +266,7 @@ def report(args, arms, folds) -> None:
     rows = folds[folds["fold"] >= 0].set_index("Id")
     figures = {}
     for minutes in args.minutes:
-        print(f"{minutes:g} minutes a run, {args.n_folds} folds, seeds {', '.join(map(str, args.seeds))}")
+        print(f"{minutes:g} minutes per run, {args.n_folds} folds, seeds {', '.join(map(str, args.seeds))}")
         for arm in arms:
             found = figures[f"{arm} {minutes:g}"] = score(args, arm, minutes, rows)
             low, high = found["interval"]
@@ -280,7 +280,7 @@ def report(args, arms, folds) -> None:
 
 
 def draw(args, arms, figures) -> None:
-    """Draw each arm's score against the minutes of a run, with intervals, as OUT/learning.png."""
+    """Draw each arm's score against the minutes per run, with intervals, as OUT/learning.png."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for arm in arms:
@@ -289,7 +289,7 @@ def draw(args, arms, figures) -> None:
         ends = np.abs(np.array([row["interval"] for row in found]) - scores[:, None]).T
         axes.errorbar(args.minutes, scores, ends, marker="o", markersize=4, capsize=3, label=arm)
     axes.set(
-        xlabel="minutes a run, set-up included",
+        xlabel="minutes per run, including setup",
         ylabel="macro F1, cross-fitted, 95 % interval",
         ylim=(0, 1),
         xscale="log",
@@ -302,7 +302,7 @@ def draw(args, arms, figures) -> None:
 
 
 def score(args, arm, minutes, rows) -> dict:
-    """Return macro F1 over the classes present: the mean of all seeds and repeats, its interval over samples, each seed's."""
+    """Return macro F1 over the classes present: mean of all seeds and repeats, interval over samples, and by seed."""
     order = rows.index[rows["fold"] < args.n_folds]
     targets, groups = parse_targets(rows.loc[order, "Target"]), rows.loc[order, "group"].to_numpy()
     seen = targets.any(axis=0)

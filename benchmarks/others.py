@@ -1,10 +1,11 @@
-"""What people would train in place of stage 04, a fold in a process of its own: fastai's one cycle, and a plain loop.
+"""Train what people would use instead of stage 04, one fold per process: fastai's one cycle, and a plain loop.
 
-Both read stage 01's images into memory, train on stage 03's rows with their copies, and predict the validation part as the
-mean of eight symmetries. ResNets see images of 96 px: larger ones leave them too few epochs. The last line printed is a JSON
-object: seconds of an epoch.
+Both read stage 01's images into memory, train on stage 03's rows with their copies, and predict the validation part as
+the mean of eight symmetries. ResNets see images of 96 px: larger ones leave them too few epochs. The last line printed
+is a JSON object: seconds per epoch.
 
-example python benchmarks/others.py --contestant fastai-resnet18 --work work --fold 0 --epochs 10 --rate 0.003 --out out.npz
+example python benchmarks/others.py --contestant fastai-resnet18 --work work --fold 0 --epochs 10 --rate 0.003 \\
+            --out out.npz
 """
 
 import json
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.process import command_line
 from common.process.main import run
 
-# contestant -> changes of the demo's recipe, whose images and crops are used, and for plain-ours its network
+# contestant -> changes of the demo's recipe: its images and crops are used, and by plain-ours also its network
 CONTESTANTS = {name: ["size_divisor=8"] for name in ("fastai-resnet18", "fastai-resnet34", "plain-resnet18")} | {
     "plain-ours": []
 }
@@ -30,7 +31,7 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=command_line.positive, required=True)
     parser.add_argument("--rate", type=float, required=True, help="top learning rate")
-    parser.add_argument("--out", type=Path, required=True, help="where the probabilities go")
+    parser.add_argument("--out", type=Path, required=True, help="file for the probabilities")
     return parser.parse_args()
 
 
@@ -76,7 +77,7 @@ def tensors(images, normalisation):
 
 
 def fastai(args, recipe, data):
-    """Whole images, symmetries, one cycle, binary cross-entropy, batches of 64."""
+    """Train on whole images with symmetries, one cycle, binary cross-entropy, batches of 64."""
     from dataclasses import replace
 
     import torch
@@ -108,7 +109,10 @@ def fastai(args, recipe, data):
 
 
 def plain(args, recipe, data):
-    """Random crops and symmetries, AdamW, one cosine, binary cross-entropy, batches of 32; ResNet-18 or the recipe's network."""
+    """Train on random crops with symmetries, AdamW, one cosine, binary cross-entropy, batches of 32.
+
+    The network is ResNet-18, or the recipe's.
+    """
     import torch
     from torch.utils.data import DataLoader
     from torchvision.models import resnet18

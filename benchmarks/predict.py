@@ -1,8 +1,8 @@
-"""What stage 05 costs beside the network: seconds an image against the bare forward pass, eight views.
+"""Measure what stage 05 costs beyond the network: seconds per image against the bare forward pass, eight views.
 
-bare     the same network, precision, batches and views on normalised tensors that are in memory already
-stage05  predict_logits of stage 05 from stored images: reading, normalising, turning
-In one process, batch by batch in turn; the median of the rounds' ratios counts, after a round that is not counted.
+bare     the same network, precision, batches and views on normalised tensors already in memory
+stage05  predict_logits of stage 05 from stored images: reading, normalising, rotating
+Both run in one process, batch by batch in turn. The median of the rounds' ratios counts, after a warm-up round.
 
 example python benchmarks/predict.py
 The last line is a JSON object.
@@ -50,7 +50,7 @@ def main():
             f"{'[{low:.3f}, {high:.3f}]'.format(**row):>15s} {row['difference']:42.1e}",
             flush=True,
         )
-    print(f"milliseconds an image and eight views; wanted: ratio at most {WANTED}")
+    print(f"milliseconds per image under eight views; target: ratio at most {WANTED}")
     print(json.dumps(figures))
 
 

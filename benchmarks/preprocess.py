@@ -1,14 +1,15 @@
-"""How near stage 01 comes to what the files and codecs allow, and how far it is ahead of the usual script.
+"""Measure how close stage 01 is to the limit of files and codecs, and how far ahead of the usual script.
 
-Full-size samples are made from the two real ones in HPA_REAL_DATA/kaggle_tiff by turns, flips and rolls. On the same
-files and cores, in processes of their own, one after the other and again:
-stage01  01_preprocess.py --recipes resnet50: headers checked, 768 and 128 px stored and flushed to disk, statistics, journal
+Full-size samples are made from the two real ones in HPA_REAL_DATA/kaggle_tiff by rotations, flips and rolls. These run
+in turn, repeatedly, on the same files and cores, each in its own processes:
+stage01  01_preprocess.py --recipes resnet50: checks headers, stores 768 and 128 px and flushes them to disk, writes
+         statistics and the journal
 bare     a pool that reads, shrinks and writes the same two sizes with the same calls, and nothing else
-usual    a pool with Pillow: open, LANCZOS to 768 px, one PNG a channel
-Each does a quarter of the samples, all of them, and all of them four times over (the same files under other names).
-`samples/s` is all of them with the start of Python and its workers; `further` is what the three more rounds took, in which
-no start is left: the speed of a collection. The fastest run of --repeats counts, which is steadier than the median for a
-difference, and the largest memory: resident sets of all processes, looked at every 50 ms.
+usual    a pool with Pillow: open, LANCZOS to 768 px, one PNG per channel
+Each processes a quarter of the samples, all of them, and all of them four times (the same files under other names).
+`samples/s` is for all of them, including the start of Python and its workers. `further` is for the three additional
+rounds, without any start: the speed on a large collection. The fastest run of --repeats counts, which is steadier than
+the median for a difference. Memory is the largest sum of resident sets of all processes, sampled every 50 ms.
 
 example HPA_REAL_DATA=real python benchmarks/preprocess.py --samples 40
 """
@@ -31,7 +32,7 @@ from common.process import command_line
 from common.process.main import run
 
 CHANNELS = ("red", "green", "blue", "yellow")
-LEVEL = 6  # of zstd, as stage 01 stores large images
+LEVEL = 6  # of zstd, as in stage 01 for large images
 SIZES = (128, 768)
 SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -69,7 +70,7 @@ def main():
             for count, data in folders.items():
                 for name in ("stage01", "bare", "usual"):
                     with tempfile.TemporaryDirectory(dir=folder) as work:
-                        os.sync()  # nobody flushes what another one wrote
+                        os.sync()  # no run flushes what another one wrote
                         runs.setdefault((name, count), []).append(watch(command(name, data, work, args.jobs)))
     best = {
         key: (min(seconds for seconds, _ in results), max(mib for _, mib in results)) for key, results in runs.items()
@@ -78,7 +79,7 @@ def main():
 
 
 def make_samples(source: Path, folder: Path, made: int, counts: tuple[int, ...]) -> dict[int, Path]:
-    """Write `made` samples and for each count an input folder with that many in its train.csv, further ones by links."""
+    """Write `made` samples, and per count an input folder with that many in its train.csv; the rest are links."""
     import numpy as np
     import tifffile
 
@@ -124,7 +125,7 @@ def command(name: str, data: Path, work: str, jobs: int) -> list[str]:
 
 
 def watch(arguments: list[str]) -> tuple[float, float]:
-    """Run a command; return seconds and the peak of the resident memory of all its processes together, in MiB."""
+    """Run a command; return the seconds and the peak resident memory of all its processes together, in MiB."""
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     while True:
@@ -139,7 +140,7 @@ def watch(arguments: list[str]) -> tuple[float, float]:
 
 
 def resident(process: int) -> int:
-    """Return the resident bytes of a process and its descendants; what they share counts in each."""
+    """Return the resident bytes of a process and its descendants; shared memory counts in each."""
     try:
         size = int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         children = [
@@ -203,7 +204,7 @@ def usual(job):
 
 
 def report(runs: dict, few: int, all_: int, many: int, jobs: int) -> None:
-    """Print a row a contestant, the ratios and the JSON; runs : (name, count) -> seconds, MiB."""
+    """Print a row per contestant, the ratios and the JSON; runs : (name, count) -> seconds, MiB."""
     rows = {}
     print(f"{all_} samples on {jobs} cores")
     print(
@@ -231,8 +232,8 @@ def report(runs: dict, few: int, all_: int, many: int, jobs: int) -> None:
     }
     for other, wanted in (("bare", 0.85), ("usual", 2)):
         print(
-            f"stage01 / {other}: {ratios[f'samples_per_s_stage01_to_{other}']:.2f} with the start of Python, "
-            f"{ratios[f'further_per_s_stage01_to_{other}']:.2f} without (wanted: at least {wanted})"
+            f"stage01 / {other}: {ratios[f'samples_per_s_stage01_to_{other}']:.2f} including the start of Python, "
+            f"{ratios[f'further_per_s_stage01_to_{other}']:.2f} without (target: at least {wanted})"
         )
     print(json.dumps({"samples": all_, "few": few, "many": many, "jobs": jobs, **rows, **ratios}))
 

@@ -1,6 +1,6 @@
-"""Time and memory of a training step of every recipe at its real crop, batch of 2, on this machine's CPU.
+"""Measure time and memory of each recipe's training step at its real crop, with a batch of 2, on this machine's CPU.
 
-Each recipe runs in a process of its own: three steps of stage 04 (loss, hard sampler, optimizer) on random images.
+Each recipe runs in its own process: three steps of stage 04 (loss, hard sampler, optimizer) on random images.
 
 example python benchmarks/recipes.py --recipes resnet50,gapnet_pl
 """
@@ -51,16 +51,16 @@ def main():
 
 
 def measure(name: str) -> dict:
-    """Return the fastest of a few steps and the growth of the process's peak memory since torch was loaded."""
+    """Return the fastest of a few steps, and the growth of the process's peak memory since torch was loaded."""
     import numpy as np
     import torch
 
     from common.classes import N_CLASSES
-    from common.train.dataset import ImageSet
+    from common.train.dataset import ImageSet, Normalisation
     from common.train.fold_data import FoldData
     from common.train.hardware import HardwareOptions, choose_hardware
-    from common.train.predict import Normalisation
-    from common.train.training import new_run, train_step
+    from common.train.run import new_run
+    from common.train.step import train_step
 
     recipe = get_recipe(name)
     before = peak_gib()

@@ -1,4 +1,4 @@
-"""Score out-of-fold probabilities in ways that tell what a change does: at 0.5, without any threshold, by rarity.
+"""Score out-of-fold probabilities in ways that show the effect of a change: at 0.5, without a threshold, by rarity.
 
 example python benchmarks/score.py --work work --recipes demo-customised,demo-hard
 """
@@ -21,7 +21,7 @@ from common.process.main import run
 from common.score.metrics import class_f1
 from common.score.thresholds import cross_fit
 
-RARE = 30  # samples of a class at most
+RARE = 30  # a rare class has at most this many samples
 
 
 def main():
@@ -43,8 +43,11 @@ def main():
 
 
 def score(probs, rows) -> dict:
-    """Return macro F1 at 0.5 (mean of folds) and with cross-fitted greedy thresholds, mean average precision of all
-    classes, of rare ones and of the others, and the labels called at 0.5 as a share of those that there are."""
+    """Return macro F1, mean average precision, and the labels predicted at 0.5 as a share of the true ones.
+
+    Macro F1 is at 0.5 (mean of folds) and with cross-fitted greedy thresholds; mean average precision is over all
+    classes, rare ones and the others.
+    """
     targets, fold = parse_targets(rows["Target"]), rows["fold"].to_numpy()
     half = np.mean([class_f1(targets[fold == k], probs[fold == k] >= 0.5).mean() for k in np.unique(fold)])
     fitted = np.mean(

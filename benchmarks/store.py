@@ -1,13 +1,13 @@
-"""What the store costs: bytes a sample, milliseconds to write it and to read it, against other formats and the earlier one.
+"""Measure the store: bytes per sample, milliseconds to write and read it, against other formats and the earlier one.
 
-On HPA_REAL_DATA's full-size samples at 768 px (crops of 512) and its PNG samples at 512 px (crops of 384), one core,
-files in the page cache, in processor time, which other work on the machine changes least. `crop` is what a training image
-takes before batches are made: read, compare with the checksum where the format has one, channels last, cut; `whole` the
-same for an image to evaluate. `write` is without, `flushed` (by the clock) with the fsync that stage 01 does for each file
-before it renames it into place. The formats take turns; medians over the repeats, means over the samples, ratios to the
-format that this project wrote and read before.
+Uses HPA_REAL_DATA's full-size samples at 768 px (crops of 512) and its PNG samples at 512 px (crops of 384), on one
+core, with files in the page cache. Times are processor time, which other work on the machine affects least. `crop` is
+the work for a training image before batching: read, compare with the checksum if the format has one, channels last,
+cut. `whole` is the same for an evaluation image. `write` is without, `flushed` (wall clock) with the fsync that stage
+01 does for each file before it renames it into place. The formats take turns. Figures are medians over repeats, means
+over samples, and ratios to this project's earlier format.
 
-With --loader: images a second of stage 04's loader, with 0, 1 and 2 processes, for each store.
+With --loader: images per second of stage 04's loader, with 0, 1 and 2 processes, for each store.
 
 example HPA_REAL_DATA=real python benchmarks/store.py
         HPA_REAL_DATA=real python benchmarks/store.py --loader
@@ -58,7 +58,7 @@ def parse_args():
         type=command_line.positive,
         default=40,
         metavar="N",
-        help=f"batches of {BATCH} of each loader, of which the first eighth does not count (default: 40)",
+        help=f"batches of {BATCH} per loader; the first eighth does not count (default: 40)",
     )
     return parser.parse_args()
 
@@ -156,7 +156,7 @@ FORMATS = {
 
 
 def formats_compared(stored: list, crop: int, repeats: int, _) -> dict:
-    """Print and return format -> bytes a sample, milliseconds, and their ratios to the earlier format's."""
+    """Print and return format -> bytes per sample, milliseconds, and their ratios to the earlier format's."""
     rng, times, sizes, same = np.random.default_rng(0), {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for k, (i, planes) in product(range(repeats), enumerate(stored)):
@@ -217,14 +217,14 @@ def milliseconds(clock, function, *arguments) -> float:
 
 
 class Earlier(ImageSet):
-    """An image set that reads whole images as this project did before."""
+    """An image set that reads whole images, as this project did earlier."""
 
     def read(self, Id, window=None):
         return channels_last(read_earlier(self.folder / f"{Id}.tif", self.crcs[Id]))
 
 
 def loaders(stored: list, crop: int, repeats: int, batches: int) -> dict:
-    """Print and return store -> images a second with 0, 1 and 2 loader processes, and their ratios to the earlier store's."""
+    """Print and return store -> images per second with 0, 1 and 2 loader processes, and ratios to the earlier store."""
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
         sets = {}
@@ -257,7 +257,7 @@ def loaders(stored: list, crop: int, repeats: int, batches: int) -> dict:
 
 
 def images_a_second(dataset: ImageSet, workers: int, epoch: int) -> float:
-    """Return the images a second of one epoch, after its first batches: to start processes is another matter."""
+    """Return the images per second of one epoch after its first batches, which include the start of processes."""
     batches = EpochBatches(len(dataset), BATCH, 0, epoch)
     skipped = len(batches) // 8
     for k, _ in enumerate(loader(dataset, workers, False, batches)):

@@ -1,12 +1,12 @@
-"""What the ways of finding thresholds are worth on rows they have not seen, how honest their figures are, how fast they are.
+"""Compare threshold methods: their score on unseen rows, how honest their reported figures are, and their speed.
 
 Reads HPA_REAL_DATA: predictions/ of three real networks with 295 labelled rows, labels/train.csv.
 
-networks   cross-fitted macro F1 over 28 classes (a class without positives counts 0), 5 folds, 3 repeats, of each network
-simulation labels drawn from train.csv (all: 31,072 rows with its class counts) or from the 295 labelled rows (few), with
-           probabilities of known distributions, so that the true macro F1 of the thresholds found is known: bias and
-           spread of the reported figures, and how often the interval holds the truth. Each draw is kept in WORK, so a
-           stopped run goes on.
+networks   cross-fitted macro F1 of each network over 28 classes (one without positives counts 0), 5 folds, 3 repeats
+simulation labels drawn from train.csv (all: 31,072 rows with its class counts) or from the 295 labelled rows (few),
+           with probabilities of known distributions, so that the true macro F1 of thresholds is known: bias and spread
+           of the reported figures, and how often the interval contains the truth. Each draw is kept in WORK, so a
+           stopped run resumes.
 speed      greedy against the same search with scikit-learn's f1_score on every candidate; a million rows
 
 example HPA_REAL_DATA=real python benchmarks/thresholds.py --work work --draws 200
@@ -68,7 +68,7 @@ def main():
 
 
 def labelled_rows():
-    """Return the targets of the labelled rows and each network's probabilities of them."""
+    """Return the targets of the labelled rows, and each network's probabilities for them."""
     labels = read_labels(real("predictions") / "labels.csv")
     order = pd.read_csv(real("labels") / "sample_submission.csv", dtype=str)["Id"]
     rows = pd.Series(range(len(order)), index=order)[labels["Id"]]
@@ -110,8 +110,10 @@ def networks() -> dict:
 
 
 class World:
-    """Classes whose evidence is normal around 0 (negatives) or a separation (positives), told as a probability that
-    is off by a factor and an offset in the logit, both the class's own."""
+    """Classes whose evidence is normal around 0 (negatives) or a separation (positives).
+
+    The evidence is turned into a probability that is distorted by a factor and an offset in the logit, by class.
+    """
 
     def __init__(self, targets: np.ndarray):
         rng = np.random.default_rng(7)
@@ -127,7 +129,7 @@ class World:
         return targets, expit(logits).astype(np.float32)
 
     def true_macro_f1(self, thresholds) -> float:
-        """Return the macro F1 of thresholds on endlessly many samples."""
+        """Return the macro F1 of thresholds on infinitely many samples."""
         evidence = (
             (logit(thresholds) - self.offset) / self.factor - self.prior
         ) / self.separation + self.separation / 2
@@ -153,7 +155,7 @@ def simulation(case: str, n_draws: int, work: Path) -> dict:
 
 
 def one_draw(world: World, seed: int) -> dict:
-    """Return for each method the true score of its thresholds, what is reported, and the interval."""
+    """Return for each method the true score of its thresholds, the reported score, and the interval."""
     rng = np.random.default_rng(seed)
     targets, probs = world.draw(rng)
     folds, found = [rng.permutation(len(targets)) % 5], {}
@@ -172,8 +174,8 @@ def one_draw(world: World, seed: int) -> dict:
 
 def summary(case: str, draws: list[dict]) -> dict:
     print(
-        f"simulation, {case}: {len(draws)} draws; bias and spread of what is reported less the truth\n"
-        f"{'method':12s} {'truth':>7s}  {'cross-fitted':>15s}  {'in-sample':>15s}  interval holds it, mean width"
+        f"simulation, {case}: {len(draws)} draws; bias and spread of the reported score minus the truth\n"
+        f"{'method':12s} {'truth':>7s}  {'cross-fitted':>15s}  {'in-sample':>15s}  interval contains it, mean width"
     )
     figures = {}
     for method in METHODS:
@@ -218,20 +220,20 @@ def speed() -> dict:
     for method in METHODS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             seconds, gib = pool.apply(million, (method,))
-        print(f"{method:12s} on a million rows: {seconds:.1f} s, {gib:.2f} GiB at most in the whole process")
+        print(f"{method:12s} on a million rows: {seconds:.1f} s, {gib:.2f} GiB peak memory of the whole process")
         figures[f"million_{method}"] = [round(seconds, 2), round(gib, 2)]
     return figures
 
 
 def timed(function, *arguments):
-    """Return the seconds of CPU time, which do not depend on what else the machine does, and the result."""
+    """Return the seconds of CPU time, which hardly depend on other work on the machine, and the result."""
     started = time.process_time()
     result = function(*arguments)
     return time.process_time() - started, result
 
 
 def oracle(targets, probs) -> np.ndarray:
-    """The paper's search as it reads: macro F1 of everything for every candidate."""
+    """Find thresholds by the paper's search as written: macro F1 of everything for every candidate."""
 
     def score(thresholds):
         return f1_score(targets, probs >= thresholds, average="macro", zero_division=0)

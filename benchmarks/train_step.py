@@ -1,14 +1,15 @@
-"""What stage 04 costs beside the network: seconds a sample against a bare loop, time spent waiting for data, memory.
+"""Measure what stage 04 costs beyond the network: seconds per sample against a bare loop, waiting for data, memory.
 
-bare     the same network, optimizer, precision and batches with tensors that are in memory already: forward, binary
+bare     the same network, optimizer, precision and batches with tensors already in memory: forward, binary
          cross-entropy, backward, step
-stage04  an epoch of stage 04 from stored images: reading, cropping, turning, normalising, E-loss, hard sampler, telemetry
-Both in one process, batch by batch in turn, so that a machine that changes its speed changes both. The median of the epochs' ratios
-counts, with its interval, after one epoch that is not counted. Waiting is the share of stage 04's time until the next batch is
-there. Memory is that of a process that does only one of them.
+stage04  an epoch of stage 04 from stored images: reading, cropping, rotating, normalising, E-loss, hard sampler,
+         telemetry
+Both run in one process, batch by batch in turn: if the machine changes its speed, it affects both. The median of the
+epochs' ratios counts, with its interval, after a warm-up epoch. Waiting is the share of stage 04's time spent waiting
+for the next batch. Memory is that of a process that runs only one of them.
 
-With --settings it measures what precision, memory format and torch.compile are worth on this machine: epochs of stage 04
-in turn, the median of the ratios to 32 bit, channels last, not compiled; and what the first epoch costs more than later ones.
+With --settings it measures the effect of precision, memory format and torch.compile on this machine: epochs of stage 04
+in turn, the median of the ratios to 32 bit, channels last, not compiled; and the extra cost of the first epoch.
 
 example python benchmarks/train_step.py
 The last line is a JSON object.
@@ -34,8 +35,8 @@ from common.process import command_line
 from common.process.main import run
 from common.recipes import get_recipe
 
-# name -> recipe, samples in an epoch: networks that cost two, twenty and fifty milliseconds a sample; tiny is `demo` as it is,
-# tiny+ our own training of its network, small is `demo` with ResNet-18 in place of it
+# name -> recipe, samples per epoch: networks that cost two, twenty and fifty milliseconds per sample. tiny is `demo`
+# unchanged, tiny+ our own training of its network, small is `demo` with ResNet-18 instead.
 NETWORKS = {
     "tiny": (get_recipe("demo", ["finder=off"]), 512),
     "tiny+": (get_recipe("small_plus", ["finder=off"]), 512),
@@ -57,7 +58,7 @@ def parse_args():
         "--repeats", type=command_line.positive, default=15, metavar="N", help="epochs of each (default: 15)"
     )
     parser.add_argument(
-        "--settings", action="store_true", help="compare settings of stage 04 in place of stage 04 and a bare loop"
+        "--settings", action="store_true", help="compare settings of stage 04 instead of stage 04 and a bare loop"
     )
     parser.add_argument(
         "--one", nargs=2, metavar=("NETWORK", "WHAT"), help="run in this process: both, bare, stage04 or settings"
@@ -85,7 +86,7 @@ def main():
             f"{bare['mib']:9d} {ours['mib']:13d}",
             flush=True,
         )
-    print(f"milliseconds a sample; wanted: ratio at most {WANTED}, waiting at most 2 %")
+    print(f"milliseconds per sample; target: ratio at most {WANTED}, waiting at most 2 %")
     print(json.dumps(figures))
 
 
@@ -95,7 +96,7 @@ def compare_settings(repeats: int) -> None:
         figures[name] = in_a_process(name, "settings", repeats)
         for setting, row in figures[name].items():
             print(
-                f"{name:8s} {setting:12s} {row['ms']:9.3f} ms a sample, ratio {row['ratio']:.3f}, first epoch "
+                f"{name:8s} {setting:12s} {row['ms']:9.3f} ms per sample, ratio {row['ratio']:.3f}, first epoch "
                 f"{row['first_s']:+.1f} s",
                 flush=True,
             )
@@ -162,11 +163,10 @@ def measure_settings(recipe, n: int, data, repeats: int) -> dict:
 
 
 def drawn_data(folder: Path, recipe, n: int):
-    """Write n images of blocks of noise, and return them as the data of a fold."""
+    """Write n images of noise blocks, and return them as the data of a fold."""
     from common.data.images import write_planes
-    from common.train.dataset import ImageSet
+    from common.train.dataset import ImageSet, Normalisation
     from common.train.fold_data import FoldData
-    from common.train.predict import Normalisation
 
     rng = np.random.default_rng(0)
     targets = rng.random((n, 28)) < 0.06
@@ -183,21 +183,21 @@ def drawn_data(folder: Path, recipe, n: int):
 
 
 def new_run(recipe, data, hardware):
-    from common.train import training
+    from common.train.run import new_run as begin
 
-    run = training.new_run(recipe, data, hardware, 0, 0)
+    run = begin(recipe, data, hardware, 0, 0)
     for group in run.optimizer.param_groups:
-        group["lr"] = group["top_lr"] = 1e-4  # noise drawn at random is not to be learnt: nothing diverges
+        group["lr"] = group["top_lr"] = 1e-4  # small, so that training on noise does not diverge
     run.model.train()
     return run
 
 
 def epoch(run, data, in_turn=lambda feed: feed) -> None:
-    """An epoch of stage 04, after the hard sampler's warm-up."""
-    from common.train import training
+    """Run an epoch of stage 04, after the hard sampler's warm-up."""
+    from common.train import loop
 
     run.epoch, run.step = 1, 0
-    training.train_epoch(run, data, in_turn(training.all_batches(run, data)), "benchmark", lambda: None)
+    loop.train_epoch(run, data, in_turn(loop.all_batches(run, data)), "benchmark", lambda: None)
 
 
 def bare_step(run, x, y) -> None:

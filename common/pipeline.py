@@ -1,7 +1,7 @@
-"""From raw images to submission.csv and a page to look at: all stages in order. What is up to date is left alone.
+"""From raw images to submission.csv and a report page: all stages in order. Outputs that are up to date are left alone.
 
-Without --data and a folder data it draws demo data, and trains the recipes demo and demo_large on it: three folds, two
-at once.
+If --data is not given and there is no folder data, it draws demo data and trains the recipes demo and demo_large on it:
+three folds, two at a time.
 
 example bash run_all.sh --data data --work work --recipes resnet50 --folds 0,1,2,3,4
         bash run_all.sh --data data --check     what will fail, before days are spent
@@ -21,13 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from common.data.options import FOLDS, add_pixel_flags
 from common.process import command_line
 from common.process.main import run
 from common.process.stopping import SIGNALS
 from common.recipes import ablation_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = {  # by default; (on demo data, for the tables)
+RECIPES = {  # the defaults, by (on demo data, for the tables)
     (False, False): ["resnet50"],
     (False, True): ["resnet50", "gapnet_pl"],
     (True, False): ["demo", "demo_large"],
@@ -41,7 +42,7 @@ STORAGE = ("white_level", "black_level", "store")
 
 @dataclass(frozen=True)
 class Stage:
-    """One command: a script, or a module such as common.demo, and its arguments."""
+    """One command: a script, or a module (common.demo), and its arguments."""
 
     script: str
     arguments: tuple[str, ...]
@@ -54,7 +55,7 @@ class Stage:
 
 
 class Parser(command_line.Parser):
-    """Says of a flag without its value what follows instead."""
+    """A parser whose error for a flag without its value shows what was found instead."""
 
     def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         self.given = list(args or ())
@@ -76,20 +77,20 @@ def parser() -> Parser:
         "--data",
         type=command_line.folder,
         metavar="DIR",
-        help="input in the competition's layout (default: data; where that is missing, demo data is made)",
+        help="input in the competition's layout (default: data; if that is missing, demo data is drawn)",
     )
     add(
         "--work",
         type=command_line.folder,
         default=Path("work"),
         metavar="DIR",
-        help="folder for everything that is made (default: work)",
+        help="folder for all outputs (default: work)",
     )
     add(
         "--recipes",
         type=command_line.names,
         metavar="A,B",
-        help="networks to train and average (default: resnet50); all of them: python 04_train.py --list-recipes",
+        help="networks to train and average (default: resnet50); python 04_train.py --list-recipes lists them",
     )
     add("--folds", metavar="0,1", help="folds to train (default: all five; on demo data three)")
     add(
@@ -104,8 +105,8 @@ def parser() -> Parser:
     add(
         "--quick",
         action="store_true",
-        help="a run of minutes on a CPU to see that everything works: sizes divided by 8, few epochs, two folds, "
-        f"at most {QUICK_SAMPLES} training samples, no test-time views",
+        help="a run of a few minutes on a CPU to check that everything works: sizes divided by 8, few epochs, two "
+        f"folds, at most {QUICK_SAMPLES} training samples, no test-time views",
     )
     add(
         "--tables",
@@ -116,35 +117,24 @@ def parser() -> Parser:
     add(
         "--keep-going",
         action="store_true",
-        help="leave out samples with missing or bad files, by name, as stage 01 does",
+        help="leave out samples with missing or bad files and list them, as stage 01 does",
     )
     command_line.add_weight_flags(result)
     command_line.add_hardware_flags(result)
-    result.set_defaults(device=None, precision=None, pretrained=None)  # what was not given is left to the stages
-    for name, level in {"white": command_line.white_level, "black": command_line.black_level}.items():
-        becomes = {"white": 255, "black": 0}[name]
-        add(
-            f"--{name}-level",
-            type=level,
-            metavar="V",
-            help=f"value of 16-bit files that becomes {becomes} (stage 01 warns where it is needed)",
-        )
-    add(
-        "--store",
-        choices=("zstd", "raw"),
-        help="raw: store large images uncompressed, which takes four times the room and is read three times as fast",
-    )
-    add("--dry-run", action="store_true", help="print the commands, each one pasteable, and run nothing")
+    add_pixel_flags(result)
+    not_given = ("device", "precision", "pretrained", *STORAGE)
+    result.set_defaults(**dict.fromkeys(not_given))  # what was not given is left to the stages
+    add("--dry-run", action="store_true", help="print the commands, ready to paste, and run nothing")
     add(
         "--check",
         action="store_true",
-        help="make nothing: say what will fail and how to fix it, and what time and room the run will take",
+        help="make nothing: report what will fail and how to fix it, and the time and disk space the run needs",
     )
     return result
 
 
 def parse_args(arguments: list[str], caller: Path) -> argparse.Namespace:
-    """Parse run_all.sh's arguments and settle what was not given; paths are the folder's that it was called from."""
+    """Parse run_all.sh's arguments and fill in defaults; relative paths start at `caller`, where it was called."""
     flags = parser()
     args = flags.parse_args(arguments)
     args.demo = args.data is None and not (ROOT / "data").exists()
@@ -162,7 +152,7 @@ def parse_args(arguments: list[str], caller: Path) -> argparse.Namespace:
         args.recipes = [f"{name}-quick" for name in args.recipes]
     if args.demo and args.jobs is None:
         args.jobs = 2
-    args.n_folds = 2 if args.quick else 3 if args.demo else 5
+    args.n_folds = 2 if args.quick else 3 if args.demo else FOLDS.n_folds
     args.folds = args.folds or ",".join(map(str, range(args.n_folds)))
     if not are_folds(args.folds, args.n_folds):
         flags.error(
@@ -172,7 +162,7 @@ def parse_args(arguments: list[str], caller: Path) -> argparse.Namespace:
 
 
 def absolute(path: Path | str, caller: Path) -> str:
-    """Return a path of the caller's as it is called in the project's folder, where stages run."""
+    """Return a path given in the folder `caller` as seen from the project's folder, where stages run."""
     return str(path) if caller.resolve() == ROOT else str(caller / path)
 
 
@@ -185,7 +175,7 @@ def are_folds(text: str, n_folds: int) -> bool:
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> tuple[str, ...]:
-    """Return the flags of those names that have a value, with it."""
+    """Return the flags among `names` that were given, with their values."""
     result = []
     for name in names:
         value = getattr(args, name)
@@ -195,7 +185,7 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def stages(args: argparse.Namespace) -> list[Stage]:
-    """Return what run_all.sh runs, in order, for the result of `parse_args`."""
+    """Return the commands of a run in order, for the result of `parse_args`."""
     places = ("--data", args.data, "--work", args.work)
     shown, runs = ("--recipes", ",".join(args.recipes)), ",".join(trained_runs(args))
     folds, hardware, weights = ("--folds", args.folds), given(args, HARDWARE), given(args, WEIGHTS)
@@ -227,20 +217,20 @@ def draw_demo(args: argparse.Namespace) -> Stage:
 
 
 def trained_runs(args: argparse.Namespace) -> list[str]:
-    """Return the recipes to train: for the tables every variant of those that were asked for."""
+    """Return the recipes to train; for the tables, every variant of those asked for."""
     if not args.tables:
         return args.recipes
     return [run for name in args.recipes for run in ablation_runs(name).values()]
 
 
 def stored(args: argparse.Namespace) -> tuple[str, ...]:
-    """Return the flags of stage 01 alone."""
+    """Return the flags that only stage 01 has."""
     limit = ("--limit", QUICK_SAMPLES) if args.quick else ()
     return (*limit, *given(args, STORAGE), *given(args, ["keep_going"]))
 
 
 def predicted(args: argparse.Namespace) -> tuple[str, ...]:
-    """Return what stage 05 leaves out."""
+    """Return the flags of what stage 05 leaves out."""
     return (*(("--tta", "none") if args.quick else ()), *(("--no-test",) if args.tables else ()))
 
 
@@ -254,12 +244,12 @@ def changes(args: argparse.Namespace) -> tuple[str, ...]:
 class Runner:
     """Runs one command after another.
 
-    Ctrl+C reaches a command by itself; other signals that ask for the end are passed on to it. Either way this process
-    waits until the command has saved, and ends then.
+    Ctrl+C reaches a command by itself; other signals to stop are passed on to it. Either way this process waits until
+    the command has saved, then ends.
     """
 
     def __init__(self, again: str):
-        """again : the command line that resumes"""
+        """again : the command line to resume"""
         self.again, self.asked = again, 0
         self.process: subprocess.Popen | None = None
         for number in SIGNALS:
@@ -272,11 +262,11 @@ class Runner:
             self.process.send_signal(number)
 
     def run(self, command: list[str], stdout: int | None = None) -> str:
-        """Run a command in the project's folder; returns what went into a pipe. If it fails, this process ends."""
+        """Run a command in the project's folder and return its output, if piped. If it fails, this process ends."""
         if self.asked:
             self.end(0)
         self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=stdout)
-        if self.asked not in (0, signal.SIGINT):  # it came before there was anyone to pass it on to
+        if self.asked not in (0, signal.SIGINT):  # it came before the command was started
             self.process.send_signal(self.asked)
         output, code = self.process.communicate()[0], self.process.returncode
         self.process = None
@@ -285,15 +275,15 @@ class Runner:
         return output or ""
 
     def end(self, code: int) -> NoReturn:
-        """Exit with the code of the signal that came, or else of the command; print how to resume if no stage has."""
+        """Exit with the code of the signal, or else of the command; print how to resume unless a stage has done so."""
         told = self.asked != signal.SIGINT and code == 128 + self.asked
         if code == 128 + signal.SIGINT or self.asked and not told:
-            print(f"\nstopped; finished work is kept. To go on: {self.again}", file=sys.stderr, flush=True)
+            print(f"\nstopped; finished work is kept. To resume: {self.again}", file=sys.stderr, flush=True)
         sys.exit(128 + self.asked if self.asked else code)
 
 
 def find_python(args: argparse.Namespace, runner: Runner) -> str:
-    """Return the Python to run the stages with; makes .venv where needed, but not for --dry-run and --check."""
+    """Return the Python that runs the stages; makes .venv if needed, but not for --dry-run and --check."""
     dry = args.dry_run or args.check
     setup = ["bash", "common/setup.sh", *(["--dry-run"] if dry else []), "requirements.txt"]
     *lines, python = runner.run(setup, stdout=subprocess.PIPE).splitlines()
@@ -302,11 +292,11 @@ def find_python(args: argparse.Namespace, runner: Runner) -> str:
 
 
 def run_check(args: argparse.Namespace, runner: Runner, python: str) -> None:
-    """Check the run; demo data that does not exist yet is drawn into a folder that goes when the check is over."""
+    """Check the run; demo data that does not exist yet is drawn into a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         if args.demo and not (Path(args.data) / "train.csv").exists():
             args.data = folder
-        # Without packages to draw with the check goes on, and says which are missing.
+        # Without the packages to draw, the check continues and reports which are missing.
         if args.demo and not subprocess.run([python, "-c", "import common.demo.data"], capture_output=True).returncode:
             runner.run(draw_demo(args).command(python))
         runner.run(check(args).command(python))
@@ -316,7 +306,7 @@ def main() -> None:
     caller = Path(os.environ.pop("RUN_ALL_FROM", os.getcwd()))
     again = shlex.join(["bash", os.environ.pop("RUN_ALL_AS", "run_all.sh"), *sys.argv[1:]])
     args = parse_args(sys.argv[1:], caller)
-    os.environ["RUN_ALL_COMMAND"] = again  # what stages tell the user to call again
+    os.environ["RUN_ALL_COMMAND"] = again  # the command that stages print to resume
     os.chdir(ROOT)
     runner = Runner(again)
     planned = stages(args)

@@ -6,12 +6,14 @@ silent, the field's comment says what was chosen.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from common.errors import UserError, nearest
 
+# Names of what a recipe may choose. The tables that have a row for each are in common/train: ENCODERS in networks.py,
+# LOSSES, OPTIMIZERS, SCHEDULES in files of those names, AUGMENTATIONS in dataset.py; this file loads no torch.
 CHOICES = {
     "size_rule": ("fixed", "by-source"),
     "encoder": (
@@ -30,6 +32,7 @@ CHOICES = {
     "pooling": ("acp", "average", "own"),
     "head_order": ("linear-relu-dropout", "dropout-linear-relu", "linear-selu-dropout"),
     "fourth_channel": ("red", "zeros", "mean"),
+    "augmentations": ("dihedral",),
     "normalisation": ("weights", "data"),
     "standardise": ("none", "sample"),
     "optimizer": ("sgd", "adamw", "muon"),
@@ -40,6 +43,19 @@ CHOICES = {
     "schedule": ("cycles", "constant", "plateau", "one-cycle"),
     "finder": ("off", "record", "use"),
 }
+
+
+# Encoders that pool by themselves; they are made for four channels and have no BatchNorm.
+OWN_POOLING = ("gapnet_pl", "gapnet_pl_plus")
+
+T = TypeVar("T")
+
+
+def row_of(table: Mapping[str, T], field: str, name: str) -> T:
+    """Return the row of a table of choices that a recipe's field names; raises UserError where there is none."""
+    if name not in table:
+        raise UserError(f"recipe field {field} is {name!r}, which has no row in its table; {nearest(name, table)}")
+    return table[name]
 
 
 BY_SOURCE = "by-source"
@@ -57,7 +73,7 @@ class Recipe:
 
     # Images: random crops of `crop_size` from `image_size`, both divided by `size_divisor`.
     # By source: 768 from sources up to 2048 pixels, 1024 from larger ones, whatever `image_size` says.
-    # Sources with fewer pixels than that are refused or left out, or enlarged where asked; see `preprocess.fit_recipes`.
+    # Sources with fewer pixels than that are refused or left out, or enlarged where asked; see `ingest.fit_recipes`.
     size_rule: str = "fixed"
     image_size: int = 768
     crop_size: int = 512
@@ -72,7 +88,8 @@ class Recipe:
     head_order: str = "linear-relu-dropout"  # after a BatchNorm, as is fastai's other order; the one with SELU has none
     fourth_channel: str = "red"  # where the stem's weights for yellow come from
     normalisation: str = "weights"  # that of the pretrained weights; of the data, as always where there are none
-    standardise: str = "none"  # "sample": each channel of each image by its own mean and deviation, in place of both
+    augmentations: tuple[str, ...] = ("dihedral",)  # of training crops, in this order
+    standardise: str = "none"  # "sample": each channel of each image by its own mean and deviation, instead of both
 
     # An epoch has every sample once; with a power p above 0, as often as (count of its rarest class) ** -p says.
     class_balance: float = 0.0
@@ -85,7 +102,7 @@ class Recipe:
     weighted_part: str = "column"
     class_reduction: str = "sum"
 
-    # Hard sampler: the share K/B of each batch that is learnt from, after a warm-up with all of it.
+    # Hard sampler: the share K/B of each batch that is trained on, after a warm-up with all of it.
     hard_share: float = 0.7
     hard_warmup_epochs: int = 1
 
@@ -103,8 +120,8 @@ class Recipe:
     clip_norm: float = 0.0  # largest norm of the gradient; 0 = any
     sync_batchnorm: bool = False  # several GPUs: normalise over the images of all of them, not of each alone
 
-    # Cosine cycles with restarts; a constant rate; one that halves after more than `patience` looks at the validation part
-    # without a better loss; or one cycle over all epochs: up for a `warmup_share` of it, down to 0. Training ends after
+    # Cosine cycles with restarts; a constant rate; one that halves after more than `patience` validations without a
+    # better loss; or one cycle over all epochs: up for a `warmup_share` of it, down to 0. Training ends after
     # cycle_epochs x max_cycles epochs; or with the first cycle that improves the validation loss by less than
     # `min_cycle_gain` (cycles, constant); or on the plateau after `max_halvings` halvings (0: any number).
     schedule: str = "cycles"
@@ -118,11 +135,30 @@ class Recipe:
     evaluate_epochs: int = 1  # validate after so many epochs, and at the end of each cycle
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                raise UserError(f"recipe field {name} is {value!r}; {nearest(str(value), known, every=True)}")
+        """Raise UserError for a value that cannot be, and for values that do not fit together."""
+        self._check_choices()
         if self.size_divisor < 1:  # sizes are divided by it
             raise UserError(f"recipe field size_divisor has an impossible value: {self.size_divisor!r}")
+        self._check_numbers()
+        if (self.pooling == "own") != (self.encoder in OWN_POOLING):
+            raise UserError(
+                f"recipe fields do not fit: pooling {self.pooling!r} with encoder {self.encoder!r}; "
+                f"{' and '.join(OWN_POOLING)} need pooling=own, the other encoders one of the others"
+            )
+        if self.size_rule == BY_SOURCE and self.crop > stored_size(self.store, 0):
+            raise UserError(
+                f"recipe fields do not fit: crops of {self.crop} px from images that are stored at "
+                f"{stored_size(self.store, 0)} px with size_rule={BY_SOURCE}; give a smaller crop_size"
+            )
+
+    def _check_choices(self) -> None:
+        for name, known in CHOICES.items():
+            value, kind = getattr(self, name), type(getattr(Recipe, name))
+            for choice in value if kind is tuple and isinstance(value, tuple) else (value,):
+                if choice not in known or not isinstance(value, kind):
+                    raise UserError(f"recipe field {name} is {choice!r}; {nearest(str(choice), known, every=True)}")
+
+    def _check_numbers(self) -> None:
         checks = {
             "crop_size": 32 <= self.crop <= self.size,
             "dropouts": len(self.dropouts) == len(self.buffers) and all(0 <= p < 1 for p in self.dropouts),
@@ -157,16 +193,6 @@ class Recipe:
         wrong = [name for name, fine in checks.items() if not fine]
         if wrong:
             raise UserError(f"recipe field {wrong[0]} has an impossible value: {getattr(self, wrong[0])!r}")
-        if (self.pooling == "own") != self.encoder.startswith("gapnet"):
-            raise UserError(
-                f"recipe fields do not fit: pooling {self.pooling!r} with encoder {self.encoder!r}; gapnet_pl and "
-                "gapnet_pl_plus need pooling=own, the other encoders one of the others"
-            )
-        if self.size_rule == BY_SOURCE and self.crop > stored_size(self.store, 0):
-            raise UserError(
-                f"recipe fields do not fit: crops of {self.crop} px from images that are stored at "
-                f"{stored_size(self.store, 0)} px with size_rule={BY_SOURCE}; give a smaller crop_size"
-            )
 
     @property
     def size(self) -> int:
@@ -313,7 +339,7 @@ RECIPES = {
 
 
 def quick(recipe: Recipe) -> Recipe:
-    """Return a recipe of minutes on a CPU: sizes divided by 8, few epochs, small batches with learning rates to match."""
+    """Return a recipe of minutes on a CPU: sizes divided by 8, few epochs, small batches with rates to match."""
     batch_size = min(recipe.batch_size, 8)
     rates = tuple(rate * batch_size / recipe.batch_size for rate in recipe.group_learning_rates)
     return replace(
@@ -369,7 +395,7 @@ def ablation_runs(name: str) -> dict[str, str]:
 
 
 def get_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
-    """Return the recipe called 'name' or 'name-variant', changed by settings such as 'alpha=0.999'; see `get_recipes`."""
+    """Return the recipe called 'name' or 'name-variant', changed by settings: 'alpha=0.999'; see `get_recipes`."""
     return get_recipes([name], settings)[name]
 
 
@@ -379,7 +405,7 @@ def get_recipes(
     """Return the recipes of these names, each changed by all settings.
 
     tell : function that is given a note on each setting that has no effect on some of the recipes
-    Raises UserError for unknown names and fields, a field that is set twice, and a setting without effect on any recipe.
+    Raises UserError for unknown names and fields, a field set twice, and a setting without effect on any recipe.
     """
     changes = [parse_setting(setting) for setting in settings]
     for field, _ in changes:
@@ -394,14 +420,13 @@ def get_recipes(
                 f"recipe field {field} has no effect on {name}, which has {because}; leave it out, or set {instead}"
             )
         if idle:
-            tell(
-                f"note: {field} has no effect on {', '.join(f'{name} ({because})' for name, (because, _) in idle.items())}"
-            )
+            named = ", ".join(f"{name} ({because})" for name, (because, _) in idle.items())
+            tell(f"note: {field} has no effect on {named}")
     return recipes
 
 
 def idle_fields(recipe: Recipe) -> dict[str, tuple[str, str]]:
-    """Return the fields that have no effect in a recipe: which setting is the reason, and what to set so that they have one."""
+    """Return the fields without effect in a recipe: the setting that is the reason, and what to set instead."""
     rates = ",".join(f"{rate:g}" for rate in recipe.learning_rates)
     schedule = f"schedule={recipe.schedule}"
     rules = [
@@ -413,7 +438,7 @@ def idle_fields(recipe: Recipe) -> dict[str, tuple[str, str]]:
         ),
         (recipe.size_rule == BY_SOURCE, ("image_size",), f"size_rule={BY_SOURCE}", "size_rule=fixed too"),
         (
-            recipe.encoder.startswith("gapnet"),
+            recipe.encoder in OWN_POOLING,
             ("fourth_channel", "sync_batchnorm"),
             f"encoder={recipe.encoder}, made for four channels and without BatchNorm",
             "another encoder",
@@ -464,6 +489,7 @@ WORDS = {
     "dropouts": "dropout drop drop_rate",
     "buffers": "head hidden fc",
     "optimizer": "opt optim",
+    "augmentations": "augmentation augment aug transform transforms",
     "schedule": "scheduler sched lr_schedule",
     "warmup_share": "warmup warmup_epochs",
     "clip_norm": "clip grad_clip gradient_clip max_norm",
@@ -504,7 +530,8 @@ def parse_setting(setting: str) -> tuple[str, Any]:
             return name, tuple(type((default or (0.1,))[0])(part) for part in text.split(",") if part)
         return name, type(default)(text)
     except (ValueError, KeyError):
-        kind = {tuple: "numbers separated by commas", bool: "true or false"}.get(type(default), type(default).__name__)
+        parts = "names" if name in CHOICES else "numbers"
+        kind = {tuple: f"{parts} separated by commas", bool: "true or false"}.get(type(default), type(default).__name__)
         raise UserError(f"cannot read the setting {setting!r}; expected {name}=<{kind}>") from None
 
 

@@ -1,8 +1,8 @@
-# Sourced by tests/run.sh: sets PYTHON to one that satisfies the given requirement files, the active python where it
-# does, else .venv beside this project, made and filled where need be.
+# Sets PYTHON to a Python that satisfies the given requirement files: the active one if it does, else that of .venv in
+# this project, which is made and filled if needed.
 # usage: source common/setup.sh [--dry-run] requirements.txt ...
 #        source common/setup.sh --any              any Python that is new enough, with or without packages
-#        bash common/setup.sh requirements.txt     makes .venv where it is needed, and prints the path of the Python
+#        bash common/setup.sh requirements.txt     makes .venv if needed, and prints the path of the Python
 
 setup() {
     local dry=false active base
@@ -24,7 +24,7 @@ setup() {
     fi
     { exec 9>.venv.lock; } 2>/dev/null || exec 9>/dev/null
     if command -v flock >/dev/null && ! flock --nonblock 9; then
-        echo "waiting: .venv is being made by another process" >&2
+        echo "waiting: another process is making .venv" >&2
         flock 9
         if [ -x "$PYTHON" ] && "$PYTHON" common/process/requirements.py "$@" >/dev/null 2>&1; then
             exec 9>&-
@@ -35,24 +35,23 @@ setup() {
         echo "error: the packages could not be installed into .venv; these are missing:" >&2
         if [ ! -x "$PYTHON" ]; then PYTHON=$base; fi
         "$PYTHON" common/process/requirements.py "$@" >&2 || true
-        echo "run this again with internet, or with their wheels in a folder:" \
+        echo "run this again with internet access, or with their wheels in a folder:" \
             "PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER bash run_all.sh" >&2
         exit 2
     fi
     exec 9>&-
 }
 
-# Set base to the first Python of 3.11 or later.
+# Set base to the first Python found that is 3.11 or later.
 find_base() {
     for base in python python3 python3.14 python3.13 python3.12 python3.11; do
         if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then return; fi
     done
-    echo "error: Python 3.11 or later is needed and was not found; install it, then run this again" >&2
+    echo "error: expected Python 3.11 or later, found none; install it, then run this again" >&2
     exit 2
 }
 
-# Make .venv. Where the active Python has torch in range, .venv sees all its packages, and only what it lacks is
-# installed.
+# Make .venv. If the active Python has torch in range, .venv sees all its packages, and only missing ones are installed.
 make_venv() {
     local base=$1 options=(); shift
     if [ "$("$base" -c 'import sys; print(sys.prefix)')" -ef .venv ]; then return; fi
@@ -62,16 +61,16 @@ make_venv() {
         "$base" -m venv .venv
         return
     fi
-    echo "setting up .venv once: small packages that the active Python lacks (its torch is used)" >&2
-    # Hosted notebooks have pip, but not what venv needs to install another.
+    echo "setting up .venv once: small packages that are missing from the active Python (its torch is used)" >&2
+    # Hosted notebooks have pip, but not what venv needs to install another one.
     if "$base" -c 'import pip' 2>/dev/null; then options=(--without-pip); fi
     "$base" -m venv "${options[@]}" .venv || return
-    # Unlike --system-site-packages this also works where the active Python is that of a virtual environment.
+    # Unlike --system-site-packages, this also works if the active Python is in a virtual environment.
     "$base" -c 'import sys; print(*filter(None, sys.path), sep="\n")' \
         > "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/active.pth"
 }
 
-# Install what .venv lacks; a package that is installed may need others in turn.
+# Install what is missing from .venv; installed packages may need others in turn.
 fill_venv() {
     local call _ options=(--disable-pip-version-check --quiet --constraint .venv/constraints.txt)
     for _ in 1 2 3; do

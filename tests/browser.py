@@ -1,4 +1,4 @@
-"""Pages in headless Chromium: what a reader's browser makes of them."""
+"""Check pages in headless Chromium, as a reader's browser shows them."""
 
 import tempfile
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ WIDE, PHONE = (1280, 900), (390, 844)
 
 @contextmanager
 def open_browser():
-    """Yield a browser with an empty profile that keeps its console."""
+    """Yield a browser with an empty profile that records its console."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -37,7 +37,7 @@ def open_browser():
 
 
 def show(browser, page: Path, size=WIDE) -> None:
-    """Open a page in a window of that many pixels."""
+    """Open a page in a window of the given size in pixels."""
     width, height = size
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
@@ -47,17 +47,21 @@ def show(browser, page: Path, size=WIDE) -> None:
 
 
 def check_page(browser, page: Path) -> None:
-    """Assert what must hold for every page: a silent console, all images, names for what is seen, nothing wider than a phone."""
+    """Check what must hold for every page: a silent console, all images, names for plots, no wider than a phone."""
     show(browser, page)
     assert browser.get_log("browser") == []
-    broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth || !i.alt).map(i => i.alt || i.outerHTML)"
+    broken = (
+        "return [...document.images].filter(i => !i.complete || !i.naturalWidth || !i.alt)"
+        ".map(i => i.alt || i.outerHTML)"
+    )
     assert browser.execute_script(broken) == []
     nameless = (
         "return [...document.querySelectorAll('.plot')].filter(p => !p.ariaLabel || !p.querySelector('svg')).length"
     )
     assert browser.execute_script(nameless) == 0
     repeated = """const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
-                  return ids.filter((id, k) => ids.indexOf(id) !== k && document.getElementById(id).closest('svg') === null)"""
+                  return ids.filter((id, k) => ids.indexOf(id) !== k
+                                               && document.getElementById(id).closest('svg') === null)"""
     assert browser.execute_script(repeated) == []
     fetched = (
         "return performance.getEntriesByType('resource').map(e => e.name).filter(name => !name.startsWith('data:'))"

@@ -1,18 +1,21 @@
-"""Kill the stages at random moments, call each again, and see whether the submission is the same byte for byte.
+"""Kill the stages at random moments, run each again, and check that the submission is the same, byte for byte.
 
 example python tests/chaos.py --rounds 100 --seed 0 --jobs 2
 
-A round works in a fresh folder through all stages. Up to three times a stage is killed at a moment drawn from `seed`:
-after some time, or after some changes in the work folder. Kinds of kills:
+A round runs all stages in a fresh folder. Each stage is killed up to three times at moments drawn from `seed`: after
+some time, or after some changes in the work folder. Kinds of kills:
 
-group   SIGKILL to the whole process group        main   SIGKILL to the stage's process; its workers must leave by themselves
-worker  SIGKILL to one of its worker processes    both   SIGKILL to a worker, and to the group shortly after
-ctrl-c  SIGINT to the group                       term   SIGTERM to the group
+group   SIGKILL to the whole process group
+main    SIGKILL to the stage's process; its workers must end by themselves
+worker  SIGKILL to one of its worker processes
+both    SIGKILL to a worker, and to the group shortly after
+ctrl-c  SIGINT to the group
+term    SIGTERM to the group
 torn    SIGTERM to the stage's process alone
 
-Then the same command must go on. A worker's death, Ctrl+C and SIGTERM must end in one message without a traceback, within
-SECONDS_TO_END. At the end run_all.sh must find everything up to date. The last line is a JSON object; exit code 1 if any
-submission differed or any kill ended badly.
+Then the same command must resume. A worker's death, Ctrl+C and SIGTERM must end in one message without a traceback,
+within SECONDS_TO_END. At the end run_all.sh must find everything up to date. The last line is a JSON object. The exit
+code is 1 if any submission differs or any kill ends badly.
 """
 
 import argparse
@@ -62,7 +65,7 @@ CODES = {
     "torn": {143, -15},
 }
 PYTHON_STARTS = ("init_import_site", "line 0, in <module>\nKeyboardInterrupt")  # before a script's first line
-SECONDS_TO_END = 15  # on a machine that does other things too
+SECONDS_TO_END = 15  # on a busy machine
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -78,7 +81,7 @@ def run_all(data: Path, work: Path, *more) -> str:
 
 
 def stage_commands(data: Path, work: Path, parallel: bool) -> list[list[str]]:
-    """Return run_all.sh's commands, with worker processes in every stage that can have them: for jobs, or for loading."""
+    """Return run_all.sh's commands, with worker processes (for jobs or loading) in every stage that can have them."""
     long_jobs = ["--jobs", "2"] if parallel else ["--workers", "2"]
     workers = {"01": ["--jobs", "2"], "02": ["--jobs", "2"], "04": long_jobs, "05": long_jobs}
     commands = map(shlex.split, run_all(data, work, "--dry-run").splitlines())
@@ -89,7 +92,7 @@ def stage_commands(data: Path, work: Path, parallel: bool) -> list[list[str]]:
 
 
 def children(pid: int) -> list[int]:
-    """Return the worker processes below a process: all but those that only tidy up."""
+    """Return the worker processes below a process: all except those that only clean up."""
     try:
         direct = [
             int(child)
@@ -103,7 +106,7 @@ def children(pid: int) -> list[int]:
 
 
 def changes_mark(work: Path) -> int:
-    """Return a number that changes with every file of a folder, the half-written ones among them."""
+    """Return a number that changes with every file of a folder, including half-written ones."""
     return hash(tuple((entry.path, entry.stat().st_mtime_ns) for folder, *_ in os.walk(work) for entry in scan(folder)))
 
 
@@ -116,13 +119,13 @@ def scan(folder):
 
 
 def wait_for_moment(process, work: Path, seconds: float, changes: int | None) -> None:
-    """Wait some seconds, or until the work folder has changed so often; not longer than the process lives."""
+    """Wait some seconds, or for that many changes in the work folder; at most until the process ends."""
     started, before = time.monotonic(), None
     while process.poll() is None and (changes is not None or time.monotonic() - started < seconds):
         if changes is not None:
             try:
                 now = changes_mark(work)
-            except OSError:  # gone while it was looked at
+            except OSError:  # deleted during the scan
                 now = None
             changes -= now != before
             before = now
@@ -132,7 +135,7 @@ def wait_for_moment(process, work: Path, seconds: float, changes: int | None) ->
 
 
 def kill(process, kind: str, rng: random.Random) -> bool:
-    """Kill in one of the ways that the module's text lists; False where there is nothing to kill any more."""
+    """Kill in one of the ways that the module's docstring lists; return False if nothing is left to kill."""
     try:
         if kind in ("worker", "both"):
             while not (found := children(process.pid)):
@@ -153,7 +156,7 @@ def kill(process, kind: str, rng: random.Random) -> bool:
 
 
 def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, seconds: float) -> tuple[bool, str | None]:
-    """Run a stage and kill it; returns whether it was killed, and what went wrong."""
+    """Run a stage and kill it; return whether it was killed, and what went wrong."""
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdout=output, stderr=output
@@ -161,7 +164,7 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
         wait_for_moment(process, work, rng.random() * seconds, rng.choice([None, rng.randrange(60)]))
         was_killed = process.poll() is None and kill(process, kind, rng)
         started = time.monotonic()
-        try:  # what looked like a worker may have been a helper of a moment, and the stage goes on
+        try:  # the worker may have been a short-lived helper, and the stage continues
             process.wait(SECONDS_TO_END if was_killed and kind != "worker" else 600)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
@@ -171,10 +174,10 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
         output.seek(0)
         text = output.read()
     if was_killed and seconds > SECONDS_TO_END and process.returncode != 0:
-        return True, f"still there {seconds:.0f} s after {kind}: {shlex.join(command)}\n{text}"
+        return True, f"still running {seconds:.0f} s after {kind}: {shlex.join(command)}\n{text}"
     if kind == "ctrl-c" and (any(part in text for part in PYTHON_STARTS) or before_main(process.returncode, text)):
         return True, None
-    if process.returncode == 0:  # it was done, or did without what was killed
+    if process.returncode == 0:  # it was done, or did not need the killed process
         return False, None
     if (
         process.returncode not in CODES[kind]
@@ -182,18 +185,18 @@ def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, sec
         or (kind not in ("group", "main", "both") and "Traceback" in text)
     ):
         return True, f"ended with {process.returncode} after {kind}: {shlex.join(command)}\n{text}"
-    if process.returncode in (130, -2, 143) and "To go on: python" not in text:
-        return True, f"said no command to go on after {kind}: {shlex.join(command)}\n{text}"
-    return True, None if quiet else f"worker processes went on writing after {kind}: {shlex.join(command)}"
+    if process.returncode in (130, -2, 143) and "To resume: python" not in text:
+        return True, f"printed no command to resume after {kind}: {shlex.join(command)}\n{text}"
+    return True, None if quiet else f"worker processes kept writing after {kind}: {shlex.join(command)}"
 
 
 def before_main(code: int, text: str) -> bool:
-    """Tell whether Ctrl+C came before `run` could turn it into one message: Python ends with a trace, or without a word."""
+    """Tell whether Ctrl+C came too early for `run` to turn it into a message: Python prints a traceback or nothing."""
     return code == -signal.SIGINT and (not text or text.endswith("\nKeyboardInterrupt\n") and "in main\n" not in text)
 
 
 def leaves_files_alone(group: int, work: Path) -> bool:
-    """Tell whether nothing in a folder changes any more once a group's main process is gone; ends what is left of the group."""
+    """Tell whether a folder stays unchanged once a group's main process has ended; kills the rest of the group."""
     try:
         os.killpg(group, 0)
         time.sleep(2)
@@ -214,7 +217,7 @@ def content(path: Path) -> bytes | None:
 
 
 def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float]) -> tuple[Counter, list[str]]:
-    """Go through all stages once with random kills; returns how many of each kind there were, and what went wrong."""
+    """Go through all stages once with random kills; return the number of kills of each kind, and what went wrong."""
     kills, problems = Counter(), []
     for command in stage_commands(data, work, rng.random() < 0.5):
         stage = command[1][:2]
@@ -226,7 +229,7 @@ def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float]) 
             problems += [problem] if problem else []
         result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         if result.returncode:
-            return kills, [*problems, f"cannot go on: {shlex.join(command)}\n{result.stdout}{result.stderr}"]
+            return kills, [*problems, f"cannot resume: {shlex.join(command)}\n{result.stdout}{result.stderr}"]
     again = run_all(data, work)
     return kills, problems + ([f"not all is up to date:\n{again}"] if "making" in again else [])
 
@@ -234,7 +237,7 @@ def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float]) 
 def play_round(
     number: int, seed: int, data: Path, whole: Path, seconds: dict[str, float]
 ) -> tuple[Counter, list[str], bool]:
-    """Play a round in a folder of its own; returns the kills, what went wrong, and whether its files are those of `whole`."""
+    """Play a round in its own folder; return the kills, what went wrong, and whether its files equal `whole`'s."""
     work = whole.parent / f"round{number}"
     kills, problems = play(data, work, random.Random(f"{seed} {number}"), seconds)
     differing = [name for name in SAME if content(work / name) != content(whole / name)]
@@ -246,7 +249,7 @@ def play_round(
 
 
 def undisturbed(data: Path, work: Path) -> dict[str, float]:
-    """Run all stages; returns how many seconds each takes."""
+    """Run all stages; return how many seconds each takes."""
     seconds = {}
     for command in stage_commands(data, work, True):
         started = time.monotonic()
@@ -260,11 +263,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--jobs", type=int, default=1, help="rounds at once; what is killed and when is drawn per round"
+        "--jobs", type=int, default=1, help="rounds at once; kills are drawn per round, whatever the number"
     )
     parser.add_argument("--work", type=Path, help="an empty or new folder to work in (default: a temporary one)")
     args = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore Ctrl+C
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore Ctrl+C
     with tempfile.TemporaryDirectory() as temporary:
         place = (args.work or Path(temporary)).resolve()
         data, whole = place / "data", place / "whole"

@@ -1,4 +1,4 @@
-"""Shared by all tests: the project on the path, real data where the environment names it, small input folders."""
+"""Fixtures for all tests: the project on the path, real data if the environment names it, small input folders."""
 
 import os
 import shlex
@@ -23,7 +23,7 @@ from tests.warm import Warm  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def same_signals():
-    """Give every test the signals that pytest had: what a script did in this process would pass on to others."""
+    """Give every test pytest's signal handlers, so that a script's in this process do not affect later tests."""
     before = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     }
@@ -42,7 +42,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def warm():
-    """A Python for scripts, with the large packages loaded."""
+    """A Python that runs scripts, with the large packages already loaded."""
     python = Warm()
     yield python
     python.close()
@@ -50,9 +50,10 @@ def warm():
 
 @pytest.fixture(scope="session")
 def run_script(warm, tmp_path_factory):
-    """Run a script of the project in its own process; returns the finished process with its output as text.
+    """Return a function that runs a script of the project in its own process.
 
-    A Python script has one core, so that its default number of jobs is one: a test of several says --jobs 2.
+    It returns the finished process with its output as text. A Python script sees one core, so its default number of
+    jobs is one: a test of several gives --jobs 2.
     """
     folder = tmp_path_factory.mktemp("output")
 
@@ -74,8 +75,7 @@ def run_script(warm, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_stages(run_script):
-    """Run the commands that `run_all.sh --dry-run` prints, without the time that run_all.sh's own need to start; returns
-    what they print."""
+    """Return a function that runs the commands of `run_all.sh --dry-run` in a warm Python, and returns their output."""
 
     def run(*flags):
         commands = run_script("run_all.sh", *flags, "--dry-run").stdout.splitlines()
@@ -86,23 +86,23 @@ def run_stages(run_script):
 
 @pytest.fixture(scope="session")
 def real_run(run_stages, real_data, tmp_path_factory):
-    """The work folder of a quick run on the 63 real samples, and what the run said."""
+    """The work folder of a quick run on the 63 real samples, and the run's output."""
     work = tmp_path_factory.mktemp("real")
     return work, run_stages("--data", real_data / "kaggle_png", "--work", work, "--quick", "--pretrained", "none")
 
 
 @pytest.fixture(scope="session")
 def browser():
-    """Headless Chromium where this machine has one."""
+    """Headless Chromium, if this machine has one."""
     if not (CHROMIUM.is_file() and DRIVER.is_file()):
-        pytest.skip(f"{CHROMIUM} and {DRIVER} are not there: no browser to look at the page with")
+        pytest.skip(f"{CHROMIUM} or {DRIVER} is missing: no browser to check the page with")
     with open_browser() as driver:
         yield driver
 
 
 @pytest.fixture
 def fails(run_script):
-    """Run a script that must refuse: exit code 2, no traceback; returns its message."""
+    """Return a function that runs a script that must refuse (exit code 2, no traceback) and returns its message."""
 
     def run(script, *arguments):
         result = run_script(script, *arguments, check=False)
@@ -137,3 +137,11 @@ def small_data(tmp_path) -> Path:
         data / "sample_submission.csv", index=False
     )
     return data
+
+
+def training_job(folder, recipe, fold=0, seed=0, on_nan="stop", label="test"):
+    """Return a job of stage 04 that trains into `folder`, made from nothing in particular."""
+    from common.artifacts.stage import Stage
+    from common.train.jobs import Job
+
+    return Job(folder, label, recipe, fold, Stage("04_train", folder / "best.pt", {}, {}), seed, on_nan=on_nan)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What can be told without running anything: format, lint, types, spelling, and which room imports which. Under a minute.
+# Checks that run none of the code: format, lint, types, spelling, and which room imports which. Under a minute.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source common/setup.sh requirements.txt tests/requirements.txt

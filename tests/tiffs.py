@@ -1,4 +1,4 @@
-"""TIFFs with any tags, written byte by byte, and what tifffile's page and Pillow make of them."""
+"""Write TIFFs with any tags, byte by byte, and read them as tifffile's page and Pillow do."""
 
 import struct
 import zlib
@@ -20,7 +20,7 @@ TURNS = {
 
 
 def packed(values: np.ndarray, bits: int, order: str) -> bytes:
-    """Pack rows of whole numbers, (height, n), with so many bits each; rows begin at whole bytes."""
+    """Pack rows of whole numbers, (height, n), with `bits` bits each; rows begin at whole bytes."""
     if bits == 16:
         return values.astype(f"{order}u2").tobytes()
     digits = (values[..., None].astype(np.uint32) >> np.arange(bits - 1, -1, -1)) & 1
@@ -44,8 +44,13 @@ def write_tiff(
     more=(),
     images=1,
 ) -> None:
-    """Write values, (height, width) or (height, width, n), with these tags; table : (n, 3) of 16 bits; subfiles : NewSubfileType
-    of each page; more : further entries (tag, type, numbers); images : how many times the data is there."""
+    """Write values, (height, width) or (height, width, n), with these tags.
+
+    table : (n, 3) of 16 bits
+    subfiles : NewSubfileType of each page
+    more : further entries (tag, type, numbers)
+    images : how many times the data is written
+    """
     height, width, n = values.shape if values.ndim == 3 else (*values.shape, 1)
     rows = rows or height
     planes = [values.reshape(height, -1)] if planar == 1 or n == 1 else [values[..., k] for k in range(n)]
@@ -88,7 +93,7 @@ def write_tiff(
 
 
 def add_page(content: bytearray, order: str, entries: dict) -> int:
-    """Append a page; return where the address of the next one belongs."""
+    """Append a page; return where to write the address of the next one."""
     entries = {tag: value for tag, value in entries.items() if value is not None and value[1] is not None}
     start = len(content)
     content += bytes(2 + 12 * len(entries) + 4)
@@ -105,7 +110,7 @@ def add_page(content: bytearray, order: str, entries: dict) -> int:
 
 
 def stretched(values: np.ndarray, bits: int) -> np.ndarray:
-    """Return values of so many bits over 8 or 16 bits."""
+    """Return values of `bits` bits stretched to 8 or 16 bits."""
     kind = np.uint8 if bits <= 8 else np.uint16
     return np.rint(values * (np.iinfo(kind).max / (2**bits - 1))).astype(kind)
 
@@ -119,8 +124,10 @@ def turned(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def agreed(path: Path) -> np.ndarray | None:
-    """Return what tifffile's page and Pillow agree on, after inversion, orientation and stretching; None where they do not, or
-    one of them does not read it. Of an image with a colour table it is the indices."""
+    """Return what tifffile's page and Pillow agree on, after inversion, orientation and stretching.
+
+    None if they disagree or one of them cannot read the file. For an image with a colour table: its indices.
+    """
     try:
         with tifffile.TiffFile(path) as tiff:
             page = tiff.pages.first
@@ -140,6 +147,6 @@ def agreed(path: Path) -> np.ndarray | None:
                 else other
             )
             other = 65535 - other if inverted and bits == 16 else other
-    except Exception:  # both raise many kinds
+    except Exception:  # both raise many types
         return None
     return image if image.shape == other.shape and (image == other).all() else None

@@ -1,8 +1,8 @@
-"""A Python that has loaded the large packages once and runs the project's scripts in forks of itself.
+"""A Python that loads the large packages once and runs the project's scripts in forks of itself.
 
-Each script is a process of its own, as it is for a user: its own __main__, arguments, environment and output, Python's own
-hooks and its own end. Only the seconds are saved that torch and its like take to load and to be freed. conftest.py starts
-this file; each line of its input is a request, each line of its output an exit code.
+Each script has its own process, as it does for a user: its own __main__, arguments, environment, output and end, and
+Python's own hooks. This saves only the seconds that torch and other packages take to load and to free. conftest.py
+starts this file; each line of its input is a request, each line of its output an exit code.
 """
 
 import atexit
@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# None of the project's modules, nor OpenCV, which reads the project's limits when it is loaded.
 PACKAGES = (
     "faiss",
     "imagehash",
@@ -35,30 +36,20 @@ PACKAGES = (
     "torchvision.models",
     "tqdm",
 )
-# but none of the project's, nor OpenCV, which reads the project's limits when it is loaded
-READ_AT_START = (
-    "PYTHON",
-    "LANG",
-    "LC_",
-    "LD_",
-    "OMP_",
-    "GOMP_",
-    "KMP_",
-    "MKL_",
-    "OPENBLAS_",
-)  # by Python and these packages
+# Settings that Python and these packages read when they start.
+READ_AT_START = ("PYTHON", "LANG", "LC_", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
 
 
 class Warm:
-    """The other end: starts such a Python with the first script, in the environment of now, and ends it with `close`."""
+    """The client: starts such a Python with the first script, in the current environment; `close` ends it."""
 
     def __init__(self):
         self.process = None
         self.environment = dict(os.environ)
 
     def run(self, command: list[str], environment: dict, cwd: Path, folder: Path) -> subprocess.CompletedProcess:
-        """Run `command`, a script of the project and its arguments; `folder` is where its output is kept for a moment."""
-        if settings_at_start(environment) != settings_at_start(self.environment):  # it must be another one
+        """Run `command`, a script of the project and its arguments; its output is kept in `folder` for a moment."""
+        if settings_at_start(environment) != settings_at_start(self.environment):  # it needs another Python
             return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
         if self.process is None:
             self.process = subprocess.Popen(
@@ -87,7 +78,7 @@ def settings_at_start(environment: dict) -> dict:
 
 
 def next_script() -> dict:
-    """Answer requests until the input ends; in each fork return the request that it is for."""
+    """Answer requests until the input ends; in each fork, return its request."""
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     for line in requests:
         process = os.fork()
@@ -98,7 +89,7 @@ def next_script() -> dict:
 
 
 def become(request: dict) -> None:
-    """Make this process what a new Python is that begins with a script."""
+    """Turn this process into a new Python that begins with a script."""
     for number, name in enumerate((os.devnull, *request["output"])):
         file = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
@@ -113,7 +104,7 @@ def become(request: dict) -> None:
 
 
 def run() -> None:
-    """Run the script and end as Python does, but for freeing what it would free one by one."""
+    """Run the script and end as Python does, without freeing every object."""
     code = 1
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -133,7 +124,7 @@ if __name__ == "__main__":
     for package in PACKAGES:
         importlib.import_module(package)
     assert threading.active_count() == 1, threading.enumerate()
-    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of a fork where a library has threads
-    gc.freeze()  # forks share these objects and need not look through them
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # about forks while a library has threads
+    gc.freeze()  # forks share these objects, so they need not scan them
     become(next_script())
     run()

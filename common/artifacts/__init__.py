@@ -1,1 +1,1 @@
-"""The work folder: where things lie, how they are written, whether they are current."""
+"""The work folder: where files are, how they are written, whether they are current."""

@@ -1,4 +1,4 @@
-"""Files of arrays from anywhere: .npy and .npz without pickle, and without more memory than they may need."""
+"""Read .npy and .npz files of any origin: without pickle, and with bounded memory."""
 
 import math
 import os
@@ -14,9 +14,9 @@ MAX_BYTES = 2**28  # of a file's arrays: fifty times the competition's test set
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz by name, or that of an .npy under the name ''.
+    """Return the arrays of an .npz by name, or the one of an .npy under the name ''.
 
-    Raises OSError where there is no file, ValueError where it is damaged, holds objects, or claims more than MAX_BYTES.
+    Raises OSError if there is no file, ValueError if it is damaged, holds objects, or claims more than MAX_BYTES.
     """
     with open(path, "rb") as file:
         try:
@@ -28,17 +28,18 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                 if any(
                     info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members.infolist()
                 ):
-                    raise ValueError("is compressed otherwise than by deflate")  # zipfile inflates it without a limit
+                    # zipfile would decompress these without a limit.
+                    raise ValueError("is compressed with a method other than deflate")
                 return {
                     info.filename.removesuffix(".npy"): read_array(members.open(info), info.file_size)
                     for info in members.infolist()
                 }
-        except Exception as error:  # damaged files raise many kinds
+        except Exception as error:  # damaged files raise many types
             raise ValueError(first_line(error)) from None
 
 
 def read_array(file: IO[bytes], size: int) -> np.ndarray:
-    """Read one array from an open .npy of `size` bytes, of which its header must not claim more."""
+    """Read one array from an open .npy of `size` bytes; its header must not claim more."""
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read_header(file)
@@ -57,12 +58,12 @@ def check_size(n_bytes: int) -> None:
 
 
 def inflated_size(members: zipfile.ZipFile) -> int:
-    """Return how many bytes an archive says that it holds; reading it gives no more than that."""
+    """Return how many bytes an archive claims to hold; reading it yields no more."""
     return sum(info.file_size for info in members.infolist())
 
 
 def refuse_damaged(path: Path) -> None:
-    """Raise ValueError for an archive with a part that is not what was written, by the checksums that it holds."""
+    """Raise ValueError for an archive with a part that does not match its checksum."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as members:
             if damaged := members.testzip():
@@ -70,7 +71,7 @@ def refuse_damaged(path: Path) -> None:
 
 
 def refuse_inflated(path: Path) -> None:
-    """Raise ValueError for an archive that holds more than its own size: torch writes tensors as they are, a bomb does not."""
+    """Raise ValueError for an archive that claims more than its own size: torch does not compress, a zip bomb does."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as members:
             if inflated_size(members) > os.path.getsize(path):

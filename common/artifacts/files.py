@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Write files completely or not at all."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ SECONDS_UNTIL_LEFT = 3600
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError that names no file, such as that of a full disk, name this one; also where another error hides it."""
+    """Add this file's name to an OSError without one (a full disk, say), also if another error hides it."""
     try:
         yield
     except Exception as error:
@@ -34,7 +34,7 @@ def writing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: many writers choose their format by it.
+    # The suffix stays last: many writers choose the format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         with naming(path):
@@ -47,7 +47,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half-written in a folder: temporaries that nobody has written to for an hour."""
+    """Delete a folder's temporary files that killed processes left: those that nobody has written to for an hour."""
     with os.scandir(folder) as entries:
         names = [entry.path for entry in entries if LEFTOVER.fullmatch(entry.name)]
     for name in names:
@@ -57,7 +57,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def csv_files(folder: Path) -> list[Path]:
-    """Return the CSV files of a folder, without those that a killed process left half-written."""
+    """Return the CSV files of a folder, without temporary files that a killed process left."""
     return [path for path in folder.glob("*.csv") if not path.name.startswith(".")]
 
 
@@ -71,7 +71,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a damaged one is a UserError that names it."""
+    """Read a JSON file; raises a UserError with its name if it is damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -79,7 +79,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read a file of JSON lines; a damaged one is a UserError that names it."""
+    """Read a file of JSON lines; raises a UserError with its name if it is damaged."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:

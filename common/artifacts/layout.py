@@ -1,4 +1,4 @@
-"""Where everything lies in a work folder, and the command that makes it."""
+"""Where each file of a work folder is, and the command that makes it."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from common.recipes import store_settings
 
 @dataclass(frozen=True)
 class Layout:
-    """The paths of a work folder, and the commands that messages name for them.
+    """The paths of a work folder, and the commands for messages about them.
 
-    data : the input folder, which commands name where it is not the default
+    data : the input folder, which commands name if it is not the default
     """
 
     work: Path
@@ -31,7 +31,7 @@ class Layout:
 
     @property
     def left_out(self) -> Path:
-        """What stage 01 left out, by name and reason."""
+        """The samples that stage 01 left out, and why."""
         return self.work / "left_out.csv"
 
     @property
@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def journal(self) -> Path:
-        """What stage 01 knows of each sample's source files and stored images."""
+        """Stage 01's record of each sample's source files and stored images."""
         return self.images / "journal.jsonl"
 
     def store(self, name: str) -> Path:
@@ -48,7 +48,7 @@ class Layout:
         return self.images / name
 
     def store_table(self, name: str) -> Path:
-        """Return the table of a store's statistics."""
+        """Return the table with the statistics of a store's images."""
         return self.images / f"{name}.csv"
 
     @property
@@ -70,7 +70,7 @@ class Layout:
         return self.work / "runs"
 
     def run(self, name: str, fold: int) -> Path:
-        """Return the folder of one training."""
+        """Return the folder of one training run."""
         return self.runs / name / f"fold{fold}"
 
     def network(self, name: str, fold: int, checkpoint: str = "best") -> Path:
@@ -78,7 +78,7 @@ class Layout:
         return self.run(name, fold) / f"{checkpoint}.pt"
 
     def predictions(self, name: str, part: str, fold: int | None = None) -> Path:
-        """Return the probabilities of a part (oof, test, held_out): one fold's, or all together."""
+        """Return the file of a part's (oof, test, held_out) probabilities: one fold's, or all folds'."""
         return self.work / "predictions" / name / (f"{part}.npz" if fold is None else f"fold{fold}_{part}.npz")
 
     def predicted_runs(self) -> list[str]:
@@ -102,7 +102,7 @@ class Layout:
 
     @property
     def submissions(self) -> Path:
-        """Where else submissions were written to."""
+        """The list of submissions written elsewhere."""
         return self.work / "submissions.json"
 
     @property
@@ -124,7 +124,7 @@ class Layout:
         return [*(["--data", str(self.data)] if self.data != DATA else []), "--work", str(self.work)]
 
     def preprocess_command(self, store: str | None = None) -> str:
-        """Return the last command of stage 01, if need be with the size of a store that it has to fill."""
+        """Return the last command of stage 01, plus the size of `store` if that command does not fill it."""
         record = read_sidecar(self.samples) if sidecar(self.samples).is_file() else {"outputs": {}}
         arguments = record.get("arguments", [])
         if store is not None and f"images/{store}.csv" not in record["outputs"]:
@@ -138,7 +138,7 @@ class Layout:
             arguments += ["--set", *store_settings(store)]
         return command("01_preprocess.py", *arguments, "--work", self.work)
 
-    # --- tables, read with the command that makes them
+    # --- tables; a missing one is an error that names the command that makes it
 
     def read_samples(self) -> pd.DataFrame:
         return read_table(self.samples, self.command("01_preprocess.py"))
@@ -158,10 +158,12 @@ class Layout:
         table = read_table(self.store_table(name), rerun).set_index("Id")
         missing = [Id for Id in ids if Id not in table.index]
         if missing:
-            raise UserError(f"{self.store(name)} lacks {len(missing)} samples, such as {missing[0]}; run: {rerun}")
+            raise UserError(
+                f"{self.store(name)}: {len(missing)} missing samples, for example {missing[0]}; run: {rerun}"
+            )
         return table.loc[list(ids)].reset_index()
 
     def images_digest(self, store: str, ids: Collection[str]) -> str:
-        """Return the fingerprint of the given Ids' stored images by the columns that all versions write: others change nothing."""
+        """Return a fingerprint of the given Ids' stored images, from the columns that every version writes."""
         columns = r"^(Id|side|crc|(mean|std|zeros|saturated)_\w+)$"
         return digest(self.read_store(store, ids).filter(regex=columns))

@@ -1,8 +1,8 @@
-"""One process at a time makes a thing: a lock beside it, and the message that says who holds it.
+"""Let one process at a time make an output: a lock beside it, and the message that says who holds the lock.
 
-The lock is the operating system's (flock, through filelock): it ends with its process, however that ends, so none is
-ever stale; on NFS it ends when the server misses the machine, after a minute or two. The record of the holder beside
-it is for messages only. Both are hidden files beside what is made: `.<name>.lock` and `.<name>.lock.json`.
+The operating system keeps the lock (flock, through filelock). It ends with its process, however that ends, so it is
+never stale; on NFS it ends when the server misses the machine, after a minute or two. The record of the holder is for
+messages only. Both are hidden files beside the output: `.<name>.lock` and `.<name>.lock.json`.
 """
 
 import getpass
@@ -21,15 +21,15 @@ from filelock import FileLock, Timeout
 from common.artifacts.files import clear_leftovers, write_json
 from common.errors import UserError
 
-# What a killed process leaves running, such as loader workers, ends within these; so does who is just saving and leaving.
+# Loader workers of a killed process end within the first, a process that is just saving and leaving within the second.
 SECONDS_AFTER_DEATH, SECONDS_OF_GRACE = 15, 4
-MODE = 0o666  # of lock files: they stay, and to lock one is to write it, for everyone who shares the folder
+MODE = 0o666  # of lock files: they stay, and everyone who shares the folder must be able to write them to lock
 
 
 class Lock:
     """The right to make `place`, a file or folder: until `release`, the end of a `with`, or the end of the process.
 
-    wait : wait for another holder, saying so; otherwise that is a UserError
+    wait : print who holds the lock and wait; otherwise that is a UserError
     """
 
     def __init__(self, place: Path, wait: bool = False) -> None:
@@ -43,8 +43,8 @@ class Lock:
             write_json(self.record, this_process())
         except OSError as error:
             raise UserError(
-                f"{place} cannot be made: {path.parent} cannot be written to ({error.strerror or error}); make "
-                "room or get the right to, or give another --work"
+                f"{place} cannot be made: {path.parent} cannot be written to ({error.strerror or error}); free some "
+                "space, get write permission, or give another --work"
             ) from None
 
     def acquire(self, place: Path, path: Path, wait: bool) -> None:
@@ -64,7 +64,7 @@ class Lock:
             self.lock.acquire(timeout=-1 if wait else SECONDS_AFTER_DEATH if is_gone(holder) else SECONDS_OF_GRACE)
         except Timeout:
             raise UserError(
-                f"{told}\nwait for its end, or stop it there, and run this again; or give another --work"
+                f"{told}\nwait until it has ended, or stop it there, and run this again; or give another --work"
             ) from None
 
     def release(self) -> None:
@@ -79,21 +79,21 @@ class Lock:
 
 
 def unwritable(place: Path, path: Path, holder: dict) -> str:
-    """Say who holds a lock whose file others may not write, as far as its record tells, or that nobody does."""
+    """Return the message for a lock file that this user may not write: who holds it, or that nobody does."""
     other = "or give another --work"
     if holder["pid"] and not is_gone(holder):
         return (
-            f"{place} is being made by {describe(holder)}\nwait for its end, or stop it there, and run this again; if it has "
-            f"ended already, delete {path}; {other}"
+            f"{place} is being made by {describe(holder)}\nwait until it has ended, or stop it there, and run this "
+            f"again; if it has already ended, delete {path}; {other}"
         )
     return (
-        f"{place} cannot be made: its lock file {path} may not be written by you, and nobody holds it; delete it or have its "
-        f"owner do so, and run this again; {other}"
+        f"{place} cannot be made: you may not write its lock file {path}, and nobody holds it; delete it or have its "
+        f"owner delete it, and run this again; {other}"
     )
 
 
 def holders(work: Path) -> Iterator[str]:
-    """Say what is being made in a work folder, and by whom."""
+    """Yield a line for each output that is being made in a work folder: which one, and by whom."""
     for record in sorted(work.glob("**/.*.lock.json")):
         path, holder = record.with_suffix(""), read_record(record)
         told = f"{path.with_name(path.name[1:]).with_suffix('')} is being made by {describe(holder)}"
@@ -101,16 +101,16 @@ def holders(work: Path) -> Iterator[str]:
             FileLock(path, mode=MODE).acquire(timeout=0).lock.release()
         except Timeout:
             yield told
-        except OSError:  # not to be written: the record is all there is
+        except OSError:  # it cannot be written: only the record can tell
             if not is_gone(holder):
                 yield told
 
 
 def this_process() -> dict:
-    """Return what others are told of this process."""
+    """Return the record of this process for others' messages."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # in a container, somebody without a name
+    except (KeyError, OSError):  # in a container, a user without a name
         user = f"user {os.getuid()}"
     return {
         "user": user,
@@ -122,7 +122,7 @@ def this_process() -> dict:
 
 
 def read_record(path: Path) -> dict:
-    """Return the holder's record, with empty texts for what cannot be read: it may just be written, or damaged."""
+    """Return the holder's record; texts are empty where it is damaged or just being written."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -133,7 +133,7 @@ def read_record(path: Path) -> dict:
 
 def describe(holder: dict) -> str:
     if not holder["pid"]:
-        return "another process that has not told its name yet"
+        return "another process that has not yet recorded its name"
     return "{user} on {host}, process {pid}, since {since}: {command}".format(**holder)
 
 

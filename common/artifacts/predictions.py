@@ -1,4 +1,4 @@
-"""Probabilities on disk: Ids travel with them, and they are checked when written and when read."""
+"""Probabilities on disk: stored with their Ids, and checked when written and when read."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ ROUNDING = 1e-5  # a sum of float32 probabilities may be this far above 1
 
 
 def check_probabilities(ids: ArrayLike, probs: ArrayLike, name: object) -> np.ndarray:
-    """Return probabilities within [0, 1], into which what is outside by rounding is moved.
+    """Return the probabilities, clipped to [0, 1] where rounding put them outside.
 
-    Raises UserError for repeated Ids, a wrong shape, NaN and values outside by more.
+    Raises UserError for repeated Ids, a wrong shape, NaN and values farther outside.
     """
     ids, probs = np.asarray(ids), np.asarray(probs)
     if probs.shape != (len(ids), len(CLASS_NAMES)):
@@ -33,7 +33,7 @@ def check_probabilities(ids: ArrayLike, probs: ArrayLike, name: object) -> np.nd
         ]
         raise UserError(
             f"{name}: expected probabilities in [0, 1], found NaN or values outside in {len(rows)} rows, "
-            f"such as:\n{listing(found)}"
+            f"for example:\n{listing(found)}"
         )
     values, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
@@ -52,7 +52,7 @@ def save_predictions(path: Path, ids: ArrayLike, probs: ArrayLike) -> None:
 def load_predictions(path: Path, made_by: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Return `ids (n,)` and `probs (n, 28)` of a file written by `save_predictions`, checked again.
 
-    made_by : the command that makes it; None where the file comes from elsewhere
+    made_by : the command that makes it; None if the file comes from elsewhere
     """
     cure = f"run: {made_by}" if made_by else "expected what stage 05 writes, or a .csv file with Id and 28 columns"
     if not Path(path).is_file():
@@ -62,7 +62,7 @@ def load_predictions(path: Path, made_by: str | None) -> tuple[np.ndarray, np.nd
         ids, probs, classes = arrays["ids"], arrays["probs"], arrays["classes"].tolist()
         if ids.ndim != 1 or ids.dtype.kind != "U" or probs.dtype.kind != "f":
             raise ValueError(f"ids {ids.shape} of {ids.dtype}, probs {probs.shape} of {probs.dtype}")
-        ids = np.array([composed(Id) for Id in ids.tolist()], dtype=str)  # raises where it holds what is no text
+        ids = np.array([composed(Id) for Id in ids.tolist()], dtype=str)  # raises for invalid text
     except (ValueError, KeyError) as error:
         raise UserError(f"{path} is not a predictions file ({error}); {cure}") from None
     if classes != list(CLASS_NAMES):

@@ -1,7 +1,7 @@
-"""The one protocol of all stages: what an output was made from, whether it is current, and making it whole or not at all.
+"""The protocol of all stages: what an output was made from, whether it is current, and how it is made.
 
-A stage's main output `X` gets `X.meta.json` (stage, parameters, fingerprints of inputs and outputs, paths of inputs, rows,
-seconds) after every output is in place. No sidecar = unfinished; a different one = stale.
+A stage's main output `X` gets `X.meta.json` (stage, parameters, fingerprints of inputs and outputs, paths of inputs,
+rows, seconds) once every output is in place. No sidecar = unfinished; a different one = stale.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from common.errors import UserError
 
 
 def fingerprint(path: Path) -> str:
-    """Return the SHA-256 of a file's content, so that a rewritten equal file changes nothing downstream."""
+    """Return the SHA-256 of a file's content, so that rewriting the same content changes nothing downstream."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -38,12 +38,11 @@ def sidecar(path: Path) -> Path:
 
 
 def read_sidecar(path: Path) -> dict:
-    """Read an artifact's sidecar; raises UserError for what no stage wrote."""
+    """Read an artifact's sidecar; raises UserError if it is not one that a stage wrote."""
     path = sidecar(path)
     meta = read_json(path)
-    meta = (
-        {"files": {}, **meta} if isinstance(meta, dict) else {}
-    )  # sidecars of earlier versions do not say where inputs lie
+    # Sidecars of earlier versions do not record where inputs are.
+    meta = {"files": {}, **meta} if isinstance(meta, dict) else {}
     fine = all(isinstance(meta.get(key), dict) for key in ("parameters", "inputs", "outputs", "files"))
     if not (fine and all(map(is_plain_path, meta["outputs"])) and all(map(is_path, meta["files"].values()))):
         raise UserError(f"{path} is not a record that a stage wrote; delete it and run its stage again")
@@ -63,11 +62,11 @@ NOT_MADE = "not made yet"
 
 @dataclass
 class Record:
-    """What a stage notes of what it made, for the sidecar.
+    """What a stage records about its outputs, for the sidecar.
 
-    rows : of the artifact
+    rows : number of rows of the artifact
     also : files that belong to the artifact
-    notes : whatever later stages read, by name
+    notes : what later stages read, by name
     """
 
     rows: int = 0
@@ -76,13 +75,13 @@ class Record:
 
 
 class Stage:
-    """What a stage is about to make, from what: tells whether it is there already, and seals it when done.
+    """An output and what it is made from: tells whether it is up to date, and seals it when it is made.
 
     artifact : Path of the main output, which carries the sidecar
     parameters : JSON-able dict
     inputs : dict of name -> Path (fingerprinted here) or str (a digest)
-    whole : what one process at a time makes, where that is more than the artifact: the folder of a training
-    complete : function that returns the parameters of another version's sidecar as this version would have written them
+    whole : what one process at a time makes, if that is more than the artifact: the folder of a training run
+    complete : function that turns the parameters of another version's sidecar into those that this version would write
     """
 
     def __init__(
@@ -106,20 +105,20 @@ class Stage:
         self.started = time.time()
 
     def check_unchanged(self, inputs: dict) -> None:
-        """Refuse inputs that are others now than when this stage began; call it when they have been read."""
+        """Refuse inputs that have changed since this stage began; call it when they have been read."""
         now = Stage(self.name, self.artifact, self.parameters, {**self.inputs, **inputs})
         if changes := now.changes(self.made_from()):
             raise UserError(
-                f"{self.name}: another process wrote its inputs anew since this command began ({changes}); run it again"
+                f"{self.name}: another process rewrote its inputs while this command ran ({changes}); run it again"
             )
 
     def made_from(self) -> dict:
         return {"parameters": self.parameters, "inputs": self.inputs}
 
     def changes(self, before: dict) -> str | None:
-        """Describe how parameters and inputs differ from an earlier `made_from`; None where they do not.
+        """Describe how parameters and inputs differ from an earlier `made_from`; None if they do not.
 
-        A parameter that only one of them has makes no difference while it is off (false, 0 or empty): a newer version added it.
+        A parameter that only one of them has counts only if it is on (not false, 0 or empty): a newer version added it.
         """
         now, old = self.parameters, self.complete(before.get("parameters", {}))
         changed = [
@@ -134,7 +133,7 @@ class Stage:
         return f"changed: {', '.join(changed)}" if changed else None
 
     def why_stale(self) -> str | None:
-        """Return None when the outputs are up to date, else the reason why they are not."""
+        """Return why the outputs are not up to date; None if they are."""
         if not self.sidecar.is_file():
             return NOT_MADE
         meta = read_sidecar(self.artifact)
@@ -148,7 +147,7 @@ class Stage:
         return None
 
     def is_current(self) -> bool:
-        """Tell whether the outputs are what this stage would make now."""
+        """Tell whether the outputs are up to date: what this stage would make now."""
         return self.why_stale() is None
 
     def say_current(self) -> None:
@@ -157,7 +156,7 @@ class Stage:
 
     @contextmanager
     def lock(self, wait: bool = False) -> Iterator[None]:
-        """Keep other processes from making this; one that makes it is a UserError, or is waited for."""
+        """Keep other processes from making this output; if one already does, raise a UserError, or wait for it."""
         if self.is_locked:
             yield
             return
@@ -170,9 +169,9 @@ class Stage:
 
     @contextmanager
     def making(self, wait: bool = False) -> Iterator[Record]:
-        """Make the outputs inside: others are locked out, there is no sidecar meanwhile, and the end of the `with` writes it.
+        """Lock others out while the outputs are made inside; remove the sidecar first and write it at the end.
 
-        Yields a Record to fill in. Prints why outputs of another origin are made again.
+        Yields a Record to fill in. Prints why existing outputs are made again.
         """
         with self.lock(wait):
             reason = self.why_stale()
@@ -184,7 +183,7 @@ class Stage:
             self.seal(record)
 
     def seal(self, record: Record) -> None:
-        """Write the sidecar: the artifact and what belongs to it are in place."""
+        """Write the sidecar, once the artifact and all that belongs to it are in place."""
         outputs = {
             os.path.relpath(path, self.sidecar.parent): fingerprint(path) for path in (self.artifact, *record.also)
         }
@@ -202,5 +201,5 @@ class Stage:
         )
 
     def way_to(self, path: Path) -> str:
-        """Return an input's path from the sidecar's folder, so that a folder that is moved as a whole still finds it."""
+        """Return an input's path relative to the sidecar's folder, so that it still holds when both are moved."""
         return os.path.relpath(path.parent.resolve() / path.name, self.sidecar.parent.resolve())

@@ -1,4 +1,4 @@
-"""The tables that stages hand on as CSV: their columns, and Ids that are plain file names."""
+"""The CSV tables that stages pass on: their columns, and the check that Ids are plain file names."""
 
 import re
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ STATISTICS = " ".join(
     for value in ("mean", "std", "zeros", "saturated")
     for channel in ("red", "green", "blue", "yellow")
 )
-# What stages write into their tables: text, whole numbers (#), and numbers (~), which may be unknown.
+# The columns of each table: text, whole numbers (#), or numbers that may be unknown (~).
 COLUMNS = {
     "samples.csv": "Id part Target side#",
     "images": f"Id side# crc {STATISTICS}",
@@ -38,7 +38,7 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
 
 
 def read_table(path: Path, made_by: str) -> pd.DataFrame:
-    """Read a CSV artifact with text kept as text; say which command makes it where it is missing or damaged."""
+    """Read a CSV artifact, text as text; if it is missing or damaged, raise a UserError with the command to run."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing; run: {made_by}")
@@ -46,9 +46,9 @@ def read_table(path: Path, made_by: str) -> pd.DataFrame:
     kinds = {name.rstrip("#~"): KINDS.get(name[-1]) for name in columns}
 
     def kinds_of(header: list[str]) -> dict[str, type]:
-        lacking = [name for name in kinds if name not in header]
-        if lacking:
-            raise BadTable(f"has no column {lacking[0]}, which its stage writes")
+        missing = [name for name in kinds if name not in header]
+        if missing:
+            raise BadTable(f"has no column {missing[0]}, which its stage writes")
         return {name: kind for name, kind in kinds.items() if kind}
 
     try:
@@ -61,13 +61,12 @@ def read_table(path: Path, made_by: str) -> pd.DataFrame:
 
 
 SAFE_ID = re.compile(r"\w[\w .+()-]*(?<![ .])")
-RESERVED = re.compile(
-    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
-)  # names of devices, on shares that Windows sees
+# Device names on Windows, which may see a shared folder.
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def check_ids(ids: Iterable[str], path: Path) -> None:
-    """Refuse Ids that are not plain file names: an Id becomes part of a path, and must not lead out of its folder."""
+    """Refuse Ids that are not plain file names: an Id becomes part of a path and must not leave its folder."""
     unsafe = [Id for Id in ids if not SAFE_ID.fullmatch(Id) or RESERVED.fullmatch(Id) or len(Id.encode()) > 200]
     if unsafe:
         raise UserError(f"{path} has Ids that are not plain file names:\n{listing(map(repr, unsafe))}")

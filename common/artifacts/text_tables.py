@@ -1,6 +1,6 @@
-"""Read CSV files as text, in one way for input, predictions and our own tables, whatever program wrote them.
+"""Read CSV files as text: the same way for input, predictions and our own tables, whatever program wrote them.
 
-Ids, labels and groups may look like numbers (007, 1e5, NA) and stay what they are; columns of numbers are named by who reads.
+Ids, labels and groups may look like numbers (007, 1e5, NA) and stay as they are. The caller names columns of numbers.
 """
 
 import codecs
@@ -17,29 +17,28 @@ import pandas as pd
 MAX_BYTES = 2**27  # of a CSV file: a hundred times the competition's
 MAX_HEADER = 10_000  # characters of its first line
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-SEPARATORS = (
-    ",;\t"  # spreadsheets write the second where the comma is the decimal sign, and the third as "Unicode text"
-)
+# Spreadsheets write semicolons where the comma is the decimal sign, and tabs as "Unicode text".
+SEPARATORS = ",;\t"
 WHOLE = re.compile(r"([+-]?\d{1,18})(?:\.0*)?", re.ASCII)
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?inf|nan|", re.ASCII | re.IGNORECASE)
 
-Row = tuple[int, list[str]]  # the line in which it begins, its fields
+Row = tuple[int, list[str]]  # the number of its first line, its fields
 
 
 class BadTable(ValueError):
-    """Say what is wrong with a CSV file, so that the sentence may begin with its path."""
+    """What is wrong with a CSV file, as a text that follows the file's path in a sentence."""
 
 
 def read_text_table(
     path: Path, kinds: Callable[[list[str]], dict[str, type]] = lambda header: {}, plain: bool = False
 ) -> pd.DataFrame:
-    """Return a CSV file's columns as text, and those of numbers as numbers.
+    """Return a CSV file's columns as text, and the columns of numbers as numbers.
 
-    kinds : function of the header that returns column -> int or float of the columns of numbers, and may refuse the header
-    plain : refuse what not every program reads in the same way: separators other than commas, other encodings than UTF-8,
+    kinds : function of the header that returns column -> int or float for columns of numbers, and may refuse the header
+    plain : refuse what programs may read in different ways: separators other than commas, encodings other than UTF-8,
         blanks around names, empty fields beyond the header; fields keep their blanks
-    Otherwise blanks around fields, empty lines and empty columns at the end do not count. Text is in Unicode's composed form
-    (NFC) whichever form the file has. Raises BadTable, also for a line with other fields than the header.
+    Without `plain`, blanks around fields, empty lines and empty columns at the end are ignored. Text is returned in
+    Unicode's composed form (NFC). Raises BadTable, also for a line whose number of fields is not the header's.
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
@@ -74,12 +73,12 @@ def decode(content: bytes, plain: bool) -> str:
     encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
     try:
         if plain and encoding == "utf-16":
-            raise BadTable("is text in UTF-16; save it in UTF-8")
+            raise BadTable("is UTF-16 text; save it in UTF-8")
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise BadTable(
-            f"is not text in {encoding.removesuffix('-sig').upper()} (byte {content[error.start]:#04x} in line {line}); "
+            f"is not {encoding.removesuffix('-sig').upper()} text (byte {content[error.start]:#04x} in line {line}); "
             "save it as CSV in UTF-8"
         ) from None
     if "\0" in text:
@@ -93,9 +92,9 @@ def split(text: str, plain: bool) -> Iterator[Row]:
     first = next((line for line in file if line.strip()), "")
     if len(first) > MAX_HEADER:
         raise BadTable(f"has a first line of over {MAX_HEADER} characters; expected the names of a few columns")
-    separator = max(SEPARATORS, key=first.count)  # the comma where all are as frequent
+    separator = max(SEPARATORS, key=first.count)  # the comma if all are equally frequent
     if plain and separator != ",":
-        raise BadTable(f"is separated by {separator!r}; expected commas")
+        raise BadTable(f"has the separator {separator!r}; expected commas")
     file.seek(0)
     reader, line = csv.reader(file, delimiter=separator, strict=True, skipinitialspace=not plain), 1
     try:
@@ -109,14 +108,14 @@ def split(text: str, plain: bool) -> Iterator[Row]:
 
 
 def composed(text: str) -> str:
-    """Return text in Unicode's composed form: macOS writes the names of files decomposed, tables mostly are composed."""
+    """Return text in Unicode's composed form: macOS decomposes file names, but most tables are composed."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def check_header(header: list[str]) -> None:
-    """Refuse a header without columns, with one name twice, or too long for one."""
+    """Refuse a header that is empty, repeats a name, or is too long."""
     if not header:
-        raise BadTable("is not a CSV file but empty; expected a line with the names of columns, and one per sample")
+        raise BadTable("is empty; expected a line with the names of columns, and one line per sample")
     if sum(map(len, header)) > MAX_HEADER:
         raise BadTable(f"has a first line of over {MAX_HEADER} characters; expected the names of a few columns")
     if twice := [name for name in header if header.count(name) > 1]:
@@ -124,7 +123,7 @@ def check_header(header: list[str]) -> None:
 
 
 def numbers(name: str, column: list[str], lines: list[int], kind: type) -> pd.Series:
-    """Return a column's numbers: whole ones, or any, of which an empty field is one that is not known."""
+    """Return a column's numbers: whole ones, or any (an empty field is an unknown one)."""
     form = WHOLE if kind is int else NUMBER
     wrong = [f"line {line}: {text!r}" for line, text in zip(lines, column, strict=True) if not form.fullmatch(text)]
     if wrong:
@@ -134,5 +133,5 @@ def numbers(name: str, column: list[str], lines: list[int], kind: type) -> pd.Se
 
 
 def first_of(wrong: list[str], limit: int = 5) -> str:
-    """Join the first lines of a list, and count the rest."""
+    """Join the first items of a list, and count the rest."""
     return ", ".join(wrong[:limit]) + (f" and {len(wrong) - limit} more lines" if len(wrong) > limit else "")

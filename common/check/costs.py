@@ -16,11 +16,14 @@ import torch
 from common.classes import N_CLASSES
 from common.errors import UserError
 from common.recipes import Recipe
-from common.train.dataset import CACHE_BYTES, EpochBatches, ImageSet, collate
+from common.train.dataset import CACHE_BYTES, EpochBatches, ImageSet, Normalisation, collate
 from common.train.fold_data import FoldData, training_rows
-from common.train.hardware import Hardware, HardwareOptions, choose_hardware
-from common.train.predict import Fitting, Normalisation, in_parts_that_fit
-from common.train.training import FINDER_STEPS, Run, evaluations_per_cycle, new_run, train_step
+from common.train.hardware import Fitting, Hardware, HardwareOptions, choose_hardware
+from common.train.lr_finder import FINDER_STEPS
+from common.train.predict import in_parts_that_fit
+from common.train.run import Run, new_run
+from common.train.schedules import evaluations_per_cycle
+from common.train.step import train_step
 
 SECONDS = 10  # of steps with the number of images that is settled on
 ENOUGH = 3  # seconds of a step that is long enough to time; shorter ones get more images, up to the batch
@@ -82,7 +85,9 @@ def measure_here(recipe: Recipe) -> Cost:
 
 def random_images(recipe: Recipe) -> ImageSet:
     """Return two random images of a recipe's size as a training set, in memory."""
-    rows = ImageSet(Path(), np.array(["a", "b"]), np.eye(2, N_CLASSES, dtype=bool), recipe.crop)
+    rows = ImageSet(
+        Path(), np.array(["a", "b"]), np.eye(2, N_CLASSES, dtype=bool), recipe.crop, augmentations=recipe.augmentations
+    )
     for Id in rows.ids:
         pixels = np.random.default_rng(0).integers(256, size=(recipe.size, recipe.size, 4), dtype=np.uint8)
         rows.cache.keep(Id, pixels.transpose(2, 0, 1))
@@ -90,7 +95,7 @@ def random_images(recipe: Recipe) -> ImageSet:
 
 
 def step_seconds(run: Run, data: ImageSet, n: int) -> float:
-    """Return what a step of n images takes; with the making of the batch, where no loader process does that beside it."""
+    """Return what a step of n images takes, and making the batch where no loader process does that beside it."""
     started = time.perf_counter()
     images, targets = collate([data[k % 2, draw] for k, draw in enumerate(np.random.default_rng(0).random((n, 3)))])
     if run.hardware.workers:
@@ -114,7 +119,7 @@ def predict_seconds(run: Run, n: int) -> float:
 
 
 def timed(step: Callable[[], float]) -> list[float]:
-    """Return the seconds of a few steps; of a first one, which pays for what is set up once, only where it took all the time."""
+    """Return the seconds of a few steps; of the first, which pays for setting up, only where it took all the time."""
     seconds = [step()]
     while len(seconds) < 30 and sum(seconds) + seconds[-1] < SECONDS:
         seconds.append(step())
@@ -138,7 +143,8 @@ def bytes_kept(run: Run, data: ImageSet) -> int:
 
 
 def free_memory(hardware: Hardware) -> int:
-    """Return the free bytes of the device's memory; of the machine's, what this process's control group leaves of it."""
+    """Return the free bytes of the device's memory; of the machine's, what this process's control group leaves of
+    it."""
     if hardware.is_gpu:
         return torch.cuda.mem_get_info(hardware.device)[0]
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

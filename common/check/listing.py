@@ -11,6 +11,7 @@ from common.data.class_weights import effective_number_weights, effective_number
 from common.data.folds import class_counts
 from common.recipes import RECIPES, Recipe, to_dict
 from common.train.networks import build_model, count_parameters
+from common.train.schedules import schedule_of
 
 
 def recipe_table() -> pd.DataFrame:
@@ -22,7 +23,6 @@ def describe(recipe: Recipe) -> dict:
     with torch.device("meta"):
         model = build_model(recipe, N_CLASSES)
     pooled = next(layer for layer in model.head if isinstance(layer, torch.nn.Linear)).in_features
-    epochs = recipe.epochs
     return {
         "encoder": recipe.encoder,
         "pooling": f"{recipe.pooling} -> {pooled}",
@@ -33,12 +33,7 @@ def describe(recipe: Recipe) -> dict:
         "crop of image": f"{recipe.crop} of {recipe.size if recipe.size_rule == 'fixed' else recipe.store}",
         "batch": recipe.batch_size,
         "learning rates": ", ".join(f"{rate:.2g}" for rate in recipe.group_learning_rates),
-        "at most": {
-            "cycles": f"{recipe.max_cycles} cycles of {recipe.cycle_epochs} epochs",
-            "plateau": f"{epochs} epochs, halving" + f" {recipe.max_halvings} times" * (recipe.max_halvings > 0),
-            "one-cycle": f"{epochs} epochs, one cycle",
-            "constant": f"{epochs} epochs",
-        }[recipe.schedule],
+        "at most": schedule_of(recipe).describe(recipe),
         "weight decay": f"{recipe.weight_decay:g}" + (f", L1 {recipe.l1:g}" if recipe.l1 else ""),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
@@ -60,8 +55,8 @@ def recipe_listing(as_json: bool) -> str:
 def class_weight_listing(recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: list[int]) -> str:
     """Return what the E-loss will weigh each class with, for each recipe and fold, as text."""
     return "\n\n".join(
-        f"{name} fold {fold}: alpha {recipe.alpha:g}, weights {recipe.class_weights}, on the {recipe.weighted_part} of each class\n"
-        + class_weight_table(class_counts(folds, fold), recipe).to_string(index=False)
+        f"{name} fold {fold}: alpha {recipe.alpha:g}, weights {recipe.class_weights}, on the {recipe.weighted_part} of "
+        "each class\n" + class_weight_table(class_counts(folds, fold), recipe).to_string(index=False)
         for name, recipe in recipes.items()
         for fold in numbers
     )

@@ -1,4 +1,5 @@
-"""Weights of the classes in the E-loss, by the effective number of their samples (eq. 5-6), and of samples that are drawn by class."""
+"""Weights of the classes in the E-loss, by the effective number of their samples (eq. 5-6), and of samples that are
+drawn by class."""
 
 import numpy as np
 
@@ -24,8 +25,8 @@ def effective_number_weights(counts: np.ndarray, alpha: float, kind: str = "norm
 
 
 def draw_weights(targets: np.ndarray, power: float) -> np.ndarray | None:
-    """Return how often each sample is drawn, relative to the others, (n,): (count of its rarest class) ** -power, where a sample
-    without any class is as a commonest one; None for power 0, where all are alike.
+    """Return how often each sample is drawn, relative to the others, (n,): (count of its rarest class) ** -power, where
+    a sample without any class is as a commonest one; None for power 0, where all are alike.
 
     targets : (n, n_classes) bool
     """

@@ -100,7 +100,8 @@ def agreement(targets: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def pair_table(samples: pd.DataFrame, pairs: np.ndarray, distances: np.ndarray) -> pd.DataFrame:
-    """Return pairs as a table: Ids, parts, distance per channel in bits, labels and their agreement (empty for test)."""
+    """Return pairs as a table: Ids, parts, distance per channel in bits, labels and their agreement (empty for
+    test)."""
     first, second = (samples.iloc[pairs[:, side]].reset_index(drop=True) for side in (0, 1))
     table = pd.DataFrame(
         {

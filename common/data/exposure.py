@@ -1,12 +1,12 @@
 """How source files use the range of their values: judged in stage 01, kept in its sidecar, repeated by later stages."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from common.artifacts.layout import Layout
 from common.artifacts.stage import read_sidecar, sidecar
+from common.data.options import WHOLE, Levels
 
 SAMPLED = 512  # pixels a side that are looked at, of larger images
 OUTLIERS = 0.001  # share of the pixels at either end that does not count: hot and dead ones
@@ -19,16 +19,6 @@ COLOURS = ("red", "green", "blue")  # the planes of a colour image
 NAMED = 5  # files in a warning
 
 
-class Levels(NamedTuple):
-    """The 16-bit values that become 0 and 255."""
-
-    black: int = 0
-    white: int = 65535
-
-
-WHOLE = Levels()
-
-
 def used_range(plane: np.ndarray) -> list[int]:
     """Return the values between which a 16-bit plane's pixels lie, but for a thousandth at either end."""
     step = max(1, len(plane) // SAMPLED)
@@ -38,7 +28,8 @@ def used_range(plane: np.ndarray) -> list[int]:
 
 
 def signal_elsewhere(image: np.ndarray, own: tuple[int, ...]) -> str | None:
-    """Name the planes that hold nearly all signal of a colour image, (side, side, 3), where those of its channel, `own`, do not."""
+    """Name the planes that hold nearly all signal of a colour image, (side, side, 3), where those of its channel,
+    `own`, do not."""
     step = max(1, len(image) // SAMPLED)
     means = image[::step, ::step].reshape(-1, 3).mean(axis=0) / np.iinfo(image.dtype).max
     if means.max() < BLACK_MEAN or min(means[plane] for plane in own) >= FAINT * means.max():
@@ -71,8 +62,9 @@ def judge(parts: list[str], seen: list[dict], levels: Levels) -> dict:
 
 
 def judge_ranges(ranges: np.ndarray, levels: Levels) -> dict | None:
-    """Return how many files, of their lowest and highest values (n, 2), are cut off at white or use a small part of what is
-    between black and white, which values these use, and how many use more; None where less than half are of a kind."""
+    """Return how many files, of their lowest and highest values (n, 2), are cut off at white or use a small part of
+    what is between black and white, which values these use, and how many use more; None where less than half are of a
+    kind."""
     black, white = levels
     low, high = np.minimum(ranges, white).T
     part = PART_OF_RANGE * (white - black)
@@ -97,7 +89,7 @@ def judge_ranges(ranges: np.ndarray, levels: Levels) -> dict | None:
 
 
 def fitting(low: int, high: int) -> Levels:
-    """Return the levels for files that use these values: without an offset, white is the largest value of so many bits."""
+    """Return the levels for files that use these values; without an offset, white is 2 ** bits - 1."""
     if low <= PART_OF_RANGE * (high - low):
         return Levels(0, max(1, 2 ** high.bit_length() - 1))
     black = min(low, WHOLE.white - 1)
@@ -113,8 +105,8 @@ def describe(found: dict) -> list[str]:
         more = found["misplaced"] - len(found["such_as"])
         lines.append(
             f"{found['misplaced']} colour images are nearly black in the plane of their own channel: {names}"
-            f"{f'; and {more} more' if more else ''}. Write their planes in the order red, green, blue (OpenCV's is blue, "
-            "green, red)"
+            f"{f'; and {more} more' if more else ''}. Write their planes in the order red, green, blue (OpenCV's is "
+            "blue, green, red)"
         )
     return lines
 
@@ -139,7 +131,7 @@ def describe_ranges(problems: list[dict], levels: list[int], all_parts: bool) ->
 
 
 def exposure_warning(work: Path) -> str | None:
-    """Return, in one line, what stage 01 warned of when it made the images of a work folder; None where all was well."""
+    """Return in one line what stage 01 warned of when it made a work folder's images; None where all was well."""
     path = Layout(work).samples
     found = read_sidecar(path).get("exposure") if sidecar(path).is_file() else None
     lines = describe(found) if found else []

@@ -1,5 +1,6 @@
 """Stratified folds on duplicate groups, a hold-out part, oversampling as a number of copies, and an audit of it all."""
 
+from dataclasses import asdict
 from fractions import Fraction
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 
 from common.classes import CLASS_NAMES
 from common.data.labels import parse_targets
+from common.data.options import FoldOptions
 from common.errors import UserError
 
 TRAIN_ONLY = -1  # fold of samples that are never validated on
@@ -77,14 +79,7 @@ def make_folds(
     inner = np.ones(len(kept), dtype=bool) if external == "stratified" else (kept["part"] == "train").to_numpy()
     place = dict.fromkeys(groups, TRAIN_ONLY)
     if hold_out:
-        parts = min(100, len(np.unique(groups[inner])))
-        share = Fraction(hold_out).limit_denominator(max(parts, 1))
-        if share == 0:
-            raise UserError(
-                f"--hold-out {hold_out:g} of {parts} distinct samples is none; give a larger share"
-                if parts < 100
-                else f"--hold-out {hold_out:g}: the smallest share is 0.01"
-            )
+        share = share_of_groups(hold_out, len(np.unique(groups[inner])))
         aside = stratified_group_folds(targets[inner], groups[inner], share.denominator, seed) < share.numerator
         place |= dict.fromkeys(groups[inner][aside], HOLD_OUT)
         inner = inner & np.array([place[group] != HOLD_OUT for group in groups])
@@ -93,6 +88,24 @@ def make_folds(
     copies = np.ones(len(kept), dtype=int)
     copies[folds != HOLD_OUT] = oversampling_copies(targets[folds != HOLD_OUT], max_copies)
     return kept[["Id", "Target", "part", "group"]].assign(fold=folds, copies=copies)
+
+
+def share_of_groups(hold_out: float, n_groups: int) -> Fraction:
+    """Return the share to hold out as a fraction of at most so many groups; raises UserError where it is none."""
+    parts = min(100, n_groups)
+    share = Fraction(hold_out).limit_denominator(max(parts, 1))
+    if share == 0:
+        raise UserError(
+            f"--hold-out {hold_out:g} of {parts} distinct samples is none; give a larger share"
+            if parts < 100
+            else f"--hold-out {hold_out:g}: the smallest share is 0.01"
+        )
+    return share
+
+
+def plan_folds(labelled: pd.DataFrame, options: FoldOptions) -> pd.DataFrame:
+    """Return the folds that stage 03 would make of labelled samples (Id, part, Target) if none was a duplicate."""
+    return make_folds(labelled.assign(group=labelled["Id"], kept=1), **asdict(options))
 
 
 def audit(folds: pd.DataFrame) -> dict:

@@ -3,7 +3,8 @@
 Planes are always in the order red (microtubules), green (protein), blue (nucleus), yellow (reticulum).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,8 @@ import tifffile
 from common.artifacts.files import writing
 from common.artifacts.layout import Layout
 from common.data import tiff
-from common.data.exposure import WHOLE, Levels
+from common.data.options import WHOLE, Levels
+from common.data.samples import Sample
 from common.data.sources import CHANNELS, MAX_SIDE, BadImage, examine_sample
 from common.errors import UserError, first_line
 from common.recipes import stored_size
@@ -31,8 +33,8 @@ LEVEL = (
 def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
     """Bring one channel to (size, size); 16 bit becomes 8 bit as round(255 * (value - black) / (white - black)).
 
-    It is made smaller by area averaging, larger by linear interpolation, in the source's depth, so 16-bit data is rounded once;
-    what is below black becomes 0, above white 255.
+    It is made smaller by area averaging, larger by linear interpolation, in the source's depth, so 16-bit data is
+    rounded once; what is below black becomes 0, above white 255.
     """
     if plane.shape[0] != size:
         method = cv2.INTER_AREA if plane.shape[0] > size else cv2.INTER_LINEAR
@@ -44,7 +46,7 @@ def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
 
 
 def write_planes(path: Path, planes: np.ndarray, raw: bool = False) -> None:
-    """Store (4, size, size) uint8 planes as a TIFF that Fiji and napari open as 4 channels, large ones compressed by zstd.
+    """Store (4, size, size) uint8 planes as a TIFF that Fiji and napari open as 4 channels; zstd packs large ones.
 
     raw : leave large ones uncompressed too
     """
@@ -64,8 +66,8 @@ def write_planes(path: Path, planes: np.ndarray, raw: bool = False) -> None:
 
 
 def is_smooth(planes: np.ndarray) -> bool:
-    """Tell from rows in the middle of each plane whether differences between neighbours take a tenth less room than pixels,
-    as in images that were JPEGs. Elsewhere a predictor is not worth the time that it adds to decoding."""
+    """Tell from rows in the middle of each plane whether differences between neighbours take a tenth less room than
+    pixels, as in images that were JPEGs. Elsewhere a predictor is not worth the time that it adds to decoding."""
     middle = planes[:, planes.shape[1] // 2 :][:, :96].copy()
     differences: np.ndarray = np.diff(middle, axis=-1, prepend=np.uint8(0))
     # The stubs of imagecodecs know no arrays.
@@ -75,15 +77,15 @@ def is_smooth(planes: np.ndarray) -> bool:
 
 
 def corner(share: float, size: int, side: int) -> int:
-    """Return where a window of `size` pixels begins that lies at `share`, in [0, 1), of its way along an image's side."""
+    """Return where a window of `size` pixels begins that lies at `share`, in [0, 1), of its way along a side."""
     return int(share * (side - size + 1))
 
 
 def read_planes(
     path: Path, crc: str | None = None, window: tuple[int, float, float] | None = None, lent: bool = False
 ) -> np.ndarray:
-    """Read the (4, size, size) uint8 planes that `write_planes` stored, now or in an earlier version; raises UserError where
-    it cannot.
+    """Read the (4, size, size) uint8 planes that `write_planes` stored, now or in an earlier version; raises UserError
+    where it cannot.
 
     crc : what `checksum` was of them; other pixels are refused
     window : side in pixels of a square to read, and how far down and to the right it lies (see `corner`)
@@ -124,28 +126,30 @@ def statistics(planes: np.ndarray) -> dict:
     return {**values, "crc": checksum(planes)}
 
 
-def store_sample(
-    Id: str,
-    files: Sequence[Path],
-    rgb_coded: bool,
-    stores: list[str],
-    folder: Path,
-    levels: Levels = WHOLE,
-    raw: bool = False,
-) -> tuple[dict[str, dict], dict]:
-    """Read a sample once and write it to each store (see `recipes.stored_size`) in `folder`. Raises BadImage.
+@dataclass(frozen=True)
+class Storing:
+    """How images are stored: in which folder, between which levels, and whether large ones stay uncompressed."""
 
-    Returns store -> statistics, and how its files are exposed (see `exposure.judge`).
+    folder: Path
+    levels: Levels = WHOLE
+    raw: bool = False
+
+
+def store_sample(sample: Sample, how: Storing) -> Sample:
+    """Read a sample once and write it to each store that it lacks (see `recipes.stored_size`). Raises BadImage.
+
+    Returns the sample with the statistics of these images, and with how its files are exposed.
     """
     cv2.setNumThreads(1)
-    channels, exposed = examine_sample(files, rgb_coded)
+    channels, exposed = examine_sample(sample.files, sample.rgb_coded)
     made = {}
-    for store in stores:
+    for store in sample.lacking:
         size = stored_size(store, len(channels[0]))
-        planes = np.stack([resize(channel, size, levels) for channel in channels])
-        write_planes(folder / store / f"{Id}.tif", planes, raw)
+        planes = np.stack([resize(channel, size, how.levels) for channel in channels])
+        write_planes(how.folder / store / f"{sample.Id}.tif", planes, how.raw)
         made[store] = {"side": size, **statistics(planes)}
-    return made, exposed
+    raw = [store for store in sample.raw if store not in made] + (list(made) if how.raw else [])
+    return replace(sample, images=sample.images | made, exposure=exposed, raw=tuple(raw), lacking=())
 
 
 def attempt(function: Callable[..., T], *arguments: object) -> T | BadImage:

@@ -1,17 +1,18 @@
 """Channel files of an input folder: finding them, and reading each as one grey plane or not at all.
 
-What changes the meaning of pixels (bits, inversion, orientation, planar storage, colour tables) is applied or refused by
-name; what does not (resolution, damaged EXIF data, other metadata) is ignored. A TIFF is its first page, never a series.
+What changes the meaning of pixels (bits, inversion, orientation, planar storage, colour tables) is applied or refused
+by name; what does not (resolution, damaged EXIF data, other metadata) is ignored. A TIFF is its first page, never a
+series.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tifffile
@@ -22,8 +23,6 @@ from common.data import exposure
 from common.errors import first_line
 
 CHANNELS = ("red", "green", "blue", "yellow")
-TIFF = (".tif", ".tiff")
-SUFFIXES = (*TIFF, ".png", ".jpg", ".jpeg")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 PICTURES = ("PNG", "JPEG")  # Pillow would open a hundred others by their content, one of them by starting Ghostscript
 MAX_SIDE = 8192  # pixels, twice the largest real ones; a header that claims more is damaged or hostile
@@ -31,6 +30,7 @@ MAX_TEXT = 300  # bytes of a file that may be a pointer
 MAX_LEVELS = 16  # reduced copies that a TIFF may have as further pages
 TIFF_COMPRESSIONS = ("NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")
 PREDICTED = ("LZW", "DEFLATE", "ADOBE_DEFLATE", "ZSTD")  # decoders disagree on predictors of other compressions
+GREY_MODES = ("1", "L", "I", "I;16", "I;16B")
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 RGB_PLANES = {"red": (0,), "green": (1,), "blue": (2,), "yellow": (0, 1)}
 # Value of the tag -> how stored rows become the picture.
@@ -54,7 +54,7 @@ class BadImage(Exception):
 
 
 class Files(dict[str, Path]):
-    """'Id_colour' in NFC -> image file of one folder; `others`: the same in lower case -> a file that is no usable image."""
+    """'Id_colour' in NFC -> image file of one folder; `others`: in lower case -> a file that is no usable image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,9 +75,9 @@ class Files(dict[str, Path]):
 
 
 def list_files(folder: Path) -> Files:
-    """List every image in `folder`; TIFF wins over PNG over JPEG. Files that begin with a dot are no images."""
+    """List every image in `folder`; earlier rows of READERS win. Files that begin with a dot are no images."""
     files = Files()
-    ranks: dict[str, int] = {}
+    ranks: dict[str, tuple[int, str]] = {}
     if folder.is_dir():
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -86,24 +86,33 @@ def list_files(folder: Path) -> Files:
     return files
 
 
-def add_entry(files: Files, ranks: dict, entry: os.DirEntry) -> None:
+def add_entry(files: Files, ranks: dict[str, tuple[int, str]], entry: os.DirEntry) -> None:
     """Put one entry of a folder where it belongs; ranks : stem -> rank of the file that was found for it so far."""
     name = composed(entry.name)
-    stem, suffix = os.path.splitext(name)
-    suffix = suffix.lower()
-    if suffix not in SUFFIXES or not entry.is_file():  # a folder, or a pipe that would be waited for
+    suffix = suffix_of(name)
+    if suffix is None or not entry.is_file():  # a folder, or a pipe that would be waited for
         for place, letter in enumerate(name):
             if letter == ".":
-                files.others[name[:place].casefold()] = f"{name} {why_not(entry, suffix)}"
+                files.others[name[:place].casefold()] = f"{name} {why_not(entry)}"
         return
-    if suffix in TIFF and stem.lower().endswith(".ome"):
-        stem, suffix = stem[:-4], f".ome{suffix}"
-    rank = (SUFFIXES.index(suffix) if suffix in SUFFIXES else len(TIFF), name)
+    stem, rank = name[: -len(suffix)], (suffixes().index(suffix), name)
     if stem not in ranks or rank < ranks[stem]:
         files[stem], ranks[stem] = Path(entry.path), rank
 
 
-def why_not(entry: os.DirEntry, suffix: str) -> str:
+def suffixes() -> list[str]:
+    """Return the suffixes of all readers, preferred ones first."""
+    return [suffix for reader in READERS.values() for suffix in reader.suffixes]
+
+
+def suffix_of(name: str) -> str | None:
+    """Return the longest suffix of a file's name, in lower case, that a reader has; None where none has it."""
+    name = name.lower()
+    fitting = [suffix for suffix in suffixes() if name.endswith(suffix)]
+    return max(fitting, key=len) if fitting else None
+
+
+def why_not(entry: os.DirEntry) -> str:
     """Say why an entry of a folder is no usable image, and the cure."""
     if entry.is_symlink() and not os.path.exists(entry.path):
         return f"(a link to {os.readlink(entry.path)}, which is not there)"
@@ -111,7 +120,7 @@ def why_not(entry: os.DirEntry, suffix: str) -> str:
         return "(a folder)"
     if not entry.is_file():
         return "(not a regular file)"
-    return "(unpack it)" if suffix in PACKED else "(save it as TIFF, PNG or JPEG)"
+    return "(unpack it)" if entry.name.lower().endswith(PACKED) else f"(save it as {or_list(READERS)})"
 
 
 def channel_files(Id: str, folders: Sequence[Files]) -> tuple[list[Path], list[str]]:
@@ -127,41 +136,74 @@ def channel_files(Id: str, folders: Sequence[Files]) -> tuple[list[Path], list[s
 def not_found(lacking: list[str], folders: Sequence[Files]) -> str:
     """Say which files of a sample are missing, and what the folders have under their names."""
     there = [found for stem in lacking for files in folders if (found := files.instead_of(stem))]
-    return f"{', '.join(lacking)} not found as .tif, .png or .jpg" + (f"; there is {', '.join(there)}" if there else "")
+    kinds = or_list(reader.suffixes[0] for reader in READERS.values())
+    return f"{', '.join(lacking)} not found as {kinds}" + (f"; there is {', '.join(there)}" if there else "")
+
+
+def or_list(words: Iterable[str]) -> str:
+    """Return 'a, b or c'."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 # --- reading -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Source:
-    """An open image file: its size in pixels, whether it holds three colour planes, and what decodes it to an array
-    (height, width) or (height, width, 3), uint8 or uint16, where 0 is black and the largest number white."""
+class Header:
+    """The size of an image in pixels, and whether it holds three colour planes."""
 
     width: int
     height: int
     colour: bool
-    decode: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one image format is read; a row of READERS.
+
+    suffixes : of its files, in lower case, preferred ones first
+    open : function of a path -> context manager of the open file
+    header : function of the open file -> Header, without decoding it; raises BadImage for what is no image of one
+        channel
+    pixels : function of the open file -> array (height, width) or (height, width, 3), uint8 or uint16, where 0 is black
+        and the largest number white
+    is_cut : function of a path -> whether the end of the file is missing, as after a broken download
+    """
+
+    suffixes: tuple[str, ...]
+    open: Callable[[Path], AbstractContextManager[Any]]
+    header: Callable[[Any], Header]
+    pixels: Callable[[Any], np.ndarray]
+    is_cut: Callable[[Path], bool] = lambda path: False
+
+
+def reader_of(path: Path) -> Reader:
+    """Return the reader of a file by its suffix; raises BadImage where there is none."""
+    suffix = suffix_of(path.name)
+    for reader in READERS.values():
+        if suffix in reader.suffixes:
+            return reader
+    raise BadImage(f"has the suffix {path.suffix or 'of no format'}; expected one of {', '.join(suffixes())}")
 
 
 @contextmanager
-def opened(path: Path, rgb_coded: bool) -> Iterator[Source]:
-    """Open an image of one channel and yield its `Source`; raises BadImage, also for what goes wrong inside.
+def opened(path: Path, rgb_coded: bool) -> Iterator[tuple[Header, Callable[[], np.ndarray]]]:
+    """Open an image of one channel; yield its header and what decodes it.
+
+    Raises BadImage, also for what goes wrong inside the `with`.
 
     rgb_coded : whether a colour image may hold the channel
     """
+    reader = reader_of(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are about metadata; damaged pixels raise
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with (tiff_source if path.suffix.lower() in TIFF else picture_source)(path) as source:
-                if max(source.width, source.height) > MAX_SIDE:
-                    raise BadImage(f"claims {source.width} x {source.height} px; at most {MAX_SIDE} are accepted")
-                if source.width != source.height:
-                    raise BadImage(f"is not square ({source.width} x {source.height} px)")
-                if source.colour and not rgb_coded:
-                    raise BadImage("is a colour image; expected one grey channel a file")
-                yield source
+            with reader.open(path) as file:
+                header = reader.header(file)
+                check_header(header, rgb_coded)
+                yield header, lambda: reader.pixels(file)
     except BadImage:
         raise
     except Exception as error:  # decoders raise many kinds; each means an unreadable file
@@ -173,8 +215,19 @@ def opened(path: Path, rgb_coded: bool) -> Iterator[Source]:
         ) from None
 
 
+def check_header(header: Header, rgb_coded: bool) -> None:
+    """Refuse images that are too large, not square, or coloured where a grey one is expected."""
+    if max(header.width, header.height) > MAX_SIDE:
+        raise BadImage(f"claims {header.width} x {header.height} px; at most {MAX_SIDE} are accepted")
+    if header.width != header.height:
+        raise BadImage(f"is not square ({header.width} x {header.height} px)")
+    if header.colour and not rgb_coded:
+        raise BadImage("is a colour image; expected one grey channel a file")
+
+
 def text_in(path: Path) -> str | None:
-    """Return what a small text file holds: links and large files that were copied without their content leave such files."""
+    """Return what a small text file holds: links and large files that were copied without their content leave such
+    files."""
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_TEXT + 1)
@@ -186,16 +239,16 @@ def text_in(path: Path) -> str | None:
 
 def read_side(path: Path, rgb_coded: bool = False) -> int:
     """Return the side of an image in pixels without decoding it; raises BadImage for what is no usable image."""
-    with opened(path, rgb_coded) as source:
-        return source.width
+    with opened(path, rgb_coded) as (header, _):
+        return header.width
 
 
 def read_pixels(path: Path, rgb_coded: bool = False) -> np.ndarray:
     """Decode an image fully into a (side, side) array, or (side, side, 3) where it is rgb_coded; raises BadImage."""
-    with opened(path, rgb_coded) as source:
-        pixels = source.decode()
-    if pixels.shape[:2] != (source.height, source.width):
-        raise BadImage(f"decodes to {pixels.shape}, its header says {source.height} x {source.width}")
+    with opened(path, rgb_coded) as (header, decode):
+        pixels = decode()
+    if pixels.shape[:2] != (header.height, header.width):
+        raise BadImage(f"decodes to {pixels.shape}, its header says {header.height} x {header.width}")
     return pixels
 
 
@@ -223,8 +276,9 @@ def oriented(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def table_kind(table: np.ndarray, entries: int) -> str:
-    """Tell what a colour table, (n, 3), makes of indices: 'grey' levels, 'colour', or a display ramp, 'ramp', which leaves the
-    indices the grey levels: an entry for each of the `entries` values, none darker in any colour than the one before."""
+    """Tell what a colour table, (n, 3), makes of indices: 'grey' levels, 'colour', or a display ramp, 'ramp', which
+    leaves the indices the grey levels: an entry for each of the `entries` values, none darker in any colour than the
+    one before."""
     if (table == table[:, :1]).all():
         return "grey"
     return "ramp" if len(table) == entries and (np.diff(table.astype(int), axis=0) >= 0).all() else "colour"
@@ -240,19 +294,19 @@ def through_table(indices: np.ndarray, table: np.ndarray, kind: str) -> np.ndarr
 # --- PNG and JPEG ------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def picture_source(path: Path) -> Iterator[Source]:
+def open_picture(path: Path) -> Image.Image:
     """Open a PNG or JPEG. Pillow refuses truncated files, where OpenCV fills up in silence."""
-    with Image.open(path, formats=PICTURES) as image:
-        if image.mode in ALPHA_MODES:
-            raise BadImage("has an alpha channel; save it without")
-        frames = getattr(image, "n_frames", 1)
-        if image.format == "PNG" and frames > 1:
-            raise BadImage(f"has {frames} frames; expected one channel a file")
-        grey = image.mode in ("1", "L", "I", "I;16", "I;16B") or (
-            image.mode == "P" and picture_table(image)[1] != "colour"
-        )
-        yield Source(*image.size, colour=not grey, decode=lambda: picture_pixels(image))
+    return Image.open(path, formats=PICTURES)
+
+
+def picture_header(image: Image.Image) -> Header:
+    if image.mode in ALPHA_MODES:
+        raise BadImage("has an alpha channel; save it without")
+    frames = getattr(image, "n_frames", 1)
+    if image.format == "PNG" and frames > 1:
+        raise BadImage(f"has {frames} frames; expected one channel a file")
+    grey = image.mode in GREY_MODES or (image.mode == "P" and picture_table(image)[1] != "colour")
+    return Header(*image.size, colour=not grey)
 
 
 def picture_table(image: Image.Image) -> tuple[np.ndarray, str]:
@@ -285,13 +339,11 @@ def exif_orientation(image: Image.Image) -> int:
 # --- TIFF --------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def tiff_source(path: Path) -> Iterator[Source]:
-    with tifffile.TiffFile(path) as tiff:
-        page = only_page(tiff)
-        check_page(page)
-        colour = page.samplesperpixel == 3 or tiff_table(page)[1] == "colour"
-        yield Source(page.imagewidth, page.imagelength, colour, lambda: tiff_pixels(page))
+def tiff_header(tiff: tifffile.TiffFile) -> Header:
+    page = only_page(tiff)
+    check_page(page)
+    colour = page.samplesperpixel == 3 or tiff_table(page)[1] == "colour"
+    return Header(page.imagewidth, page.imagelength, colour)
 
 
 def only_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
@@ -311,7 +363,7 @@ def is_reduced(page: tifffile.TiffPage | tifffile.TiffFrame) -> bool:
 
 
 def claimed_images(tiff: tifffile.TiffFile) -> int:
-    """Return how many images the first page says that it stands for: tifffile, ImageJ and MetaMorph write such stacks."""
+    """Return how many images the first page claims to stand for: tifffile, ImageJ and MetaMorph write such stacks."""
     page = tiff.pages.first
     try:
         if page.is_shaped:
@@ -324,43 +376,16 @@ def claimed_images(tiff: tifffile.TiffFile) -> int:
 
 
 def room(tiff: tifffile.TiffFile) -> int:
-    """Return for how many images like the first page's a TIFF has data behind each other; programs that split stacks leave
-    the old description."""
+    """Return for how many images like the first page's a TIFF has data behind each other; programs that split stacks
+    leave the old description."""
     page = tiff.pages.first
     return (tiff.filehandle.size - page.dataoffsets[0]) // page.nbytes if page.is_contiguous and page.nbytes else 1
 
 
 def check_page(page: tifffile.TiffPage) -> None:
     """Refuse by name what is no usable image of one channel, or would be decoded otherwise by other programs."""
-
-    def name(value: object) -> str:
-        return getattr(value, "name", str(value))
-
-    compression, photometric = name(page.compression), name(page.photometric)
-    if compression not in TIFF_COMPRESSIONS:
-        raise BadImage(f"is compressed as {compression}; expected one of {', '.join(TIFF_COMPRESSIONS)}")
-    if page.dtype not in (np.bool_, np.uint8, np.uint16) or not isinstance(page.bitspersample, int):
-        found = page.dtype or f"{page.bitspersample} bits of {name(page.sampleformat)}"
-        raise BadImage(f"holds {found}; expected unsigned integers of at most 16 bits")
-    if any(kind in (1, 2) for kind in page.extrasamples):
-        raise BadImage("has an alpha channel; save it without")
-    if page.samplesperpixel not in (1, 3):
-        raise BadImage(f"has {page.samplesperpixel} values a pixel; expected one")
-    if "PhotometricInterpretation" not in page.tags:
-        raise BadImage("does not say whether 0 is black (it has no PhotometricInterpretation tag); save it again")
-    expected = ("MINISBLACK", "MINISWHITE", "PALETTE") if page.samplesperpixel == 1 else ("RGB", "MINISBLACK")
-    if photometric not in expected:
-        raise BadImage(f"is stored as {photometric} with {page.samplesperpixel} values a pixel; expected grey levels")
-    if page.predictor != 1 and not (page.predictor == 2 and compression in PREDICTED and page.bitspersample in (8, 16)):
-        raise BadImage(
-            f"has the predictor {name(page.predictor)} for {page.bitspersample} bits compressed as {compression}, "
-            "which programs read differently; save it again"
-        )
-    if page.fillorder not in (1, 2) or page.planarconfig not in (1, 2):
-        raise BadImage(
-            f"has the FillOrder {name(page.fillorder)} and the PlanarConfiguration {name(page.planarconfig)}; "
-            "expected 1 or 2"
-        )
+    check_values(page)
+    check_coding(page)
     sides = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
     if max(sides) > MAX_SIDE or page.imagedepth != 1 or 0 in page.shaped:
         raise BadImage(f"claims {' x '.join(map(str, page.shape))} px; at most {MAX_SIDE} x {MAX_SIDE} are accepted")
@@ -371,8 +396,47 @@ def check_page(page: tifffile.TiffPage) -> None:
         raise BadImage(f"is cut short: {kind} {empty} of 0 to {parts - 1} has no data")
 
 
+def name_of(value: object) -> str:
+    """Return the name of a tag's value, or the number where it has none."""
+    return getattr(value, "name", str(value))
+
+
+def check_values(page: tifffile.TiffPage) -> None:
+    """Refuse what are no grey levels of at most 16 bits, one or three a pixel, with a known black."""
+    compression, photometric = name_of(page.compression), name_of(page.photometric)
+    if compression not in TIFF_COMPRESSIONS:
+        raise BadImage(f"is compressed as {compression}; expected one of {', '.join(TIFF_COMPRESSIONS)}")
+    if page.dtype not in (np.bool_, np.uint8, np.uint16) or not isinstance(page.bitspersample, int):
+        found = page.dtype or f"{page.bitspersample} bits of {name_of(page.sampleformat)}"
+        raise BadImage(f"holds {found}; expected unsigned integers of at most 16 bits")
+    if any(kind in (1, 2) for kind in page.extrasamples):
+        raise BadImage("has an alpha channel; save it without")
+    if page.samplesperpixel not in (1, 3):
+        raise BadImage(f"has {page.samplesperpixel} values a pixel; expected one")
+    if "PhotometricInterpretation" not in page.tags:
+        raise BadImage("does not say whether 0 is black (it has no PhotometricInterpretation tag); save it again")
+    expected = ("MINISBLACK", "MINISWHITE", "PALETTE") if page.samplesperpixel == 1 else ("RGB", "MINISBLACK")
+    if photometric not in expected:
+        raise BadImage(f"is stored as {photometric} with {page.samplesperpixel} values a pixel; expected grey levels")
+
+
+def check_coding(page: tifffile.TiffPage) -> None:
+    """Refuse codings of the pixels that programs read differently."""
+    compression = name_of(page.compression)
+    if page.predictor != 1 and not (page.predictor == 2 and compression in PREDICTED and page.bitspersample in (8, 16)):
+        raise BadImage(
+            f"has the predictor {name_of(page.predictor)} for {page.bitspersample} bits compressed as {compression}, "
+            "which programs read differently; save it again"
+        )
+    if page.fillorder not in (1, 2) or page.planarconfig not in (1, 2):
+        raise BadImage(
+            f"has the FillOrder {name_of(page.fillorder)} and the PlanarConfiguration {name_of(page.planarconfig)}; "
+            "expected 1 or 2"
+        )
+
+
 def tiff_table(page: tifffile.TiffPage) -> tuple[np.ndarray | None, str]:
-    """Return a page's colour table, (n, 3) uint8, and what it makes of the values; None and 'grey' where it has none."""
+    """Return a page's colour table, (n, 3) uint8, and what it makes of the values; (None, 'grey') without one."""
     if page.photometric != tifffile.PHOTOMETRIC.PALETTE:
         return None, "grey"
     table = np.asarray(page.colormap).T
@@ -380,8 +444,9 @@ def tiff_table(page: tifffile.TiffPage) -> tuple[np.ndarray | None, str]:
     return table, table_kind(table, 2**page.bitspersample)
 
 
-def tiff_pixels(page: tifffile.TiffPage) -> np.ndarray:
-    """Decode one page, never the series that it may belong to, as its tags say."""
+def tiff_pixels(tiff: tifffile.TiffFile) -> np.ndarray:
+    """Decode the first page, never the series that it may belong to, as its tags say."""
+    page = tiff.pages.first
     stored = page.asarray(squeeze=False, maxworkers=1)  # (planes or 1, 1, height, width, 1 or values a pixel)
     image = np.concatenate(list(stored[:, 0]), axis=-1) if len(stored) > 1 else stored[0, 0]
     image = image[..., 0] if image.shape[-1] == 1 else image
@@ -404,18 +469,43 @@ def full_range(image: np.ndarray, bits: int) -> np.ndarray:
     return ((image.astype(np.uint32) * np.iinfo(kind).max + largest // 2) // largest).astype(kind)
 
 
+def tiff_is_cut(path: Path) -> bool:
+    """Tell from a TIFF's table of data whether the end of the file is missing."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            page = tiff.pages.first
+            return max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))) > path.stat().st_size
+    except Exception:  # its decoders raise many kinds
+        return True
+
+
+# --- all formats -------------------------------------------------------------------------------------------
+
+
+def lacks_end(mark: bytes) -> Callable[[Path], bool]:
+    """Return a function that tells whether a file's last bytes are without the mark that ends its format."""
+
+    def is_cut(path: Path) -> bool:
+        with open(path, "rb") as file:
+            file.seek(-min(64, path.stat().st_size), os.SEEK_END)
+            return mark not in file.read()
+
+    return is_cut
+
+
+# Where a sample has files of several formats, the first of these is read, and of its suffixes the first.
+READERS: dict[str, Reader] = {
+    "TIFF": Reader(
+        (".tif", ".tiff", ".ome.tif", ".ome.tiff"), tifffile.TiffFile, tiff_header, tiff_pixels, tiff_is_cut
+    ),
+    "PNG": Reader((".png",), open_picture, picture_header, picture_pixels, lacks_end(b"IEND")),
+    "JPEG": Reader((".jpg", ".jpeg"), open_picture, picture_header, picture_pixels, lacks_end(b"\xff\xd9")),
+}
+
+
 def looks_cut_short(path: Path) -> bool:
-    """Tell whether the end of a file is missing, as after a broken download, from its last bytes or a TIFF's table of data."""
-    if path.suffix.lower() in TIFF:
-        try:
-            with tifffile.TiffFile(path) as tiff:
-                page = tiff.pages.first
-                return max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))) > path.stat().st_size
-        except Exception:  # its decoders raise many kinds
-            return True
-    with open(path, "rb") as file:
-        file.seek(-min(64, path.stat().st_size), os.SEEK_END)
-        return (b"IEND" if path.suffix.lower() == ".png" else b"\xff\xd9") not in file.read()
+    """Tell whether the end of a file is missing, as after a broken download."""
+    return reader_of(path).is_cut(path)
 
 
 # --- samples -----------------------------------------------------------------------------------------------

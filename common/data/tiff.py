@@ -1,5 +1,5 @@
-"""The stored TIFFs from within. tifffile writes these files and reads them too, but its own work and memory add much to the
-time of decoding.
+"""The stored TIFFs from within. tifffile writes these files and reads them too, but its own work and memory add much to
+the time of decoding.
 """
 
 import math
@@ -42,21 +42,12 @@ class Layout:
 
 
 def read_layout(data: np.ndarray, n_planes: int, max_side: int) -> Layout:
-    """Read the layout of a file's bytes, which tifffile wrote with a page a plane; raises for what is none or claims too much."""
+    """Read the layout of a file's bytes, which tifffile wrote with a page a plane; raises for what is none or claims
+    too much."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4].tobytes())
     if order is None:
         raise ValueError("is no TIFF")
-    place, pages = 4, []
-    for _ in range(n_planes):
-        (start,) = struct.unpack_from(order + "I", data.data, place)
-        (entries,) = struct.unpack_from(order + "H", data.data, start)
-        place = start + 2 + 12 * entries
-        pages.append(
-            {
-                tag: (kind, count, value)
-                for tag, kind, count, value in struct.iter_unpack(order + "HHI4s", data[start + 2 : place].data)
-            }
-        )
+    pages = read_tags(data, n_planes, order)
 
     def numbers(page: dict, tag: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
         if tag not in page and default is not None:
@@ -83,9 +74,21 @@ def read_layout(data: np.ndarray, n_planes: int, max_side: int) -> Layout:
     )
 
 
+def read_tags(data: np.ndarray, n_pages: int, order: str) -> list[dict[int, tuple[int, int, bytes]]]:
+    """Return tag -> (kind, count, value or where it lies) of each page; order : of bytes, < or >."""
+    place, pages = 4, []
+    for _ in range(n_pages):
+        (start,) = struct.unpack_from(order + "I", data.data, place)
+        (entries,) = struct.unpack_from(order + "H", data.data, start)
+        place = start + 2 + 12 * entries
+        tags = struct.iter_unpack(order + "HHI4s", data[start + 2 : place].data)
+        pages.append({tag: (kind, count, value) for tag, kind, count, value in tags})
+    return pages
+
+
 class Memory(threading.local):
-    """An array for each thread that is used again and again: with the system's page faults, new memory for each image would
-    take a good part of the time of decoding it."""
+    """An array for each thread that is used again and again: with the system's page faults, new memory for each image
+    would take a good part of the time of decoding it."""
 
     def __init__(self) -> None:
         self.bytes: np.ndarray = np.empty(0, np.uint8)

@@ -1,1 +1,1 @@
-"""Drawn data, to try the pipeline on."""
+"""Drawn data to try the pipeline on."""

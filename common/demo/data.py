@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.process import command_line
 from common.process.parallel import run_parallel
 
-# Positives a class in the real train.csv. The demo keeps their order on a flatter scale.
+# Positives per class in the real train.csv. The demo keeps their order on a flatter scale.
 REAL_COUNTS = np.array(
     [
         12885,
@@ -55,8 +55,8 @@ REAL_COUNTS = np.array(
         11,
     ]
 )
-LABELS_PER_SAMPLE = (0.50, 0.38, 0.10, 0.02)  # shares of the samples with 1, 2, 3 and 4 labels
-# Locations often seen together, hence drawn together more often than by chance.
+LABELS_PER_SAMPLE = (0.50, 0.38, 0.10, 0.02)  # shares of samples with 1, 2, 3 and 4 labels
+# Locations that often occur together are drawn together more often than by chance.
 COMPANIONS = [
     {0, 25},
     {0, 2},
@@ -83,7 +83,7 @@ COMPANIONS = [
 
 @dataclass(frozen=True)
 class Sample:
-    """What to draw. `index` seeds the drawing; a planted duplicate copies its `source`."""
+    """A sample to draw. `index` seeds the drawing; a planted duplicate copies its `source`."""
 
     id: str
     part: str
@@ -103,7 +103,7 @@ def class_quotas(n_samples: int) -> np.ndarray:
 
 
 def draw_labels(rng: np.random.Generator, n_samples: int) -> list[tuple[int, ...]]:
-    """Draw the labels of each sample, rarest class first; the commonest fills what is left."""
+    """Draw the labels of each sample, rarest class first; the most common class fills the rest."""
     labels: list[list[int]] = [[] for _ in range(n_samples)]
     sizes = rng.permutation(np.searchsorted(np.cumsum(LABELS_PER_SAMPLE), (np.arange(n_samples) + 0.5) / n_samples) + 1)
     quotas = class_quotas(n_samples)
@@ -124,7 +124,7 @@ def new_id(rng: np.random.Generator) -> str:
 
 
 def plan_copies(rng: np.random.Generator, originals: list[Sample], n_train: int, n_test: int) -> list[Sample]:
-    """Plan near-duplicates of train samples with common labels; every eighth in train carries other labels."""
+    """Plan near-duplicates of train samples with common labels; every eighth one in train has other labels."""
     n, common_first = n_train + n_test, sorted(originals, key=lambda sample: -REAL_COUNTS[list(sample.labels)].min())
     copies = []
     for k, pick in enumerate(rng.choice(max(len(originals) // 3, n), n, replace=False)):
@@ -188,18 +188,18 @@ def encode_tiff(plane: np.ndarray) -> bytes:
 
 
 def encode_external(plane: np.ndarray, colour: str) -> bytes:
-    """Encode as the atlas does: red in plane R, green in G, blue in B, yellow in R and G alike."""
+    """Encode as the atlas does: red in plane R, green in G, blue in B, yellow in both R and G."""
     rgb = [
         plane if letter in {"red": "R", "green": "G", "blue": "B", "yellow": "RG"}[colour] else 0 * plane
         for letter in "RGB"
     ]
-    # Full chroma: at 1/8 of the size, halving it would blur a single-colour plane visibly.
+    # Full chroma: at 1/8 of the size, half the chroma resolution would visibly blur a single-colour plane.
     options = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     return cv2.imencode(".jpg", cv2.merge(rgb[::-1]), options)[1].tobytes()
 
 
 def disturb(rng: np.random.Generator, plane: np.ndarray) -> np.ndarray:
-    """Return a near-duplicate: moved by a pixel, a little brighter or darker, with a little more noise."""
+    """Return a near-duplicate: shifted by a pixel, slightly brighter or darker, with slightly more noise."""
     noise = rng.normal(0, 1.5, plane.shape)
     return np.clip(np.roll(plane, 1, axis=1) * rng.uniform(0.94, 1.06) + noise, 0, 255).astype(np.uint8)
 
@@ -229,7 +229,7 @@ def target(sample: Sample) -> str:
 
 
 def write_tables(folder: Path, samples: list[Sample]) -> None:
-    """Write the csv files, train.csv last: it says that everything is there."""
+    """Write the CSV files, train.csv last: its presence means that the data is complete."""
     table = pd.DataFrame([(s.id, s.part, target(s)) for s in samples], columns=["Id", "part", "Target"]).sort_values(
         "Id"
     )
@@ -242,23 +242,23 @@ def write_tables(folder: Path, samples: list[Sample]) -> None:
 
 
 def refuse_other_data(folder: Path, samples: list[Sample]) -> None:
-    """Raise UserError where train.csv lists other samples than ours: it may be somebody's real data."""
+    """Raise UserError if train.csv lists samples other than ours: it may be somebody's real data."""
     table = folder / "train.csv"
     if not table.exists():
         return
     with table.open(newline="") as lines:
         found = {row["Id"] for row in csv.DictReader(lines)}
     if found != {s.id for s in samples if s.part == "train"}:
-        raise UserError(f"{table} lists other samples than this demo's; give the demo data an empty folder: --data DIR")
+        raise UserError(f"{table} lists samples that are not this demo's; give the demo an empty folder: --data DIR")
 
 
 def make_demo_data(folder: Path, seed: int = 0, n_train: int = 1000, n_test: int = 120, jobs: int = -1) -> None:
-    """Write demo data in the competition's layout; an interrupted run is finished by the next.
+    """Write demo data in the competition's layout; the next run finishes an interrupted one.
 
     seed : the same seed and numbers give the same bytes, whatever `jobs`
     n_train, n_test : number of samples, planted duplicates included; at least 10 and 2
-    jobs : number of processes, -1 for one a core
-    Raises UserError where the folder holds other data.
+    jobs : number of processes, -1 for one per core
+    Raises UserError if the folder holds other data.
     """
     folder, rng = Path(folder), np.random.default_rng([seed, n_train, n_test])
     samples = plan_samples(rng, n_train, n_test)
@@ -273,7 +273,7 @@ def make_demo_data(folder: Path, seed: int = 0, n_train: int = 1000, n_test: int
 
 def main() -> None:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder to write, made if missing")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder to write, created if missing")
     parser.add_argument("--seed", type=command_line.not_negative, default=0)
     arguments = parser.parse_args()
     make_demo_data(arguments.data, arguments.seed)

@@ -1,7 +1,7 @@
-"""Draw fluorescence images of cells: four channels, and a green pattern that sits where the labels say.
+"""Draw fluorescence images of cells: four channels, with a green pattern where the labels say.
 
 All lengths are in units of 1/256 of a field's width, so 256 and 384 px files show the same kind of cells.
-`PATTERNS` holds one small drawing function a class.
+`PATTERNS` holds one small drawing function per class.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from common.data.images import CHANNELS
 
 UNIT = 256
 GRID = 96  # geometry is smooth: it is computed on this grid, then enlarged
-SHIFT = 4  # fractional bits of the fixed-point coordinates which OpenCV draws at
+SHIFT = 4  # fractional bits of OpenCV's fixed-point coordinates
 Numbers = float | np.ndarray
 Point = tuple[float, float] | np.ndarray
 
@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass
 class Field:
-    """The cells of one image and maps of shape (size, size); those without a note are soft masks, 0..1."""
+    """The cells of one image and maps of shape (size, size); maps without a comment are soft masks, 0..1."""
 
     size: int
     cells: list[Cell]
@@ -49,7 +49,7 @@ class Field:
     cytoplasm: np.ndarray
     nucleoli: np.ndarray = dataclasses.field(init=False)
     microtubules: np.ndarray = dataclasses.field(init=False)
-    filaments: list[np.ndarray]  # the paths of the microtubules, (n_lines, n_points, 2) a cell
+    filaments: list[np.ndarray]  # the paths of the microtubules, (n_lines, n_points, 2) per cell
     reticulum: np.ndarray
 
 
@@ -62,7 +62,7 @@ def unit_vector(angle: Numbers) -> np.ndarray:
 
 
 def smooth_noise(rng: np.random.Generator, size: int, bumps: int) -> np.ndarray:
-    """Draw noise (size, size) of about unit variance, `bumps` bumps wide whatever the size."""
+    """Draw noise (size, size) of about unit variance, `bumps` bumps wide at any size."""
     coarse = rng.standard_normal((bumps, bumps), dtype=np.float32)
     return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
 
@@ -170,9 +170,9 @@ def fixed_point(field: Field, lengths: np.ndarray) -> np.ndarray:
 
 
 def strokes(field: Field, paths: Sequence[np.ndarray], width: float, clip: bool = True) -> np.ndarray:
-    """Draw polylines of three strengths, cut at the outline of their cell.
+    """Draw polylines of three strengths, clipped to the outline of their cell.
 
-    paths : one array of shape (n_lines, n_points, 2) a cell
+    paths : one array of shape (n_lines, n_points, 2) per cell
     """
     width = width * field.size / UNIT
     thickness = max(1, round(width))
@@ -194,9 +194,9 @@ def dots(
     largest: float,
     hollow: float = 0,
 ) -> np.ndarray:
-    """Draw discs with radii between the two given, or rings of line width `hollow`.
+    """Draw discs with radii between two limits, or rings of line width `hollow`.
 
-    points : one array of shape (n, 2) a cell
+    points : one array of shape (n, 2) per cell
     """
     canvas = np.zeros((field.size, field.size), np.uint8)
     thickness = max(1, round(hollow * field.size / UNIT)) if hollow else -1
@@ -215,7 +215,7 @@ def wander(
     bend: float = 0.0,
     wiggle: float = 0.0,
 ) -> np.ndarray:
-    """Walk `length` from each start (n, 2) along its heading (n,), turning on the way: (n, 10, 2)."""
+    """Walk `length` from each start (n, 2) along its heading (n,), turning on the way; returns (n, 10, 2)."""
     n, t = len(starts), np.linspace(0, 1, 10)
     turns = bend * rng.normal(size=(n, 1)) * t + wiggle * np.sin(2 * np.pi * (1.5 * t + rng.random((n, 1))))
     steps = unit_vector(np.reshape(headings, (-1, 1)) + turns) * np.reshape(length, (-1, 1, 1)) / 10
@@ -227,7 +227,7 @@ def places(
 ) -> list[np.ndarray]:
     """Choose points (n, 2) in each cell inside the mask, at most one in each square of side `gap`.
 
-    A cell that the border cuts gets fewer of them.
+    A cell cut by the border gets fewer points.
     """
     chosen = []
     for k, cell in enumerate(field.cells, 1):
@@ -252,7 +252,7 @@ def dashes(
     longest: float,
     width: float,
 ) -> np.ndarray:
-    """Draw at each point (n, 2) of a cell a dash that leads away from the cell's origin (2,)."""
+    """Draw a dash at each point (n, 2) of a cell, pointing away from the cell's origin (2,)."""
     paths = []
     for start, origin in zip(points, origins, strict=True):
         dx, dy = (start - origin).T
@@ -265,7 +265,7 @@ def arcs(
 ) -> np.ndarray:
     """Draw strands along the rim of each nucleus, up to `farthest` units outside of it.
 
-    around : one array of directions from the nucleus, of shape (n_lines, n_points), a cell
+    around : per cell, one array of directions from the nucleus, of shape (n_lines, n_points)
     """
     paths = []
     for cell, directions in zip(field.cells, around, strict=True):
@@ -292,7 +292,7 @@ def microtubule_paths(rng: np.random.Generator, cell: Cell) -> np.ndarray:
     return wander(rng, starts, headings, rng.uniform(40, 90, 48), bend=1.0, wiggle=0.12)
 
 
-# --- one pattern a class: (field, rng) -> image (size, size), about 0..1 ---------------------------------------------
+# --- one pattern per class: (field, rng) -> image (size, size), about 0..1 -------------------------------------------
 
 
 def nucleoplasm(field: Field, rng: np.random.Generator) -> np.ndarray:
@@ -393,7 +393,7 @@ def microtubule_ends(field: Field, rng: np.random.Generator) -> np.ndarray:
 
 def cytokinetic_bridge(field: Field, rng: np.random.Generator) -> np.ndarray:
     centres, paths = np.array([c.nucleus_centre for c in field.cells]), []
-    halves = np.array([[[-20], [-4]], [[4], [20]]])  # from the middle, with the midbody's gap
+    halves = np.array([[[-20], [-4]], [[4], [20]]])  # from the middle, with a gap for the midbody
     for centre in centres:
         neighbour = centres[np.argsort(np.hypot(*(centres - centre).T))[1]]
         toward = (neighbour - centre) / np.hypot(*(neighbour - centre))
@@ -509,18 +509,18 @@ PATTERNS: dict[int, Callable[[Field, np.random.Generator], np.ndarray]] = dict(
 
 
 def camera(image: np.ndarray, gain: float, grain: np.ndarray) -> np.ndarray:
-    """Record as a microscope does: blur, stray light, darker corners, shot and read noise, 8 bits."""
+    """Record an image as a microscope does: blur, stray light, darker corners, shot and read noise, 8 bits."""
     size = len(image)
     haze = cv2.resize(cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA), (size, size))
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     image = (blur(image, 0.6) + 0.1 * haze) * (gain - 0.15 * gain * (axis**2 + axis[:, None] ** 2))
-    # Finer pixels get more noise, so that both sizes look alike once they are reduced.
+    # Finer pixels get more noise, so that both sizes look the same once they are reduced.
     noise = grain * (size / UNIT) * (0.01 + 0.05 * np.sqrt(image))
     return np.clip(255 * (image + noise), 0, 255).astype(np.uint8)
 
 
 def per_cell(field: Field, values: Sequence[float] | np.ndarray, outside: float = 1.0) -> np.ndarray:
-    """Spread one value a cell over the pixels that it owns."""
+    """Spread one value per cell over the pixels that it owns."""
     return np.append(outside, values).astype(np.float32)[field.owner]
 
 
@@ -540,7 +540,7 @@ def draw_sample(rng: np.random.Generator, labels: Collection[int], size: int) ->
         "blue": (0.6 + 0.4 * mitotic) * field.nucleus * (1 - 0.5 * field.nucleoli) * texture,
         "yellow": 0.8 * field.reticulum * per_cell(field, rng.uniform(0.7, 1.2, n_cells)),
     }
-    grain = rng.standard_normal((size, size), dtype=np.float32)  # slow to draw, so one serves all channels, turned
+    grain = rng.standard_normal((size, size), dtype=np.float32)  # slow to draw, so all channels share one, rotated
     return {
         colour: camera(planes[colour] * texture, rng.uniform(0.8, 1.05), np.rot90(grain, turn))
         for turn, colour in enumerate(CHANNELS)

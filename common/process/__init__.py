@@ -1,1 +1,1 @@
-"""How a command starts, stops, reports progress and uses many cores; knows nothing of cells."""
+"""How a command starts, stops, reports progress and uses many cores; knows nothing about cells."""

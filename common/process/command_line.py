@@ -1,4 +1,4 @@
-"""Command lines of the numbered scripts: shared flags, parsers of their values, and the commands that messages name."""
+"""Command lines of the numbered scripts: shared flags, parsers of their values, and commands for messages."""
 
 import argparse
 import os
@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 
 from common.errors import DATA, nearest
 from common.recipes import run_name
+
+ArgumentContainer = argparse._ActionsContainer  # a parser, or a group of its flags
+SEED = 0  # of trainings, unless stage 04 is given another
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,24 +45,19 @@ def parser(description: str) -> Parser:
         help="input folder in the competition's layout (default: data); never written to",
     )
     result.add_argument(
-        "--work",
-        type=folder,
-        default=Path("work"),
-        metavar="DIR",
-        help="folder for everything that is made (default: work)",
+        "--work", type=folder, default=Path("work"), metavar="DIR", help="folder for all outputs (default: work)"
     )
     return result
 
 
 def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what says where networks run to a stage's command line; see `hardware.HardwareOptions`."""
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
+    """Add the flags that choose where networks run; see `hardware.HardwareOptions`."""
+    parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU if available)")
     parser.add_argument(
         "--precision",
         default="auto",
         choices=("auto", "fp32", "bf16", "fp16"),
-        help="autocast type (default: bf16 where that is faster, fp16 on older GPUs, else fp32; "
-        "a CPU predicts in fp32)",
+        help="autocast type (default: bf16 where it is faster, fp16 on older GPUs, else fp32; a CPU predicts in fp32)",
     )
     parser.add_argument(
         "--workers",
@@ -71,44 +69,43 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         type=jobs,
         metavar="N",
-        help="folds to work on at once, each with its share of the cores and, where there are several, a GPU of its "
-        "own (default: the number of GPUs, 1 on a CPU; more pay for small networks)",
+        help="folds to work on at once, each with its share of the cores and, if there are several GPUs, its own GPU "
+        "(default: the number of GPUs, 1 on a CPU; more is worthwhile for small networks)",
     )
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="let a GPU choose its fastest kernels: results then differ in their last digits from run to run, and a "
-        "resumed training from an undisturbed one (default: the same bits each time)",
+        help="let a GPU choose its fastest kernels: results then differ in their last digits from run to run, and "
+        "between resumed and uninterrupted training (default: the same bits each time)",
     )
 
 
-def add_weight_flags(parser: argparse._ActionsContainer) -> None:
+def add_weight_flags(parser: ArgumentContainer) -> None:
     """Add --pretrained and --weights-dir to a command line."""
     parser.add_argument(
         "--pretrained",
         default="auto",
         metavar="auto|none|FILE",
-        help="start from the encoder's published ImageNet weights where they can be had (default), from "
-        "random weights, or from a file",
+        help="start from the encoder's published ImageNet weights if available (default), from random weights, or "
+        "from a file",
     )
     parser.add_argument(
         "--weights-dir",
         type=Path,
         metavar="DIR",
-        help="where published weights lie or are downloaded to (default: torch's hub cache)",
+        help="folder of published weights, also for downloads (default: torch's hub cache)",
     )
 
 
-def add_check_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what the doctor is told of the later stages."""
-    group = parser.add_argument_group("what is checked with --check")
-    group.add_argument("--folds", type=fold_numbers, metavar="0,2", help="folds to train (default: all)")
-    group.add_argument("--n-folds", type=fold_count, default=5, metavar="N", help="folds of stage 03 (default: 5)")
-    group.add_argument(
-        "--tta", default="dihedral", choices=("none", "dihedral"), help="views of stage 05 (default: dihedral)"
+def add_test_flags(parser: ArgumentContainer) -> None:
+    """Add to a command line what stage 05 predicts, and from how many views of each image."""
+    parser.add_argument(
+        "--tta",
+        default="dihedral",
+        choices=("none", "dihedral"),
+        help="average over the 8 symmetries of each image (default) or not, in stage 05",
     )
-    group.add_argument("--no-test", action="store_true", help="stage 05 predicts the validation samples only")
-    add_weight_flags(group)
+    parser.add_argument("--no-test", action="store_true", help="stage 05 predicts the validation samples only")
 
 
 def add_cluster_flag(parser: argparse.ArgumentParser) -> None:
@@ -116,8 +113,8 @@ def add_cluster_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster",
         metavar="ADDRESS",
-        help="do the jobs on the workers of a dask scheduler, such as tcp://host:8786, that see the same "
-        "files (default: on this machine)",
+        help="run the jobs on the workers of a dask scheduler (for example tcp://host:8786) that see the same files "
+        "(default: on this machine)",
     )
 
 
@@ -142,7 +139,7 @@ def recipe_names(text: str) -> list[str]:
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """Return a parser of whole numbers from `low` on, or from `low` to `high`."""
+    """Return a parser of whole numbers of at least `low`, and at most `high` if given."""
     expected = f"above {low - 1}" if high is None else f"from {low} to {high}"
 
     def parse(text: str) -> int:
@@ -153,8 +150,7 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-positive, fold_count = whole_number(1), whole_number(2)
-black_level, white_level = whole_number(0, 65534), whole_number(1, 65535)
+positive = whole_number(1)
 not_negative = whole_number(0, 2**32 - 1)  # the largest seed that all libraries take
 
 
@@ -167,17 +163,17 @@ def fold_numbers(text: str) -> list[int]:
     """Parse '0,2' into a list of distinct fold numbers."""
     values = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in values) or len(set(values)) != len(values):
-        raise argparse.ArgumentTypeError(f"expected fold numbers separated by commas such as 0,2, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected fold numbers separated by commas, for example 0,2; found {text!r}")
     return [int(part) for part in values]
 
 
 def leave_out(flag: str) -> None:
-    """Leave a flag out of the command to resume: what it asks for is done, and would undo what comes now."""
+    """Leave a flag out of the command to resume: it has taken effect, and again it would undo what follows."""
     sys.argv = [argument for argument in sys.argv if argument != flag]
 
 
 def arguments_without(flag: str) -> list[str]:
-    """Return the arguments of this command line without a flag of one value and its value."""
+    """Return this command line's arguments without one flag and its single value."""
     given = sys.argv[1:]
     return [
         argument
@@ -187,7 +183,7 @@ def arguments_without(flag: str) -> list[str]:
 
 
 def command() -> str:
-    """Return the command line that was given: this script's, torchrun's, or run_all.sh's, which hands on its own."""
+    """Return the command line that the user gave: of this script, of torchrun, or of run_all.sh, which passes it on."""
     launcher = ["python"]
     if "LOCAL_WORLD_SIZE" in os.environ:
         launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]

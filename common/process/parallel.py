@@ -1,4 +1,4 @@
-"""Many independent jobs through joblib: on this machine's cores, or on a dask cluster that shares its files."""
+"""Run many independent jobs with joblib: on this machine's cores, or on a dask cluster that shares its files."""
 
 import multiprocessing
 import os
@@ -26,9 +26,8 @@ T = TypeVar("T")
 
 ROOT = str(Path(__file__).resolve().parents[2])
 SECONDS_TO_ANSWER = 20
-NOT_TERM = tuple(
-    number for number in stopping.SIGNALS if number != signal.SIGTERM
-)  # by which a parent ends worker processes
+# All but SIGTERM, with which a parent ends its worker processes.
+NOT_TERM = tuple(number for number in stopping.SIGNALS if number != signal.SIGTERM)
 
 
 def run_parallel(
@@ -39,14 +38,14 @@ def run_parallel(
     unit: str = "samples",
     unseen: Iterable[int] = NOT_TERM,
 ) -> Iterator[tuple[int, T]]:
-    """Call `function(*job)` for each job; yield (index of the job, result) as they are done, with progress.
+    """Call `function(*job)` for each job, with progress; yield (index of the job, result) as jobs finish.
 
-    Memory is bounded by the number of workers: jobs are handed out as others finish.
+    Memory is bounded by the number of workers: a new job starts only when another has finished.
     unseen : signals that worker processes do not see, unless a job lets them through
     """
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator_unordered")
     helpers = resource_tracker, loky_tracker
-    # Held, because worker processes that are half started would never end.
+    # Held, because worker processes that have only half started would never end.
     with stopping.held(), stopping.blocked(unseen, helpers) if n_jobs != 1 else nullcontext():
         results = parallel(
             joblib.delayed(_indexed)(index, function, job, os.getpid()) for index, job in enumerate(jobs)
@@ -64,25 +63,24 @@ def _indexed(index: int, function: Callable[..., T], job: tuple, parent: int) ->
 
 
 def _works_for(parent: int) -> bool:
-    """Tell whether this is a worker process that `parent` started; a dask worker does jobs in threads instead."""
+    """Tell whether this is a worker process that `parent` started; a dask worker runs jobs in threads instead."""
     return os.getpid() != parent and threading.current_thread() is threading.main_thread()
 
 
-PLACE: list[Any] = []  # of this worker process: its number, and the socket that holds it
+PLACE: list[Any] = []  # this worker process's number, and the socket that reserves it
 
 
 @cache
 def _join(parent: int) -> None:
-    """Set this worker process up: it takes a number, and ends soon after its parent, when nobody waits for results."""
+    """Set up this worker process: it takes a number, and ends soon after its parent, as nobody waits for results."""
     stopping.when_parent_ends(parent, lambda: os._exit(1))
-    # Loader processes, which it may start, know nothing of loky's way to start processes, its default.
+    # Loader processes that it may start cannot use loky's start method, which is the default here.
     multiprocessing.set_start_method(None, force=True)
     for number in count():
         place = socket.socket(socket.AF_UNIX)
         try:
-            place.bind(
-                f"\0hpa-pipeline-{parent}-{number}"
-            )  # no file: it is free again when this process ends, however it ends
+            # An abstract socket, not a file: it is free again when this process ends, however it ends.
+            place.bind(f"\0hpa-pipeline-{parent}-{number}")
         except OSError:
             place.close()
             continue
@@ -91,14 +89,14 @@ def _join(parent: int) -> None:
 
 
 def worker_number() -> int | None:
-    """Return the number of this worker process, from 0 on and unlike those of its siblings; None in other processes."""
+    """Return this worker process's number, from 0 and unique among its siblings; None in other processes."""
     return PLACE[0] if PLACE else None
 
 
 def run_jobs(
     function: Callable[..., object], jobs: Sequence[tuple], n_jobs: int, cluster: str | None, label: str
 ) -> None:
-    """Call `function(*job)` for jobs of minutes or more (a recipe's fold): one by one, at once, or elsewhere."""
+    """Call `function(*job)` for jobs of minutes or more (a recipe's fold): in turn, in parallel, or elsewhere."""
     if n_jobs == 1 and not cluster:
         for job in jobs:
             function(*job)
@@ -108,14 +106,14 @@ def run_jobs(
         done = run_parallel(_stoppable, calls, n_workers, label, "folds", stopping.SIGNALS)
         if any([was_stopped for _, was_stopped in done]) and not stopping.STATE.asked:
             raise UserError(f"{label}: {WORKER_LOST}")
-        if cluster is None:  # idle ones would only note a SIGTERM, and be waited for
+        if cluster is None:  # idle workers only note a SIGTERM, and would be waited for
             get_reusable_executor(reuse=True).shutdown(kill_workers=True)
 
 
 def _stoppable(parent: int, function: Callable[..., object], job: tuple) -> bool:
-    """Do a long job; returns whether SIGTERM to this machine's worker process ended it, when it had saved what it had.
+    """Run a long job; return whether SIGTERM to this machine's worker process stopped it, after it had saved.
 
-    The process stays: joblib kills all others, whatever they have not saved, when one has ended.
+    The process stays: when one ends, joblib kills all others, even those that have not saved.
     """
     if not _works_for(parent):
         function(*job)
@@ -131,7 +129,7 @@ def _stoppable(parent: int, function: Callable[..., object], job: tuple) -> bool
 
 @cache
 def _listen() -> None:
-    """Let SIGTERM through to this worker process, where it waits for the next `stopping.check` of any job."""
+    """Let SIGTERM through to this worker process; it takes effect at the next `stopping.check` of any job."""
     stopping.STATE.held = True
     stopping.listen()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -139,10 +137,10 @@ def _listen() -> None:
 
 @contextmanager
 def workers(n_jobs: int, cluster: str | None) -> Iterator[int]:
-    """Give the number of jobs that `run_parallel` may do at once; with `cluster` it uses that dask scheduler's workers.
+    """Yield how many jobs `run_parallel` may run at once; with `cluster` they run on that dask scheduler's workers.
 
-    Workers must see the same files under the same paths, and have the same packages. What a lost worker had in hand is
-    done again by another one. Raises UserError where the scheduler does not answer.
+    Workers must see the same files under the same paths, and have the same packages. If a worker is lost, another one
+    repeats its jobs. Raises UserError if the scheduler does not answer.
     """
     if cluster is None:
         yield n_jobs
@@ -159,5 +157,5 @@ def workers(n_jobs: int, cluster: str | None) -> Iterator[int]:
             "dask scheduler, and on each machine: dask worker ADDRESS --nthreads 1"
         ) from None
     with client, joblib.parallel_config("dask"):
-        client.run(exec, f"import sys; sys.path.insert(0, {ROOT!r})")  # where workers find this project
+        client.run(exec, f"import sys; sys.path.insert(0, {ROOT!r})")  # so that workers find this project
         yield -1

@@ -1,4 +1,4 @@
-"""Progress with an estimate: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress with an estimate of the time left: a bar on a terminal, a plain line now and then elsewhere."""
 
 import multiprocessing
 import os
@@ -13,14 +13,14 @@ SECONDS_BETWEEN_LINES = 15
 
 
 def has_terminal() -> bool:
-    """Tell whether one bar can move in place: not in a file or a notebook, not in one of several worker processes."""
+    """Tell whether a bar can move in place: not in a file, a notebook or a worker process."""
     return sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ and multiprocessing.parent_process() is None
 
 
 def progress(
     iterable: Iterable[T], total: int, label: str, unit: str = "samples", initial: int = 0, quiet: bool = False
 ) -> Iterator[T]:
-    """Yield from `iterable` while showing how far it is and how long the rest will take; `quiet` shows nothing."""
+    """Yield from `iterable` while showing progress and the time left; `quiet` shows nothing."""
     if quiet:
         yield from iterable
         return

@@ -1,4 +1,4 @@
-"""Tell whether this Python has what requirement files ask for; needs the standard library and pip alone.
+"""Tell whether this Python satisfies requirement files; needs only the standard library and pip.
 
 example python common/process/requirements.py requirements.txt
 """
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 MINIMUM = (3, 11)
-# Two wheels of one library: either serves.
+# Wheels of the same library: any of them will do.
 SAME = {
     "opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
     "faiss-cpu": ("faiss-gpu-cu12", "faiss-gpu"),
 }
 LARGE = ("torch", "torchvision")
-ON_TORCH = (*LARGE, "pretrainedmodels", "captum", "timm")  # torch, and what depends on it
+ON_TORCH = (*LARGE, "pretrainedmodels", "captum", "timm")  # torch and packages that depend on it
 
 
 def requirement(text: str) -> "Requirement":
@@ -34,7 +34,7 @@ def requirement(text: str) -> "Requirement":
 
 
 def read_requirements(files: list[str]) -> list:
-    """Return what requirement files ask for, and what packages on torch lack: pip installs those alone."""
+    """Return the requirements of files, plus missing dependencies of ON_TORCH packages: pip installs those alone."""
     lines = (
         line.split("#")[0].strip() for file in files for line in Path(file).read_text(encoding="utf-8").splitlines()
     )
@@ -54,7 +54,7 @@ def read_requirements(files: list[str]) -> list:
 
 
 def installed(name: str) -> tuple[str, str] | None:
-    """Return name and version of the installed distribution, or of one that stands for it."""
+    """Return the name and version of the installed distribution, or of an equivalent in SAME; None without one."""
     for candidate in (name, *SAME.get(name, ())):
         try:
             return candidate, metadata.version(candidate)
@@ -69,7 +69,7 @@ def serves(wish: "Requirement") -> bool:
 
 
 def unmet(files: list[str]) -> list[str]:
-    """Return what is missing or outside its range, as 'name: expected X, found Y'."""
+    """Return the packages that are missing or out of range, as 'name: expected X, found Y'."""
     if sys.version_info < MINIMUM:
         return [f"python: expected {'.'.join(map(str, MINIMUM))} or later, found {sys.version.split()[0]}"]
     return [
@@ -80,11 +80,10 @@ def unmet(files: list[str]) -> list[str]:
 
 
 def next_install(files: list[str]) -> list[str]:
-    """Return the arguments of the `pip install` to run next, empty where nothing is missing.
+    """Return the arguments of the `pip install` to run next; empty if nothing is missing.
 
-    Torch in range stays. What depends on it comes first and without dependencies: for those pip would also look at
-    torch's, and replace by several GB the CUDA libraries that hosted notebooks have in other versions. Then come all
-    other packages.
+    If torch is in range, it stays. Packages that depend on it come first, without dependencies: pip would also resolve
+    torch's, and hosted notebooks have other versions of its CUDA libraries, several GB. All other packages come next.
     """
     missing = [wish for wish in read_requirements(files) if not serves(wish)]
     if any(wish.name in LARGE for wish in missing):
@@ -94,13 +93,13 @@ def next_install(files: list[str]) -> list[str]:
 
 
 def pins(files: list[str]) -> list[str]:
-    """Return a constraint for each package that serves, so that pip leaves it as it is."""
+    """Return a constraint for each package that is fine, so that pip leaves it as it is."""
     found = [installed(wish.name) for wish in read_requirements(files) if serves(wish)]
     return ["==".join(name_and_version) for name_and_version in found if name_and_version]
 
 
 def main(arguments: list[str]) -> int:
-    """Print what is missing and return 1, or 0; with --next-install or --pins print what those functions return."""
+    """Print what is missing and return 1, else 0; with --next-install or --pins print what those functions return."""
     if arguments[:1] == ["--next-install"]:
         print(shlex.join(next_install(arguments[1:])))
     elif arguments[:1] == ["--pins"]:

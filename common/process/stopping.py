@@ -1,4 +1,4 @@
-"""The signals that ask a process to end: Ctrl+C, SIGTERM and SIGUSR1 of schedulers, SIGHUP of a terminal that closes.
+"""The signals that ask a process to end: Ctrl+C, SIGTERM and SIGUSR1 from schedulers, SIGHUP when a terminal closes.
 
 One flag, `STATE.asked`, is checked between batches. Who does what:
 
@@ -27,18 +27,18 @@ from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
-GRACE_SECONDS = 25  # that other processes get to save; schedulers kill what is left after 30
+GRACE_SECONDS = 25  # for other processes to save; schedulers kill whatever is left after 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SIGTERM_CODE = 128 + signal.SIGTERM
 
 
 class Stopped(BaseException):
-    """A signal asked for the end: end now, as with a KeyboardInterrupt."""
+    """A signal asked this process to end: end now, as with a KeyboardInterrupt."""
 
 
 @dataclass
 class State:
-    """Which signal has come to this process (0 = none), and whether it waits for the next `check`."""
+    """Which signal this process has received (0 = none), and whether it waits for the next `check`."""
 
     asked: int = 0
     held: bool = False
@@ -48,12 +48,12 @@ STATE = State()
 
 
 def is_follower() -> bool:
-    """Tell whether another process that torchrun started writes the files and talks."""
+    """Tell whether another process that torchrun started writes the files and messages."""
     return os.environ.get("RANK", "0") != "0"
 
 
 def listen() -> None:
-    """From here on signals that ask for the end do what the module's table says."""
+    """Handle signals to stop from here on as the module's table says."""
     STATE.asked, listener = 0, os.getpid()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -62,7 +62,7 @@ def listen() -> None:
         _ask(number)
 
     for number in SIGNALS:
-        # nohup has SIGHUP ignored, and a shell Ctrl+C for what runs in its background.
+        # nohup ignores SIGHUP, and a shell ignores Ctrl+C for its background jobs.
         if number not in (signal.SIGHUP, signal.SIGINT) or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, on_signal)
 
@@ -80,13 +80,13 @@ def _ask(number: int) -> None:
     workers = [child for child in multiprocessing.active_children() if not child.daemon]
     for worker in workers:
         worker.terminate()
-    if workers or is_follower():  # which may never end by themselves
+    if workers or is_follower():  # they may never end by themselves
         end_later()
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Inside, a signal waits for the next `check`, where everything can be saved; a second Ctrl+C does not wait."""
+    """Make signals wait inside for the next `check`, where everything can be saved; a second Ctrl+C does not wait."""
     before, STATE.held = STATE.held, True
     try:
         yield
@@ -96,24 +96,24 @@ def held() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise Stopped if a signal has come; a follower goes on until the main process has saved, which needs it."""
+    """Raise Stopped if a signal has come; a follower continues, as the main process needs it to save."""
     if STATE.asked and not is_follower():
         raise Stopped
 
 
 def end_later() -> None:
-    """End this process when others have had time to save."""
+    """End this process once others have had time to save."""
 
     def wait() -> None:
         time.sleep(GRACE_SECONDS)
         os._exit(SIGTERM_CODE)
 
-    # A thread of `threading` takes a lock to start, which the code that a signal has interrupted may hold.
+    # `threading` takes a lock to start a thread, and the interrupted code may hold it.
     _thread.start_new_thread(wait, ())
 
 
 def when_parent_ends(parent: int, act: Callable[[], object]) -> None:
-    """Call `act()` from a thread soon after this process's parent has ended, also by SIGKILL."""
+    """Call `act()` from a thread soon after this process's parent has ended, even by SIGKILL."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -125,13 +125,13 @@ def when_parent_ends(parent: int, act: Callable[[], object]) -> None:
 
 @contextmanager
 def blocked(signals: Iterable[int], helpers: Iterable[Any] = (resource_tracker,)) -> Iterator[None]:
-    """Hold signals back; processes that are started inside never see them: their parent tells or ends them.
+    """Block signals; processes that are started inside never see them: their parent signals or ends them.
 
-    helpers : modules whose `ensure_running` starts a process that the others need
+    helpers : modules whose `ensure_running` starts a process that others need
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
     try:
-        for helper in helpers:  # first: to start one lets Ctrl+C and SIGTERM through again
+        for helper in helpers:  # first: starting one lets Ctrl+C and SIGTERM through again
             helper.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         yield

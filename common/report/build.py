@@ -8,77 +8,14 @@ import numpy as np
 import pandas as pd
 
 from common.data.folds import fold_numbers
-from common.errors import UserError
 from common.process.progress import progress
 from common.report.inputs import data, duplicates, epoch_seconds, folds, training
-from common.report.page import Facts, Section, Table, render
+from common.report.page import Facts, Section, Table, render, section
 from common.report.reader import Work, there
 from common.report.results import errors, predictions, scores, submission
 
 
-def report_page(work: Work) -> str:
-    """Return the page on a work folder as HTML."""
-    return render(
-        "Where does the protein sit?", f"What the work folder {work.folder.resolve().name} holds.", collect(work)
-    )
-
-
-def collect(work: Work) -> list[Section]:
-    """Return all sections of the page."""
-    rows = (
-        ("overview", "Overview", "What the stages have made so far, and the figures that matter most.", overview),
-        (
-            "data",
-            "Data",
-            "What there is to learn from. Counts are of samples; a sample may have several classes.",
-            data,
-        ),
-        (
-            "duplicates",
-            "Duplicates",
-            "Near-identical images by perceptual hashes of red, green and blue. One sample for each "
-            "set of labels stays for training; nothing is removed from test.",
-            duplicates,
-        ),
-        (
-            "folds",
-            "Folds",
-            "How the samples are split for validation: whole groups of duplicates, every class evenly.",
-            folds,
-        ),
-        (
-            "training",
-            "Training",
-            "Each recipe's trainings, one a fold. Validation images are those of the fold.",
-            training,
-        ),
-        ("predictions", "Predictions", "Probabilities of labelled samples, beside their labels.", predictions),
-        (
-            "scores",
-            "Scores",
-            "F1 is the harmonic mean of precision and recall; macro F1 is its mean over the 28 classes. "
-            "Cross-fitted means that every sample was decided with thresholds found on other samples.",
-            scores,
-        ),
-        (
-            "errors",
-            "Errors",
-            "Where the ensemble is most certain and wrong. Look at the images: is it the network or the label?",
-            errors,
-        ),
-        ("submission", "Submission", "What is handed in: the classes of the test samples.", submission),
-    )
-    return [section(work, *row) for row in progress(rows, len(rows), "drawing", unit="sections")]
-
-
-def section(work: Work, key: str, title: str, lead: str, make: Callable[[Work], list]) -> Section:
-    """Return a section, or its note where what it needs is missing."""
-    try:
-        return Section(key, title, lead, make(work))
-    except UserError as error:
-        return Section(key, title, lead, [], str(error))
-
-
+@section("Overview", "What the stages have made so far, and the figures that matter most.")
 def overview(work: Work) -> list:
     blocks = [
         Table(
@@ -121,7 +58,8 @@ def stage_files(work: Work) -> list[tuple[str, Path]]:
 
 
 def stage_table(work: Work) -> pd.DataFrame:
-    """Return a row a stage: what it made, whether from what is there now, rows, seconds; folds in one state together."""
+    """Return a row a stage: what it made, whether from what is there now, rows, seconds; folds in one state
+    together."""
     rows = []
     for stage, path in stage_files(work):
         state, record = work.state(path)
@@ -133,3 +71,29 @@ def stage_table(work: Work) -> pd.DataFrame:
         rows.append((stage, name, state, record.get("rows", np.nan), seconds))
     table = pd.DataFrame(rows, columns=["stage", "main file", "state", "rows", "seconds"])
     return table.groupby(["stage", "main file", "state"], sort=False, as_index=False).sum(min_count=1)
+
+
+# The sections of the page in their order.
+SECTIONS: list[Callable[[Work], Section]] = [
+    overview,
+    data,
+    duplicates,
+    folds,
+    training,
+    predictions,
+    scores,
+    errors,
+    submission,
+]
+
+
+def collect(work: Work) -> list[Section]:
+    """Return all sections of the page."""
+    return [make(work) for make in progress(SECTIONS, len(SECTIONS), "drawing", unit="sections")]
+
+
+def report_page(work: Work) -> str:
+    """Return the page on a work folder as HTML."""
+    return render(
+        "Where does the protein sit?", f"What the work folder {work.folder.resolve().name} holds.", collect(work)
+    )

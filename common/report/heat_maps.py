@@ -25,12 +25,13 @@ def explain(
     sample: pd.DataFrame,
     choose: Callable[[np.ndarray], Iterable[int]],
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Return the mean probabilities of some folds' networks for a sample, (28,), and heat maps: class -> (side, side) in [0, 1].
+    """Return the mean probabilities of some folds' networks for a sample, (28,), and heat maps: class -> (side, side)
+    in [0, 1].
 
     sample : one row with Id and Target
     choose : function of the probabilities -> classes to explain
-    The maps are means over the networks and the 8 symmetries of the image, as predictions are, each turned back; all 0 where no
-    network finds anything.
+    The maps are means over the networks and the 8 symmetries of the image, as predictions are, each turned back; all 0
+    where no network finds anything.
     """
     hardware = choose_hardware(HardwareOptions("cpu", "fp32"), training=False)
     seen = []  # by each network
@@ -48,10 +49,11 @@ def explain(
 
 
 def heat_map(seen: list[tuple[LayerGradCam, torch.Tensor]], c: int, side: int) -> np.ndarray:
-    """Return what speaks for class `c` in the views of one image, (side, side), 1 where most does; all 0 where nothing does.
+    """Return what speaks for class `c` in the views of one image, (side, side), 1 where most does; all 0 where nothing
+    does.
 
-    seen : a network's camera and the views as it is given them, of each network. A map counts by its height, so that a network
-        that finds next to nothing does not count as much as one that is sure.
+    seen : a network's camera and the views as it is given them, of each network. A map counts by its height, so that a
+        network that finds next to nothing does not count as much as one that is sure.
     """
     maps = [
         turned_back(one, view)

@@ -12,7 +12,7 @@ from common.data.folds import HOLD_OUT, TRAIN_ONLY, class_counts, fold_numbers
 from common.data.images import CHANNELS
 from common.data.labels import parse_targets
 from common.report import plots
-from common.report.page import Card, Facts, Figure, Gallery, Heading, Note, Table
+from common.report.page import Card, Facts, Figure, Gallery, Heading, Note, Table, section
 from common.report.reader import NAMES, SHOWN, Work, class_names, there
 from common.train.schedules import suggest_learning_rate
 
@@ -22,6 +22,7 @@ STAINS = dict(zip(CHANNELS, ("microtubules", "the protein", "nucleus", "reticulu
 # --- data --------------------------------------------------------------------------------------------------
 
 
+@section("Data", "What there is to learn from. Counts are of samples; a sample may have several classes.")
 def data(work: Work) -> list:
     samples = work.samples
     parts = [part for part in ("train", "test", "external") if (samples["part"] == part).any()]
@@ -130,8 +131,8 @@ def image_blocks(work: Work, parts: list[str]) -> list:
         Figure(
             "Brightness of the channels",
             plots.boxes("channels", titles, means, "mean of an image, 0 to 1"),
-            "Boxes hold the middle half of the images, whiskers 90 %. Look for parts that differ: there a network meets "
-            "what it was not trained on.",
+            "Boxes hold the middle half of the images, whiskers 90 %. Look for parts that differ: there a network "
+            "meets what it was not trained on.",
         ),
         Table(
             "Size of the source images",
@@ -207,6 +208,11 @@ def contact_sheet(work: Work, targets: np.ndarray, ids: np.ndarray) -> Gallery:
 # --- duplicates --------------------------------------------------------------------------------------------
 
 
+@section(
+    "Duplicates",
+    "Near-identical images by perceptual hashes of red, green and blue. One sample for each set of labels stays for "
+    "training; nothing is removed from test.",
+)
 def duplicates(work: Work) -> list:
     table, pairs = work.duplicates, work.pairs
     groups = table.groupby("near_group").agg(
@@ -226,21 +232,9 @@ def duplicates(work: Work) -> list:
     )
     if pairs.empty:
         return [facts, Note("No two samples are near-identical.")]
-    bits = np.bincount(pairs["bits"].astype(int))
     return [
         facts,
-        Figure(
-            "How close the pairs are",
-            plots.bars(
-                "bits",
-                [str(n) for n in range(len(bits))],
-                bits,
-                "largest distance of the three channels, bits of 64",
-                "pairs",
-            ),
-            "Look for a gap before the right end. Without one the limit may be too wide; duplicate_pairs.png shows the "
-            "nearest pairs that do not count.",
-        ),
+        closeness(np.bincount(pairs["bits"].astype(int))),
         Table(
             "Groups",
             groups.reset_index().rename(columns={"near_group": "first sample"}).head(200),
@@ -248,6 +242,17 @@ def duplicates(work: Work) -> list:
         ),
         *pair_galleries(work, pairs, apart),
     ]
+
+
+def closeness(counts: np.ndarray) -> Figure:
+    """Show how many pairs are so many bits apart."""
+    names, label = [str(n) for n in range(len(counts))], "largest distance of the three channels, bits of 64"
+    return Figure(
+        "How close the pairs are",
+        plots.bars("bits", names, counts, label, "pairs"),
+        "Look for a gap before the right end. Without one the limit may be too wide; duplicate_pairs.png shows the "
+        "nearest pairs that do not count.",
+    )
 
 
 def pair_galleries(work: Work, pairs: pd.DataFrame, apart: pd.DataFrame, most: int = SHOWN // 2) -> list[Gallery]:
@@ -291,6 +296,7 @@ def pair_card(work: Work, pair: Any) -> Card:
 # --- folds -------------------------------------------------------------------------------------------------
 
 
+@section("Folds", "How the samples are split for validation: whole groups of duplicates, every class evenly.")
 def folds(work: Work) -> list:
     table = work.folds
     numbers, targets, fold = fold_numbers(table), parse_targets(table["Target"]), table["fold"].to_numpy()
@@ -303,49 +309,52 @@ def folds(work: Work) -> list:
         for name, place in (("for training only", TRAIN_ONLY), ("held out", HOLD_OUT))
         if (fold == place).any()
     }
-    counts = pd.DataFrame(
-        {
-            "class": NAMES,
-            **positives,
-            **{name: targets[rows].sum(axis=0) for name, rows in aside.items()},
-            "off an even share": np.abs(list(away.values())).max(axis=0),
-        }
-    ).iloc[order]
+    counts = {
+        "class": NAMES,
+        **positives,
+        **{name: targets[rows].sum(axis=0) for name, rows in aside.items()},
+        "off an even share": np.abs(list(away.values())).max(axis=0),
+    }
     lacking = NAMES[(np.min(list(positives.values()), axis=0) == 0) & (even > 0)]
-    split = (table.groupby("group")["fold"].nunique() > 1).sum()
     return [
         Facts(
             {
                 "samples a fold": ", ".join(f"{(fold == k).sum():,}" for k in numbers),
                 **{name: f"{rows.sum():,}" for name, rows in aside.items()},
-                "groups split": str(split),
+                "groups split": str((table.groupby("group")["fold"].nunique() > 1).sum()),
                 "copies of a sample": f"1 to {table['copies'].max()}",
             }
         ),
-        *(
-            [Note(f"Too rare for a positive in every fold: {', '.join(lacking)}. Their scores hang on few samples.")]
-            if len(lacking)
-            else []
+        *too_rare(lacking),
+        evenness(list(NAMES[order]), {name: values[order] for name, values in away.items()}),
+        Table(
+            "Positives of each class",
+            pd.DataFrame(counts).iloc[order],
+            "Samples that have the class.",
+            {"off an even share": ".1f"},
         ),
-        Figure(
-            "How even the folds are",
-            plots.dots(
-                "folds",
-                list(NAMES[order]),
-                {name: values[order] for name, values in away.items()},
-                "positives more than an even share",
-                reference=0,
-                filled=False,
-            ),
-            "Every mark should be within a few samples of 0; a class far off is validated on too few or too many.",
-        ),
-        Table("Positives of each class", counts, "Samples that have the class.", {"off an even share": ".1f"}),
     ]
+
+
+def too_rare(names: np.ndarray) -> list[Note]:
+    """Say which classes have no positive in some fold."""
+    text = f"Too rare for a positive in every fold: {', '.join(names)}. Their scores hang on few samples."
+    return [Note(text)] if len(names) else []
+
+
+def evenness(names: list[str], away: dict[str, np.ndarray]) -> Figure:
+    """Show how far each fold's positives of a class, fold -> (n_classes,), are from an even share."""
+    return Figure(
+        "How even the folds are",
+        plots.dots("folds", names, away, "positives more than an even share", reference=0, filled=False),
+        "Every mark should be within a few samples of 0; a class far off is validated on too few or too many.",
+    )
 
 
 # --- training ----------------------------------------------------------------------------------------------
 
 
+@section("Training", "Each recipe's trainings, one a fold. Validation images are those of the fold.")
 def training(work: Work) -> list:
     blocks: list = [
         Table(
@@ -416,8 +425,8 @@ def curves(recipe: str, logs: dict[int, pd.DataFrame]) -> list[Figure]:
             "Loss",
             plots.lines(f"loss {recipe}", loss, "epoch", "loss per sample", dashed=dashed, **restarts),
             "Both should fall. A validation loss (solid) that rises while the training loss (dashed) falls means "
-            "overfitting. Dotted lines are restarts. Training counts crops and the hardest samples only, so the two are "
-            "not on one scale.",
+            "overfitting. Dotted lines are restarts. Training counts crops and the hardest samples only, so the two "
+            "are not on one scale.",
         ),
         Figure(
             "Macro F1",
@@ -503,7 +512,7 @@ def class_weights(work: Work, recipe: str) -> list[Figure]:
             plots.dots(
                 f"weights {recipe}", names, {"weight": weights[order]}, "weight of the class in the loss", log=True
             ),
-            f"Fold {fold}, alpha {settings.alpha:g}; training samples in brackets. Rare classes weigh more, and more so "
-            "with a higher alpha. If all are alike, alpha is too low to matter.",
+            f"Fold {fold}, alpha {settings.alpha:g}; training samples in brackets. Rare classes weigh more, and more "
+            "so with a higher alpha. If all are alike, alpha is too low to matter.",
         )
     ]

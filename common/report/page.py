@@ -7,13 +7,16 @@ import base64
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec
 
 import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
+
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that sorts on a click; formats : column -> format of its numbers, or a function that writes them; wide : takes
-    the whole width."""
+    """A table that sorts on a click; formats : column -> format of its numbers, or a function that writes them; wide :
+    takes the whole width."""
 
     title: str
     frame: pd.DataFrame
@@ -109,6 +112,26 @@ class Section:
     lead: str
     blocks: list
     note: str = ""
+
+
+P = ParamSpec("P")
+
+
+def section(title: str, lead: str) -> Callable[[Callable[P, list]], Callable[P, Section]]:
+    """Make a section of the page of a function that returns its blocks: where what these need is missing, it has a note
+    that says what to run. Its key is the function's name."""
+
+    def decorate(blocks: Callable[P, list]) -> Callable[P, Section]:
+        @wraps(blocks)
+        def make(*args: P.args, **kwargs: P.kwargs) -> Section:
+            try:
+                return Section(blocks.__name__, title, lead, blocks(*args, **kwargs))
+            except UserError as error:
+                return Section(blocks.__name__, title, lead, [], str(error))
+
+        return make
+
+    return decorate
 
 
 def share(value: float) -> str:

@@ -129,6 +129,20 @@ def legend(axes: Axes, columns: int = 3) -> None:
 # --- kinds of plots ----------------------------------------------------------------------------------------
 
 
+def mark(k: int, is_filled: bool) -> dict[str, Any]:
+    """Return how the marks of the series `k` look."""
+    colour = SERIES[0] if is_filled else SERIES[1 + k % (len(SERIES) - 1)]
+    return {
+        "marker": MARKERS[k % len(MARKERS)],
+        "color": colour,
+        "zorder": 4 + k,
+        "linestyle": "none",
+        "markersize": 5.5 if is_filled else 5,
+        "markerfacecolor": colour if is_filled else PAPER,
+        "markeredgewidth": 1.3,
+    }
+
+
 def dots(
     name: str,
     rows: list[str],
@@ -142,7 +156,8 @@ def dots(
 ) -> Markup:
     """Draw a line of the plot for each row (a class), with a hollow mark for each series; a filled one for the last.
 
-    rows : from top to bottom; series : label -> values, (n_rows,), NaN = none; intervals : (n_rows, 2) of the last series
+    rows : from top to bottom; series : label -> values, (n_rows,), NaN = none; intervals : (n_rows, 2) of the last
+        series
     limits : of the axes, such as xlim
     """
     place = np.arange(len(rows))
@@ -153,20 +168,7 @@ def dots(
         if intervals is not None:
             axes.hlines(place, *np.transpose(intervals), color=SERIES[0], linewidth=2, zorder=2)
         for k, (label, row) in enumerate(zip(series, values, strict=True)):
-            last = filled and k == len(series) - 1
-            colour = SERIES[0] if last else SERIES[1 + k % (len(SERIES) - 1)]
-            axes.plot(
-                row,
-                place,
-                MARKERS[k % len(MARKERS)],
-                color=colour,
-                label=label,
-                zorder=4 + k,
-                linestyle="none",
-                markersize=5.5 if last else 5,
-                markerfacecolor=colour if last else PAPER,
-                markeredgewidth=1.3,
-            )
+            axes.plot(row, place, label=label, **mark(k, filled and k == len(series) - 1))
         if reference is not None:
             axes.axvline(reference, color=MUTED, linewidth=1, linestyle="--")
         axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6), **limits)

@@ -44,7 +44,8 @@ def there(read: Callable[[], T]) -> T | None:
 
 
 def recorded_fingerprint(path: Path) -> str | None:
-    """Return a file's fingerprint, None where it cannot be read; of a network, which is large, the one in its sidecar."""
+    """Return a file's fingerprint, None where it cannot be read; of a network, which is large, the one in its
+    sidecar."""
     try:
         if path.suffix == ".pt" and path.is_file() and sidecar(path).is_file():
             return read_sidecar(path)["outputs"].get(path.name)
@@ -104,8 +105,8 @@ class Work:
         return dict(sorted(tables.items(), key=lambda item: (item[1]["side"].max(), item[0])))
 
     def planes(self, Id: str, side: int) -> np.ndarray:
-        """Return a sample's planes, (4, side, side) uint8, from the smallest stored images that are large enough, else from
-        the largest, as they are; raises UserError where they cannot be read."""
+        """Return a sample's planes, (4, side, side) uint8, from the smallest stored images that are large enough, else
+        from the largest, as they are; raises UserError where they cannot be read."""
         fit = [name for name, table in self.stores.items() if table["side"].min() >= side]
         store = fit[0] if fit else next(reversed(self.stores), "")
         try:
@@ -183,7 +184,8 @@ class Work:
 
     @cached_property
     def given(self) -> dict[str, Path]:
-        """What stage 06 read where predictions were given by --oof: name -> path of the members, of labels and ids; else {}."""
+        """What stage 06 read where predictions were given by --oof: name -> path of the members, of labels and ids;
+        else {}."""
         path = self.layout.thresholds
         record = read_sidecar(path) if path.is_file() and sidecar(path).is_file() else {"inputs": {"folds.csv": ""}}
         return (
@@ -226,8 +228,8 @@ class Work:
         return found[0][0], stack_members(found, [str(path) for path in paths])
 
     def given_predictions(self) -> tuple[pd.DataFrame, np.ndarray]:
-        """Return Id and Target of the samples that the files given to stage 06 are scored on, and the files' probabilities
-        (n_members, n, 28)."""
+        """Return Id and Target of the samples that the files given to stage 06 are scored on, and the files'
+        probabilities (n_members, n, 28)."""
         if "labels" not in self.given:
             raise UserError(
                 "no labels belong to these predictions, since --reproduce took the thresholds from a submission"
@@ -246,8 +248,8 @@ class Work:
 
     @cached_property
     def oof(self) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-        """Return the predicted rows (Id, Target; of folds.csv where stage 05 predicted them), their targets (n, 28) bool and
-        their probabilities (n, 28) as stage 06 combines them."""
+        """Return the predicted rows (Id, Target; of folds.csv where stage 05 predicted them), their targets (n, 28)
+        bool and their probabilities (n, 28) as stage 06 combines them."""
         if self.given:
             rows, stack = self.given_predictions()
         else:
@@ -255,7 +257,8 @@ class Work:
             rows = self.folds.set_index("Id")
             if not set(ids) <= set(rows.index):
                 raise UserError(
-                    f"the predictions are for other samples than folds.csv has; run: {self.layout.command('05_predict_oof.py')}"
+                    "the predictions are for other samples than folds.csv has; run: "
+                    f"{self.layout.command('05_predict_oof.py')}"
                 )
             rows = rows.loc[ids].reset_index()
         return rows, parse_targets(rows["Target"]), combine(stack, *self.how)

@@ -7,7 +7,7 @@ from common.artifacts.tables import read_table
 from common.classes import N_CLASSES
 from common.data.labels import parse_targets
 from common.report import plots
-from common.report.page import Facts, Figure, Gallery, Heading, More, Note, Table, share
+from common.report.page import Facts, Figure, Gallery, Heading, More, Note, Table, section, share
 from common.report.reader import NAMES, SHOWN, Work, there
 from common.score.metrics import f1_from_counts
 from common.score.paper_tables import HEADINGS, TITLES
@@ -19,6 +19,7 @@ GRID = np.round(np.arange(0.02, 0.99, 0.02), 2)  # thresholds of the curves
 # --- predictions -------------------------------------------------------------------------------------------
 
 
+@section("Predictions", "Probabilities of labelled samples, beside their labels.")
 def predictions(work: Work) -> list:
     from sklearn.metrics import average_precision_score
 
@@ -57,10 +58,18 @@ def predictions(work: Work) -> list:
             "positives, the class is over- or underrated. Average precision needs no threshold.",
             {"expected": ",.1f", "threshold": share},
         ),
+        *class_by_class(panels),
+    ]
+
+
+def class_by_class(panels: list[Figure]) -> list:
+    """Show the first figures, the others when asked for."""
+    return [
         Heading("Class by class, the weakest first"),
         Note(
             "Left, precision against recall: the higher the better; the dotted line is chance. Right, what a threshold "
-            "(upright line) would give: F1 should be at its top there, and flat, so that other samples would have it too."
+            "(upright line) would give: F1 should be at its top there, and flat, so that other samples would have it "
+            "too."
         ),
         *panels[:6],
         *([More(f"The other {len(panels) - 6} classes", panels[6:])] if len(panels) > 6 else []),
@@ -74,7 +83,8 @@ def whole(work: Work, rows: pd.DataFrame) -> str:
 
 
 def origin(work: Work) -> list[Note]:
-    """Say whether networks were trained on the samples that they predict, as far as a page can know, and what is a rank."""
+    """Say whether networks were trained on the samples that they predict, as far as a page can know, and what is a
+    rank."""
     source = Note(
         "These predictions were given to stage 06. If a network was trained on these samples, all figures flatter."
         if work.given
@@ -138,6 +148,11 @@ def calibration(targets: np.ndarray, probs: np.ndarray) -> Figure:
 # --- scores ------------------------------------------------------------------------------------------------
 
 
+@section(
+    "Scores",
+    "F1 is the harmonic mean of precision and recall; macro F1 is its mean over the 28 classes. Cross-fitted means "
+    "that every sample was decided with thresholds found on other samples.",
+)
 def scores(work: Work) -> list:
     found = work.scores
     facts = {
@@ -190,9 +205,9 @@ def class_scores(table: pd.DataFrame) -> list:
         Figure(
             "F1 of each class",
             plots.dots("f1", names, marks, "F1", intervals=intervals, xlim=(-0.02, 1.02)),
-            f"Positives in brackets. Filled marks are honest{'' if intervals is None else ', with 95 % intervals'}; a hollow "
-            "mark far to the right is a threshold fitted to chance. Work on the classes at the bottom: they pull macro F1 "
-            "down most.",
+            f"Positives in brackets. Filled marks are honest{'' if intervals is None else ', with 95 % intervals'}; a "
+            "hollow mark far to the right is a threshold fitted to chance. Work on the classes at the bottom: they "
+            "pull macro F1 down most.",
         ),
         Table(
             "F1 of each class",
@@ -275,26 +290,12 @@ def gain_figures(gains: pd.DataFrame) -> list[Figure]:
 # --- errors ------------------------------------------------------------------------------------------------
 
 
+@section("Errors", "Where the ensemble is most certain and wrong. Look at the images: is it the network or the label?")
 def errors(work: Work) -> list:
     rows, targets, probs = work.oof
     margin = log_odds(probs) - log_odds(work.cuts)
     predicted = probs >= work.cuts
     missed, false = targets & ~predicted, ~targets & predicted
-
-    def gallery(title: str, mask: np.ndarray, confidence: np.ndarray, text: str) -> list[Gallery]:
-        cards = [
-            work.card(
-                [rows["Id"][row]],
-                [
-                    f"{NAMES[c]}: {share(probs[row, c])} (threshold {share(work.cuts[c])})",
-                    f"labelled {', '.join(NAMES[targets[row]])}",
-                    f"predicted {', '.join(NAMES[predicted[row]]) or 'none'}",
-                ],
-            )
-            for row, c in (worst(mask, confidence) if work.stores else [])
-        ]
-        return [Gallery(title, cards, text)] if cards else []
-
     return [
         Facts(
             {
@@ -304,23 +305,41 @@ def errors(work: Work) -> list:
             }
         ),
         *([] if work.stores else [Note("No images are stored in this work folder.")]),
-        *gallery(
+        *error_gallery(
+            work,
             "Most confident misses",
-            missed,
-            -margin,
+            worst(missed, -margin),
             "Labelled with the class in bold, and predicted far below its "
             "threshold. If the green is not there, the label may be wrong.",
         ),
-        *gallery(
+        *error_gallery(
+            work,
             "Most confident false alarms",
-            false,
-            margin,
+            worst(false, margin),
             "Predicted with the class in bold, and not labelled with it. If "
             "the green is there, a label may be missing.",
         ),
         *error_tables(targets, missed, false),
         *suspect_blocks(work, suspects(work, rows, targets, probs, predicted)),
     ]
+
+
+def error_gallery(work: Work, title: str, places: list[tuple[int, int]], text: str) -> list[Gallery]:
+    """Show samples with what is labelled and predicted; places : row and class of each."""
+    rows, targets, probs = work.oof
+    predicted = probs >= work.cuts
+    cards = [
+        work.card(
+            [rows["Id"][row]],
+            [
+                f"{NAMES[c]}: {share(probs[row, c])} (threshold {share(work.cuts[c])})",
+                f"labelled {', '.join(NAMES[targets[row]])}",
+                f"predicted {', '.join(NAMES[predicted[row]]) or 'none'}",
+            ],
+        )
+        for row, c in (places if work.stores else [])
+    ]
+    return [Gallery(title, cards, text)] if cards else []
 
 
 def log_odds(probs: np.ndarray) -> np.ndarray:
@@ -373,8 +392,8 @@ def suspects(
 ) -> pd.DataFrame:
     """Return the samples by how much their labels are in doubt, most first.
 
-    suspicion : rank from 0 to 1 of the loss out of fold, and where the hard samplers kept books the mean of it and of the
-        ranks of the mean loss in training. More labels, more loss: a sample is ranked among those with as many.
+    suspicion : rank from 0 to 1 of the loss out of fold, and where the hard samplers kept books the mean of it and of
+        the ranks of the mean loss in training. More labels, more loss: a sample is ranked among those with as many.
     """
     clipped = np.clip(probs, 1e-6, 1 - 1e-6)
     table = pd.DataFrame(
@@ -413,8 +432,8 @@ def suspect_blocks(work: Work, table: pd.DataFrame) -> list:
         else []
     )
     ranks = (
-        "the mean of two ranks from 0 to 1: of the loss out of fold, and of the mean loss in the trainings that had the "
-        "sample. Near 1, the networks cannot even learn it by heart"
+        "the mean of two ranks from 0 to 1: of the loss out of fold, and of the mean loss in the trainings that had "
+        "the sample. Near 1, the networks cannot even learn it by heart"
         if "rank in training" in table
         else "the rank from 0 to 1 of the loss out of fold"
     )
@@ -437,24 +456,11 @@ def suspect_blocks(work: Work, table: pd.DataFrame) -> list:
 # --- submission --------------------------------------------------------------------------------------------
 
 
+@section("Submission", "What is handed in: the classes of the test samples.")
 def submission(work: Work) -> list:
     table = work.submission
     predicted = parse_targets(table["Predicted"])
     ours, theirs = 100 * predicted.mean(axis=0), 100 * labelled_shares(work)
-    order = np.argsort(-theirs, kind="stable")
-    marks = {
-        name: np.where(values > 0, values, np.nan)[order]
-        for name, values in (("labelled", theirs), ("submission", ours))
-    }
-    counts = pd.DataFrame(
-        {
-            "class": NAMES,
-            "test samples": predicted.sum(axis=0),
-            "of test, %": ours,
-            "of labelled, %": theirs,
-            "ratio": np.divide(ours, theirs, out=np.full(N_CLASSES, np.nan), where=theirs > 0),
-        }
-    ).iloc[order]
     lost = table["Id"].isin(work.left_out["Id"]).sum()
     return [
         Facts(
@@ -468,11 +474,32 @@ def submission(work: Work) -> list:
             }
         ),
         *([Note(f"{lost} test samples were left out by stage 01 and have empty rows.")] if lost else []),
+        *frequencies(predicted.sum(axis=0), ours, theirs),
+    ]
+
+
+def frequencies(samples: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> list:
+    """Show the test samples of each class, (28,), and in % of test and of the labelled samples, as figure and table."""
+    order = np.argsort(-theirs, kind="stable")
+    marks = {
+        name: np.where(values > 0, values, np.nan)[order]
+        for name, values in (("labelled", theirs), ("submission", ours))
+    }
+    counts = pd.DataFrame(
+        {
+            "class": NAMES,
+            "test samples": samples,
+            "of test, %": ours,
+            "of labelled, %": theirs,
+            "ratio": np.divide(ours, theirs, out=np.full(N_CLASSES, np.nan), where=theirs > 0),
+        }
+    ).iloc[order]
+    return [
         Figure(
             "Class frequencies",
             plots.dots("submission", list(NAMES[order]), marks, "share of the samples, %", log=True),
-            "The two marks of a class should be close, unless test differs from the labelled samples. Far to the right the "
-            "class is predicted too freely; no filled mark means never.",
+            "The two marks of a class should be close, unless test differs from the labelled samples. Far to the right "
+            "the class is predicted too freely; no filled mark means never.",
         ),
         Table(
             "Class frequencies",
@@ -484,8 +511,8 @@ def submission(work: Work) -> list:
 
 
 def labelled_shares(work: Work) -> np.ndarray:
-    """Return the share of labelled samples that have each class, (28,): of the training samples, or without stage 01 of those
-    that stage 06 scored."""
+    """Return the share of labelled samples that have each class, (28,): of the training samples, or without stage 01 of
+    those that stage 06 scored."""
     samples = there(lambda: work.samples)
     if samples is not None:
         return parse_targets(samples.loc[samples["part"] == "train", "Target"]).mean(axis=0)

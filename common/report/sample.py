@@ -1,7 +1,6 @@
 """The page of one sample: channels, probabilities against thresholds, duplicates, heat maps."""
 
 from difflib import get_close_matches
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,9 +11,8 @@ from common.data.labels import parse_targets
 from common.data.pictures import composite, jpeg
 from common.errors import UserError
 from common.report import plots
-from common.report.build import section
 from common.report.inputs import STAINS, pair_card
-from common.report.page import Card, Facts, Figure, Gallery, Note, Table, data_uri, render, share
+from common.report.page import Card, Facts, Figure, Gallery, Note, Table, data_uri, render, section, share
 from common.report.reader import NAMES, Work, class_names, there
 from common.score.ensemble import combine
 
@@ -29,25 +27,7 @@ def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
     """
     if Id not in work.targets_by_id:  # Ids of artifacts are plain file names
         raise UserError(why_unknown(work, Id))
-    sections = [
-        section(work, key, title, lead, partial(make, Id=Id))
-        for key, title, lead, make in (
-            ("image", "Image", "The four channels, and the composite in the atlas's colours.", channels),
-            (
-                "probabilities",
-                "Probabilities",
-                "A class is predicted where its probability reaches its threshold.",
-                probabilities,
-            ),
-            ("duplicates", "Duplicates", "Samples that look nearly the same.", twins),
-            (
-                "heat",
-                "Heat maps",
-                "Where the networks find what speaks for a class (Grad-CAM).",
-                lambda work, Id: heat_maps(work, Id, recipe),
-            ),
-        )
-    ]
+    sections = [image(work, Id), probabilities(work, Id), duplicates(work, Id), heat(work, Id, recipe)]
     return render(f"Sample {Id}", f"From the work folder {work.folder.resolve().name}.", sections)
 
 
@@ -63,7 +43,8 @@ def why_unknown(work: Work, Id: str) -> str:
     )
 
 
-def channels(work: Work, Id: str) -> list:
+@section("Image", "The four channels, and the composite in the atlas's colours.")
+def image(work: Work, Id: str) -> list:
     sample = work.samples[work.samples["Id"] == Id].iloc[0]
     facts = {"labels": class_names(sample["Target"]), "part": sample["part"], "source": f"{sample['side']} px"}
     planes = there(lambda: work.planes(Id, SIDE))
@@ -92,8 +73,8 @@ def stretched(plane: np.ndarray) -> np.ndarray:
 
 
 def place(work: Work, Id: str) -> tuple[int | None, str]:
-    """Return the fold whose network was not trained on a sample, None where the folds do not differ in that, and in words what
-    the sample was to them."""
+    """Return the fold whose network was not trained on a sample, None where the folds do not differ in that, and in
+    words what the sample was to them."""
     if part_of(work, Id) == "test":
         return None, "a test sample, which no network was trained on"
     folds = there(lambda: work.folds)
@@ -122,8 +103,8 @@ def part_of(work: Work, Id: str) -> str:
 
 
 def member_probabilities(work: Work, Id: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return recipe -> probabilities (28,) of a sample, and those of all together as stage 06 combines them; raises UserError
-    where the sample is not predicted."""
+    """Return recipe -> probabilities (28,) of a sample, and those of all together as stage 06 combines them; raises
+    UserError where the sample is not predicted."""
     if work.given:
         raise UserError(
             f"the thresholds are for predictions given to stage 06 ({', '.join(work.members)}), not for stage 05's; "
@@ -140,6 +121,7 @@ def member_probabilities(work: Work, Id: str) -> tuple[dict[str, np.ndarray], np
     )
 
 
+@section("Probabilities", "A class is predicted where its probability reaches its threshold.")
 def probabilities(work: Work, Id: str) -> list:
     members, together = member_probabilities(work, Id)
     known = part_of(work, Id) != "test"
@@ -190,7 +172,8 @@ def submitted(work: Work, Id: str) -> dict[str, str]:
     return {"in the submission": class_names(rows[-1]) if rows[-1] else "none"} if rows else {}
 
 
-def twins(work: Work, Id: str) -> list:
+@section("Duplicates", "Samples that look nearly the same.")
+def duplicates(work: Work, Id: str) -> list:
     pairs = work.pairs[(work.pairs["Id"] == Id) | (work.pairs["other_Id"] == Id)]
     if pairs.empty:
         return [Note("No other sample is near-identical.")]
@@ -206,7 +189,8 @@ def twins(work: Work, Id: str) -> list:
 # --- heat maps ---------------------------------------------------------------------------------------------
 
 
-def heat_maps(work: Work, Id: str, recipe: str | None) -> list:
+@section("Heat maps", "Where the networks find what speaks for a class (Grad-CAM).")
+def heat(work: Work, Id: str, recipe: str | None) -> list:
     from common.report.heat_maps import explain  # the one part of the page that needs torch
 
     recipe = recipe or (there(lambda: work.recipes) or list(work.runs))[0]
@@ -215,20 +199,9 @@ def heat_maps(work: Work, Id: str, recipe: str | None) -> list:
     numbers = [fold] if fold is not None else finished or [0]  # what is not trained is refused below
     whose = f"fold{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
     predicted = there(lambda: member_probabilities(work, Id)[1])
-    labelled = parse_targets([work.targets_by_id[Id]])[0]
 
     def reasons(own: np.ndarray) -> dict[int, str]:
-        """Return the classes to explain, most probable first, with why."""
-        probs = own if predicted is None else predicted
-        why = {
-            int(c): " and ".join(
-                word for word, holds in (("labelled", labelled[c]), ("predicted", probs[c] >= work.cuts[c])) if holds
-            )
-            for c in np.argsort(-probs, kind="stable")
-        }
-        return {c: text for c, text in why.items() if text} or {
-            next(iter(why)): "the most probable class, below its threshold"
-        }
+        return to_explain(work, Id, own if predicted is None else predicted)
 
     row = pd.DataFrame({"Id": [Id], "Target": [work.targets_by_id[Id]]})
     probs, maps = explain(work.folder, recipe, numbers, work.folds, row, reasons)
@@ -240,13 +213,12 @@ def heat_maps(work: Work, Id: str, recipe: str | None) -> list:
         )
         for (c, heat), why in zip(maps.items(), reasons(probs).values(), strict=True)
     ]
-    which = (
-        f"Means over the networks of {recipe}, {whose}"
-        if len(numbers) > 1
-        else f"The network is that of {recipe}, {whose}"
-    )
+    which = "Means over the networks of" if len(numbers) > 1 else "The network is that of"
     return [
-        Note(f"{which}. This sample is {known}. Maps and probabilities are means over the 8 symmetries of the image."),
+        Note(
+            f"{which} {recipe}, {whose}. This sample is {known}. Maps and probabilities are means over the 8 symmetries "
+            "of the image."
+        ),
         Gallery(
             "Where they look",
             cards,
@@ -256,6 +228,20 @@ def heat_maps(work: Work, Id: str, recipe: str | None) -> list:
             large=True,
         ),
     ]
+
+
+def to_explain(work: Work, Id: str, probs: np.ndarray) -> dict[int, str]:
+    """Return the classes of a sample to explain, most probable first, with why; probs : (28,) that decide."""
+    labelled = parse_targets([work.targets_by_id[Id]])[0]
+    why = {
+        int(c): " and ".join(
+            word for word, holds in (("labelled", labelled[c]), ("predicted", probs[c] >= work.cuts[c])) if holds
+        )
+        for c in np.argsort(-probs, kind="stable")
+    }
+    return {c: text for c, text in why.items() if text} or {
+        next(iter(why)): "the most probable class, below its threshold"
+    }
 
 
 def overlay(planes: np.ndarray, heat: np.ndarray) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Stages 06, 07 and 09: probabilities become thresholds, a submission and tables. Without torch."""
+"""Stages 06, 07 and 09: from probabilities to thresholds, a submission and tables. Without torch."""

@@ -1,26 +1,25 @@
-"""Calibration of each class's probabilities, and the threshold that then has the highest expected F1.
+"""Calibrate each class's probabilities, and find the threshold with the highest expected F1.
 
-Beta calibration (Kull, Silva Filho and Flach 2017): logit q = a + b log p - c log(1 - p), fitted per class with a
-common normal prior whose mean and covariance come from all classes (empirical Bayes), so that a class with few positives
-looks like the others and one with many like itself. F1 is then highest where exactly the samples with q >= F* / 2 are
-predicted, F* being the highest F1 itself (Lipton, Elkan and Narayanaswamy 2014).
+Beta calibration (Kull, Silva Filho and Flach 2017): logit q = a + b log p - c log(1 - p), fitted per class. All classes
+share a normal prior whose mean and covariance are estimated from them (empirical Bayes). So a class with few positives
+leans on the others, and one with many on itself. Expected F1 is highest if exactly the samples with q >= F* / 2 are
+predicted, where F* is that highest F1 (Lipton, Elkan and Narayanaswamy 2014).
 """
 
 import numpy as np
 from scipy.special import expit, logit
 
-N_BINS, LIMIT = 1024, 16  # of the logit: everything below works on counts in bins, whatever the number of samples
+N_BINS, LIMIT = 1024, 16  # of the logit: all that follows works on counts per bin, whatever the number of samples
 EDGES = np.linspace(-LIMIT, LIMIT, N_BINS, endpoint=False)
 CENTRES = EDGES + LIMIT / N_BINS
-FEATURES = np.stack(
-    [np.ones(N_BINS), -np.logaddexp(0, -CENTRES), np.logaddexp(0, CENTRES)]
-)  # 1, log p, -log(1 - p): (3, n_bins)
-IDENTITY = np.array([0.0, 1.0, 1.0])  # a, b, c of probabilities that are right as they are
-ROUNDS = 10  # of the prior's estimation; the scores are the same after 5 or 30
+# 1, log p, -log(1 - p): (3, n_bins)
+FEATURES = np.stack([np.ones(N_BINS), -np.logaddexp(0, -CENTRES), np.logaddexp(0, CENTRES)])
+IDENTITY = np.array([0.0, 1.0, 1.0])  # a, b, c for probabilities that are already calibrated
+ROUNDS = 10  # of estimating the prior; the scores are the same after 5 or 30
 
 
 def logit_counts(targets: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count the positive and all samples of each class in bins of the logit, two arrays of shape (n_classes, n_bins)."""
+    """Count each class's positive samples, and all samples, per bin of the logit: two arrays (n_classes, n_bins)."""
     counts = []
     for target, prob in zip(targets.T, probs.T, strict=True):
         logits = np.clip(logit(prob.astype(np.float64)), -LIMIT, EDGES[-1])  # 0 and 1 are infinite
@@ -42,7 +41,7 @@ def log_posterior(
 def newton_step(
     coefs: np.ndarray, positives: np.ndarray, everything: np.ndarray, mean: np.ndarray, precision: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return better coefficients (n_classes, 3) and their covariances (n_classes, 3, 3); a step that overshoots is halved."""
+    """Return better coefficients (n_classes, 3) and their covariances (n_classes, 3, 3); halve steps that overshoot."""
     q = expit(coefs @ FEATURES)
     gradient = (positives - everything * q) @ FEATURES.T - (coefs - mean) @ precision
     products = np.einsum("ib,jb->bij", FEATURES, FEATURES).reshape(N_BINS, -1)
@@ -61,7 +60,7 @@ def fit_calibration(positives: np.ndarray, everything: np.ndarray) -> tuple[np.n
     """Return the coefficients of each class, (n_classes, 3), and their mean over classes, (3,).
 
     positives, everything : what `logit_counts` returns
-    The prior starts at all classes pooled with covariance 1 and is estimated anew after each Newton step (EM).
+    The prior starts at the fit of all classes pooled, with covariance 1. Each Newton step re-estimates it (EM).
     """
     mean, spread = IDENTITY, np.eye(3)
     pooled = IDENTITY[None]
@@ -79,7 +78,7 @@ def fit_calibration(positives: np.ndarray, everything: np.ndarray) -> tuple[np.n
 
 
 def expected_f1_curves(everything: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Return the F1 to be expected when all samples from a bin upwards are predicted, (n_classes, n_bins)."""
+    """Return the expected F1 if all samples from a bin upwards are predicted, (n_classes, n_bins)."""
     predicted, right = (counts[:, ::-1].cumsum(axis=1)[:, ::-1] for counts in (everything, everything * q))
     return 2 * right / np.maximum(predicted + right[:, :1], 1e-12)
 
@@ -87,18 +86,18 @@ def expected_f1_curves(everything: np.ndarray, q: np.ndarray) -> np.ndarray:
 def calibrated_thresholds(targets: np.ndarray, probs: np.ndarray) -> np.ndarray:
     """Return the thresholds with the highest expected F1 after calibration, (n_classes,).
 
-    A class without positives, of which nothing is known, takes the mean calibration and the mean F* of the others.
+    A class without positives takes the mean calibration and the mean F* of the others.
     """
     positives, everything = logit_counts(targets, probs)
     coefs, mean = fit_calibration(positives, everything)
     q = expit(coefs @ FEATURES)
     curves = expected_f1_curves(everything, q)
     best = curves.max(axis=1)
-    last = N_BINS - 1 - curves[:, ::-1].argmax(axis=1)  # the highest of the bins with that F1: those below it are empty
+    last = N_BINS - 1 - curves[:, ::-1].argmax(axis=1)  # the highest bin with that F1: those below it are empty
     absent = ~targets.any(axis=0)
     if absent.any() and not absent.all():
         q[absent], best[absent], last[absent] = expit(mean @ FEATURES), best[~absent].mean(), N_BINS - 1
-    # The highest bin, of those up to `last`, whose samples are not worth predicting; the threshold is its upper edge.
+    # The threshold is the upper edge of the highest bin up to `last` whose samples are not worth predicting.
     outside = (q < best[:, None] / 2) & (np.arange(N_BINS) <= last[:, None])
     first = np.where(outside.any(axis=1), N_BINS - outside[:, ::-1].argmax(axis=1), 0)
     return expit(np.append(EDGES, LIMIT)[first])

@@ -1,4 +1,4 @@
-"""Combinations of predictions by Id, and what each member and each way of combining is worth."""
+"""Combine predictions by Id, and score each member and each way of combining."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,17 @@ from common.score.metrics import macro_f1
 from common.score.thresholds import FEW, METHODS, cross_fit, evaluate_thresholds, find_thresholds, repeated_folds
 
 COMBINATIONS = ("mean", "weighted", "rank")
-N_WEIGHED = 50_000  # samples that weights are found on at most
+N_WEIGHED = 50_000  # weights are found on at most this many samples
 
 
 def align(ids: np.ndarray, probs: np.ndarray, wanted: np.ndarray, name: str, cure: str = "") -> np.ndarray:
-    """Return the rows of `probs` in the order of `wanted`; raises UserError for missing or further Ids."""
+    """Return the rows of `probs` in the order of `wanted`; raises UserError for missing or unexpected Ids."""
     place = {Id: i for i, Id in enumerate(ids)}
     missing = [Id for Id in wanted if Id not in place]
-    further = sorted(set(ids) - set(wanted))
-    for what, some in (("lacks", missing), ("has unexpected", further)):
+    unexpected = sorted(set(ids) - set(wanted))
+    for what, some in (("missing", missing), ("unexpected", unexpected)):
         if some:
-            raise UserError(f"{name} {what} {len(some)} Ids{cure}:\n{listing(some)}")
+            raise UserError(f"{name}: {len(some)} {what} Ids{cure}:\n{listing(some)}")
     return probs[[place[Id] for Id in wanted]]
 
 
@@ -39,12 +39,12 @@ def stack_members(
 def keep_common(
     members: list[tuple[np.ndarray, np.ndarray]], wanted: np.ndarray
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """Return the members without the rows that not all of them and `wanted` have, and the Ids that are left."""
+    """Return the members' rows of Ids that all of them and `wanted` have, and these Ids."""
     common = set(wanted).intersection(*(ids for ids, _ in members))
     if not common:
         raise UserError("the files have no Ids in common")
     rows = [np.array([Id in common for Id in ids]) for ids, _ in members]
-    print(f"{len(common)} Ids are in all files; of the labelled ones {len(wanted) - len(common)} are left out")
+    print(f"{len(common)} Ids are in all files; {len(wanted) - len(common)} of the labelled Ids are left out")
     return (
         [(ids[some], probs[some]) for (ids, probs), some in zip(members, rows, strict=True)],
         np.array([Id for Id in wanted if Id in common]),
@@ -60,7 +60,7 @@ def combine(stack: np.ndarray, how: str, weights: np.ndarray | Sequence[float] |
     """Return one (n, 28) float32 array from the members (n_members, n, 28).
 
     how : mean; weighted = mean with the given weights; rank = mean of each sample's rank within its class and member,
-        as a share of the samples, so that only the order counts (of test samples: the order among the test samples)
+        as a share of the samples, so that only the order matters (for test samples: the order among test samples)
     """
     if how == "rank":
         from scipy.stats import rankdata  # slow to import, and most runs do not rank
@@ -71,16 +71,16 @@ def combine(stack: np.ndarray, how: str, weights: np.ndarray | Sequence[float] |
 
 
 def find_weights(targets: np.ndarray, stack: np.ndarray) -> np.ndarray:
-    """Return the weights on the simplex, (n_members,), whose mean gives the labels the highest likelihood.
+    """Return the weights on the simplex, (n_members,), whose weighted mean gives the labels the highest likelihood.
 
-    Every class counts alike: its samples are weighted by 1 / its positives. The likelihood is concave, so there is one
-    best place. More than N_WEIGHED samples are thinned out evenly.
+    Every class counts the same: its samples are weighted by 1 / its positives. The likelihood is concave, so there is
+    one optimum. More than N_WEIGHED samples are thinned out evenly.
     """
     from scipy.optimize import minimize  # slow to import
 
     every = -(-len(targets) // N_WEIGHED)
     targets, stack = targets[::every], stack[:, ::every]
-    given = np.where(targets, stack, 1 - stack).clip(1e-6)  # what each member gives to what is true
+    given = np.where(targets, stack, 1 - stack).clip(1e-6)  # each member's probability of the truth
     positives = targets.sum(axis=0)
     importance = np.divide(1, positives, out=np.zeros(len(positives)), where=positives > 0) / max(
         1, (positives > 0).sum()
@@ -112,11 +112,11 @@ def evaluate_ensemble(
     how: str,
     prior: np.ndarray | None = None,
 ) -> dict:
-    """Find weights and thresholds and say what they, their parts and their alternatives are worth, as plain types for
-    thresholds.json: all that `evaluate_thresholds` returns and
+    """Find weights and thresholds, and score them, their parts and their alternatives.
 
-    combine, weights : with `combine`, what makes one prediction of the members
-    members : score_cross_fitted of each alone; leave_one_out = by how much the ensemble's score would change without it
+    Returns plain types for thresholds.json: all that `evaluate_thresholds` returns, and
+    combine, weights : how `combine` makes one prediction from the members
+    members : score_cross_fitted of each alone; leave_one_out = how the ensemble's score would change without it
     combinations, methods : score_cross_fitted of each way of combining (with this method) and of each method
     """
     folds = repeated_folds(targets, groups)
@@ -165,18 +165,18 @@ def evaluate_ensemble(
 
 
 def describe_ensemble(result: dict) -> list[str]:
-    """Say what `evaluate_ensemble` found, the honest score first: members, methods, classes, and whom not to trust."""
+    """Describe the result of `evaluate_ensemble`: the honest score first, then methods, members, classes, warnings."""
     low, high = result["interval"]
     lines = [
         f"macro F1 {result['score_cross_fitted']:.3f} [{low:.3f}, {high:.3f}] cross-fitted, {result['n_samples']} "
         f"out-of-fold samples, {result['combine']} of {', '.join(result['recipes'])}",
-        f"on the rows that the thresholds were searched on, so flattering: {result['score_in_sample']:.3f}; "
+        f"on the rows used to find the thresholds, so too good: {result['score_in_sample']:.3f}; "
         f"at 0.5: {result['score_at_half']:.3f}; single threshold: {result['single']:.2f}",
     ]
     if "score_held_out" in result:
         low, high = result["interval_held_out"]
         lines.append(
-            f"on the {result['n_held_out']} samples held out, decided by the mean of all folds: "
+            f"on the {result['n_held_out']} held-out samples, predicted by the mean of all folds: "
             f"{result['score_held_out']:.3f} [{low:.3f}, {high:.3f}]"
         )
     lines += [f"{'method':30s} {'cross-fitted':>12s} {'in-sample':>9s}"]
@@ -189,7 +189,8 @@ def describe_ensemble(result: dict) -> list[str]:
         wide = max(30, *(len(row["name"]) for row in result["members"]))
         lines += [f"{'member':{wide}s} {'cross-fitted':>12s} {'weight':>9s}   ensemble's score without it"]
         lines += [
-            f"{row['name']:{wide}s} {row['score_cross_fitted']:12.3f} {row['weight']:9.2f}   {row['leave_one_out']:+.3f}"
+            f"{row['name']:{wide}s} {row['score_cross_fitted']:12.3f} {row['weight']:9.2f}   "
+            f"{row['leave_one_out']:+.3f}"
             for row in result["members"]
         ]
         lines += [
@@ -201,13 +202,14 @@ def describe_ensemble(result: dict) -> list[str]:
 
 
 def describe_classes(result: dict) -> list[str]:
-    """Say what each class's threshold is and what it is worth, and which rest on few positives or none."""
+    """Describe each class's threshold and score, and warn of classes with few positives or none."""
     lines = [
-        f"{'class':30s} {'cross-fitted':>12s} {'in-sample':>9s} {'95 % interval':>16s} {'threshold':>9s} {'positives':>9s}"
+        f"{'class':30s} {'cross-fitted':>12s} {'in-sample':>9s} {'95 % interval':>16s} {'threshold':>9s} "
+        f"{'positives':>9s}"
     ]
     lines += [
-        "{class:30s} {f1_cross_fitted:12.3f} {f1_in_sample:9.3f}   [{interval[0]:.3f}, {interval[1]:.3f}] {threshold:9.3f} "
-        "{positives:9d}".format(**row)
+        "{class:30s} {f1_cross_fitted:12.3f} {f1_in_sample:9.3f}   [{interval[0]:.3f}, {interval[1]:.3f}] "
+        "{threshold:9.3f} {positives:9d}".format(**row)
         for row in result["per_class"]
         if row["positives"]
     ]
@@ -220,6 +222,6 @@ def describe_classes(result: dict) -> list[str]:
     if absent:
         lines.append(
             f"over the {result['n_present']} classes present: {result['score_cross_fitted_present']:.3f}; "
-            f"warning: {len(absent)} classes have no sample and count as 0: {', '.join(absent)}"
+            f"warning: {len(absent)} classes have no samples and count as 0: {', '.join(absent)}"
         )
     return lines

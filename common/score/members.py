@@ -1,4 +1,4 @@
-"""Read predictions and groups that come from anywhere: our .npz, CSV with Id and 28 columns, .npy with a CSV of Ids."""
+"""Read predictions and groups of any origin: our .npz, CSV with Id and 28 columns, .npy with a CSV of Ids."""
 
 import os
 import re
@@ -20,16 +20,16 @@ from common.errors import UserError, listing
 
 
 def member_files(given: list[Path] | None, work: Path, recipes: list[str], part: str) -> tuple[list[str], list[Path]]:
-    """Return the names and files of the members: those given, else the recipes' predictions of a part."""
+    """Return the names and files of the members: the given files, else the recipes' predictions of a part."""
     if given and len(set(map(os.path.abspath, given))) < len(given):
-        raise UserError(f"each file may be named once, found {', '.join(map(str, given))}")
+        raise UserError(f"expected each file once, found {', '.join(map(str, given))}")
     if given:
         return short_names(given), given
     return recipes, [Layout(work).predictions(name, part) for name in recipes]
 
 
 def short_names(paths: list[Path]) -> list[str]:
-    """Return the shortest ends of different paths that tell them apart, all of the same number of parts: a/oof.npz, b/oof.npz."""
+    """Return the shortest ends of paths that tell them apart, with equally many parts: a/oof.npz, b/oof.npz."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     ends = ([str(Path(*part[-n:])) for part in parts] for n in range(1, max(map(len, parts)) + 1))
     return next(names for names in ends if len(set(names)) == len(names))
@@ -46,7 +46,7 @@ def check_there(paths: list[Path], made_by: str | None) -> None:
 
 
 def check_networks(work: Path, recipes: list[str], part: str, made_by: str) -> None:
-    """Refuse predictions of a part by other networks than those of the out-of-fold ones: some were trained anew since."""
+    """Refuse predictions of a part if a network was retrained between these and the out-of-fold predictions."""
     for name in recipes:
         path, oof = Layout(work).predictions(name, part), Layout(work).predictions(name, "oof")
         these, those = (
@@ -54,13 +54,15 @@ def check_networks(work: Path, recipes: list[str], part: str, made_by: str) -> N
         )
         if these and those and not (these <= those or those <= these):
             raise UserError(
-                f"{path} was predicted by other networks than {oof}: a fold has been trained anew since; run: {made_by}"
+                f"{path} and {oof} come from different networks: a fold was retrained in between; run: {made_by}"
             )
 
 
 def check_origin(work: Path, recipes: list[str], part: str) -> None:
-    """Refuse stage 05's predictions of a part that are not what it wrote, or whose networks were trained on other folds or labels
-    than folds.csv has now: what they are scored on would not be out of fold."""
+    """Refuse predictions of a part that stage 05 did not write, or whose networks were trained on another folds.csv.
+
+    Scores on changed folds or labels would not be out of fold.
+    """
     layout = Layout(work)
     for name in recipes:
         path, again = layout.predictions(name, part), layout.command("05_predict_oof.py", "--recipes", name)
@@ -75,13 +77,16 @@ def check_origin(work: Path, recipes: list[str], part: str) -> None:
             if trained and trained != fingerprint(layout.folds):
                 train = layout.command("04_train.py", "--recipe", name, "--folds", fold, "--force")
                 raise UserError(
-                    f"{path} is by networks that were trained on another {layout.folds}, such as {network}; run: {train}, then {again}"
+                    f"{path} comes from networks that were trained on another {layout.folds}, for example {network}; "
+                    f"run: {train}, then {again}"
                 )
 
 
 def folds_behind(work: Path, recipes: list[str], part: str) -> dict:
-    """Return which folds the recipes' predictions of a part stand on, and how many there are, as plain types for JSON files:
-    {"folds": {recipe: [numbers]}, "n_folds": number}."""
+    """Return which folds each recipe's predictions of a part are based on, and how many folds there are.
+
+    As plain types for JSON files: {"folds": {recipe: [numbers]}, "n_folds": number}.
+    """
     folds = Layout(work).read_folds()
     files = {name: Layout(work).predictions(name, part) for name in recipes}
     return {
@@ -94,29 +99,30 @@ def folds_behind(work: Path, recipes: list[str], part: str) -> dict:
 
 
 def describe_folds(numbers: list[int], n_folds: int) -> str:
-    """Say how many folds of how many a file stands on."""
+    """Describe how many of the folds a file is based on."""
     share = "all" if len(numbers) == n_folds else f"{len(numbers)} of"
-    return f"stands on {share} {n_folds} folds ({', '.join(map(str, numbers))})"
+    return f"is based on {share} {n_folds} folds ({', '.join(map(str, numbers))})"
 
 
 def describe_missing_folds(behind: dict, work: Path) -> list[str]:
-    """Return a line for each recipe whose predictions do not stand on all folds, or one that says that all do.
+    """Return a line for each recipe whose predictions are not based on all folds, or one line if all are.
 
     behind : see `folds_behind`
     """
     lines = []
     for name, numbers in behind["folds"].items():
         if len(numbers) < behind["n_folds"]:
-            missing = f"--work {work} --folds {','.join(str(fold) for fold in range(behind['n_folds']) if fold not in numbers)}"
+            missing = ",".join(str(fold) for fold in range(behind["n_folds"]) if fold not in numbers)
+            flags = f"--work {work} --folds {missing}"
             lines.append(
                 f"warning: {name} {describe_folds(numbers, behind['n_folds'])}; for the others run: "
-                f"python 04_train.py {missing} --recipe {name} && python 05_predict_oof.py {missing} --recipes {name}"
+                f"python 04_train.py {flags} --recipe {name} && python 05_predict_oof.py {flags} --recipes {name}"
             )
-    return lines or [f"each recipe stands on all {behind['n_folds']} folds"]
+    return lines or [f"each recipe is based on all {behind['n_folds']} folds"]
 
 
 def held_out_files(work: Path, recipes: list[str], folds: pd.DataFrame, made_by: str) -> dict[str, Path]:
-    """Return the recipes' predictions of the part that folds.csv holds out, by name; those that are there."""
+    """Return the existing predictions of the recipes, by name, of the part that folds.csv holds out."""
     if not (folds["fold"] == HOLD_OUT).any():
         return {}
     check_networks(work, recipes, "held_out", made_by)
@@ -129,17 +135,17 @@ def labelled_rows(labelled: pd.DataFrame, ids: Collection[str], made_by: str) ->
     labelled = labelled.set_index("Id")
     unknown = [Id for Id in ids if Id not in labelled.index]
     if unknown:
-        raise UserError(f"the predictions have Ids that folds.csv does not have; run: {made_by}\n{listing(unknown)}")
+        raise UserError(f"the predictions have Ids that are not in folds.csv; run: {made_by}\n{listing(unknown)}")
     return labelled.loc[ids]
 
 
 def read_members(paths: list[Path], ids: Path | None, made_by: str | None) -> list[tuple]:
-    """Return the Ids and probabilities of each file: of stage 05 where `made_by` says what makes them, else from anywhere."""
+    """Return the Ids and probabilities of each file: stage 05's if `made_by` is given, else of any origin."""
     return [load_predictions(path, made_by) if made_by else read_predictions(path, ids) for path in paths]
 
 
 def read_predictions(path: Path, ids: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Ids (n,) and probabilities (n, 28) of a file; raises UserError for anything that is not that.
+    """Return the Ids (n,) and probabilities (n, 28) of a file; raises UserError for anything else.
 
     ids : CSV file whose column Id names the rows of a .npy
     """
@@ -156,7 +162,7 @@ def read_predictions(path: Path, ids: Path | None = None) -> tuple[np.ndarray, n
     try:
         probs = read_arrays(path)[""]
     except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is not an array that can be read ({error})") from None
+        raise UserError(f"{path} is not a readable array ({error})") from None
     return checked(path, read_csv(ids)["Id"].to_numpy(str), probs)
 
 
@@ -172,7 +178,7 @@ def read_prediction_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def probability_columns(path: Path, header: list[str]) -> list[str]:
-    """Return the 28 columns beside Id."""
+    """Return the 28 columns other than Id."""
     columns = [name for name in header if name != "Id"]
     if "Id" not in header or len(columns) != N_CLASSES:
         raise UserError(
@@ -183,7 +189,7 @@ def probability_columns(path: Path, header: list[str]) -> list[str]:
 
 
 def in_label_order(path: Path, columns: list[str]) -> list[str]:
-    """Return the columns in the order of the labels, which they name: class names, or numbers at the end (0, p0, class_0)."""
+    """Return the columns in the order of their labels, read from class names or numbers at the end (0, p0, class_0)."""
     numbers = [re.search(r"(\d+)$", name) for name in columns]
     labels = [
         CLASS_NAMES.index(name) if name in CLASS_NAMES else int(number[1]) if number else None
@@ -191,7 +197,7 @@ def in_label_order(path: Path, columns: list[str]) -> list[str]:
     ]
     if sorted(label for label in labels if label is not None) != list(range(N_CLASSES)):
         raise UserError(
-            f"{path}: expected columns named by class or by label, such as Nucleoplasm, 0 or p0, found:\n"
+            f"{path}: expected columns named by class or label, for example Nucleoplasm, 0 or p0; found:\n"
             f"{listing(columns)}"
         )
     return [columns[labels.index(c)] for c in range(N_CLASSES)]
@@ -204,11 +210,11 @@ def checked(path: Path, ids: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray,
 
 
 def read_groups(path: Path, ids: np.ndarray) -> np.ndarray:
-    """Return the group of each Id, (n,), of a CSV file Id,group such as stage 02's duplicates.csv."""
+    """Return the group of each Id, (n,), from a CSV file Id,group like stage 02's duplicates.csv."""
     group = read_csv(path, "group").set_index("Id")["group"]
     missing = [Id for Id in ids if Id not in group.index]
     if missing:
-        raise UserError(f"{path} lacks {len(missing)} Ids:\n{listing(missing)}")
+        raise UserError(f"{path}: {len(missing)} missing Ids:\n{listing(missing)}")
     group = group.loc[ids]
     if (group == "").any():
         raise UserError(f"{path} has no group for {(group == '').sum()} Ids:\n{listing(group.index[group == ''])}")

@@ -1,15 +1,15 @@
-"""Macro F1 (eq. 1-4 of the paper) from counts, so that curves and bootstraps need no second pass."""
+"""Macro F1 (eq. 1-4 of the paper) from counts, so that curves and bootstraps need only one pass."""
 
 import numpy as np
 from scipy.sparse import csr_array
 from scipy.special import betaincinv
 
-N_BLOCKS = 50_000  # what a bootstrap draws from at most
+N_BLOCKS = 50_000  # a bootstrap draws from at most this many
 Z = 1.959964  # standard deviations on each side of a 95 % interval
 
 
 def f1_from_counts(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray) -> np.ndarray:
-    """Return F1 = 2 TP / (2 TP + FP + FN), elementwise; 0 where a class has no positives and no predictions."""
+    """Return F1 = 2 TP / (2 TP + FP + FN), elementwise; 0 for a class without positives and predictions."""
     denominator = 2 * tp + fp + fn
     return np.divide(2 * tp, denominator, out=np.zeros(np.shape(denominator)), where=denominator > 0)
 
@@ -28,8 +28,8 @@ def macro_f1(targets: np.ndarray, predicted: np.ndarray) -> float:
 def block_counts(targets: np.ndarray, predictions: list[np.ndarray], groups: np.ndarray | None) -> np.ndarray:
     """Return the positives, and each repeat's true positives and predictions, summed over the rows of each block.
 
-    Blocks are what a bootstrap draws: groups, or rows where there are none, thrown together at random to N_BLOCKS at most.
-    Returns float32 (n_blocks, (1 + 2 * n_repeats) * n_classes).
+    Blocks are what a bootstrap draws: groups, or rows if there are none. If there are more than N_BLOCKS, they are
+    merged at random. Returns float32 (n_blocks, (1 + 2 * n_repeats) * n_classes).
     """
     block = np.arange(len(targets)) if groups is None else np.unique(groups, return_inverse=True)[1]
     n_blocks = block.max() + 1
@@ -53,14 +53,14 @@ def bootstrap_f1(
 ) -> np.ndarray:
     """Return the F1 of each class over draws of samples with replacement, mean of the repeats, (n_draws, n_classes).
 
-    targets : (n_samples, n_classes) bool; predictions : bool arrays of that shape, one a repeat
+    targets : (n_samples, n_classes) bool; predictions : bool arrays of that shape, one per repeat
     groups : (n_samples,) labels; a group is drawn as a whole
-    NaN where a draw misses the class, 0 throughout for a class without positives.
+    NaN where a draw misses the class; all 0 for a class without positives.
     """
     rng = np.random.default_rng(seed)
     counts = block_counts(targets, predictions, groups)
     n, present, scores = len(counts), targets.any(axis=0), []
-    for first in range(0, n_draws, 50):  # a product of matrices: far faster than draw by draw
+    for first in range(0, n_draws, 50):  # one matrix product is far faster than draw by draw
         weights = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(min(50, n_draws - first))])
         drawn = (weights.astype(np.float32) @ counts).reshape(len(weights), 1 + 2 * len(predictions), -1)
         positives, tp, called = drawn[:, :1], drawn[:, 1::2], drawn[:, 2::2]
@@ -73,11 +73,12 @@ def macro_interval(score: float, draws: np.ndarray, positives: np.ndarray) -> li
     """Return the 95 % interval of macro F1 from its bootstrap draws (n_draws, n_classes), as [low, high].
 
     A draw that misses a class counts 0 for it, as `macro_f1` does.
-    The draws' mean lies below the score, since F1 is not linear and rare classes are missed by some draws; the score lies
-    below the truth for the same reason and by about as much. So the interval is centred as far above the score as
-    the draws lie below it; percentiles of the draws would count the bias twice. Its half width is 1.96 standard deviations
-    of the draws, with Bessel's correction n / (n - 1) for each class by its positives: few of them vary too little when
-    they are drawn from themselves. It always holds the score.
+
+    The draws' mean lies below the score, since F1 is not linear and some draws miss rare classes. The score lies below
+    the truth for the same reason, by about as much. So the interval is centred as far above the score as the draws lie
+    below it; percentiles of the draws would count the bias twice. Its half width is 1.96 standard deviations of the
+    draws. These get Bessel's correction n / (n - 1), with n a class's positives: a bootstrap of few samples varies too
+    little. The interval always contains the score.
     """
     draws, n = np.nan_to_num(draws), np.maximum(positives, 2)
     mean = draws.mean(axis=0)
@@ -87,11 +88,10 @@ def macro_interval(score: float, draws: np.ndarray, positives: np.ndarray) -> li
 
 
 def class_intervals(targets: np.ndarray, predictions: list[np.ndarray], draws: np.ndarray) -> np.ndarray:
-    """Return the 95 % intervals of each class's F1, (n_classes, 2): percentiles of the draws, and never narrower than
-    what so few samples can tell.
+    """Return the 95 % intervals of each class's F1, (n_classes, 2): percentiles of the draws, widened for few samples.
 
-    F1 = 2 J / (1 + J) with J = TP / (TP + FP + FN), a share: its Jeffreys interval is wide where a class is always or
-    never right on three samples, and all draws agree.
+    F1 = 2 J / (1 + J) with J = TP / (TP + FP + FN), a share, so J has a Jeffreys interval, and no F1 interval is
+    narrower. If a class is always or never right on three samples, all draws agree, but this interval is wide.
     """
     tp = np.mean([(targets & predicted).sum(axis=0) for predicted in predictions], axis=0)
     wrong = np.mean([(targets ^ predicted).sum(axis=0) for predicted in predictions], axis=0)

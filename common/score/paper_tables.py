@@ -1,6 +1,6 @@
-"""Tables 1 to 3 of Zhang et al. 2021, made again from out-of-fold predictions, with the paper's figures beside them.
+"""Reproduce Tables 1 to 3 of Zhang et al. 2021 from out-of-fold predictions, beside the paper's figures.
 
-A system (a recipe) has one run for each step of the method; a column of the tables is a run and how it is decided.
+A system (a recipe) has one run for each step of the method. A column of the tables is a run and its kind of threshold.
 """
 
 from collections.abc import Collection, Iterable
@@ -22,12 +22,12 @@ from common.score.metrics import f1_from_counts, macro_f1
 from common.score.thresholds import cross_fit
 
 MEAN, SPREAD = "mean", "standard deviation"
-NO_FOLD = None  # of the paper's figures for a single fold that it does not number
+NO_FOLD = None  # the fold of the paper's figures for a single, unnumbered fold
 N_DRAWS = 1000
 
 
 class Column(NamedTuple):
-    """A column: the step whose run it shows, whether its thresholds are tuned (else 0.5), what its gain is over."""
+    """A column: the step whose run it shows, whether thresholds are tuned (else 0.5), the column to compare it with."""
 
     key: str
     table: int
@@ -78,7 +78,7 @@ PAPER: dict[str, dict[int | None, tuple[float, ...]]] = {
 
 
 def summarise(cells: dict) -> dict:
-    """Return the scores by fold with their mean and, from two folds on, standard deviation (ddof = 1)."""
+    """Return the scores by fold, their mean and, for two or more folds, their standard deviation (ddof = 1)."""
     values = list(cells.values())
     return (
         cells
@@ -88,7 +88,7 @@ def summarise(cells: dict) -> dict:
 
 
 def paper_cells(model: str, key: str, numbers: Iterable[int]) -> dict:
-    """Return the paper's figures of a column by row, summarised over its folds among `numbers`; or {}."""
+    """Return the paper's figures of a column by fold, for folds among `numbers`, with their summary; or {}."""
     place = list(TITLES).index(key)
     figures = {fold: row[place] for fold, row in PAPER.get(model, {}).items()}
     if NO_FOLD in figures:
@@ -96,11 +96,11 @@ def paper_cells(model: str, key: str, numbers: Iterable[int]) -> dict:
     return summarise({fold: figures[fold] for fold in numbers if fold in figures})
 
 
-# --- what stage 05 has written -----------------------------------------------------------------------------
+# --- predictions of stage 05 -------------------------------------------------------------------------------
 
 
 def validation_rows(folds: pd.DataFrame, numbers: list[int] | None) -> pd.DataFrame:
-    """Return the rows of folds.csv in the folds asked for (None: all); raises UserError for folds it does not have."""
+    """Return the rows of folds.csv in the given folds (None: all); raises UserError for unknown folds."""
     known = fold_numbers(folds)
     unknown = sorted(set(numbers or ()) - set(known))
     if unknown:
@@ -109,27 +109,27 @@ def validation_rows(folds: pd.DataFrame, numbers: list[int] | None) -> pd.DataFr
 
 
 def prediction_files(work: Path, runs: Iterable[str], numbers: Collection[int]) -> dict[str, dict[int, Path]]:
-    """Return the out-of-fold file of each run and fold, there or not."""
+    """Return the path of the out-of-fold file of each run and fold, whether it exists or not."""
     return {run: {int(fold): Layout(work).predictions(run, "oof", fold) for fold in numbers} for run in runs}
 
 
 def missing_runs(systems: dict[str, dict[str, str]], files: dict[str, dict[int, Path]]) -> dict[str, list[str]]:
-    """Describe by model the runs that lack a fold's file; {} where all are there. One missing fold makes a missing run.
+    """Describe by model the runs with a fold's file missing; {} if none is. One missing fold makes a missing run.
 
     systems : model -> step -> run name
     """
     lines: dict[str, list[str]] = {}
     for model, runs in systems.items():
         for step, run in runs.items():
-            lacking = [str(fold) for fold, path in files[run].items() if not path.is_file()]
-            if lacking:
-                text = f"{TITLES[step]} of {model}: {run} has no predictions of fold {', '.join(lacking)}"
+            missing = [str(fold) for fold, path in files[run].items() if not path.is_file()]
+            if missing:
+                text = f"{TITLES[step]} of {model}: {run} has no predictions of fold {', '.join(missing)}"
                 lines.setdefault(model, []).append(text)
     return lines
 
 
 def check_same_views(files: dict[str, dict[int, Path]]) -> None:
-    """Refuse runs that stage 05 predicted in different ways: a difference of views would look like a gain."""
+    """Refuse runs that stage 05 predicted in different ways: different views would look like a gain."""
     ways = {
         path: read_sidecar(path)["parameters"]
         for paths in files.values()
@@ -146,12 +146,12 @@ def check_same_views(files: dict[str, dict[int, Path]]) -> None:
 
 
 def load_run(files: dict[int, Path], rows: pd.DataFrame, made_by: str) -> np.ndarray:
-    """Return a run's probabilities in the order of `rows`, (n, 28); each fold's file must have just that fold's Ids."""
+    """Return a run's probabilities in the order of `rows`, (n, 28); each file must have exactly the Ids of its fold."""
     probs = np.empty((len(rows), N_CLASSES), dtype=np.float32)
     for fold, path in files.items():
         here = (rows["fold"] == fold).to_numpy()
         ids, values = load_predictions(path, made_by)
-        name = f"{path} is not for this folds.csv (run: {made_by}); it"
+        name = f"{path} is not for this folds.csv (run: {made_by})"
         probs[here] = align(ids, values, rows["Id"][here].to_numpy(), name)
     return probs
 
@@ -183,12 +183,12 @@ def paired_gain(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float, float]:
-    """Return by how much `after` is better than `before`, and the (low, high) of its paired bootstrap interval.
+    """Return how much better `after` is than `before`, and the (low, high) of its paired bootstrap interval.
 
     targets : (n, n_classes) bool; folds : (n,) fold of each row
     after, before : bool arrays like `targets`, whose scores are averaged
-    A score is the mean over folds of macro F1. Rows are drawn with replacement within each fold, fold by fold in
-    ascending order, the same rows for both sides; a class's F1 counts as 0 in draws that miss it.
+    A score is the mean over folds of macro F1. Rows are drawn with replacement within each fold, in ascending order of
+    folds, and the same rows for both sides. A class's F1 counts as 0 in draws that miss it.
     """
     rng = np.random.default_rng(seed)
     numbers = np.unique(folds)
@@ -213,10 +213,10 @@ def paired_gain(
 def score_system(
     model: str, runs: dict[str, str], probs: dict[str, np.ndarray], rows: pd.DataFrame
 ) -> tuple[list[dict], list[dict]]:
-    """Return one system's lines of tables.csv and of gains.csv as dicts.
+    """Return one system's rows of tables.csv and of gains.csv as dicts.
 
     runs : step -> run name, in the order of the method; a system without `ta` repeats its `eloss` run there
-    probs : run name -> (n, 28) in the order of `rows`; cells of runs that are not there are NaN
+    probs : run name -> (n, 28) in the order of `rows`; cells of missing runs are NaN
     rows : table with Id, Target, group, fold
     """
     shown = {"ta": runs["eloss"], **runs} if "eloss" in runs else runs
@@ -236,7 +236,7 @@ def score_system(
     ]
     gains = [
         gain_cells(model, column, targets, folds, predictions[column.key], predictions[column.against])
-        for column in columns  # a repeated run gains nothing over itself
+        for column in columns  # a repeated run has no gain over itself
         if column.step in runs and column.key in predictions and column.against in predictions
     ]
     return scores, gains
@@ -245,7 +245,7 @@ def score_system(
 def column_cells(
     model: str, column: Column, run: str, targets: np.ndarray, folds: np.ndarray, predictions: list[np.ndarray] | None
 ) -> list[dict]:
-    """Return a column's cells: each fold, the mean, the spread. NaN without predictions."""
+    """Return a column's cells: each fold, the mean, the standard deviation. NaN without predictions."""
     numbers = np.unique(folds).tolist()
     ours = summarise(fold_scores(targets, folds, predictions)) if predictions else {}
     paper = paper_cells(model, column.key, numbers)
@@ -274,7 +274,7 @@ def gain_cells(
     after: list[np.ndarray],
     before: list[np.ndarray],
 ) -> dict:
-    """Return a column's gain over the one that it adds to, as a line of gains.csv."""
+    """Return a column's gain over the one that it adds to, as a row of gains.csv."""
     gain, low, high = paired_gain(targets, folds, after, before)
     numbers = np.unique(folds).tolist()
     assert column.against is not None
@@ -304,11 +304,11 @@ def score_systems(
     return pd.DataFrame(scores, columns=SCORE_FIELDS), pd.DataFrame(gains, columns=GAIN_FIELDS)
 
 
-# --- how they are shown ------------------------------------------------------------------------------------
+# --- output ------------------------------------------------------------------------------------------------
 
 
 def wide_table(scores: pd.DataFrame, gains: pd.DataFrame, table: int) -> pd.DataFrame:
-    """Return one table of the paper: a row for each model and fold, then mean, spread and gains; NaN where blank."""
+    """Return one table of the paper: a row per model and fold, then mean, spread and gains; NaN where blank."""
     keys = [column.key for column in COLUMNS if column.table == table]
     lines: dict[tuple[str, str], dict] = {}
     for cell in scores[scores["table"] == table].itertuples():
@@ -326,7 +326,7 @@ def wide_table(scores: pd.DataFrame, gains: pd.DataFrame, table: int) -> pd.Data
 
 
 def aligned(header: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """Return a Markdown table whose columns line up; the first `left` columns to the left, the others to the right."""
+    """Return a Markdown table with aligned columns: the first `left` ones to the left, the others to the right."""
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join(
@@ -345,7 +345,7 @@ def figure(value: float, style: str = ".3f") -> str:
 
 
 def markdown_table(scores: pd.DataFrame, table: int) -> str:
-    """Return a table with the paper's figures beside ours, '-' where there is none."""
+    """Return a table with the paper's figures beside ours, '-' where one is missing."""
     wide = wide_table(scores, pd.DataFrame(columns=GAIN_FIELDS), table)
     header = ["Model", *(name for column in COLUMNS if column.table == table for name in (column.title, "paper"))]
     rows = [
@@ -372,7 +372,7 @@ def markdown_gains(gains: pd.DataFrame) -> str:
 
 
 def absent_notes(rows: pd.DataFrame, limit: int = 3) -> list[str]:
-    """Count the classes without a positive in a fold and name the first ones; folds that lack the same share a line."""
+    """Count the classes without a positive in a fold and name the first ones; folds with the same share a line."""
     folds_of: dict[tuple[str, ...], list[str]] = {}
     for fold, part in rows.groupby("fold"):
         folds_of.setdefault(tuple(absent_classes(parse_targets(part["Target"]))), []).append(str(fold))
@@ -385,24 +385,25 @@ def absent_notes(rows: pd.DataFrame, limit: int = 3) -> list[str]:
 
 
 def notes(systems: dict[str, dict[str, str]], missing: dict[str, list[str]], rows: pd.DataFrame) -> list[str]:
-    """Say what the figures are and what they are not."""
+    """Return remarks on what the figures mean and what they do not."""
     remarks = [
         f"A cell is macro F1 over the {N_CLASSES} classes on the rows of one validation fold, by the network that was "
         "not trained on them. Mean and standard deviation are over folds.",
-        "A class is predicted from a probability of 0.5 on; in the columns with TE, from the class's own threshold on "
-        "(greedy search). These are cross-fitted over all folds shown: no row is decided with a threshold found on it.",
-        "Networks are those of the best validation epoch, as in the paper, chosen at 0.5 on the very rows scored here "
-        "(unless stage 05 took the last epoch), so that all columns flatter, about alike.",
-        "The paper's figures are from its own test split, so not comparable as absolute numbers: compare gains.",
+        "A class is predicted if its probability is at least 0.5; in the columns with TE, at least the class's own "
+        "threshold (greedy search). These thresholds are cross-fitted over all folds shown: none is applied to rows "
+        "that it was found on.",
+        "Networks are those of the best validation epoch, as in the paper, chosen at 0.5 on the same rows that are "
+        "scored here (unless stage 05 took the last epoch). So all columns are too good, by about the same amount.",
+        "The paper's figures are from its own test split, so absolute numbers are not comparable: compare gains.",
         "Gains are differences of means over folds. Intervals are paired bootstraps over samples, drawn within folds "
-        f"({N_DRAWS} draws, thresholds kept): they do not cover how much another training seed would change.",
+        f"({N_DRAWS} draws, thresholds kept): they do not cover the effect of another training seed.",
     ]
     if any(NO_FOLD in PAPER.get(model, ()) for model in systems):
-        remarks.append("What the paper gives for a single fold stands in the row of the mean.")
+        remarks.append("The paper's figures for a single fold are in the row of the mean.")
     if "densenet50" in systems:
-        remarks.append("The paper's Dense50 on its random folds 1, 2, 3 stands at densenet50's folds 0, 1, 2.")
+        remarks.append("The paper's Dense50 on its random folds 1, 2, 3 is shown at densenet50's folds 0, 1, 2.")
     remarks += [
-        f"{model} has one training of its own: TA repeats its run of Table 2, and TA + TE repeats TE."
+        f"{model} has no separate run for TA: TA repeats its run of Table 2, and TA + TE repeats TE."
         for model, runs in systems.items()
         if "eloss" in runs and "ta" not in runs
     ]

@@ -1,8 +1,10 @@
-"""The submission: classes decided from probabilities, checked, and compared with what is known."""
+"""The submission: predict classes from probabilities, check them, and compare them with known labels."""
 
 import os
 import re
+import shlex
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,58 @@ from common.artifacts.text_tables import BadTable, read_text_table
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data.labels import check_samples, format_targets, is_target, parse_targets
 from common.errors import UserError, listing
-from common.score.ensemble import COMBINATIONS
+from common.score.ensemble import COMBINATIONS, combine, stack_members
+from common.score.members import check_networks, check_origin, check_there, member_files, read_members
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The members of a submission, and how they are combined and decided.
+
+    path : of the thresholds; names, files : of the members
+    made_by : the command that makes the files; None where they come from elsewhere
+    """
+
+    path: Path
+    thresholds: dict
+    names: list[str]
+    files: list[Path]
+    made_by: str | None
+
+    def predict(self, ids: Path | None, wanted: np.ndarray) -> np.ndarray:
+        """Return the combined probabilities of the Ids `wanted`, (n, 28); ids : CSV with the Ids of .npy files."""
+        members = stack_members(read_members(self.files, ids, self.made_by), self.names, wanted)
+        return combine(members, self.thresholds["combine"], self.thresholds["weights"])
+
+
+def find_ensemble(layout: Layout, recipes: list[str], given: list[Path] | None, thresholds: Path | None) -> Ensemble:
+    """Return the ensemble of the recipes' test predictions, or of the files `given`; raises UserError if a part is missing.
+
+    thresholds : where they are, if not in the work folder
+    """
+    asked = ["--recipes", ",".join(recipes)]
+    path = thresholds or layout.thresholds
+    makes = "--oof FILES --labels CSV" if given else shlex.join([*layout.flags(), *asked])
+    found = read_thresholds(path, None if given else recipes, makes)
+    names, files = member_files(given, layout.work, recipes, "test")
+    if len(names) != len(found["weights"]):
+        raise UserError(
+            f"{path} is for {len(found['weights'])} members ({', '.join(found['recipes'])}), found "
+            f"{len(names)}: {', '.join(names)}; give the same networks in the same order"
+        )
+    made_by = None if given else layout.command("05_predict_oof.py", *asked)
+    check_there(files, made_by)
+    if made_by:
+        check_origin(layout.work, recipes, "test")
+        check_networks(layout.work, recipes, "test", made_by)
+    return Ensemble(path, found, names, files, made_by)
 
 
 def read_thresholds(path: Path, recipes: list[str] | None, makes: str) -> dict:
-    """Read thresholds.json, whole and for these recipes, where they are given; `makes` are stage 06's flags."""
+    """Read thresholds.json; raises UserError unless it is valid and for these recipes (if given).
+
+    makes : stage 06's flags that make it
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing; run: python 06_thresholds.py {makes}")
     thresholds = read_json(path)
@@ -37,14 +86,14 @@ def read_thresholds(path: Path, recipes: list[str] | None, makes: str) -> dict:
 
 
 def impossible_part(thresholds: dict) -> str:
-    """Say what is expected of the first part that cannot be as it is, "" where all can."""
+    """Return what was expected of the first part with an impossible value; "" if all are fine."""
     names, weights = thresholds["recipes"], thresholds["weights"]
     expected = {
         "the names of networks as recipes": isinstance(names, list) and all(isinstance(name, str) for name in names),
         f"{N_CLASSES} thresholds from 0 to 1": are_shares(thresholds["thresholds"])
         and len(thresholds["thresholds"]) == N_CLASSES,
         f"combine to be one of {', '.join(COMBINATIONS)}": thresholds["combine"] in COMBINATIONS,
-        "one weight from 0 to 1 a network, 1 in all": are_shares(weights)
+        "one weight from 0 to 1 per network, with sum 1": are_shares(weights)
         and len(weights) == len(names)
         and abs(sum(weights) - 1) < 1e-3,
         "argmax or empty as fallback": thresholds.get("fallback", "argmax") in ("argmax", "empty"),
@@ -80,7 +129,7 @@ def is_count(value: object) -> bool:
 
 
 def decide(probs: np.ndarray, thresholds: np.ndarray, fallback: str) -> np.ndarray:
-    """Return the predicted classes, (n, 28) bool; where none passes: the most probable one, or none.
+    """Return the predicted classes, (n, 28) bool; if none passes: the most probable one, or none.
 
     fallback : argmax or empty
     """
@@ -92,7 +141,7 @@ def decide(probs: np.ndarray, thresholds: np.ndarray, fallback: str) -> np.ndarr
 
 
 def known_labels(pairs: pd.DataFrame, ids: np.ndarray) -> pd.DataFrame:
-    """Return for each test sample of `ids` with near-identical labelled ones the nearest: Id, other_Id, bits, Target.
+    """Return the nearest near-identical labelled sample of each test sample in `ids`: Id, other_Id, bits, Target.
 
     pairs : stage 02's duplicate_pairs.csv; bits : distance over the three channels
     """
@@ -105,14 +154,14 @@ def known_labels(pairs: pd.DataFrame, ids: np.ndarray) -> pd.DataFrame:
 
 
 def override(predicted: np.ndarray, ids: np.ndarray, known: pd.DataFrame) -> np.ndarray:
-    """Return the predictions with the labels of `known` (Id, Target) in place of those of its Ids."""
+    """Return the predictions, with those of the Ids in `known` (Id, Target) replaced by its labels."""
     place, result = {Id: i for i, Id in enumerate(ids)}, predicted.copy()
     result[[place[Id] for Id in known["Id"]]] = parse_targets(known["Target"])
     return result
 
 
 def frequency_table(predicted: np.ndarray, per_class: list[dict], n_samples: int) -> str:
-    """Return how often each class is predicted beside its share of the labelled samples, the most different first.
+    """Return a table: how often each class is predicted, beside its share of labelled samples; most different first.
 
     per_class, n_samples : as in thresholds.json
     """
@@ -140,42 +189,42 @@ def describe_submission(
     known: pd.DataFrame | None,
     lost: pd.DataFrame | list,
 ) -> list[str]:
-    """Return the lines that say what was written, from what, and what in it is no prediction.
+    """Return lines that describe what was written, from what, and which rows are not predictions.
 
-    predicted : (n, 28) without the `lost` rows (Id, place; or an empty list); known : what `override` took, or None
+    predicted : (n, 28) without the `lost` rows (Id, place; or an empty list); known : the table for `override`, or None
     """
     score = ""
     if "interval" in thresholds:
         low, high = thresholds["interval"]
         score = f"; cross-fitted out-of-fold macro F1 {thresholds['score_cross_fitted']:.3f} [{low:.3f}, {high:.3f}]"
     lines = [
-        f"{path}: {len(predicted) + len(lost)} rows, {predicted.sum(axis=1).mean():.2f} labels a row, "
+        f"{path}: {len(predicted) + len(lost)} rows, {predicted.sum(axis=1).mean():.2f} labels per row, "
         f"{predicted.any(axis=0).sum()} classes; {thresholds['combine']} of {', '.join(names)}{score}"
     ]
     if "per_class" in thresholds:
         lines.append(frequency_table(predicted, thresholds["per_class"], thresholds["n_samples"]))
     if known is not None:
         lines.append(
-            f"WARNING: --override-duplicates: {len(known)} rows are NOT predictions but the labels of near-identical labelled "
-            f"samples:\n{listing(known['Id'] + '  <-  ' + known['other_Id'] + '  ' + known['Target'])}"
+            f"WARNING: --override-duplicates: {len(known)} rows are NOT predictions but the labels of near-identical "
+            f"labelled samples:\n{listing(known['Id'] + '  <-  ' + known['other_Id'] + '  ' + known['Target'])}"
         )
     if isinstance(lost, pd.DataFrame) and len(lost):
         lines.append(
-            f"warning: {len(lost)} test samples were left out by stage 01 and have empty rows:\n{listing(lost['Id'])}"
+            f"warning: stage 01 left out {len(lost)} test samples, which have empty rows:\n{listing(lost['Id'])}"
         )
     return lines
 
 
 def check_out(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse to write a submission over a folder, or over one of the files that it is made from."""
+    """Refuse to write a submission over a folder or over one of its own inputs."""
     if out.is_dir() or out.resolve() in [path.resolve() for path in inputs]:
         raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'one of the inputs'}; give another file")
 
 
 def remember_submission(work: Path, out: Path) -> None:
-    """Note in a work folder which submissions were made from it outside of it: the page looks for them there.
+    """Record in a work folder a submission that is written elsewhere, so that the page finds it.
 
-    Nothing is noted in a folder that cannot be written to (published thresholds, say): no page is made in it either.
+    A folder that cannot be written to (published thresholds, say) gets no record: no page is made in it either.
     """
     path = str(out.resolve())
     others = [other for other in remembered_submissions(work) if other != path]
@@ -184,7 +233,7 @@ def remember_submission(work: Path, out: Path) -> None:
 
 
 def remembered_submissions(work: Path) -> list[str]:
-    """Return the paths of the submissions that stage 07 wrote outside of a work folder, the last one last."""
+    """Return the paths of the submissions that stage 07 wrote outside of a work folder, the latest last."""
     path = Layout(work).submissions
     found = read_json(path) if path.is_file() else []
     if not (isinstance(found, list) and all(isinstance(place, str) and "\0" not in place for place in found)):
@@ -197,14 +246,14 @@ def submission_table(ids: Iterable[str], predicted: np.ndarray) -> pd.DataFrame:
 
 
 def left_out_samples(path: Path) -> pd.DataFrame:
-    """Return the test samples that stage 01 left out, of its left_out.csv where there is one: Id, place."""
+    """Return the test samples that stage 01 left out, from its left_out.csv if there is one: Id, place."""
     none = pd.DataFrame({"part": [], "Id": [], "place": []})
     lost = read_table(path, Layout(path.parent).preprocess_command()) if path.is_file() else none
     return lost.loc[lost["part"] == "test", ["Id", "place"]]
 
 
 def with_empty_rows(submission: pd.DataFrame, lost: pd.DataFrame) -> pd.DataFrame:
-    """Return the submission with an empty prediction for each row of `lost` (Id, place), at its place."""
+    """Return the submission with an empty prediction for each row of `lost` (Id, place) inserted at its place."""
     rows = submission.to_dict("records")
     for row in lost.sort_values("place").itertuples():
         rows.insert(int(row.place), {"Id": row.Id, "Predicted": ""})
@@ -212,12 +261,12 @@ def with_empty_rows(submission: pd.DataFrame, lost: pd.DataFrame) -> pd.DataFram
 
 
 def read_submission(path: Path) -> pd.DataFrame:
-    """Read a submission as strictly as Kaggle does: exactly the columns Id and Predicted. Raises UserError."""
+    """Read a submission as strictly as Kaggle does: exactly the columns Id and Predicted; else raises UserError."""
 
     def exactly(header: list[str]) -> dict:
         if header != ["Id", "Predicted"]:
             cure = (
-                "; pandas adds a column of row numbers unless to_csv has index=False"
+                "; pandas adds a column of row numbers unless to_csv gets index=False"
                 if header[0] in ("", "Unnamed: 0")
                 else ""
             )
@@ -237,8 +286,10 @@ def read_submission(path: Path) -> pd.DataFrame:
 
 
 def check_submission(frame: pd.DataFrame, wanted: Iterable[str]) -> None:
-    """Refuse a submission whose Ids are not `wanted` in that order, or whose labels are not 0 to 27, each once at most, with
-    single blanks between them."""
+    """Refuse a submission whose Ids are not `wanted` in that order, or with invalid labels.
+
+    Labels are 0 to 27, each at most once per row, separated by single blanks.
+    """
     found, wanted = list(frame["Id"]), list(wanted)
     if found != wanted:
         if sorted(found) == sorted(wanted):
@@ -255,8 +306,8 @@ def check_submission(frame: pd.DataFrame, wanted: Iterable[str]) -> None:
     ]
     if wrong:
         raise UserError(
-            f"the submission has labels other than 0 to {N_CLASSES - 1}, one twice, or other text between them than "
-            f"single blanks:\n{listing(wrong)}"
+            f"the submission must have labels 0 to {N_CLASSES - 1}, each at most once per row, separated by single "
+            f"blanks; found:\n{listing(wrong)}"
         )
 
 
@@ -270,10 +321,11 @@ def is_prediction(text: str) -> bool:
 
 
 def recover(probs: np.ndarray, frame: pd.DataFrame) -> dict:
-    """Find thresholds with which `probs` make exactly the submission `frame` (same order), as plain types for thresholds.json.
+    """Find thresholds with which `probs` make exactly the submission `frame` (same order).
 
-    limits : [low, high] of each class; every threshold with low < threshold <= high does it
-    Raises UserError where no thresholds do.
+    Returns plain types for thresholds.json.
+    limits : [low, high] of each class; every threshold with low < threshold <= high makes it
+    Raises UserError if no thresholds make it.
     """
     predicted = parse_targets(frame["Predicted"])
     fallback = "argmax" if predicted.any(axis=1).all() else "empty"
@@ -285,7 +337,7 @@ def recover(probs: np.ndarray, frame: pd.DataFrame) -> dict:
             for c in np.flatnonzero(wrong)
         ]
         raise UserError(
-            f"no thresholds make this submission of these probabilities; classes that contradict it:\n{listing(found)}"
+            f"no thresholds make this submission from these probabilities; contradicting classes:\n{listing(found)}"
         )
     return {
         "method": "reproduced",
@@ -302,9 +354,9 @@ def recover_thresholds(
     """Find thresholds with which `probs` give exactly the cells of `predicted`; three arrays of shape (n_classes,).
 
     fallback : argmax or empty, for rows in which no class passes
-    Returns thresholds and the limits low < threshold <= high between which every one does it. A class that cannot be
-    reproduced by a threshold has low >= high. In a row whose only class is its most probable one that class may
-    or may not have passed, so it says nothing about the threshold: were it below, the fallback would predict it too.
+    Returns the thresholds and their limits: every threshold with low < threshold <= high gives the same cells. If no
+    threshold reproduces a class, it has low >= high. A row whose only class is its most probable one says nothing
+    about the threshold: below the threshold, the fallback would predict that class too.
     """
     telling = predicted.copy()
     if fallback == "argmax":
@@ -316,7 +368,7 @@ def recover_thresholds(
 
 
 def shortest_decimal(low: float, high: float) -> float:
-    """Return the number with the fewest decimals in (low, high]; high where none of ten will do."""
+    """Return the number with the fewest decimals, up to ten, in (low, high]; high if there is none."""
     for digits in range(1, 11):
         value = np.floor(high * 10**digits) / 10**digits
         if low < value <= high:

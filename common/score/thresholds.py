@@ -1,4 +1,4 @@
-"""Per-class thresholds found on out-of-fold probabilities, and what they are worth on rows they have not seen.
+"""Find per-class thresholds on out-of-fold probabilities, and score them on rows they have not seen.
 
 A class is predicted where its probability is at least its threshold.
 """
@@ -22,7 +22,7 @@ from common.score.metrics import (
 )
 
 GRID = np.round(np.arange(0.10, 0.901, 0.05), 2)  # 0.1 to 0.9 by 0.05, as in the paper
-FEW = 10  # positives below which a threshold is warned of
+FEW = 10  # positives; below that, a class's threshold gets a warning
 
 
 # --- searches: (targets, probs) -> thresholds (n_classes,) ---------------------------------------------------
@@ -40,15 +40,15 @@ def f1_curves(targets: np.ndarray, probs: np.ndarray, grid: np.ndarray = GRID) -
 
 
 def single_threshold(targets: np.ndarray, probs: np.ndarray, grid: np.ndarray = GRID) -> float:
-    """Return the one threshold for all classes with the best macro F1; the lowest of equals."""
+    """Return the single threshold for all classes with the best macro F1; the lowest of equals."""
     return float(grid[f1_curves(targets, probs, grid).mean(axis=0).argmax()])
 
 
 def greedy_thresholds(targets: np.ndarray, probs: np.ndarray, grid: np.ndarray = GRID) -> np.ndarray:
     """Return per-class thresholds by the paper's greedy search, (n_classes,).
 
-    It starts every class at the single threshold and goes through the classes, all others fixed, moving one
-    only where that raises macro F1. Macro F1 is a mean over classes, so one pass finds each class's best value.
+    Every class starts at the single threshold. The search goes through the classes, with all others fixed, and moves a
+    threshold only if that raises macro F1. As macro F1 is a mean over classes, one pass finds each class's best value.
     """
     curves = f1_curves(targets, probs, grid)
     start = curves.mean(axis=0).argmax()
@@ -60,7 +60,7 @@ def greedy_thresholds(targets: np.ndarray, probs: np.ndarray, grid: np.ndarray =
 def exact_thresholds(targets: np.ndarray, probs: np.ndarray) -> np.ndarray:
     """Return per-class thresholds as `greedy_thresholds` does, with every distinct probability as a candidate.
 
-    The best one is always a positive sample's: going up to the next positive takes false positives away and nothing else.
+    The best one is always a positive sample's: moving up to the next positive only removes false positives.
     """
     thresholds = np.full(targets.shape[1], single_threshold(targets, probs))
     for c in np.flatnonzero(targets.any(axis=0)):
@@ -75,10 +75,10 @@ def exact_thresholds(targets: np.ndarray, probs: np.ndarray) -> np.ndarray:
 
 
 def ratio_thresholds(targets: np.ndarray, probs: np.ndarray, prior: np.ndarray | None = None) -> np.ndarray:
-    """Return the thresholds at which each class is predicted as often as it is to be expected, (n_classes,).
+    """Return the thresholds at which each class is predicted as often as expected, (n_classes,).
 
-    prior : (n_classes,) expected shares of the samples; those of the targets where there are none
-    A threshold lies in the middle between the last probability that passes and the first that does not.
+    prior : (n_classes,) expected shares of the samples; by default those of the targets
+    A threshold lies halfway between the last probability that passes and the first that does not.
     """
     n_passing = np.round((targets.mean(axis=0) if prior is None else prior) * len(probs)).astype(int)
     thresholds = []
@@ -109,11 +109,11 @@ def find_thresholds(targets: np.ndarray, probs: np.ndarray, method: str, prior: 
 def repeated_folds(
     targets: np.ndarray, groups: np.ndarray, n_folds: int = 5, repeats: int = 3, seed: int = 0
 ) -> list[np.ndarray]:
-    """Return fold numbers (n,) for each repeat: stratified, whole groups, fewer folds where there are fewer groups."""
+    """Return fold numbers (n,) for each repeat: stratified, groups kept whole, at most as many folds as groups."""
     n_folds = min(n_folds, len(np.unique(groups)))
     if n_folds < 2:
         raise UserError(
-            f"{len(targets)} samples in {n_folds} groups leave none to try thresholds on; give at least 2 groups"
+            f"{len(targets)} samples in {n_folds} groups leave none to test thresholds on; give at least 2 groups"
         )
     return [stratified_group_folds(targets, groups, n_folds, seed + repeat) for repeat in range(repeats)]
 
@@ -130,12 +130,12 @@ def cross_fit(
     folds: list[np.ndarray] | None = None,
     weigh: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """Predict every row with thresholds found on other rows; returns one (n, n_classes) bool array per repeat.
+    """Predict every row with thresholds found on other rows; return one (n, n_classes) bool array per repeat.
 
     groups : (n,) labels; rows of one group (near-duplicates) stay on one side
-    folds : what `repeated_folds` returned, where that is at hand
-    weigh : with it, `probs` holds members (n_members, n, n_classes), and weigh(targets, members) returns the weights
-        of their mean, which are found on the other rows too
+    folds : the result of `repeated_folds`, if available
+    weigh : with it, `probs` holds members (n_members, n, n_classes), and weigh(targets, members) returns the weights of
+        their mean, which are found on the other rows too
     """
     results = []
     for fold in folds or repeated_folds(targets, groups, n_folds, repeats, seed):
@@ -156,12 +156,12 @@ def evaluate_thresholds(
     prior: np.ndarray | None = None,
     unseen: list[np.ndarray] | None = None,
 ) -> dict:
-    """Find thresholds and report what they are worth, as plain types for thresholds.json.
+    """Find thresholds and score them; return plain types for thresholds.json.
 
-    unseen : what `cross_fit` returned, where that is at hand
-    score_cross_fitted : macro F1 on rows that the thresholds were not searched on, mean of the repeats
-    interval : its 95 % bootstrap interval over samples (whole groups), per class too;
-    score_in_sample : on the rows of the search, flattering
+    unseen : the result of `cross_fit`, if available
+    score_cross_fitted : macro F1 on rows that were not used to find the thresholds, mean of the repeats
+    interval : its 95 % bootstrap interval over samples (whole groups), also per class
+    score_in_sample : on the rows used to find the thresholds, so too good
     """
     thresholds = find_thresholds(targets, probs, method, prior)
     unseen = unseen or cross_fit(targets, probs, groups, method, prior=prior)

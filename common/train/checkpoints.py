@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what stage 04 may go on from or must not overwrite, and networks for prediction."""
+"""Checkpoints on disk: what stage 04 may resume or must not overwrite, and networks for prediction."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,34 +18,20 @@ from common.artifacts.stage import Stage, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, first_line
 from common.recipes import Recipe, from_dict, recipe_of_run, to_dict
+from common.train.dataset import Normalisation
 from common.train.fold_data import training_inputs
 from common.train.hardware import Hardware, set_kernels
 from common.train.networks import build_model
-from common.train.predict import Normalisation
+from common.train.run import FORMAT, NUMBER, Kind, Run, saved_pieces
 
-FORMAT = 4  # of checkpoints; one more whenever older ones could be misread, as after each change of a network
 TRAIN_AGAIN = "train the fold again with --force, or use the version that wrote it"
 
-Kind = type | tuple[type, ...]
-NUMBER = (int, float)
 # In every checkpoint.
 NETWORK: dict[str, Kind] = {"model": dict, "mean": list, "std": list, "classes": list, "recipe": dict}
 TRAINING: dict[str, Kind] = {  # in last.pt too
     "made_from": dict,
     "good": (dict, type(None)),
-    "optimizer": dict,
-    "scaler": dict,
-    "ranking": torch.Tensor,
-    "epoch": int,
-    "step": int,
-    "loss_sum": NUMBER,
-    "seconds": NUMBER,
-    "best_score": NUMBER,
-    "micro_batch": (int, type(None)),
-    "start": str,
-    "returns": list,
-    "history": list,
-    "class_mix": list,
+    **{name: piece.kind for name, piece in saved_pieces(Run).items()},
 }
 
 
@@ -56,7 +42,7 @@ def save_checkpoint(path: Path, values: dict) -> None:
 
 
 def snapshot(value: Any) -> Any:
-    """Return a copy on the CPU of nested dicts, lists and tensors, which training goes on to change."""
+    """Return a copy on the CPU of nested dicts, lists and tensors, which training then changes."""
     if torch.is_tensor(value):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -65,7 +51,7 @@ def snapshot(value: Any) -> Any:
 
 
 class Writer:
-    """A thread that writes while training goes on, one thing after the other; the next call raises what failed."""
+    """A thread that writes while training continues, one thing after the other; the next call raises what failed."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1)
@@ -153,7 +139,7 @@ def restoring(path: Path) -> Iterator[None]:
 
 
 def check_recipe(path: Path, saved: dict, recipe: Recipe) -> None:
-    """Refuse a checkpoint of another recipe than is expected, with both named; older versions' are read as `from_dict` does."""
+    """Refuse a checkpoint of another recipe than is expected, with both named; see `from_dict` for older versions'."""
     try:
         found = to_dict(from_dict(saved["recipe"]))
     except UserError as error:
@@ -178,7 +164,7 @@ def made_from(folder: Path) -> dict | None:
 
 
 def prepare(stages: list[Stage], force: bool) -> None:
-    """Refuse runs that another process trains, or that were made from something else; clear all of them with `force`."""
+    """Refuse runs that another process trains, or that were made from something else; with `force` clear them all."""
     with ExitStack() as locks:
         for stage in stages:
             locks.enter_context(stage.lock())
@@ -189,7 +175,7 @@ def prepare(stages: list[Stage], force: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Delete a run's folder; one that cannot be deleted is a UserError: what is left would pass for the new training."""
+    """Delete a run's folder. Raises UserError where it cannot be: what is left would pass for the new training."""
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
@@ -215,7 +201,7 @@ def check_unfinished(stage: Stage) -> None:
 
 
 def check_alike(work: Path, name: str, numbers: list[int]) -> None:
-    """Refuse finished folds of one name that were trained with different recipes: their probabilities are put together."""
+    """Refuse finished folds of one name with different recipes: their probabilities are put together."""
     first = None
     for fold in numbers:
         path = Layout(work).network(name, fold)
@@ -225,9 +211,10 @@ def check_alike(work: Path, name: str, numbers: list[int]) -> None:
         first = first or (fold, recipe)
         changed = [f"{key} {first[1][key]} and {value}" for key, value in recipe.items() if value != first[1][key]]
         if changed:
+            again = Layout(work).command("04_train.py", "--recipe", name, "--folds", fold, "--force")
             raise UserError(
-                f"folds {first[0]} and {fold} of {name} were trained with different recipes: {'; '.join(changed)}; train one "
-                f"of them again: {Layout(work).command('04_train.py', '--recipe', name, '--folds', fold, '--force')}"
+                f"folds {first[0]} and {fold} of {name} were trained with different recipes: {'; '.join(changed)}; "
+                f"train one of them again: {again}"
             )
 
 
@@ -255,7 +242,7 @@ def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, w
 
 
 def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.nn.Module, Normalisation]:
-    """Return a trained network on the device, and the normalisation it was trained with; chooses this process's kernels."""
+    """Return a trained network on the device and its normalisation; chooses this process's kernels."""
     set_kernels(hardware)
     saved = load_checkpoint(path)
     check_recipe(path, saved, recipe)

@@ -1,4 +1,4 @@
-"""Stored images to batches: random crops and symmetries for training, whole images for evaluation.
+"""Stored images to batches: random, augmented crops for training, whole images for evaluation.
 
 Every random number is a function of (seed, epoch, position in the epoch), so workers never repeat each other
 and a resumed run draws what an undisturbed one would have drawn.
@@ -8,9 +8,10 @@ import math
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from multiprocessing import get_context, set_forkserver_preload
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from common.data.images import corner, read_planes
 from common.errors import UserError
 from common.process import stopping
+from common.recipes import row_of
 from common.train.distributed import ALONE, Team
 
 BATCH = 32  # whole images at once
@@ -38,7 +40,7 @@ STANDARD_MEAN, STANDARD_DEVIATION = 64, 24  # of each channel of a standardised 
 def dihedral(image: Image, which: int) -> Image:
     """Apply one of the 8 symmetries of the square to (..., h, w): bit 1 of `which` transposes, 2 and 4 mirror.
 
-    Works on NumPy arrays and torch tensors alike.
+    Works on NumPy arrays and on torch tensors.
     """
     if which & 1:
         image = image.swapaxes(-2, -1)
@@ -49,18 +51,52 @@ def dihedral(image: Image, which: int) -> Image:
 
 
 def random_crop(image: np.ndarray, crop: int, draw: np.ndarray) -> np.ndarray:
-    """Cut a random (crop, crop) window out of (4, h, w) and put it through a random symmetry; a view, nothing is copied.
-
-    draw : three random numbers in [0, 1), for the window's place and the symmetry
-    """
+    """Cut a random (crop, crop) window out of (4, h, w), placed by a sample's draw; a view, nothing is copied."""
     top, left = (corner(share, crop, side) for share, side in zip(draw, image.shape[1:], strict=False))
-    return dihedral(image[:, top : top + crop, left : left + crop], int(8 * draw[2]))
+    return image[:, top : top + crop, left : left + crop]
+
+
+# --- augmentations -----------------------------------------------------------------------------------------
+
+
+class Chance:
+    """The random numbers of one training sample: a function of (seed, epoch, position), whoever loads it.
+
+    draw : (3,) in [0, 1): two for the crop's place, one for its symmetry
+    """
+
+    def __init__(self, draw: np.ndarray) -> None:
+        self.draw = draw
+
+    @cached_property
+    def generator(self) -> np.random.Generator:
+        """As many more as are asked for."""
+        return np.random.default_rng(np.asarray(self.draw, dtype=np.float64).view(np.uint64))
+
+
+# Functions of (crop, chance) that return the changed crop, of the same shape, (4, crop, crop) uint8. They leave the
+# crop itself as it is: it is kept for later epochs.
+AUGMENTATIONS: dict[str, Callable[[np.ndarray, Chance], np.ndarray]] = {
+    "dihedral": lambda image, chance: dihedral(image, int(8 * chance.draw[2]))
+}
+
+
+def augmented(image: np.ndarray, names: tuple[str, ...], draw: np.ndarray) -> np.ndarray:
+    """Put a crop, (4, crop, crop) uint8, through augmentations; raises UserError for one that gives something else."""
+    chance, shape = Chance(draw), image.shape
+    for name in names:
+        image = row_of(AUGMENTATIONS, "augmentations", name)(image, chance)
+        if image.shape != shape or image.dtype != np.uint8:
+            raise UserError(f"augmentation {name} gives {image.dtype} {image.shape}, expected uint8 {shape}")
+    if image.strides[0] == 1:
+        return image
+    return np.ascontiguousarray(image.transpose(1, 2, 0)).transpose(2, 0, 1)  # channels last, as batches are
 
 
 def standardise(planes: np.ndarray) -> np.ndarray:
-    """Bring each channel of an image, (4, h, w) uint8, to the standard mean and deviation by its own, so that exposure and the
-    amount of a protein do not show.
+    """Bring each channel of an image, (4, h, w) uint8, to the standard mean and deviation by its own.
 
+    So exposure and the amount of a protein do not show.
     What lies 8 deviations above the mean or 2.7 below is cut off; noise in an empty channel stays small.
     """
     result = np.empty_like(planes)
@@ -101,7 +137,8 @@ class ImageSet(Dataset):
     sides : side of each stored image in pixels, where they may differ: one batch of whole images has one size
     crcs : checksum of each Id's pixels, where they are known
     standardised : see `standardise`
-    A training item is asked for by its row and the draw for `random_crop`, a whole image by its row.
+    augmentations : of training crops; see AUGMENTATIONS
+    A training item is asked for by its row and its draw (see `Chance`), a whole image by its row.
     """
 
     folder: Path
@@ -111,6 +148,7 @@ class ImageSet(Dataset):
     sides: np.ndarray | None = None
     crcs: dict[str, str] = field(default_factory=dict, repr=False)
     standardised: bool = False
+    augmentations: tuple[str, ...] = ("dihedral",)
     cache: Cache = field(default_factory=Cache, repr=False)
 
     def __len__(self) -> int:
@@ -126,11 +164,11 @@ class ImageSet(Dataset):
             image = self.read(Id, (self.crop, *draw[:2]) if in_part else None)
             self.cache.keep(Id, image)
         if self.crop is not None:
-            image = random_crop(image, self.crop, draw)
+            image = augmented(random_crop(image, self.crop, draw), self.augmentations, draw)
         return image, self.targets[row]
 
     def read(self, Id: str, window: tuple | None = None) -> np.ndarray:
-        """Decode one stored image, or a `window` of it (see `read_planes`); raises UserError where it is missing or damaged."""
+        """Decode one stored image, or a `window` of it (see `read_planes`). Raises UserError: missing, or damaged."""
         path, crc = self.folder / f"{Id}.tif", self.crcs.get(Id)
         if self.standardised:  # by the statistics of the whole image
             planes = standardise(read_planes(path, crc, lent=True))
@@ -157,6 +195,28 @@ def whole_batches(dataset: ImageSet, batch_size: int) -> list[np.ndarray]:
     return [part for same in rows for part in np.split(same, range(batch_size, len(same), batch_size))]
 
 
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation of each channel on the 0-1 scale, (4,) each."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Turn (n, 4, h, w) uint8 images into normalised floats on the device, channels last."""
+        images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
+        rows = images.permute(0, 2, 3, 1).flatten(2)  # (n, h, 4w), in the same memory: long rows are ten times as fast
+        shift, scale = self.factors(device, images.shape[3])
+        torch.addcmul(shift, rows, scale, out=rows)
+        return rows.unflatten(2, (-1, 4)).permute(0, 3, 1, 2)
+
+    @cache  # noqa: B019 - one normalisation lives as long as its network
+    def factors(self, device: torch.device, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return shift and scale of 8-bit values for a row of pixels, (4 width,) each, on the device."""
+        mean, std = (torch.tensor(values, device=device).repeat(width) for values in (self.mean, self.std))
+        return -mean / std, 1 / (255 * std)
+
+
 class EpochBatches:
     """Batches of (row, draw for its crop) for one epoch: all rows in an order drawn from (seed, epoch).
 
@@ -164,7 +224,8 @@ class EpochBatches:
     of up to one batch falls away, another one each epoch. With fewer rows than a batch, one batch holds all.
     start : number of batches to leave out because an interrupted run had them
     team : of several processes each one gets its part of every batch
-    weights : (n_rows,) how often rows are drawn, relative to each other; each comes up as often as that says, rounded up or down
+    weights : (n_rows,) how often rows are drawn, relative to each other; each comes up as often as that says,
+        rounded up or down
     """
 
     def __init__(
@@ -204,8 +265,8 @@ class EpochBatches:
 def collate(items: Sequence[tuple[np.ndarray, np.ndarray]], pinned: bool = False) -> Batch:
     """Stack items to (n, 4, h, w) uint8 images, channels last in memory, and (n, n_classes) float targets.
 
-    A loader process stacks them in memory that it shares with the process it works for, others in pinned memory if asked to:
-    a batch is written once.
+    A loader process stacks them in memory that it shares with the process it works for, others in pinned memory if
+    asked to: a batch is written once.
     """
     images, targets = zip(*items, strict=True)
     height, width = images[0].shape[1:]
@@ -221,8 +282,10 @@ def collate(items: Sequence[tuple[np.ndarray, np.ndarray]], pinned: bool = False
 
 
 def new_tensor(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
-    """Return an empty tensor: in shared memory in a loader process (where a lack of it is an error of this call, and does not hang a
-    thread that sends batches), elsewhere in pinned memory if asked to."""
+    """Return an empty tensor: in shared memory in a loader process, elsewhere in pinned memory if asked to.
+
+    So a lack of shared memory is an error of this call, and does not hang a thread that sends batches.
+    """
     if get_worker_info():
         storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
         # The stubs ask for strides.
@@ -231,9 +294,11 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torc
 
 
 class Loader(DataLoader):
-    """A DataLoader whose processes come from a server of single-threaded processes, for to fork a process with threads may
-    deadlock, and get no signals before `leave_signals`: torch would let SIGTERM end them, and training with them, and Ctrl+C
-    would be a traceback of theirs."""
+    """A DataLoader whose processes come from a server of single-threaded ones: forking threads may deadlock.
+
+    They get no signals before `begin_loading`: torch would let SIGTERM end them, and training with them, and Ctrl+C
+    would be a traceback of theirs.
+    """
 
     def __iter__(self) -> Any:
         set_forkserver_preload(PRELOADED)
@@ -256,7 +321,7 @@ def one_thread() -> Iterator[None]:
 def loader(dataset: Dataset, workers: int, pinned: bool, batches: Iterable[Any]) -> Iterable[Batch]:
     """Return an iterable of the given batches, lists of the dataset's keys, in their order.
 
-    workers : processes that make them; none are needed where a batch is small: a DataLoader's own work takes as long then
+    workers : processes that make them; none are needed where a batch is small: a DataLoader's own work takes as long
     pinned : whether they come in memory that a GPU copies from by itself
     """
     if not workers:
@@ -273,7 +338,7 @@ def loader(dataset: Dataset, workers: int, pinned: bool, batches: Iterable[Any])
 
 
 def begin_loading(_: int) -> None:
-    """Let a loader process outlast what is sent to the whole process group: the process that it works for ends it when it can."""
+    """Let a loader process outlast what is sent to the whole process group: whom it works for ends it when it can."""
     for number in stopping.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: stopping.end_later())

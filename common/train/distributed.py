@@ -56,8 +56,8 @@ class Team:
     def leave(self) -> None:
         """End this process of several, as the last thing that it does, when the others have come so far too.
 
-        Python does not clear up: gloo's threads may still hold tensors then, and one process in eight aborts. Nor is gloo's group
-        destroyed: with torch 2.6 that may wait for ever.
+        Python does not clear up: gloo's threads may still hold tensors then, and one process in eight aborts. Nor is
+        gloo's group destroyed: with torch 2.6 that may wait for ever.
         """
         if self.size > 1:
             distributed.barrier()

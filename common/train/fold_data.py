@@ -12,8 +12,7 @@ from common.data.images import CHANNELS
 from common.data.labels import parse_targets
 from common.errors import UserError
 from common.recipes import Recipe
-from common.train.dataset import STANDARD_DEVIATION, STANDARD_MEAN, ImageSet
-from common.train.predict import Normalisation
+from common.train.dataset import STANDARD_DEVIATION, STANDARD_MEAN, ImageSet, Normalisation
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ def load_fold(
             recipe.crop,
             crcs=dict(stored[["Id", "crc"]].to_numpy()),
             standardised=recipe.standardised,
+            augmentations=recipe.augmentations,
         ),
         image_set(work, recipe, folds[valid]),
         class_counts(folds, fold),

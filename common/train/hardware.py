@@ -29,7 +29,10 @@ SHARED_MEMORY = Path("/dev/shm")  # where loader processes put batches
 
 @dataclass(frozen=True)
 class HardwareOptions:
-    """What the command line asks for; 'auto' and None leave it to the machine. `jobs`: trainings that share the machine."""
+    """What the command line asks for; 'auto' and None leave it to the machine.
+
+    jobs : trainings that share the machine
+    """
 
     device: str = "auto"
     precision: str = "auto"
@@ -94,11 +97,12 @@ class Hardware:
 def choose_hardware(
     options: HardwareOptions = HardwareOptions(), training: bool = True, trial: bool = True
 ) -> Hardware:
-    """Resolve 'auto': a GPU where there is one, else the CPU; bfloat16 where the device multiplies it itself, float16 on
-    older GPUs, else 32 bit. A CPU predicts in 32 bit always, so that no image's result depends on its batch.
+    """Resolve 'auto': a GPU where there is one, else the CPU, with the precision that it is fast in.
 
-    Of several processes that torchrun or a stage started on one machine each takes its own GPU. On a CPU the batches are
-    made in the training process by default: the cores are the network's.
+    That is bfloat16 where the device multiplies it itself, float16 on older GPUs, else 32 bit. A CPU always predicts in
+    32 bit, so that no image's result depends on its batch.
+    Of several processes that torchrun or a stage started on one machine each takes its own GPU. On a CPU the training
+    process makes the batches by default: the cores are the network's.
     trial : run a kernel on the device, and make it the one that this process allocates on
     Raises UserError for a device that does not work.
     """
@@ -174,8 +178,8 @@ def try_device(device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         known = ", ".join(torch.cuda.get_arch_list())
         raise UserError(
-            f"torch {torch.__version__} has no kernels for {device} ({torch.cuda.get_device_name(device)}, sm_{major}{minor}; "
-            f"it has them for {known}); install a release of torch for this GPU, or use --device cpu"
+            f"torch {torch.__version__} has no kernels for {device} ({torch.cuda.get_device_name(device)}, "
+            f"sm_{major}{minor}; it has them for {known}); install a release of torch for this GPU, or use --device cpu"
         ) from None
 
 
@@ -235,16 +239,26 @@ def cpu_flags() -> tuple[set[str], str]:
 
 
 def bf16_is_faster(flags: set[str], name: str) -> bool:
-    """Tell whether a CPU multiplies bfloat16 faster than 32-bit floats: Intel's with AMX only, others' with AVX-512 too."""
+    """Tell whether a CPU multiplies bfloat16 faster than 32 bit: Intel's with AMX only, others' with AVX-512 too."""
     return "amx_bf16" in flags or ("avx512_bf16" in flags and "Intel" not in name)
 
 
 # --- memory ------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Fitting:
+    """How many images a GPU predicted at once when its memory was full; None before that."""
+
+    size: int | None = None
+
+
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MB of what is freed for the next batch: given back to the system after every step, it would be asked
-    for and zeroed again page by page, which takes up to a tenth of a small network's step."""
+    """Let glibc keep up to 256 MB of what is freed for the next batch.
+
+    Given back to the system after every step, it would be asked for and zeroed again page by page, which takes up to a
+    tenth of a small network's step.
+    """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)  # other C libraries have none
         for parameter, value in MALLOPT.items():
@@ -294,26 +308,32 @@ def fit_shared_memory(hardware: Hardware, options: HardwareOptions, batch_bytes:
     return replace(hardware, workers=fits)
 
 
+def check_torchrun(args: argparse.Namespace, training: bool) -> None:
+    """Refuse what does not go together with torchrun."""
+    if local_rank() is None:
+        return
+    if not training:
+        raise UserError(
+            "this stage does not share its work among the processes of torchrun; start it without, with --jobs N "
+            "for N folds at once"
+        )
+    if args.jobs or args.cluster:
+        raise UserError(
+            "torchrun's processes train one fold together, so give no --jobs and no --cluster; or leave torchrun out"
+        )
+
+
 def plan_hardware(
     args: argparse.Namespace, stage: str, n_jobs: int, training: bool = True
 ) -> tuple[HardwareOptions, Hardware]:
-    """Return the options of each of a stage's jobs, with how many are done at once, and the hardware of one; prints one line.
+    """Return the options of a stage's jobs, with how many are done at once, and the hardware of one; prints one line.
 
     args : parsed arguments of stage 04 or 05; n_jobs : how many jobs there are
     Raises UserError for flags that do not go together with torchrun.
     """
     names = HardwareOptions.__dataclass_fields__.keys() & vars(args).keys()
     options = HardwareOptions(**{name: getattr(args, name) for name in names if name != "jobs"})
-    if local_rank() is not None:
-        if not training:
-            raise UserError(
-                "this stage does not share its work among the processes of torchrun; start it without, with --jobs N for N "
-                "folds at once"
-            )
-        if args.jobs or args.cluster:
-            raise UserError(
-                "torchrun's processes train one fold together, so give no --jobs and no --cluster; or leave torchrun out"
-            )
+    check_torchrun(args, training)
     gpus = gpu_count(options.device)
     jobs = (
         joblib.cpu_count()
@@ -329,7 +349,8 @@ def plan_hardware(
         print(f"{stage}: {several}{hardware}", flush=True)
         if not hardware.is_gpu and options.device == "auto" and (reason := idle_gpu()):
             print(
-                f"warning: there is a GPU, but torch cannot use it ({reason}), so the CPU is used; see --check of 01_preprocess.py",
+                f"warning: there is a GPU, but torch cannot use it ({reason}), so the CPU is used; "
+                "see --check of 01_preprocess.py",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,19 +1,28 @@
-"""Encoders for four channels, the paper's head, GapNet-PL, and layer groups."""
+"""Encoders for four channels and their table, the paper's head, GapNet-PL."""
 
 import math
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.errors import UserError
-from common.recipes import Recipe
+from common.errors import UserError, nearest
+from common.recipes import Recipe, row_of
 
-# Names of the encoders' children at which three layer groups split: the second half of the encoder begins there.
-SPLITS = ("layer3", "denseblock3", "11", "c")
+PYTORCH = "https://download.pytorch.org/models"
+# One host twice: the project moved, and its old address forwards to the new one.
+TIMM = (
+    "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights",
+    "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights",
+)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 INCEPTION_MINIMUM = 75  # pixels: smaller images vanish between its unpadded convolutions
 
 
@@ -39,11 +48,12 @@ class PadTo(nn.Module):
 class Classifier(nn.Module):
     """Encoder, global pooling and head: (n, 4, h, w) images -> (n, n_classes) logits."""
 
-    def __init__(self, encoder: nn.Sequential, pool: nn.Module, head: nn.Sequential) -> None:
+    def __init__(self, encoder: nn.Sequential, pool: nn.Module, head: nn.Sequential, split: str = "") -> None:
         super().__init__()
         self.encoder = encoder
         self.pool = pool
         self.head = head
+        self.split = split  # name of the encoder's child at which three layer groups split
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.encoder(x)  # (n, c, h / 32, w / 32)
@@ -101,8 +111,15 @@ def self_normalise(network: nn.Module) -> None:
 # --- encoders ----------------------------------------------------------------------------------------------
 
 
+def load_torchvision() -> None:
+    """Import torchvision: torch before 2.7 cannot load what it needs under the meta device."""
+    with torch.device("cpu"):
+        import torchvision  # noqa: F401
+
+
 def pretrainedmodel(name: str) -> nn.Module:
     """Return a network of the package pretrainedmodels with random weights and three input channels."""
+    load_torchvision()
     with torch.random.fork_rng(devices=[]):  # its import draws random numbers; ours must not depend on that
         import pretrainedmodels
 
@@ -117,6 +134,7 @@ def resnet10_narrow() -> nn.Module:
     Small bright spots, which strided convolutions learn to see only with much data, pass a maximum unharmed. The stem
     pools before it normalises, which takes a fifth off the time of a training step.
     """
+    load_torchvision()
     from torchvision.models.resnet import BasicBlock, ResNet  # two seconds, spared where nothing is built
 
     network = ResNet(BasicBlock, [1, 1, 1, 1])
@@ -135,32 +153,117 @@ def resnet10_narrow() -> nn.Module:
 
 def densenet50() -> nn.Module:
     """Return a DenseNet-BC with 2 * 22 + 5 = 49 layers; with its buffering layer it has about ResNet18's parameters."""
+    load_torchvision()
     from torchvision.models import DenseNet
 
     return DenseNet(growth_rate=80, block_config=(3, 6, 8, 5), num_init_features=160)
 
 
-def backbone(name: str) -> tuple[nn.Sequential, int]:
-    """Return the convolutional part of a three-channel network, under its own parameter names, and its feature count."""
-    with torch.device("cpu"):  # torch before 2.7 cannot load what torchvision needs of it under the meta device
-        import torchvision  # noqa: F401
+@dataclass(frozen=True)
+class Published:
+    """A file of published weights, and what its network expects of RGB values in [0, 1]."""
 
-    own = {"resnet10_narrow": resnet10_narrow, "densenet50": densenet50}
-    network = own[name]() if name in own else pretrainedmodel(name)
-    features = next(module for module in reversed(list(network.modules())) if isinstance(module, nn.Linear)).in_features
-    if name.startswith("densenet"):
-        # Its features end in a BatchNorm; the network itself puts a ReLU behind them.
-        parts = [*network.get_submodule("features").named_children(), ("relu", nn.ReLU(inplace=True))]
-    elif name == "inceptionv4":
-        parts = [("pad", PadTo(INCEPTION_MINIMUM)), *network.get_submodule("features").named_children()]
-    else:
-        stages = ("conv1", "bn1", "relu", "maxpool", "layer0", "layer1", "layer2", "layer3", "layer4")
-        parts = [(part, module) for part, module in network.named_children() if part in stages]
-    return nn.Sequential(OrderedDict(parts)), features
+    file: str
+    urls: tuple[str, ...]  # tried in order
+    sha256: str  # the first digits at least
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def named_by_digest(file: str, *hosts: str) -> Published:
+    """Describe a file whose name ends in the first digits of its SHA-256, as torchvision and timm name theirs."""
+    return Published(file, tuple(f"{host}/{file}" for host in hosts), Path(file).stem.rsplit("-", 1)[1], *IMAGENET)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A row of ENCODERS.
+
+    build : function that returns the convolutional part, (n, 3 or 4, h, w) -> (n, features, h', w'), or (n, features)
+        where it pools by itself, and its features; with random weights, under the names that files of weights use
+    split : name of its child at which its second half begins, which three learning rates train faster than the first
+    weights : those that are published for it
+    """
+
+    build: Callable[[], tuple[nn.Sequential, int]]
+    split: str
+    weights: Published | None = None
+
+
+def residual(network: nn.Module) -> tuple[nn.Sequential, int]:
+    """Return the convolutional part of a ResNet or SENet, and its features."""
+    stages = ("conv1", "bn1", "relu", "maxpool", "layer0", "layer1", "layer2", "layer3", "layer4")
+    parts = [(name, module) for name, module in network.named_children() if name in stages]
+    return nn.Sequential(OrderedDict(parts)), features_of(network)
+
+
+def dense(network: nn.Module) -> tuple[nn.Sequential, int]:
+    """Return the convolutional part of a DenseNet, and its features.
+
+    It ends in a BatchNorm; the network itself puts a ReLU behind it.
+    """
+    parts = [*network.get_submodule("features").named_children(), ("relu", nn.ReLU(inplace=True))]
+    return nn.Sequential(OrderedDict(parts)), features_of(network)
+
+
+def inception(network: nn.Module) -> tuple[nn.Sequential, int]:
+    """Return the convolutional part of an Inception network, for images of any size, and its features."""
+    parts = [("pad", PadTo(INCEPTION_MINIMUM)), *network.get_submodule("features").named_children()]
+    return nn.Sequential(OrderedDict(parts)), features_of(network)
+
+
+def features_of(network: nn.Module) -> int:
+    """Return the features that a network's last linear layer takes."""
+    return next(layer for layer in reversed(list(network.modules())) if isinstance(layer, nn.Linear)).in_features
+
+
+ENCODERS = {
+    "resnet18": Encoder(
+        lambda: residual(pretrainedmodel("resnet18")), "layer3", named_by_digest("resnet18-f37072fd.pth", PYTORCH)
+    ),
+    "resnet50": Encoder(
+        lambda: residual(pretrainedmodel("resnet50")), "layer3", named_by_digest("resnet50-0676ba61.pth", PYTORCH)
+    ),
+    "resnet101": Encoder(
+        lambda: residual(pretrainedmodel("resnet101")), "layer3", named_by_digest("resnet101-63fe2227.pth", PYTORCH)
+    ),
+    "resnet10_narrow": Encoder(lambda: residual(resnet10_narrow()), "layer3"),
+    "se_resnext50_32x4d": Encoder(
+        lambda: residual(pretrainedmodel("se_resnext50_32x4d")),
+        "layer3",
+        named_by_digest("legacy_se_resnext50_32x4d-f3651bad.pth", *TIMM),
+    ),
+    "senet154": Encoder(
+        lambda: residual(pretrainedmodel("senet154")), "layer3", named_by_digest("legacy_senet154-e9eb9fe6.pth", *TIMM)
+    ),
+    "densenet50": Encoder(lambda: dense(densenet50()), "denseblock3"),
+    "densenet121": Encoder(
+        lambda: dense(pretrainedmodel("densenet121")),
+        "denseblock3",
+        named_by_digest("densenet121-a639ec97.pth", PYTORCH),
+    ),
+    "inceptionv4": Encoder(
+        lambda: inception(pretrainedmodel("inceptionv4")),
+        "11",
+        Published(  # on its host it is called model.safetensors, and its whole digest is on record
+            "inception_v4.tf_in1k-a756a086.safetensors",
+            ("https://huggingface.co/timm/inception_v4.tf_in1k/resolve/main/model.safetensors",),
+            "a756a086851c8d5a8de135ec15c76b90ea56cb5aef450e3299107e659e725bb1",
+            *HALVES,
+        ),
+    ),
+    "gapnet_pl": Encoder(lambda: (GapNetEncoder(wider=False), 224), "c"),
+    "gapnet_pl_plus": Encoder(lambda: (GapNetEncoder(wider=True), 224), "c"),
+}
+
+
+def encoder_of(name: str) -> Encoder:
+    """Return an encoder's row; raises UserError for a name without one."""
+    return row_of(ENCODERS, "encoder", name)
 
 
 def widen_stem(convolution: nn.Conv2d, fourth_channel: str) -> nn.Conv2d:
-    """Return the first convolution for four channels: RGB weights kept, yellow's copied from red, their mean, or zero."""
+    """Return the first convolution for four channels: RGB weights kept, yellow's those of red, their mean, or zero."""
     geometry: dict[str, Any] = {name: getattr(convolution, name) for name in ("kernel_size", "stride", "padding")}
     wide = nn.Conv2d(4, convolution.out_channels, **geometry, bias=convolution.bias is not None)
     rgb = convolution.weight.detach()
@@ -183,11 +286,9 @@ def build_encoder(recipe: Recipe, weights: dict | None = None) -> tuple[nn.Seque
     weights : parameters under the encoder's names, for three input channels or four; None for random ones
     Raises UserError where the weights are another network's.
     """
-    encoder: nn.Sequential
-    if recipe.encoder.startswith("gapnet"):
-        encoder, features = GapNetEncoder(wider=recipe.encoder.endswith("plus")), 224
-    else:
-        encoder, features = backbone(recipe.encoder)
+    row = encoder_of(recipe.encoder)
+    encoder, features = row.build()
+    check_split(recipe.encoder, row.split, encoder)
     name, first = stem(encoder)
     fits = weights and f"{name}.weight" in weights and weights[f"{name}.weight"].shape[1:2] == (first.in_channels,)
     if weights and fits:
@@ -197,6 +298,15 @@ def build_encoder(recipe: Recipe, weights: dict | None = None) -> tuple[nn.Seque
     if weights and not fits:
         load_weights(encoder, weights, recipe.encoder)
     return encoder, features
+
+
+def check_split(name: str, split: str, encoder: nn.Sequential) -> None:
+    """Refuse a row of ENCODERS whose layer groups cannot split where it says."""
+    children = dict(encoder.named_children())
+    if split not in children:
+        raise UserError(
+            f"encoder {name} splits at {split!r}, which it does not have; {nearest(split, children, every=True)}"
+        )
 
 
 def load_weights(encoder: nn.Module, weights: dict, name: str) -> None:
@@ -248,32 +358,11 @@ def build_model(recipe: Recipe, n_classes: int, weights: dict | None = None) -> 
     """Return the recipe's network; what `weights` does not give is drawn from torch's global generator."""
     encoder, features = build_encoder(recipe, weights)
     pooled = 2 * features if recipe.pooling == "acp" else features
-    return Classifier(encoder, build_pool(recipe.pooling), build_head(pooled, n_classes, recipe))
+    head = build_head(pooled, n_classes, recipe)
+    return Classifier(encoder, build_pool(recipe.pooling), head, encoder_of(recipe.encoder).split)
 
 
 def count_parameters(recipe: Recipe, n_classes: int) -> int:
     """Return the number of trained parameters, without spending memory on them."""
     with torch.device("meta"):
         return sum(math.prod(p.shape) for p in build_model(recipe, n_classes).parameters())
-
-
-def param_groups(model: Classifier, rates: tuple[float, ...]) -> list[dict]:
-    """Return optimizer groups with the top learning rates `rates`, first layers first.
-
-    One rate: all layers. Two: encoder, head. Three: encoder in two parts (see SPLITS), head.
-    """
-    encoder = list(model.encoder.named_children())
-    split = next(i for i, (name, _) in enumerate(encoder) if name in SPLITS)
-    parts: list[list[nn.Module]] = [
-        [module for _, module in encoder[:split]],
-        [module for _, module in encoder[split:]],
-        [model.head],
-    ]
-    if len(rates) < 3:
-        parts = [parts[0] + parts[1], parts[2]]
-    if len(rates) == 1:
-        parts = [parts[0] + parts[1]]
-    return [
-        {"params": [p for module in modules for p in module.parameters()], "lr": rate, "top_lr": rate}
-        for modules, rate in zip(parts, rates, strict=True)
-    ]

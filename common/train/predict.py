@@ -1,50 +1,151 @@
-"""Probabilities from a network: normalisation and test-time views."""
+"""Stage 05: which folds there are to predict, and probabilities from a network by test-time views."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
+from common.artifacts.layout import Layout
+from common.artifacts.predictions import save_predictions
+from common.artifacts.stage import Stage, sidecar
 from common.classes import N_CLASSES
+from common.data.folds import fold_numbers
 from common.errors import UserError, is_out_of_memory
 from common.process import stopping
 from common.process.progress import progress
-from common.train.dataset import BATCH, Batch, ImageSet, dihedral, loader, on_device, whole_batches
-from common.train.hardware import Hardware
+from common.recipes import Recipe
+from common.train.checkpoints import finished_checkpoint, load_network
+from common.train.dataset import BATCH, Batch, ImageSet, Normalisation, dihedral, loader, on_device, whole_batches
+from common.train.fold_data import image_set
+from common.train.hardware import Fitting, Hardware, HardwareOptions, batch_bytes, choose_hardware, fit_shared_memory
 
 View = Callable[[torch.Tensor], torch.Tensor]  # from images to what is predicted of them
 
 
+# --- jobs --------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Normalisation:
-    """Mean and standard deviation of each channel on the 0-1 scale, (4,) each."""
+class PredictionJob:
+    """One fold of a recipe to predict with.
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    name : of the recipe
+    folds : the whole table of stage 03
+    means : part -> table of samples that every fold predicts, and whose mean over the folds counts
+    settings : tta, view and checkpoint, which stage 05's sidecars note
+    """
 
-    def __call__(self, images: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Turn (n, 4, h, w) uint8 images into normalised floats on the device, channels last."""
-        images = images.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-        rows = images.permute(0, 2, 3, 1).flatten(2)  # (n, h, 4w), in the same memory: long rows are ten times as fast
-        shift, scale = self.factors(device, images.shape[3])
-        torch.addcmul(shift, rows, scale, out=rows)
-        return rows.unflatten(2, (-1, 4)).permute(0, 3, 1, 2)
+    work: Path
+    name: str
+    fold: int
+    folds: pd.DataFrame
+    means: dict[str, pd.DataFrame]
+    settings: dict[str, str]
+    batch_size: int = BATCH
+    hardware: HardwareOptions = HardwareOptions()
 
-    @cache  # noqa: B019 - one normalisation lives as long as its network
-    def factors(self, device: torch.device, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return shift and scale of 8-bit values for a row of pixels, (4 width,) each, on the device."""
-        mean, std = (torch.tensor(values, device=device).repeat(width) for values in (self.mean, self.std))
-        return -mean / std, 1 / (255 * std)
+    @property
+    def label(self) -> str:
+        return f"{self.name} fold {self.fold}"
+
+    @property
+    def parts(self) -> dict[str, pd.DataFrame]:
+        """The samples to predict, by part: the fold's own, out of fold, and those of all folds."""
+        return {"oof": self.folds[self.folds["fold"] == self.fold], **self.means}
+
+    def network(self) -> tuple[Path, Recipe]:
+        """Return the checkpoint to predict with and its recipe; raises UserError, see `finished_checkpoint`."""
+        return finished_checkpoint(self.work, self.name, self.fold, self.folds, self.settings["checkpoint"])
+
+    def stage(self, part: str, network: Path, recipe: Recipe) -> Stage:
+        """Return what stage 05 makes for one part of the samples."""
+        return Stage(
+            "05_predict_oof",
+            self.file(part),
+            self.settings,
+            {"network": network, "images": Layout(self.work).images_digest(recipe.store, self.parts[part]["Id"])},
+        )
+
+    def file(self, part: str) -> Path:
+        return Layout(self.work).predictions(self.name, part, self.fold)
+
+    def views(self, recipe: Recipe) -> list[View]:
+        return views(self.settings["tta"], recipe.crop if self.settings["view"] == "crops" else None)
+
+
+def predict_job(job: PredictionJob) -> None:
+    """Write a fold's probabilities for each part of the samples, where they are not up to date."""
+    path, recipe = job.network()
+    network, fitting = None, Fitting()
+    for part, rows in job.parts.items():
+        stage = job.stage(part, path, recipe)
+        if stage.is_current():
+            stage.say_current()
+            continue
+        with stage.lock(wait=True), ExitStack() as making:
+            if stage.is_current():  # another process made it meanwhile
+                continue
+            record = making.enter_context(stage.making())
+            hardware = choose_hardware(job.hardware, training=False)
+            hardware = fit_shared_memory(hardware, job.hardware, batch_bytes(recipe, 0, job.batch_size))
+            network = network or load_network(path, recipe, hardware)
+            images, label = image_set(job.work, recipe, rows), f"{job.label} {part}"
+            logits = predict_logits(
+                *network, images, hardware, job.views(recipe), job.batch_size, label, fitting=fitting
+            )
+            save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
+            record.rows, record.notes = len(rows), {"hardware": hardware.record()}
+        print(f"05_predict_oof: {job.label}: {len(rows)} {part} samples x {len(logits)} views", flush=True)
+
+
+def predicted_folds(job: PredictionJob, numbers: list[int]) -> dict[str, list[int]]:
+    """Return for each part of the samples the folds whose predictions belong together.
+
+    Those are `numbers`, and the others that are predicted and up to date. Prints which predictions of other folds are
+    left out, and why.
+    job : of any fold of the recipe
+    """
+    job = replace(job, fold=numbers[0])
+    found = {part: list(numbers) for part in job.parts}
+    recipe = job.network()[1]
+    for fold in (fold for fold in fold_numbers(job.folds) if fold not in numbers):
+        other = replace(job, fold=fold)
+        made = [part for part in found if sidecar(other.file(part)).is_file()]
+        for part, reason in why_not_current(other, made, recipe).items():
+            if reason:
+                print(f"05_predict_oof: {other.file(part)} is left out of {part}.npz: {reason}")
+            else:
+                found[part].append(fold)
+    return {part: sorted(some) for part, some in found.items()}
+
+
+def why_not_current(job: PredictionJob, parts: list[str], recipe: Recipe) -> dict[str, str | None]:
+    """Return for each part why its predictions are not what this recipe's network would make now; else None."""
+    if not parts:
+        return {}
+    try:
+        path, own = job.network()
+    except UserError as error:
+        return dict.fromkeys(parts, str(error))
+    if own != recipe:
+        return dict.fromkeys(parts, f"fold {job.fold} was trained with another recipe")
+    return {part: job.stage(part, path, own).why_stale() for part in parts}
+
+
+# --- probabilities -----------------------------------------------------------------------------------------
 
 
 def views(tta: str, crop: int | None = None) -> list[View]:
     """Return functions from images to the images that are predicted and averaged.
 
     tta : none, or dihedral for all 8 symmetries
-    crop : side in pixels of five windows (corners and centre) to use in place of the whole image
+    crop : side in pixels of five windows (corners and centre) to use instead of the whole image
     """
 
     def window(images: torch.Tensor, side: int, top: float, left: float) -> torch.Tensor:
@@ -61,19 +162,12 @@ def views(tta: str, crop: int | None = None) -> list[View]:
     return [partial(view, where=where, turn=turn) for where in windows for turn in turns]
 
 
-@dataclass
-class Fitting:
-    """How many images a GPU predicted at once when its memory was full; None before that."""
-
-    size: int | None = None
-
-
 def predict_logits(
     model: torch.nn.Module,
     normalise: Normalisation,
     dataset: ImageSet,
     hardware: Hardware,
-    looks: Sequence[View],
+    tta_views: Sequence[View],
     batch_size: int = BATCH,
     label: str | None = None,
     feed: Iterator[Batch] | None = None,
@@ -89,28 +183,29 @@ def predict_logits(
     model.eval()
     fitting = fitting or Fitting()
     parts = whole_batches(dataset, batch_size)
-    batches = (
-        islice(feed, len(parts))
-        if feed
-        else on_device(loader(dataset, hardware.workers, hardware.is_gpu, parts), hardware.device)
-    )
+    batches = islice(feed, len(parts)) if feed else loaded(dataset, parts, hardware)
 
     @torch.inference_mode()  # not around the loader, which may receive a later training batch meanwhile
     def logits_of(images: torch.Tensor) -> torch.Tensor:
         images = normalise(images, hardware.device)
         with hardware.casting():
-            logits = torch.stack([model(look(images)).float() for look in looks])
+            logits = torch.stack([model(view(images)).float() for view in tta_views])
         if hardware.autocast == torch.float16 and not logits.isfinite().all():  # an overflow, which 32 bits do not have
-            logits = torch.stack([model(look(images)) for look in looks])
+            logits = torch.stack([model(view(images)) for view in tta_views])
         return logits
 
-    logits = [torch.empty(len(looks), 0, N_CLASSES, device=hardware.device)]
+    done = [torch.empty(len(tta_views), 0, N_CLASSES, device=hardware.device)]
     for images, _ in progress(batches, len(parts), label or "", unit="batches", quiet=not label):
         stopping.check()
-        logits.append(in_parts_that_fit(logits_of, images, fitting))
-    result = torch.empty(len(looks), len(dataset), N_CLASSES)
-    result[:, np.concatenate([*parts, np.zeros(0, dtype=int)])] = torch.cat(logits, dim=1).cpu()
+        done.append(in_parts_that_fit(logits_of, images, fitting))
+    result = torch.empty(len(tta_views), len(dataset), N_CLASSES)
+    result[:, np.concatenate([*parts, np.zeros(0, dtype=int)])] = torch.cat(done, dim=1).cpu()
     return result
+
+
+def loaded(dataset: ImageSet, parts: list[np.ndarray], hardware: Hardware) -> Iterator[Batch]:
+    """Return an iterator over batches of whole images, by their rows, on the device."""
+    return on_device(loader(dataset, hardware.workers, hardware.is_gpu, parts), hardware.device)
 
 
 def in_parts_that_fit(

@@ -1,4 +1,4 @@
-"""ImageNet weights for encoders: which file is published where, found or downloaded, checked and read.
+"""Where a training starts: from a file of pretrained weights, found or downloaded, checked and read; or at random.
 
 No pickle is ever run: files hold tensors, or are refused.
 """
@@ -24,6 +24,9 @@ from common.artifacts.files import clear_leftovers
 from common.artifacts.stage import fingerprint
 from common.errors import UserError, first_line
 from common.process.progress import progress
+from common.recipes import Recipe
+from common.train.dataset import Normalisation
+from common.train.networks import Published, build_encoder, encoder_of
 
 SECONDS_TO_ANSWER = 20
 MEGABYTE = 2**20
@@ -33,7 +36,7 @@ SAVE = (
     "save the network's parameters alone with torch.save(network.state_dict(), FILE), and give that: --pretrained FILE"
 )
 OTHER_THINGS = re.compile(r"GLOBAL (\S+)|(TorchScript)")
-# What programs save around a network's parameters, and put in front of their names when it is compiled, or one of several.
+# What programs save around a network's parameters, and put in front of their names.
 WRAPPERS = (
     "state_dict",
     "model_state_dict",
@@ -53,49 +56,6 @@ WRAPPED_NAME = re.compile(r"(?:^|(?<=\.))(?:(?:_orig_mod|module)\.)+")
 NETWORK_NAMES = ("model.", "network.", "net.", "backbone.")  # of a network that is a part of a larger object
 OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")  # as torchvision published them
 
-PYTORCH = "https://download.pytorch.org/models"
-# One host twice: the project moved, and its old address forwards to the new one.
-TIMM = (
-    "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights",
-    "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights",
-)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-@dataclass(frozen=True)
-class Published:
-    """A file of published weights, and what its network expects of RGB values in [0, 1]."""
-
-    file: str
-    urls: tuple[str, ...]  # tried in order
-    sha256: str  # the first digits at least
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-def named_by_digest(file: str, *hosts: str) -> Published:
-    """Describe a file whose name ends in the first digits of its SHA-256, as torchvision and timm name theirs."""
-    return Published(file, tuple(f"{host}/{file}" for host in hosts), Path(file).stem.rsplit("-", 1)[1], *IMAGENET)
-
-
-PUBLISHED = {
-    "resnet18": named_by_digest("resnet18-f37072fd.pth", PYTORCH),
-    "resnet34": named_by_digest("resnet34-b627a593.pth", PYTORCH),
-    "resnet50": named_by_digest("resnet50-0676ba61.pth", PYTORCH),
-    "resnet101": named_by_digest("resnet101-63fe2227.pth", PYTORCH),
-    "densenet121": named_by_digest("densenet121-a639ec97.pth", PYTORCH),
-    "se_resnext50_32x4d": named_by_digest("legacy_se_resnext50_32x4d-f3651bad.pth", *TIMM),
-    "senet154": named_by_digest("legacy_senet154-e9eb9fe6.pth", *TIMM),
-    "inceptionv4": Published(  # on its host it is called model.safetensors, and its whole digest is on record
-        "inception_v4.tf_in1k-a756a086.safetensors",
-        ("https://huggingface.co/timm/inception_v4.tf_in1k/resolve/main/model.safetensors",),
-        "a756a086851c8d5a8de135ec15c76b90ea56cb5aef450e3299107e659e725bb1",
-        *HALVES,
-    ),
-}
-
-
 # --- finding -----------------------------------------------------------------------------------------------
 
 
@@ -104,7 +64,7 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
 
     pretrained : 'none'; 'auto' for the published file, from `weights_dir`, torch's cache or its host; or a file
 
-    Where the host cannot be reached, a message on stdout says which file to put where. A file at hand that is not
+    Where the host cannot be reached, a message on stdout says which file to put where. An existing file that is not
     the published one is used, with a warning. Raises UserError for a file that is not there, or cannot be written.
     """
     if pretrained == "none":
@@ -116,19 +76,19 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
         )
     if pretrained != "auto":
         return Path(pretrained)
-    if encoder not in PUBLISHED:
+    if not (published := encoder_of(encoder).weights):
         return None
-    published, places = PUBLISHED[encoder], weight_files(encoder, weights_dir)
+    places = weight_files(published, weights_dir)
     for path in places:
         if path.is_file():
             return told_if_other(path, published.sha256)
     return download(encoder, published, places[0])
 
 
-def weight_files(encoder: str, weights_dir: Path | None) -> list[Path]:
-    """Return where an encoder's published weights are looked for; they are downloaded to the first place."""
+def weight_files(published: Published, weights_dir: Path | None) -> list[Path]:
+    """Return where published weights are looked for; they are downloaded to the first place."""
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    return [folder / PUBLISHED[encoder].file for folder in (weights_dir, cache) if folder]
+    return [folder / published.file for folder in (weights_dir, cache) if folder]
 
 
 def told_if_other(path: Path, sha256: str) -> Path:
@@ -247,9 +207,9 @@ def read_file(path: Path) -> Any:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read a file of weights onto the CPU: tensors of the encoder alone, under the encoder's own parameter names.
 
-    Takes torchvision's, timm's and pretrainedmodels' files of whole networks, this project's checkpoints, and what other
-    programs save around or in front of the parameters. Raises UserError for what cannot be read, is not such a file, or has
-    numbers that are not finite.
+    Takes torchvision's, timm's and pretrainedmodels' files of whole networks, this project's checkpoints, and what
+    other programs save around or in front of the parameters. Raises UserError for what cannot be read, is not such a
+    file, or has numbers that are not finite.
     """
     state = unwrapped(read_file(path))
     if not is_parameters(state):
@@ -269,7 +229,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def unwrapped(state: Any) -> Any:
-    """Return a network's parameters among what a training saved: those under the first of WRAPPERS, else the only ones."""
+    """Return a network's parameters among what was saved: those under the first of WRAPPERS, else the only ones."""
     for _ in range(DEPTH):
         if not isinstance(state, dict) or is_parameters(state):
             break
@@ -326,3 +286,77 @@ def encoder_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for name, tensor in state.items()
         if not name.startswith(CLASSIFIERS)
     }
+
+
+# --- the start of a training -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights that a training starts from; without a file, random ones."""
+
+    file: Path | None = None
+    normalisation: Normalisation | None = None  # that of the weights; None = that of the data
+    reason: str = "as asked for"  # why random
+
+    def read(self) -> dict[str, torch.Tensor] | None:
+        """Return the encoder's parameters, None for random ones."""
+        return read_weights(self.file) if self.file else None
+
+    def inputs(self) -> dict:
+        """Return what a sidecar says of the file."""
+        return {"weights": fingerprint(self.file)} if self.file else {}
+
+    def describe(self) -> str:
+        """Say in a few words what training starts from and how images are normalised, for logs and records."""
+        weights = f"from {self.file.name}" if self.file else f"from random weights ({self.reason})"
+        return f"{weights}, images normalised as {'for those' if self.normalisation else 'the data asks for'}"
+
+
+def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
+    """Return the start of a recipe: `file` is what `weights.find_weights` found for `pretrained`.
+
+    Raises UserError where the file is another network's: now, before anything is trained or deleted.
+    """
+    if file:
+        build_encoder(recipe, read_weights(file))
+        of_weights = recipe.normalisation == "weights" and not recipe.standardised
+        return Start(file, weights_normalisation(recipe, file) if of_weights else None)
+    if pretrained == "none":
+        return Start()
+    return Start(
+        reason="the published ones could not be had"
+        if encoder_of(recipe.encoder).weights
+        else f"none are published for {recipe.encoder}"
+    )
+
+
+def is_four_numbers(values: object) -> bool:
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == 4
+        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    )
+
+
+def weights_normalisation(recipe: Recipe, file: Path) -> Normalisation | None:
+    """Return the normalisation that weights were trained with: a checkpoint's own, or the published one.
+
+    Yellow is normalised as the channel that its stem weights come from. None where nothing is known.
+    """
+    saved = read_file(file)
+    if "mean" in saved and "std" in saved:
+        if not all(map(is_four_numbers, (saved["mean"], saved["std"]))) or min(saved["std"]) <= 0:
+            raise UserError(
+                f"{file} has a mean or std that is not four numbers, one a channel, those of std above 0; take both "
+                "out of the file, or give --pretrained another"
+            )
+        return Normalisation(tuple(saved["mean"]), tuple(saved["std"]))
+    if not (published := encoder_of(recipe.encoder).weights):
+        return None
+    return Normalisation(
+        *(
+            (*values, sum(values) / 3 if recipe.fourth_channel == "mean" else values[0])
+            for values in (published.mean, published.std)
+        )
+    )

@@ -1,8 +1,105 @@
-"""Learning rates as pure functions of the step, and the rules that read loss curves."""
+"""Learning rates as pure functions of the step, when training is over, and the rules that read loss curves."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+
+from common.errors import UserError
+from common.recipes import Recipe, row_of
+
+# --- the table ---------------------------------------------------------------------------------------------
+
+
+def at_the_maximum(recipe: Recipe, epochs: int, losses: list[float]) -> bool:
+    """Never end before the recipe's most epochs."""
+    return False
+
+
+def describe_epochs(recipe: Recipe) -> str:
+    return f"{recipe.epochs} epochs"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A row of SCHEDULES.
+
+    factor : function of (recipe, step, steps, losses) that returns the factor on the top learning rates, finite and not
+        below 0; step : of the run, from 0 on; steps : in an epoch; losses : of the validations so far
+    is_over : function of (recipe, epochs, losses) that tells whether training ends after so many epochs, which are
+        fewer than the recipe's most
+    describe : function of the recipe that returns its length in words
+    """
+
+    factor: Callable[[Recipe, int, int, list[float]], float]
+    is_over: Callable[[Recipe, int, list[float]], bool] = at_the_maximum
+    describe: Callable[[Recipe], str] = describe_epochs
+
+
+def gains_too_little(recipe: Recipe, epochs: int, losses: list[float]) -> bool:
+    """Tell whether a cycle ends here that improved the best validation loss by too little."""
+    if epochs % recipe.cycle_epochs:
+        return False
+    return cycle_gain(losses, evaluations_per_cycle(recipe)) < recipe.min_cycle_gain
+
+
+def has_halved_enough(recipe: Recipe, epochs: int, losses: list[float]) -> bool:
+    """Tell whether the rate would halve once more than the recipe allows, where it sets a limit."""
+    return 0 < recipe.max_halvings < plateau_halvings(losses, recipe.patience)
+
+
+def describe_plateau(recipe: Recipe) -> str:
+    return f"{recipe.epochs} epochs, halving" + f" {recipe.max_halvings} times" * (recipe.max_halvings > 0)
+
+
+SCHEDULES = {
+    "cycles": Schedule(
+        lambda recipe, step, steps, losses: cosine_with_restarts(step, recipe.cycle_epochs * steps),
+        gains_too_little,
+        lambda recipe: f"{recipe.max_cycles} cycles of {recipe.cycle_epochs} epochs",
+    ),
+    "constant": Schedule(lambda recipe, step, steps, losses: 1.0, gains_too_little),
+    "plateau": Schedule(
+        lambda recipe, step, steps, losses: 0.5 ** plateau_halvings(losses, recipe.patience),
+        has_halved_enough,
+        describe_plateau,
+    ),
+    "one-cycle": Schedule(
+        lambda recipe, step, steps, losses: one_cycle(step, recipe.epochs * steps, recipe.warmup_share),
+        describe=lambda recipe: f"{recipe.epochs} epochs, one cycle",
+    ),
+}
+
+
+def schedule_of(recipe: Recipe) -> Schedule:
+    return row_of(SCHEDULES, "schedule", recipe.schedule)
+
+
+def rate_factor(recipe: Recipe, step: int, steps: int, losses: list[float]) -> float:
+    """Return the factor on the top learning rates; see `Schedule`. Raises UserError for one that cannot be."""
+    factor = schedule_of(recipe).factor(recipe, step, steps, losses)
+    if not 0 <= factor < math.inf:
+        raise UserError(f"schedule={recipe.schedule} gives the factor {factor} at step {step}, expected one from 0 on")
+    return factor
+
+
+def is_over(recipe: Recipe, epochs: int, losses: list[float]) -> bool:
+    """Tell whether training ends after so many epochs, which are fewer than the recipe's most; see `Schedule`."""
+    return schedule_of(recipe).is_over(recipe, epochs, losses)
+
+
+def is_evaluated(recipe: Recipe, epoch: int) -> bool:
+    """Tell whether the validation part is predicted after this epoch, counted from 0."""
+    place = epoch % recipe.cycle_epochs + 1
+    return place % recipe.evaluate_epochs == 0 or place == recipe.cycle_epochs
+
+
+def evaluations_per_cycle(recipe: Recipe) -> int:
+    return sum(is_evaluated(recipe, epoch) for epoch in range(recipe.cycle_epochs))
+
+
+# --- their functions ---------------------------------------------------------------------------------------
 
 
 def cosine_with_restarts(step: int, cycle_steps: int) -> float:
@@ -59,8 +156,9 @@ def has_diverged(losses: list[float]) -> bool:
 def centred(losses: list[float], widths: tuple[float, ...] = (1, 1.5, 2, 3, 4, 6, 8)) -> np.ndarray:
     """Return the losses smoothed without lag, up to the first that is not finite: (n,), n <= len(losses).
 
-    Each value is that of a parabola fitted to the logarithms around it with Gaussian weights. Of the `widths`, in steps, the
-    one is taken that best predicts each loss from the others: a small one for a clean curve, so that a sharp rise stays sharp.
+    Each value is that of a parabola fitted to the logarithms around it with Gaussian weights. Of the `widths`, in
+    steps, the one is taken that best predicts each loss from the others: a small one for a clean curve, so that a sharp
+    rise stays sharp.
     """
     finite = np.isfinite(losses)
     n = len(losses) if finite.all() else int(finite.argmin())

@@ -35,7 +35,7 @@ def summary_writer() -> "type[SummaryWriter]":
 def scalars(folder: Path, history: list[dict]) -> Iterator[Callable[[dict], None]]:
     """Yield a function that writes a row of the log to `folder`/tensorboard, after all rows of `history`.
 
-    Events of an earlier run that was stopped are written anew from its history, so that no step is there twice.
+    Events of an earlier run that was stopped are written again from its history, so that no step is there twice.
     """
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     with summary_writer()(folder / "tensorboard") as writer:

@@ -1,4 +1,4 @@
-"""A short game of chaos.py; a long one is for hands: python tests/chaos.py --rounds 100"""
+"""A short run of chaos.py; start a long one by hand: python tests/chaos.py --rounds 100"""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""run_all.sh as users call it: to the end, again, killed in between, and with mistakes."""
+"""run_all.sh as users call it: to the end, again, killed midway, and with mistakes."""
 
 import os
 import shutil
@@ -191,7 +191,7 @@ def test_the_tables_come_from_one_command_and_use_what_is_there(run_script, smal
     shutil.rmtree(tmp_path / "runs" / "demo-hard-quick" / "fold1")
     again = run_script("run_all.sh", "--tables", *flags).stdout
     assert again.count("epoch 1/1") == 1 and "demo-hard-quick fold 1: epoch 1/1" in again
-    assert again.split("## Table 1")[1] == out.split("## Table 1")[1]  # the same network again
+    assert again.split("## Table 1")[1] == out.split("## Table 1")[1]  # still the same network
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_mistakes_end_at_once_with_one_message(fails, small_data, tmp_path, argu
 def test_the_real_63_samples_end_in_a_valid_submission(real_run, real_data):
     work, out = real_run
     assert out.splitlines()[-1].endswith(str(work / "report.html"))
-    assert "classes have no sample and count as 0" in out
+    assert "classes have no samples and count as 0" in out
     submission = pd.read_csv(work / "submission.csv", dtype=str, keep_default_na=False)
     test_ids = {path.name.rsplit("_", 1)[0] for path in (real_data / "kaggle_png" / "test").iterdir()}
     assert set(submission["Id"]) == test_ids and len(submission) == 13
@@ -235,7 +235,7 @@ def test_the_real_63_samples_end_in_a_valid_submission(real_run, real_data):
 
 def test_the_page_of_the_real_samples_in_a_browser(
     real_run, browser
-):  # here, so that no second process makes that run too
+):  # in this file, so that no second process repeats that run
     folder, _ = real_run
     check_page(browser, folder / "report.html")
     assert browser.execute_script("return document.querySelectorAll('main > section').length") == 9

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.demo.data import make_demo_data
-from common.train import training
+from common.train import loop
 from common.train.hardware import HardwareOptions, choose_hardware, idle_gpu
 from tests.conftest import ROOT
 from tests.gpu.helpers import FEW_EPOCHS
@@ -54,7 +54,7 @@ def hardware(device):
 @pytest.fixture(autouse=True)
 def tidy(monkeypatch):
     """Let a training write after every epoch; give back what earlier tests left in the GPU's memory."""
-    monkeypatch.setattr(training, "EPOCH_SECONDS", 0)
+    monkeypatch.setattr(loop, "EPOCH_SECONDS", 0)
     gc.collect()
     if GPUS:
         torch.cuda.empty_cache()

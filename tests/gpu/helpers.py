@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from common.train.dataset import ImageSet
+from common.train.dataset import ImageSet, Normalisation
 from common.train.fold_data import FoldData
-from common.train.predict import Normalisation
 from tests.conftest import ROOT
 from tests.slow.test_training import SMALL
 

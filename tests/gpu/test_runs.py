@@ -6,19 +6,18 @@ import sys
 import pytest
 
 from common.artifacts.stage import read_sidecar
-from common.train import training
+from common.train import loop
 from common.train.checkpoints import load_checkpoint
 from common.train.hardware import device_name
-from common.train.jobs import begin_fold
-from common.train.start import Start
+from tests.conftest import training_job
 from tests.gpu.helpers import FEW_EPOCHS, RECIPES
 from tests.slow.test_training import Killed, fold_data, same
 from tests.stage.test_stopping import stopped
 
 
 def train(folder, data, recipe, hardware):
-    run = begin_fold(folder, data, recipe, hardware, 0, 0, Start(), "test")
-    return training.train_fold(run, folder, data, {}, "test")
+    job = training_job(folder, recipe)
+    return loop.train_fold(loop.begin_fold(job, data, hardware), job, data)
 
 
 def outcome(folder) -> tuple[bytes, dict]:
@@ -38,7 +37,7 @@ def test_runs_have_the_same_bits_with_any_loader_processes_and_when_killed(
     data, recipe = fold_data(tmp_path / "images", 24), RECIPES[optimizer]
     train(tmp_path / "whole", data, recipe, hardware(precision, 0))
     train(tmp_path / "again", data, recipe, hardware(precision, 8))
-    step, done = training.train_step, []
+    step, done = loop.train_step, []
 
     def dying_step(*arguments):
         if len(done) == 5:
@@ -46,11 +45,11 @@ def test_runs_have_the_same_bits_with_any_loader_processes_and_when_killed(
         done.append(1)
         return step(*arguments)
 
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(training, "train_step", dying_step)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "train_step", dying_step)
     with pytest.raises(Killed):
         train(tmp_path / "killed", data, recipe, hardware(precision, 8))
-    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     train(tmp_path / "killed", data, recipe, hardware(precision, 0))
     (network, state), *others = (outcome(tmp_path / name) for name in ("whole", "again", "killed"))
     for other_network, other_state in others:

@@ -9,7 +9,8 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from common.train.training import new_run, train_step
+from common.train.run import new_run
+from common.train.step import train_step
 from tests.conftest import ROOT
 from tests.gpu.helpers import RECIPES, drawn, noise, with_rates
 from tests.slow.test_distributed import TORCHRUN, five_steps
@@ -60,7 +61,8 @@ def test_two_gpus_train_the_weights_of_one(tmp_path):
 ONE_STEP = """
 import torch
 from common.train.hardware import HardwareOptions, choose_hardware
-from common.train.training import all_batches, new_run, train_epoch
+from common.train.loop import all_batches, train_epoch
+from common.train.run import new_run
 from tests.gpu.helpers import RECIPES, drawn
 
 data = drawn(16, 64)

@@ -11,8 +11,11 @@ from common.errors import UserError
 from common.recipes import GAPNET_PL, RECIPES, get_recipe
 from common.train.checkpoints import load_checkpoint, save_checkpoint, snapshot
 from common.train.hardware import PRECISIONS, Hardware, HardwareOptions, choose_hardware
+from common.train.loop import all_batches, note_ranking, train_epoch
+from common.train.lr_finder import lr_range_test
 from common.train.predict import Fitting, predict_logits, views
-from common.train.training import all_batches, lr_range_test, new_run, note_ranking, train_epoch, train_step
+from common.train.run import new_run
+from common.train.step import train_step
 from tests.gpu.helpers import RECIPES as SMALL_RECIPES
 from tests.gpu.helpers import drawn, little_memory, noise, with_rates
 from tests.slow.test_training import fold_data, same
@@ -160,7 +163,7 @@ def test_the_finder_goes_on_in_parts_when_memory_is_full(hardware, capsys):
     where, data = hardware(), drawn(64, ROOMY.crop)
 
     def find():
-        return lr_range_test(data, ROOMY, where, 0, 0, n_steps=3)
+        return lr_range_test(new_run(ROOMY, data, where, 0, 0), data, n_steps=3)
 
     with little_memory(find):
         rates, losses = find()

@@ -1,4 +1,4 @@
-"""Found by every Python of a test that puts this folder on PYTHONPATH: stage 04 writes checkpoints more often.
+"""Make stage 04 write checkpoints more often, in every Python of a test that puts this folder on PYTHONPATH.
 
 HOOK_CHECKPOINT_SECONDS  seconds between checkpoints, within epochs and between them
 """
@@ -10,10 +10,10 @@ import sys
 
 
 class Hurry(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads common.train.training as usual, and changes its constants then."""
+    """Loads common.train.loop as usual, then changes its constants."""
 
     def find_spec(self, name, path, target=None):
-        if name != "common.train.training":
+        if name != "common.train.loop":
             return None
         sys.meta_path.remove(self)
         self.found = importlib.util.find_spec(name)

@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from common.recipes import GAPNET_PL
-from common.train.dataset import ImageSet
+from common.train.dataset import ImageSet, Normalisation
 from common.train.fold_data import FoldData
 from common.train.hardware import HardwareOptions, choose_hardware
-from common.train.predict import Normalisation
-from common.train.training import new_run, train_step
+from common.train.run import new_run
+from common.train.step import train_step
 
 BATCH = 11  # odd, so that two processes have parts of different size
 

@@ -83,7 +83,7 @@ def test_an_interrupted_run_is_finished_and_whole_samples_are_kept(demo, tmp_pat
 
 def test_a_folder_with_other_data_is_refused_and_left_alone(tmp_path):
     (tmp_path / "train.csv").write_text("Id,Target\nsomebodys,0\n")
-    with pytest.raises(UserError, match="lists other samples than this demo's; give the demo data an empty folder"):
+    with pytest.raises(UserError, match="lists samples that are not this demo's; give the demo an empty folder"):
         make_demo_data(tmp_path, **SMALL, jobs=1)
     assert [p.name for p in tmp_path.iterdir()] == ["train.csv"]
 

@@ -1,6 +1,6 @@
-"""Files from strangers, made at random: every one is read or refused with our own error, quickly and in little memory.
+"""Random files from strangers: each one is read or refused with our own error, quickly and in little memory.
 
-HPA_FUZZ_CASES  cases in all (default 300; 10000 by hand)
+HPA_FUZZ_CASES  number of cases in all (default 300; 10000 by hand)
 """
 
 import csv
@@ -29,7 +29,7 @@ from common.artifacts.stage import Record, Stage, sidecar
 from common.artifacts.tables import check_ids, read_table
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.data.images import checksum, read_planes, write_planes
-from common.data.ingest import read_journal
+from common.data.journal import read_journal
 from common.data.labels import parse_targets, read_csv, read_labels
 from common.data.sources import BadImage, read_channel, read_pixels, table_kind
 from common.errors import UserError
@@ -39,7 +39,7 @@ from tests.tiffs import agreed, stretched, turned, write_tiff
 
 KINDS = 14  # of tests below, each with its share of the cases
 CASES = int(os.environ.get("HPA_FUZZ_CASES", 300)) // KINDS
-MAX_SECONDS = 20  # of one case, on a machine that does other things too
+MAX_SECONDS = 20  # per case, on a busy machine
 MAX_GROWTH = 2**20  # kilobytes
 PRINTABLE = st.text(st.characters(codec="utf-8"), max_size=30)
 
@@ -54,20 +54,20 @@ fuzz = settings(
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    """End a test that hangs in foreign code, and show where."""
+    """End a test that hangs in foreign code, and show where it hangs."""
     faulthandler.dump_traceback_later(MAX_SECONDS * CASES, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
 
 
 def memory(kind: str) -> int:
-    """Return what this process holds (VmRSS), or the most that it has held (VmHWM), in kilobytes."""
+    """Return this process's memory now (VmRSS) or at its peak (VmHWM), in kilobytes."""
     return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def outcome(read, *arguments):
-    """Return what reading gives, None where it is refused; anything else that it raises fails the test."""
-    Path("/proc/self/clear_refs").write_text("5")  # the most that it has held is counted from here
+    """Return the result of reading, None if it is refused; any other exception fails the test."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     started, before = time.monotonic(), memory("VmRSS")
     try:
         return read(*arguments)
@@ -84,7 +84,7 @@ def outcome(read, *arguments):
 
 @st.composite
 def damage(draw, content: bytes):
-    """Change some bytes, mostly of the header; cut the end off; repeat a part; or all of these."""
+    """Change some bytes, mostly in the header; cut the end off; repeat a part; or all of these."""
     content = bytearray(content)
     for _ in range(draw(st.integers(0, 8))):
         place = draw(st.integers(0, min(len(content), 400) - 1) | st.integers(0, len(content) - 1))
@@ -153,7 +153,7 @@ FIELD = st.sampled_from(["a", "001", "1e5", "NA", "0 25", "16", "Zürich_1", "x,
 
 @st.composite
 def dialect(draw) -> tuple[list[list[str]], bytes]:
-    """Return rows of Id, Target and a note, and a file of them such as some program writes."""
+    """Return rows of Id, Target and a note, and a file of them in some program's dialect."""
     separator, ends = draw(st.sampled_from(",;\t")), draw(st.sampled_from(["\n", "\r\n", "\r"]))
     rows = [
         [f"s{k}", *fields] for k, fields in enumerate(draw(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=5)))
@@ -205,7 +205,7 @@ def test_an_id_never_leads_out_of_its_folder(tmp_path, Id):
         path = tmp_path / "images" / f"{Id}_green.tif"
         assert path.resolve().parent == (tmp_path / "images").resolve()
         path.parent.mkdir(exist_ok=True)
-        path.touch()  # the file system takes it
+        path.touch()  # the file system accepts it
         assert [found.name for found in path.parent.iterdir()] == [path.name]
         path.unlink()
 
@@ -268,7 +268,7 @@ def test_a_journal_gives_whole_records_only(tmp_path, content):
 
 @st.composite
 def array_header(draw):
-    """An .npy whose header claims anything."""
+    """Return an .npy whose header claims anything."""
     shape = draw(
         st.sampled_from(
             ["(2, 28)", "(10**9,)", "(1000000000, 28)", "(-1,)", "()", "(2,", "(True,)", "(99999999999999999,)"]
@@ -359,13 +359,13 @@ def test_a_bomb_of_zeros_is_refused_before_it_is_inflated(tmp_path):
 
 def test_an_archive_that_is_not_deflated_is_refused(tmp_path):  # zipfile inflates bzip2 and LZMA without a limit
     (tmp_path / "p.npz").write_bytes(as_npz({"ids.npy": b"x", "probs.npy": b"x"}, zipfile.ZIP_BZIP2))
-    with pytest.raises(UserError, match="is compressed otherwise than by deflate"):
+    with pytest.raises(UserError, match="is compressed with a method other than deflate"):
         load_predictions(tmp_path / "p.npz", "")
 
 
 def test_a_table_is_not_inflated(tmp_path):
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"Id,Target\n" + b"a,0\n" * 1000))
-    with pytest.raises(UserError, match="is not text in UTF-8"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         read_labels(tmp_path / "x.csv.gz")
 
 
@@ -373,7 +373,7 @@ def test_a_table_is_not_inflated(tmp_path):
 
 
 def originals(folder: Path) -> list[Path]:
-    """Return real images of each kind where there are any, and made ones: small, 8 and 16 bit, grey and colour."""
+    """Return real images of each kind, if available, and synthetic ones: small, 8 and 16 bit, grey and colour."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     tifffile.imwrite(folder / "a.tif", noise)
     tifffile.imwrite(folder / "b.tif", noise.astype(np.uint16) * 257, compression="zlib", predictor=True, tile=(16, 16))
@@ -400,7 +400,7 @@ def pictures(tmp_path_factory):
 def test_images_are_decoded_or_refused(tmp_path, pictures, data):
     suffix, content = data.draw(st.sampled_from(pictures))
     if data.draw(st.integers(0, 19)) == 0:
-        suffix = data.draw(st.sampled_from([".tif", ".png", ".jpg"]))  # a lie
+        suffix = data.draw(st.sampled_from([".tif", ".png", ".jpg"]))  # may not match the content
     path = tmp_path / f"x{suffix}"
     path.write_bytes(data.draw(damage(content)))
     rgb_coded = data.draw(st.booleans())
@@ -411,7 +411,7 @@ def test_images_are_decoded_or_refused(tmp_path, pictures, data):
 
 
 def check_agreed(path: Path, rgb_coded: bool) -> None:
-    """Compare an accepted image with what tifffile's page and Pillow agree on, where both read it."""
+    """Compare an accepted image with what tifffile's page and Pillow agree on, if both read it."""
     expected = agreed(path) if path.suffix == ".tif" else None
     if expected is None:
         return
@@ -432,7 +432,7 @@ def check_agreed(path: Path, rgb_coded: bool) -> None:
 
 @st.composite
 def tiff_tags(draw):
-    """Tags of a TIFF for `write_tiff`, and its values, (16, 16) or (16, 16, n)."""
+    """Return tags of a TIFF for `write_tiff`, and its values, (16, 16) or (16, 16, n)."""
     bits, photometric = (
         draw(st.sampled_from([1, 2, 4, 5, 8, 8, 12, 16])),
         draw(st.sampled_from([0, 0, 1, 1, 1, 2, 2, 3, 3, 6])),
@@ -473,7 +473,10 @@ TABLES = [
     lambda n, rng: rng.integers(0, 65536, (n, 3)),
     lambda n, rng: rng.integers(0, 65536, (n, 1)) * (1, 1, 1),
 ]
-OME = '<OME><Image><Pixels DimensionOrder="XYCZT" SizeX="16" SizeY="16" SizeC="1" SizeZ="1" SizeT="1" Type="uint8"/></Image></OME>'
+OME = (
+    '<OME><Image><Pixels DimensionOrder="XYCZT" SizeX="16" SizeY="16" SizeC="1" SizeZ="1" SizeT="1" Type="uint8"/>'
+    "</Image></OME>"
+)
 DESCRIPTIONS = [
     ('{"shape": [1, 16, 16]}', 1),
     ('{"shape": [16, 16, 1]}', 1),
@@ -560,7 +563,7 @@ def test_a_header_of_a_billion_pixels_is_refused_before_memory_is_spent(tmp_path
 
 
 def png_header(path: Path, width: int, height: int) -> None:
-    """Write a small PNG whose header claims another size, with a right checksum."""
+    """Write a small PNG whose header claims another size, with a correct checksum."""
     Image.new("L", (8, 8)).save(path)
     content = bytearray(path.read_bytes())
     content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")

@@ -7,25 +7,25 @@ from torch import nn
 from torchvision.models import resnet18
 
 from common.errors import UserError
-from common.recipes import CHOICES, RECIPES, Recipe, get_recipe
+from common.recipes import CHOICES, OWN_POOLING, RECIPES, Recipe, get_recipe
 from common.train.networks import (
+    ENCODERS,
     AdaptiveConcatPool2d,
     GapNetEncoder,
     PadTo,
-    backbone,
     build_encoder,
     build_head,
     build_model,
     count_parameters,
     densenet50,
-    param_groups,
     pretrainedmodel,
     stem,
     widen_stem,
 )
+from common.train.optimizers import param_groups
 from tests.conftest import ROOT
 
-BACKBONES = [name for name in CHOICES["encoder"] if not name.startswith("gapnet")]
+BACKBONES = [name for name in CHOICES["encoder"] if name not in OWN_POOLING]
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 8, 1, 1), (2, 4, 6, 6)])
@@ -54,7 +54,9 @@ def test_the_encoder_gives_the_features_of_the_unchanged_network(name):
     torch.manual_seed(0)
     encoder, features = build_encoder(Recipe(encoder=name))
     torch.manual_seed(0)
-    unchanged = backbone(name)[0].eval() if name in ("resnet10_narrow", "densenet50") else pretrainedmodel(name).eval()
+    unchanged = (
+        ENCODERS[name].build()[0].eval() if name in ("resnet10_narrow", "densenet50") else pretrainedmodel(name).eval()
+    )
     rgb = torch.randn(1, 3, 96, 96)
     with torch.inference_mode():
         mine = encoder.eval()(torch.cat([rgb, torch.zeros(1, 1, 96, 96)], dim=1))

@@ -17,19 +17,22 @@ from common.data.images import write_planes
 from common.errors import UserError
 from common.process import stopping
 from common.recipes import DEMO, GAPNET_PL, RECIPES, get_recipe, to_dict
-from common.train import hardware, training
+from common.train import hardware, loop, lr_finder
+from common.train import step as step_module
 from common.train.checkpoints import load_checkpoint, load_network, save_checkpoint
-from common.train.dataset import ImageSet
+from common.train.dataset import EpochBatches, ImageSet, Normalisation
 from common.train.distributed import Team
 from common.train.fold_data import FoldData, load_fold
 from common.train.hardware import PRECISIONS, Hardware, HardwareOptions, choose_hardware
-from common.train.jobs import begin_fold
+from common.train.loop import begin_fold, is_finished, train_fold
 from common.train.losses import sample_losses
-from common.train.lr_finder import save_lr_curve
+from common.train.lr_finder import lr_range_test, save_lr_curve
 from common.train.networks import build_model
-from common.train.predict import Fitting, Normalisation, mean_probabilities, predict_logits, views
-from common.train.start import Start
-from common.train.training import Run, is_finished, lr_range_test, micro_batches, new_run, train_fold, train_step
+from common.train.optimizers import build_optimizer, param_groups
+from common.train.predict import Fitting, mean_probabilities, predict_logits, views
+from common.train.run import Run, new_run
+from common.train.step import micro_batches, train_step
+from tests.conftest import training_job
 
 CPU = Hardware(torch.device("cpu"))
 SMALL = replace(
@@ -60,7 +63,7 @@ OURS = replace(
 
 @pytest.fixture(autouse=True)
 def write_after_every_epoch(monkeypatch):
-    monkeypatch.setattr(training, "EPOCH_SECONDS", 0)
+    monkeypatch.setattr(loop, "EPOCH_SECONDS", 0)
 
 
 def fold_data(folder, n, n_classes=28, size=64, crop=64, seed=0):
@@ -80,8 +83,8 @@ def fold_data(folder, n, n_classes=28, size=64, crop=64, seed=0):
 
 
 def train(folder, data, recipe=SMALL, fold=0, seed=0, hardware=CPU, on_nan="stop"):
-    run = begin_fold(folder, data, recipe, hardware, fold, seed, Start(), "test")
-    return train_fold(run, folder, data, {}, "test", on_nan)
+    job = training_job(folder, recipe, fold, seed, on_nan)
+    return train_fold(begin_fold(job, data, hardware), job, data)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("steps_before_the_kill", [1, 5, 8])
 def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, tmp_path, monkeypatch, steps_before_the_kill, recipe):
     data, whole = undisturbed(24, recipe)
-    step, done = training.train_step, []
+    step, done = loop.train_step, []
 
     def dying_step(*arguments):
         if len(done) == steps_before_the_kill:
@@ -130,11 +133,11 @@ def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, tmp_path, monkeypa
         done.append(1)
         return step(*arguments)
 
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(training, "train_step", dying_step)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "train_step", dying_step)
     with pytest.raises(Killed):
         train(tmp_path / "killed", data, recipe)
-    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     train(tmp_path / "killed", data, recipe)
     for name in ("best.pt", "last.pt"):
         assert same(load_checkpoint(whole / name), load_checkpoint(tmp_path / "killed" / name))
@@ -145,7 +148,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, tmp_path, monkeypa
 @pytest.mark.parametrize("call", [1, 2, 4])
 def test_killed_while_it_writes_it_ends_as_an_undisturbed_one(undisturbed, tmp_path, monkeypatch, function, call):
     data, whole = undisturbed(16)
-    write, calls = getattr(training, function), []
+    write, calls = getattr(loop, function), []
 
     def dying_write(*arguments):
         calls.append(1)
@@ -153,10 +156,10 @@ def test_killed_while_it_writes_it_ends_as_an_undisturbed_one(undisturbed, tmp_p
             raise Killed
         write(*arguments)
 
-    monkeypatch.setattr(training, function, dying_write)
+    monkeypatch.setattr(loop, function, dying_write)
     with pytest.raises(Killed):
         train(tmp_path / "killed", data)
-    monkeypatch.setattr(training, function, write)
+    monkeypatch.setattr(loop, function, write)
     train(tmp_path / "killed", data)
     assert (whole / "best.pt").read_bytes() == (tmp_path / "killed" / "best.pt").read_bytes()
     assert len((tmp_path / "killed" / "log.jsonl").read_text().splitlines()) == 4
@@ -180,8 +183,8 @@ def test_the_log_has_one_json_line_an_epoch(undisturbed):
 
 def test_the_hard_sampler_waits_for_its_warm_up(tmp_path, monkeypatch):
     shares = []
-    step = training.train_step
-    monkeypatch.setattr(training, "train_step", lambda *a: shares.append(a[4]) or step(*a))
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *a: shares.append(a[4]) or step(*a))
     train(tmp_path / "run", fold_data(tmp_path / "images", 8), replace(SMALL, hard_warmup_epochs=2))
     assert shares == [1.0, 1.0, 0.7, 0.7]
 
@@ -342,17 +345,17 @@ def test_prediction_remembers_how_many_images_fitted(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("first", "then"), [("bf16", "fp16"), ("fp16", "fp32"), ("fp32", "fp16"), ("fp16", "fp16")])
 def test_a_run_resumes_in_another_precision(tmp_path, monkeypatch, first, then):
-    data, epoch = fold_data(tmp_path / "images", 16), training.train_epoch
+    data, epoch = fold_data(tmp_path / "images", 16), loop.train_epoch
 
     def dies(run, *arguments):
         if run.epoch == 1:
             raise Killed
         epoch(run, *arguments)
 
-    monkeypatch.setattr(training, "train_epoch", dies)
+    monkeypatch.setattr(loop, "train_epoch", dies)
     with pytest.raises(Killed):
         train(tmp_path / "run", data, hardware=choose_hardware(HardwareOptions("cpu", first)))
-    monkeypatch.setattr(training, "train_epoch", epoch)
+    monkeypatch.setattr(loop, "train_epoch", epoch)
     run = train(tmp_path / "run", data, hardware=choose_hardware(HardwareOptions("cpu", then)))
     assert (
         len(run.history) == 4
@@ -366,14 +369,15 @@ def test_a_run_resumes_in_another_precision(tmp_path, monkeypatch, first, then):
 
 def overflow(monkeypatch, steps):
     """Let the activations of the given training steps overflow, as they may in float16."""
-    real, calls = training.sample_losses, []
+    real, calls = sample_losses, []
 
     def losses(logits, targets, weights, recipe):
         calls.append(1)
         factor = math.inf if logits.requires_grad and len(calls) - 1 in steps else 1.0
         return real(logits * factor, targets, weights, recipe)
 
-    monkeypatch.setattr(training, "sample_losses", losses)
+    monkeypatch.setattr(step_module, "sample_losses", losses)
+    monkeypatch.setattr(loop, "sample_losses", losses)
 
 
 def test_a_batch_that_overflows_in_float16_is_skipped_and_leaves_no_trace(tmp_path, monkeypatch):
@@ -389,7 +393,7 @@ def test_a_batch_that_overflows_in_float16_is_skipped_and_leaves_no_trace(tmp_pa
     assert not losses.isfinite().any() and same(before, run.model.state_dict())
     monkeypatch.setattr(run.network, "forward", forward)
     train_step(run, *batch(8), 8, 0.5, 2)
-    assert not same(before, run.model.state_dict()) and training.finite_weights(run).all()
+    assert not same(before, run.model.state_dict()) and loop.finite_weights(run).all()
 
 
 def test_single_overflows_are_counted_and_whole_epochs_of_them_end_training(tmp_path, monkeypatch):
@@ -408,8 +412,8 @@ def test_single_overflows_are_counted_and_whole_epochs_of_them_end_training(tmp_
 
 
 def test_one_loader_serves_a_whole_training_and_makes_the_same_batches(tmp_path, monkeypatch):
-    data, calls, real = fold_data(tmp_path / "images", 24), [], training.loader
-    monkeypatch.setattr(training, "loader", lambda *arguments: calls.append(1) or real(*arguments))
+    data, calls, real = fold_data(tmp_path / "images", 24), [], loop.loader
+    monkeypatch.setattr(loop, "loader", lambda *arguments: calls.append(1) or real(*arguments))
     train(tmp_path / "alone", data)
     train(tmp_path / "fed", data, hardware=replace(CPU, workers=2))
     assert len(calls) == 2
@@ -441,7 +445,7 @@ def test_l1_and_the_limit_on_the_gradient_are_applied(tmp_path):
 
 @pytest.mark.parametrize(("schedule", "expected"), [("constant", [1, 1, 1, 1]), ("plateau", [1, 1, 0.5, 0.25])])
 def test_other_schedules(tmp_path, monkeypatch, schedule, expected):
-    monkeypatch.setattr(training, "evaluate", lambda run, data, feed: ([1.0, 2.0, 2.0, 0.5][run.epoch], 0.1))
+    monkeypatch.setattr(loop, "evaluate", lambda run, data, feed: ([1.0, 2.0, 2.0, 0.5][run.epoch], 0.1))
     run = train(tmp_path / "run", fold_data(tmp_path / "images", 8), replace(SMALL, schedule=schedule, patience=0))
     assert [row["learning_rate"] / 2e-2 for row in run.history] == pytest.approx(expected)
 
@@ -538,7 +542,7 @@ def test_a_checkpoint_with_parts_missing_or_of_other_shapes_is_one_message(tmp_p
     change(saved)
     save_checkpoint(tmp_path / "last.pt", saved)
     with pytest.raises(UserError, match=reason):
-        begin_fold(tmp_path, data, SMALL, CPU, 0, 0, Start(), "test")
+        begin_fold(training_job(tmp_path, SMALL), data, CPU)
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_advice(tmp_path):
@@ -551,7 +555,7 @@ STEADY = replace(SMALL, schedule="constant")  # at 0.02, 3 batches an epoch from
 
 def poison(monkeypatch, steps, highest):
     """Let the weights become NaN at the given steps while the learning rate is above `highest`."""
-    real = training.train_step
+    real = loop.train_step
 
     def step(run, images, targets, n, share, step):
         result = real(run, images, targets, n, share, step)
@@ -559,7 +563,7 @@ def poison(monkeypatch, steps, highest):
             next(run.model.parameters()).data.fill_(float("nan"))
         return result
 
-    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
 
 
 @pytest.mark.parametrize(
@@ -580,11 +584,11 @@ def test_the_ids_of_the_first_batch_that_is_not_finite_are_saved(tmp_path, monke
         train(tmp_path / "run", data, STEADY)
     path = tmp_path / "run" / "bad_batch.csv"
     assert str(stop.value) == (
-        f"test: the loss is not finite in {place}, whose Ids and losses are in {path}; lower the learning "
+        f"test fold 0: the loss is not finite in {place}, whose Ids and losses are in {path}; lower the learning "
         "rates with --set learning_rates=... and train anew with --force, or go on with --on-nan back"
     )
     batch = int(place.split()[3]) - 1
-    assert list(pd.read_csv(path)["Id"]) == list(data.train.ids[training.EpochBatches(24, 8, 0, 1).rows(batch)])
+    assert list(pd.read_csv(path)["Id"]) == list(data.train.ids[EpochBatches(24, 8, 0, 1).rows(batch)])
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1  # what was good is there still
 
 
@@ -600,7 +604,7 @@ def test_it_goes_back_with_half_the_learning_rates_and_ends_the_same_when_killed
     assert load_checkpoint(whole / "last.pt")["returns"] == ["epoch 2, batch 3 of 3"] * 2
     if killed_after is None:
         return
-    step, done = training.train_step, []
+    step, done = loop.train_step, []
 
     def dying_step(*arguments):
         done.append(1)
@@ -608,11 +612,11 @@ def test_it_goes_back_with_half_the_learning_rates_and_ends_the_same_when_killed
             raise Killed
         return step(*arguments)
 
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(training, "train_step", dying_step)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(loop, "train_step", dying_step)
     with pytest.raises(Killed):
         train(tmp_path / "killed", data, STEADY, on_nan="back")
-    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", step)
     train(tmp_path / "killed", data, STEADY, on_nan="back")
     for name in ("best.pt", "last.pt"):
         assert same(load_checkpoint(whole / name), load_checkpoint(tmp_path / "killed" / name))
@@ -625,10 +629,10 @@ def test_one_weight_that_is_not_finite_is_found_wherever_it_is(bad, place):
         torch.nn.Parameter(values) for values in (torch.randn(3001), torch.full((40, 8, 3, 3), 3e38), torch.zeros(1))
     ]
     run = SimpleNamespace(model=torch.nn.ParameterList(weights))
-    assert training.finite_weights(run).tolist() == [True, True, True]
+    assert loop.finite_weights(run).tolist() == [True, True, True]
     with torch.no_grad():
         weights[1].view(-1)[place] = bad
-    assert training.finite_weights(run).tolist() == [True, False, True]
+    assert loop.finite_weights(run).tolist() == [True, False, True]
 
 
 def test_it_goes_back_three_times_at_most(tmp_path, monkeypatch, capsys):
@@ -643,7 +647,7 @@ def test_it_goes_back_three_times_at_most(tmp_path, monkeypatch, capsys):
 
 
 def test_a_validation_loss_that_is_not_finite_counts_too(tmp_path, monkeypatch):
-    real, calls = training.predict_logits, []
+    real, calls = loop.predict_logits, []
 
     def predict(*arguments, **more):
         logits = real(*arguments, **more).clone()
@@ -652,7 +656,7 @@ def test_a_validation_loss_that_is_not_finite_counts_too(tmp_path, monkeypatch):
             logits[0, 5] = float("nan")
         return logits
 
-    monkeypatch.setattr(training, "predict_logits", predict)
+    monkeypatch.setattr(loop, "predict_logits", predict)
     run = train(tmp_path / "run", fold_data(tmp_path / "images", 8), STEADY, on_nan="back")
     assert run.returns == ["the validation of epoch 2"] and len(run.valid_losses) == 4
     assert list(pd.read_csv(tmp_path / "run" / "bad_batch.csv")["Id"]) == ["s5"]
@@ -660,7 +664,7 @@ def test_a_validation_loss_that_is_not_finite_counts_too(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_from_the_first_batch_passes_the_finder(tmp_path, monkeypatch, capsys):
     data = fold_data(tmp_path / "images", 24)
-    monkeypatch.setattr(training, "sample_losses", lambda logits, *_: logits.sum(dim=1) * float("nan"))
+    monkeypatch.setattr(step_module, "sample_losses", lambda logits, *_: logits.sum(dim=1) * float("nan"))
     with pytest.raises(
         UserError, match="the loss is not finite in epoch 1, batch 1 of 3, whose Ids and losses are in "
     ):
@@ -673,7 +677,7 @@ def test_a_loss_that_is_not_finite_from_the_first_batch_passes_the_finder(tmp_pa
 
 
 def test_losses_are_looked_at_now_and_then(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECK_STEPS", 2)
+    monkeypatch.setattr(loop, "CHECK_STEPS", 2)
     poison(monkeypatch, {2}, 0)
     with pytest.raises(UserError, match="not finite in epoch 1, batch 4 of 6"):
         train(tmp_path / "run", fold_data(tmp_path / "images", 48), STEADY)
@@ -687,7 +691,7 @@ def test_sigterm_saves_a_checkpoint_at_the_next_step_and_the_end_is_the_same(
     data, whole = undisturbed(24)
     stopping.listen()
     name = {"step": "train_step", "evaluate": "evaluate"}[point]
-    real, calls = getattr(training, name), []
+    real, calls = getattr(loop, name), []
 
     def terminated(*arguments):
         calls.append(1)
@@ -695,12 +699,12 @@ def test_sigterm_saves_a_checkpoint_at_the_next_step_and_the_end_is_the_same(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(training, name, terminated)
+    monkeypatch.setattr(loop, name, terminated)
     with pytest.raises(stopping.Stopped):
         train(tmp_path / "stopped", data, on_nan=on_nan)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     place = {"step": "epoch 1 after batch 2", "evaluate": "epoch 2 after batch 3"}[point]
-    assert f"test: saved in {place}\n" in capsys.readouterr().out and len(calls) == 2
+    assert f"test fold 0: saved in {place}\n" in capsys.readouterr().out and len(calls) == 2
     stopping.STATE.asked = False
     train(tmp_path / "stopped", data, on_nan=on_nan)
     for name in ("best.pt", "last.pt"):
@@ -729,7 +733,8 @@ def test_one_sample_is_not_enough_to_train_on(tmp_path):
 
 
 def test_the_finder_saves_its_curve(tmp_path):
-    rates, losses = lr_range_test(fold_data(tmp_path / "images", 16), SMALL, CPU, 0, 0, n_steps=20)
+    data = fold_data(tmp_path / "images", 16)
+    rates, losses = lr_range_test(new_run(SMALL, data, CPU, 0, 0), data, n_steps=20)
     suggestion, steepest = save_lr_curve(tmp_path, rates, losses)
     assert 1e-5 <= steepest <= suggestion <= 10 and {suggestion, steepest} <= set(rates)
     assert (tmp_path / "lr_find.csv").read_text().startswith("learning_rate,loss,smoothed\n")
@@ -737,10 +742,11 @@ def test_the_finder_saves_its_curve(tmp_path):
 
 
 def test_the_finders_rates_are_those_of_the_last_layers_and_the_others_keep_their_ratio(tmp_path, monkeypatch):
-    used, step = [], training.train_step
-    monkeypatch.setattr(training, "train_step", lambda run, *rest: used.append(rates_of(run)) or step(run, *rest))
+    used, real = [], train_step
+    monkeypatch.setattr(lr_finder, "train_step", lambda run, *rest: used.append(rates_of(run)) or real(run, *rest))
     recipe = replace(SMALL, learning_rates=(1e-3, 4e-3))
-    rates, _ = lr_range_test(fold_data(tmp_path, 8), recipe, CPU, 0, 0, n_steps=3)
+    data = fold_data(tmp_path, 8)
+    rates, _ = lr_range_test(new_run(recipe, data, CPU, 0, 0), data, n_steps=3)
     assert used == [pytest.approx([rate / 4, rate]) for rate in rates]
 
 
@@ -823,14 +829,14 @@ def test_a_checkpoint_of_something_else_is_refused_with_both_named(tmp_path, cha
     with pytest.raises(UserError, match=message):
         load_network(tmp_path / "last.pt", SMALL, CPU)
     with pytest.raises(UserError, match=message):
-        begin_fold(tmp_path, fold_data(tmp_path, 4), SMALL, CPU, 0, 0, Start(), "test")
+        begin_fold(training_job(tmp_path, SMALL), fold_data(tmp_path, 4), CPU)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_weights_only_are_decayed_and_every_parameter_is_held_once(optimizer):
     recipe = replace(OURS, optimizer=optimizer, weight_decay=0.1)
     model = build_model(recipe, 28)
-    groups = training.build_optimizer(recipe, training.param_groups(model, (1e-3, 2e-3))).param_groups
+    groups = build_optimizer(recipe, param_groups(model, (1e-3, 2e-3))).param_groups
     held = [parameter for group in groups for parameter in group["params"]]
     assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
     assert all(
@@ -849,7 +855,7 @@ def test_a_write_that_fails_ends_the_training(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training, "save_checkpoint", full)
+    monkeypatch.setattr(loop, "save_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
         train(tmp_path / "run", fold_data(tmp_path / "images", 16))
 

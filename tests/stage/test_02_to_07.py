@@ -20,7 +20,7 @@ TINY = ("--set", "cycle_epochs=1", "max_cycles=1", "buffers=16")
 
 @pytest.fixture
 def stages(run_script, tmp_path):
-    """Run stages by number on one work folder; returns their output together."""
+    """Return a function that runs stages by number on one work folder and returns their joint output."""
 
     def run(data, numbers, *more):
         places = ("--data", data, "--work", tmp_path / "work")
@@ -53,27 +53,28 @@ def test_each_stage_names_the_one_that_is_missing_before_it(fails, stages, small
 
 
 def test_the_whole_row(stages, fails, small_data, tmp_path):
-    """One training serves many checks: it is the slowest part of a stage test."""
+    """Check all stages with one training, the slowest part of a stage test."""
     work = tmp_path / "work"
     stages(small_data, range(1, 5))
 
-    # One fold predicted: all that stands on it says so, with the commands for the other one.
-    assert "oof.npz stands on 1 of 2 folds (1)" in stages(small_data, [5], "--folds", "1")
+    # With one fold predicted, every later stage warns, with the commands for the other fold.
+    assert "oof.npz is based on 1 of 2 folds (1)" in stages(small_data, [5], "--folds", "1")
     out = stages(small_data, [6, 7])
     told = (
-        f"warning: {RECIPE} stands on 1 of 2 folds (1); for the others run: "
-        f"python 04_train.py --work {work} --folds 0 --recipe {RECIPE} && python 05_predict_oof.py --work {work} --folds 0 --recipes {RECIPE}\n"
+        f"warning: {RECIPE} is based on 1 of 2 folds (1); for the others run: "
+        f"python 04_train.py --work {work} --folds 0 --recipe {RECIPE} && "
+        f"python 05_predict_oof.py --work {work} --folds 0 --recipes {RECIPE}\n"
     )
     assert out.count(told) == 2 and "6 out-of-fold samples" in out
     few = {"folds": {RECIPE: [1]}, "n_folds": 2}
     read = lambda name: {key: value for key, value in json.loads((work / name).read_text()).items() if key in few}
     assert read("thresholds.json") == read("thresholds.json.meta.json") == read("submission.csv.meta.json") == few
 
-    # The other one later: both are put together.
-    assert "oof.npz stands on all 2 folds (0, 1)" in stages(small_data, [5], "--folds", "0")
+    # The other fold follows: both are put together.
+    assert "oof.npz is based on all 2 folds (0, 1)" in stages(small_data, [5], "--folds", "0")
     out = stages(small_data, [6, 7])
     assert "macro F1" in out and "12 out-of-fold samples" in out and "submission.csv: 3 rows" in out
-    assert out.count("each recipe stands on all 2 folds") == 2 and read("submission.csv.meta.json")["folds"] == {
+    assert out.count("each recipe is based on all 2 folds") == 2 and read("submission.csv.meta.json")["folds"] == {
         RECIPE: [0, 1]
     }
 
@@ -93,22 +94,22 @@ def test_the_whole_row(stages, fails, small_data, tmp_path):
     found = json.loads((work / "thresholds.json").read_text())
     assert len(found["thresholds"]) == 28 and found["n_present"] == 3
 
-    # A second time nothing is done.
+    # A second run does nothing.
     assert stages(small_data, range(1, 8)).count("is up to date") == 3 + 2 + 6 + 2
 
-    # One fold again, elsewhere: the other fold's network and predictions are left alone, the rest is rebuilt.
+    # One fold is trained again, elsewhere: the other fold's network and predictions stay, the rest is rebuilt.
     other = sidecar(work / "predictions" / RECIPE / "fold1_oof.npz").stat().st_mtime_ns
     stages(small_data, [4], "--folds", "0", "--force", "--seed", "5")
     record = read_json(sidecar(work / "samples.csv"))
     found = judge(["train"], [{"ranges": [[0, 4000]], "misplaced": {}}], WHOLE)
-    write_json(sidecar(work / "samples.csv"), record | {"exposure": found})  # as stage 01 leaves it
+    write_json(sidecar(work / "samples.csv"), record | {"exposure": found})  # as stage 01 writes it
     out = stages(small_data, [5, 6, 7])
     assert out.count("warning: the 16-bit files use 0..4000 of 0..65535 only") == 2  # in 05 and in 07
     assert "fold0_oof.npz again (changed: network)" in out and "fold1_oof.npz is up to date" in out
     assert "thresholds.json again (changed: demo-quick)" in out and "submission.csv again" in out
     assert sidecar(work / "predictions" / RECIPE / "fold1_oof.npz").stat().st_mtime_ns == other
 
-    # Training refuses other settings, other folds and folds that are not there.
+    # Training refuses other settings, other folds and missing folds.
     train = ("04_train.py", "--work", work, "--recipe", RECIPE)
     message = fails(*train, *TINY, "alpha=0.5", "--folds", "1")
     assert "alpha was 0.9, now 0.5" in message and "--force" in message
@@ -154,16 +155,16 @@ def test_a_held_out_part_is_predicted_by_all_folds_and_scored(stages, run_script
     assert sorted(ids) == sorted(folds["Id"][folds["fold"] == -2])
     ids, _ = load_predictions(work / "predictions" / RECIPE / "oof.npz", "")
     assert sorted(ids) == sorted(folds["Id"][folds["fold"] >= 0])
-    assert "on the 3 samples held out, decided by the mean of all folds" in stages(small_data, [6, 7])
+    assert "on the 3 held-out samples, predicted by the mean of all folds" in stages(small_data, [6, 7])
     assert json.loads((work / "thresholds.json").read_text())["n_held_out"] == 3
 
-    # Without a held-out part and with new networks, what the old ones predicted counts no more.
+    # Without a held-out part and with new networks, the old ones' predictions no longer count.
     stages(small_data, [3])
     stages(small_data, [4], "--force")
     stages(small_data, [5], "--no-test")
-    assert "samples held out" not in stages(small_data, [6])
+    assert "held-out samples" not in stages(small_data, [6])
     assert "n_held_out" not in json.loads((work / "thresholds.json").read_text())
-    assert f"{RECIPE}/test.npz was predicted by other networks than" in fails(
+    assert f"{RECIPE}/oof.npz come from different networks" in fails(
         "07_ensemble.py", "--work", work, "--recipes", RECIPE
     )
     stages(small_data, [5, 7])
@@ -183,7 +184,7 @@ def test_planted_duplicates_are_grouped_and_stay_together(stages, small_data, tm
     assert (tmp_path / "work" / "duplicate_pairs.png").read_bytes().startswith(b"\x89PNG")
     duplicates = pd.read_csv(tmp_path / "work" / "duplicates.csv", dtype=str).set_index("Id")
     assert duplicates.loc["train-4", "group"] == duplicates.loc["train-0", "group"] == "train-0"
-    assert (duplicates["kept"] == "1").all()  # classes are below the floor, so nothing is taken away
+    assert (duplicates["kept"] == "1").all()  # classes are below the floor, so nothing is dropped
     stages(small_data, [2], "--floor", "0")
     duplicates = pd.read_csv(tmp_path / "work" / "duplicates.csv", dtype=str).set_index("Id")
     assert duplicates.loc["train-4", "kept"] == "0" and (duplicates["kept"] == "0").sum() == 1
@@ -216,7 +217,7 @@ def test_fewer_samples_than_folds(stages, fails, small_data, tmp_path):
 
 
 def predicted(path, ids, probs):
-    """Write predictions as stage 05 does, with its record."""
+    """Write predictions with their record, as stage 05 does."""
     save_predictions(path, ids, probs)
     Stage("05_predict_oof", path, {"folds": []}, {}).seal(Record(len(ids)))
 
@@ -245,7 +246,7 @@ def test_test_samples_that_were_left_out_have_empty_rows_in_their_places(stages,
     ids = pd.read_csv(work / "folds.csv", dtype=str)["Id"]
     predicted(work / "predictions" / RECIPE / "oof.npz", ids, rng.random((12, 28)))
     predicted(work / "predictions" / RECIPE / "test.npz", ["test-1", "test-2"], rng.random((2, 28)))
-    assert "1 test samples were left out by stage 01 and have empty rows:\n  test-0" in stages(small_data, [6, 7])
+    assert "stage 01 left out 1 test samples, which have empty rows:\n  test-0" in stages(small_data, [6, 7])
     submission = pd.read_csv(work / "submission.csv", dtype=str, keep_default_na=False)
     assert list(submission["Id"]) == ["test-2", "test-0", "test-1"]
     assert [bool(text) for text in submission["Predicted"]] == [True, False, True]

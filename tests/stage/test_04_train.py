@@ -17,11 +17,10 @@ from common.artifacts.stage import sidecar
 from common.artifacts.tables import read_table
 from common.recipes import Recipe, get_recipe
 from common.train.checkpoints import load_network
-from common.train.dataset import dihedral
+from common.train.dataset import Normalisation, dihedral
 from common.train.fold_data import load_fold
 from common.train.hardware import HardwareOptions, choose_hardware
 from common.train.networks import build_encoder
-from common.train.predict import Normalisation
 from tests.conftest import ROOT
 
 RECIPE = "demo-quick"

@@ -12,11 +12,11 @@ from common.artifacts.files import write_json
 from common.artifacts.predictions import load_predictions, save_predictions
 from common.classes import CLASS_NAMES
 from common.demo.data import make_demo_data
-from common.report.build import collect, report_page, section
+from common.report.build import collect, report_page
 from common.report.inputs import duplicates
 from common.report.page import render
 from common.report.reader import Work
-from common.report.sample import heat_maps, sample_page
+from common.report.sample import heat, sample_page
 from tests.browser import check_page, click_heading, column, show
 
 RECIPE = "demo-quick"
@@ -125,7 +125,7 @@ def test_an_empty_heat_map_says_so(work, monkeypatch):
         "common.report.sample.member_probabilities", lambda work, Id: ({}, np.eye(28)[3] + np.eye(28)[5])
     )
     Id = load_predictions(work / "predictions" / RECIPE / "test.npz", "")[0][0]
-    _, gallery = heat_maps(Work(work), Id, None)
+    _, gallery = heat(Work(work), Id, None).blocks
     lines = {card.lines[0]: card.lines[1:] for card in gallery.cards}
     assert lines[CLASS_NAMES[3]] == ["predicted", "probability 0.001"]
     assert lines[CLASS_NAMES[5]] == ["predicted", "probability 0.001", "empty: nothing in the image speaks for it"]
@@ -208,7 +208,7 @@ def test_hostile_ids_are_refused_in_words(work, tmp_path, table, column):
         shutil.copy(work / name, tmp_path)
     frame = pd.read_csv(tmp_path / table, dtype=str)
     frame.assign(**{column: [ATTACK, *frame[column][1:]]}).to_csv(tmp_path / table, index=False)
-    page = render("", "", [section(Work(tmp_path), "a", "", "", duplicates)])
+    page = render("", "", [duplicates(Work(tmp_path))])
     assert f"{table} has Ids that are not plain file names" in page and ATTACK not in page and "&lt;img src=x" in page
 
 

@@ -27,7 +27,7 @@ def test_the_script_writes_every_form_and_shows_them_again(run_script, fails, tm
     again = run_script(*flags).stdout
     assert "is up to date" in again and text in again
 
-    # A run goes missing: refused with the command that makes it; with --partial its column is blank.
+    # A run is missing: refused with the command that makes it; with --partial its column is blank.
     (work / "predictions" / "resnet50-hard" / "fold1_oof.npz").unlink()
     message = fails(*flags)
     assert "run: bash run_all.sh --tables --recipes resnet50 --data data" in message and "--partial" in message
@@ -36,6 +36,6 @@ def test_the_script_writes_every_form_and_shows_them_again(run_script, fails, tm
     out = run_script(*flags, "--partial").stdout
     assert "Missing: With hard sampler of resnet50: resnet50-hard has no predictions of fold 1." in out
     assert pd.read_csv(work / "tables" / "table1.csv")["hard"].isna().all()
-    out = run_script(*flags, "--folds", "0,2").stdout  # nothing is missing from these
+    out = run_script(*flags, "--folds", "0,2").stdout  # these folds are complete
     assert "(fold 1)" not in out and "Missing" not in out
     assert "there is no fold 7" in fails(*flags, "--folds", "7")

@@ -1,4 +1,6 @@
-"""A changed input: what depends on it is made again and nothing else, and training is never thrown away unasked."""
+"""A changed input: only what depends on it is made again, and no training is discarded without --force."""
+
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -9,7 +11,8 @@ from common.errors import UserError
 from common.recipes import get_recipe
 from common.train.distributed import Team
 from common.train.hardware import HardwareOptions
-from common.train.jobs import plan, train_job
+from common.train.jobs import Request, plan
+from common.train.loop import train_job
 from tests.conftest import write_sample
 
 RECIPE = "demo-quick"
@@ -38,7 +41,7 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     networks = {path: path.read_bytes() for path in work.rglob("best.pt")}
     assert f"begun or trained already, to be gone on with: {RECIPE} fold 0" in check().stdout
 
-    # A test image: its stored copies, the test predictions and what is made of these.
+    # A test image: its stored copies, the test predictions and what is made from these.
     before = times()
     write_sample(small_data / "test_full_size", "test-1", seed=7)
     out = stages(1, 2, 3, 4, 5, 6, 7)
@@ -63,7 +66,7 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     assert "fold0 holds a finished training made from something else (changed: images); use --force" in message
     assert "was trained on something else (changed: images); run: python 04_train.py" in fails(*commands[4])
 
-    # As it was: nothing needs to be made, the networks fit again.
+    # As before: nothing needs to be made, the networks fit again.
     write_sample(small_data / "train_full_size", "train-3")
     assert stages(1, 4).count("best.pt is up to date") == 2
 
@@ -90,11 +93,11 @@ def test_a_fold_that_had_to_wait_is_not_trained_on_other_folds_than_its_record_n
     run_script("02_dedup.py", *places)
     run_script("03_make_folds.py", *places, "--n-folds", 2)
     recipes = {RECIPE: get_recipe(RECIPE, list(TINY[1:]))}
-    (job,) = plan(work, recipes, read_table(work / "folds.csv", ""), [0], 0, False, "none", None, Team())
+    (job,) = plan(Request(work, recipes, [0], pretrained="none"), read_table(work / "folds.csv", ""), Team())
     run_script("03_make_folds.py", *places, "--n-folds", 3)
     with pytest.raises(
         UserError,
-        match=r"another process wrote its inputs anew since this command began \(changed: folds.csv\); run it again",
+        match=r"another process rewrote its inputs while this command ran \(changed: folds.csv\); run it again",
     ):
-        train_job(*job, work, 0, HardwareOptions("cpu", "fp32", 0))
+        train_job(replace(job, hardware=HardwareOptions("cpu", "fp32", 0)))
     assert not (work / "runs" / RECIPE / "fold0" / "best.pt").exists()

@@ -1,4 +1,4 @@
-"""Every command that a message names is run: from nothing to a submission by following what messages say."""
+"""Run every command that a message names: from nothing to a submission by following the messages."""
 
 import re
 import runpy
@@ -20,7 +20,10 @@ TINY = ("--set", "cycle_epochs=1", "max_cycles=1", "buffers=16", "finder=off")
 
 @pytest.fixture
 def follow(monkeypatch):
-    """Run a command in this process; where it refuses and names a command, run that first. Returns the scripts in order."""
+    """Return a function that runs a command in this process and returns the scripts that ran, in order.
+
+    If a command refuses and names another one, that one runs first.
+    """
 
     def run(*arguments, depth=0):
         script, *rest = map(str, arguments)
@@ -53,13 +56,13 @@ def test_from_nothing_to_a_submission_and_out_of_every_loss(follow, small_data, 
     assert len(read_table(work / "submission.csv", "")) == 3
 
     def heal(read):
-        """Return the message of what cannot be read, and run the command that it names."""
+        """Return the message for a file that cannot be read, and run the command that it names."""
         with pytest.raises(UserError) as error:
             read()
         assert follow(*shlex.split(re.search(r"run: python (.*)", str(error.value))[1])) == ["01_preprocess.py"]
         return str(error.value), read()
 
-    # A stored image is gone, or damaged; a size or a table was never made.
+    # A stored image is missing or damaged; a size or a table was never made.
     image = work / "images" / "96" / "train-3.tif"
     crc = checksum(read_planes(image))
     image.unlink()

@@ -1,4 +1,4 @@
-"""A disk that is full at each write in turn, folders that cannot be written, input that goes away: one message, nothing half done."""
+"""A disk that is full at each write in turn, read-only folders, vanishing input: one message, nothing half done."""
 
 import errno
 import io
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from common.data import images, ingest
-from common.train import training
+from common.data import images, journal
+from common.train import loop
 from common.train.checkpoints import save_checkpoint
 from tests.conftest import ROOT
 
@@ -34,7 +34,7 @@ STAGES = {
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a stage in this process; returns its exit code and what it wrote to stderr."""
+    """Return a function that runs a stage in this process and returns its exit code and stderr."""
 
     def run(script, data, work):
         monkeypatch.setattr(sys, "argv", [script, "--data", str(data), "--work", str(work), *STAGES[script]])
@@ -50,12 +50,12 @@ def call(monkeypatch, capsys):
 
 
 def assert_made(result):
-    """Where the machine is busy, a stage also tells how long it will take."""
+    """Check that a stage succeeded; on a busy machine it may also print progress."""
     assert result[0] == 0 and "error" not in result[1], result
 
 
 class Disk:
-    """Stands for os.fsync: the write with the number `fails` is half done, then there is no space left."""
+    """Replaces os.fsync: the write with the number `fails` is half done, then there is no space left."""
 
     def __init__(self):
         self.writes, self.fails, self.fsync = 0, 0, os.fsync
@@ -69,7 +69,7 @@ class Disk:
 
 
 def contents(work: Path) -> dict[str, bytes]:
-    """Return the files of a work folder but those that tell times or only help to go on."""
+    """Return the files of a work folder, except those that record times or only help to resume."""
     passing = ("journal.jsonl", "log.jsonl", "last.pt", "report.html")
     return {
         str(path.relative_to(work)): path.read_bytes()
@@ -79,7 +79,7 @@ def contents(work: Path) -> dict[str, bytes]:
 
 
 def test_a_disk_that_is_full_at_each_write_of_each_stage_in_turn(call, small_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "EPOCH_SECONDS", 0)
+    monkeypatch.setattr(loop, "EPOCH_SECONDS", 0)
     disk = Disk()
     monkeypatch.setattr(os, "fsync", disk)
     whole, work, before = tmp_path / "whole", tmp_path / "work", tmp_path / "before"
@@ -111,7 +111,7 @@ def test_a_disk_that_is_full_at_each_write_of_each_stage_in_turn(call, small_dat
             assert not [name for name in made if ".tmp" in name]
             assert all(page.read_bytes().endswith(b"</html>") for page in work.glob("*.html"))
         disk.fails = 0
-        assert_made(call(script, small_data, work))  # it goes on
+        assert_made(call(script, small_data, work))  # it resumes
     assert contents(work) == good
     assert counts["04_train.py"] > 10 and counts["05_predict_oof.py"] >= 12
 
@@ -121,13 +121,12 @@ def test_a_disk_that_is_full_at_a_line_of_the_journal(call, small_data, tmp_path
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    journal = tmp_path / "work" / "images" / "journal.jsonl"
-    monkeypatch.setattr(ingest, "open", lambda *_, **__: type("Full", (io.StringIO,), {step: full})(), raising=False)
+    path = tmp_path / "work" / "images" / "journal.jsonl"
+    monkeypatch.setattr(journal, "open", lambda *_, **__: type("Full", (io.StringIO,), {step: full})(), raising=False)
     code, error = call("01_preprocess.py", small_data, tmp_path / "work")
     assert code == 2 and error.count("error: ") == 1, error
     assert (
-        f"error: No space left on device: {journal}; check that the folder exists, can be written and has space"
-        in error
+        f"error: No space left on device: {path}; check that the folder exists, can be written and has space" in error
     )
     assert not (tmp_path / "work" / "samples.csv").exists()
 
@@ -145,7 +144,7 @@ def test_a_disk_that_is_full_within_a_checkpoint_is_told_as_such(tmp_path):
 
 @contextmanager
 def read_only(folder: Path):
-    """Let nothing be written in a folder: by its mode, or, for root, which no mode stops, by a mount."""
+    """Make a folder read-only: by its mode, or by a mount for root, which no mode stops."""
     if os.geteuid():
         for path in [folder, *folder.rglob("*")]:
             path.chmod(path.stat().st_mode & ~0o222)
@@ -166,14 +165,14 @@ def test_folders_that_cannot_be_written_and_input_that_goes_away(call, small_dat
     work = tmp_path / "work"
     for script in STAGES:
         assert_made(call(script, small_data, work))
-    for script in list(STAGES)[:-1]:  # the page is drawn anew each time
+    for script in list(STAGES)[:-1]:  # the page is made again each time
         with read_only(work), read_only(small_data):
             assert_made(call(script, small_data, work))  # up to date
         for path in work.rglob("*.meta.json"):
             if json.loads(path.read_text())["stage"] == script.removesuffix(".py"):
                 path.unlink()
         before = contents(work)
-        with read_only(work):  # a mode gives "Permission denied" where a mount gives the other
+        with read_only(work):  # a mode gives "Permission denied", a mount the other
             code, error = call(script, small_data, work)
         assert (
             code == 2
@@ -185,7 +184,7 @@ def test_folders_that_cannot_be_written_and_input_that_goes_away(call, small_dat
 
     image = work / "images" / "96" / "train-3.tif"
     planes = image.read_bytes()
-    for content in (None, planes[:-1000] + bytes(1000)):  # gone, and damaged in a way that a decoder overlooks
+    for content in (None, planes[:-1000] + bytes(1000)):  # missing, and damaged in a way that a decoder overlooks
         image.unlink() if content is None else image.write_bytes(content)
         shutil.rmtree(work / "runs", ignore_errors=True)
         code, error = call("04_train.py", small_data, work)
@@ -198,7 +197,7 @@ def test_folders_that_cannot_be_written_and_input_that_goes_away(call, small_dat
     store, source = images.store_sample, small_data / "train_full_size" / "train-5_blue.tif"
     lost = source.read_bytes()
     monkeypatch.setattr(
-        images, "store_sample", lambda *sample: (sample[0] == "train-2" and source.unlink()) or store(*sample)
+        images, "store_sample", lambda sample, how: (sample.Id == "train-2" and source.unlink()) or store(sample, how)
     )
     shutil.rmtree(work)
     code, error = call("01_preprocess.py", small_data, work)

@@ -1,4 +1,4 @@
-"""Loader processes of folds that are worked on at once."""
+"""Loader processes of folds that train in parallel."""
 
 import multiprocessing
 
@@ -43,7 +43,7 @@ def test_folds_at_once_have_loader_processes_and_the_same_results(run_script, sm
 
 
 def load(folder, method):
-    """Load two batches in a loader process, in a process whose default is another way to start one."""
+    """Load two batches in a loader process, in a process with another default start method."""
     multiprocessing.set_start_method(method, force=True)
     images = ImageSet(folder, np.array(["a", "b"]), np.eye(2, 28, dtype=bool))
     return [batch.numpy().copy() for batch, _ in loader(images, 1, False, [[0], [1]])]

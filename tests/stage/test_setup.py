@@ -1,4 +1,4 @@
-"""common/setup.sh: the Python that run_all.sh and the tests take, in a folder of its own with other requirements."""
+"""common/setup.sh: the Python that run_all.sh and the tests use, in a separate folder with other requirements."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def setup(tmp_path):
-    """Return a function that starts the set-up, for torch and a package that nobody has, without an index."""
+    """Return a function that starts the setup without an index, for torch and a package that does not exist."""
     (tmp_path / "common" / "process").mkdir(parents=True)
     for name in ("setup.sh", "process/requirements.py"):
         shutil.copy(ROOT / "common" / name, tmp_path / "common" / name)
@@ -44,7 +44,7 @@ def setup(tmp_path):
 
 
 def distribution(name, version, *needs):
-    """Return the files of an installed package that holds nothing but its name and what it needs."""
+    """Return the files of an installed package with only a name and requirements."""
     folder = f"{name}-{version}.dist-info"
     metadata = "".join(
         f"{line}\n"
@@ -70,8 +70,10 @@ def wheel(folder, name, version, *needs):
 
 @pytest.fixture
 def notebook(tmp_path):
-    """Return the folder of programs of a Python as a hosted notebook has it: pip, torch with other CUDA libraries than it
-    names, an older NumPy; and a folder of wheels."""
+    """Return the programs' folder of a Python like a hosted notebook's, and a folder of wheels.
+
+    It has pip, torch with CUDA libraries other than those it requires, and an older NumPy.
+    """
     pip = next((Path(os.__file__).parent / "ensurepip" / "_bundled").glob("pip-*.whl"), None)
     if pip is None:
         pytest.skip("this Python comes without ensurepip")
@@ -105,7 +107,7 @@ def test_without_a_python_that_is_new_enough(setup, tmp_path):
     process = setup(old)
     assert process.communicate(timeout=60) == (
         "",
-        "error: Python 3.11 or later is needed and was not found; install it, then run this again\n",
+        "error: expected Python 3.11 or later, found none; install it, then run this again\n",
     )
     assert process.returncode == 2
 
@@ -114,14 +116,14 @@ def test_one_at_a_time_and_packages_that_cannot_be_had(setup, tmp_path):
     with open(tmp_path / ".venv.lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         process = setup(f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
-        assert process.stderr.readline() == "waiting: .venv is being made by another process\n"
+        assert process.stderr.readline() == "waiting: another process is making .venv\n"
         assert not (tmp_path / ".venv").exists()
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 2 and error.startswith("setting up .venv once (several GB, mostly torch)\n")
     assert "error: the packages could not be installed into .venv; these are missing:\n" in error
     assert "no-such-package-anywhere: expected >=1, found nothing\n" in error
     assert error.endswith(
-        "with internet, or with their wheels in a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER bash run_all.sh\n"
+        "with internet access, or with their wheels in a folder: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER bash run_all.sh\n"
     )
 
 
@@ -149,7 +151,7 @@ def test_a_torch_in_range_is_kept_and_only_what_it_lacks_is_installed(setup, not
     process = setup(path, wheels)
     assert process.communicate(timeout=120) == (
         ".venv/bin/python\n",
-        "setting up .venv once: small packages that the active Python lacks (its torch is used)\n",
+        "setting up .venv once: small packages that are missing from the active Python (its torch is used)\n",
     )
     installed = {path.name for path in tmp_path.glob(".venv/lib/python*/site-packages/*.dist-info")}
     assert installed == {"captum-0.9.0.dist-info", "munch-4.0.0.dist-info", "hashes-1.0.dist-info"}

@@ -1,4 +1,4 @@
-"""Ctrl+C and SIGTERM while stages work: a checkpoint, one message with the command that goes on, and no traceback."""
+"""Ctrl+C and SIGTERM while stages work: a checkpoint, one message with the command to resume, and no traceback."""
 
 import os
 import shlex
@@ -18,7 +18,10 @@ ENVIRONMENT = {**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "
 
 
 def stopped(command, number, when, whole_group, seconds=60):
-    """Start a command, send it a signal when its output has had all of `when`; returns exit code, output, seconds to its end."""
+    """Start a command and send it a signal once its output contains all of `when`.
+
+    Returns the exit code, the output, and the seconds from the signal to the end.
+    """
     missing = set(when)
     process = subprocess.Popen(
         [str(part) for part in command],
@@ -30,7 +33,7 @@ def stopped(command, number, when, whole_group, seconds=60):
         text=True,
         bufsize=1,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # nohup ignores it
+    )  # a parent may ignore it
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -64,7 +67,7 @@ def test_a_preempted_job_saves_each_fold_and_goes_on(work):
         assert code == 143 and "Traceback" not in output, output
         assert output.count("saved in epoch") == 2
         assert (
-            f"stopped; finished work is kept. To go on: python 04_train.py --work {work} --recipe demo-quick" in output
+            f"stopped; finished work is kept. To resume: python 04_train.py --work {work} --recipe demo-quick" in output
         )
         assert all((work / "runs" / RECIPE / f"fold{fold}" / "last.pt").is_file() for fold in (0, 1))
     assert output.count("going on at epoch") == 2
@@ -77,8 +80,8 @@ def test_the_command_that_goes_on_does_not_throw_away_again(work):
             train(work, "--folds", "0", "--force", "--workers", "1"), number, ["epoch 2/300"], whole_group=True
         )
         assert code == 128 + number and "saved in epoch" in output and "Traceback" not in output, output
-        assert "To go on: python 04_train.py" in output and "--folds 0 --workers 1\n" in output, output
-    goes_on = output.rpartition("To go on: python ")[2].split()
+        assert "To resume: python 04_train.py" in output and "--folds 0 --workers 1\n" in output, output
+    goes_on = output.rpartition("To resume: python ")[2].split()
     assert "going on at epoch" in stopped((sys.executable, *goes_on), signal.SIGTERM, ["going on"], whole_group=True)[1]
 
 
@@ -88,9 +91,9 @@ def test_torchruns_main_process_saves(work):
         (*launcher, *train(work, "--folds", "0")[1:]), signal.SIGTERM, ["epoch 2/300"], whole_group=False
     )
     assert code != 0 and output.count("saved in epoch") == 1
-    assert "To go on: torchrun --nproc-per-node 2" in output
+    assert "To resume: torchrun --nproc-per-node 2" in output
     assert (work / "runs" / RECIPE / "fold0" / "last.pt").is_file()
-    assert "RuntimeError" not in output, output  # of the other process, which loses the main one
+    assert "RuntimeError" not in output, output  # from the other process, which loses the main one
 
 
 @pytest.mark.parametrize(
@@ -121,12 +124,12 @@ def test_run_all_names_itself(small_data, tmp_path, when, number, code):
         ["bash", "run_all.sh", *flags], number, [when], whole_group=number == signal.SIGINT
     )
     assert found == code and "Traceback" not in output, output
-    assert output.count("To go on: ") == 1
+    assert output.count("To resume: ") == 1
     assert (
-        f"To go on: bash run_all.sh --data {small_data} --work {shlex.quote(str(tmp_path / 'my work'))} --quick"
+        f"To resume: bash run_all.sh --data {small_data} --work {shlex.quote(str(tmp_path / 'my work'))} --quick"
         in output
     )
-    assert seconds < 20  # a few, on a machine that does nothing else
+    assert seconds < 20  # a few seconds on a quiet machine
 
 
 SLOW_TO_SAVE = """
@@ -136,10 +139,10 @@ from common.process.main import run
 from common.process.parallel import run_jobs
 
 def work(seconds_to_save):
-    if seconds_to_save is None:  # done at once: its process waits for more
+    if seconds_to_save is None:  # done at once: its process waits for more jobs
         return
     with stopping.held():
-        os.write(1, b"begun\\n")  # in one piece, beside those of other processes
+        os.write(1, b"begun\\n")  # in one piece, as other processes write too
         while not stopping.STATE.asked:
             time.sleep(0.01)
         time.sleep(seconds_to_save)
@@ -179,7 +182,8 @@ def test_a_worker_that_is_told_to_end_alone_does_not_pass_for_done():
 def test_sigterm_after_the_last_job_does_not_wait_for_idle_workers():
     code = (
         "import os, signal, time; from common.process.main import run; from common.process.parallel import run_jobs\n"
-        "def main():\n    run_jobs(abs, [(1,), (2,)], 2, None, 'jobs')\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
+        "def main():\n    run_jobs(abs, [(1,), (2,)], 2, None, 'jobs')\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
         "run(main)"
     )
     started = time.monotonic()
@@ -192,7 +196,8 @@ def test_sigterm_after_the_last_job_does_not_wait_for_idle_workers():
 def test_a_thread_that_loses_the_other_end_says_nothing_and_other_errors_are_told():
     code = (
         "import sys, threading; from common.process.main import run\n"
-        "def fail(error):\n    try:\n        raise error\n    except Exception:\n        sys.excepthook(*sys.exc_info())\n"
+        "def fail(error):\n    try:\n        raise error\n    except Exception:\n"
+        "        sys.excepthook(*sys.exc_info())\n"
         "def main():\n    for error in (ConnectionResetError('gone'), EOFError('ended'), ValueError('a bug')):\n"
         "        thread = threading.Thread(target=fail, args=(error,)); thread.start(); thread.join()\n"
         "run(main)"
@@ -205,10 +210,32 @@ def test_a_thread_that_loses_the_other_end_says_nothing_and_other_errors_are_tol
     )
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_idle_worker_processes_are_ended_without_a_word(number):
+    code = (
+        "import os, signal, time; from common.process.main import run\n"
+        "from common.process.parallel import run_parallel\n"
+        "def main():\n    list(run_parallel(abs, [(1,), (2,)], 2, 'jobs'))\n"
+        f"    os.kill(os.getpid(), {int(number)})\n    time.sleep(60)\nrun(main)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert result.returncode == 128 + number
+    assert result.stderr == "\nstopped; finished work is kept. To go on: python -c\n"
+
+
 def test_worker_processes_never_see_ctrl_c():
     code = (
         "import signal; from common.process.parallel import run_parallel\n"
-        "for _, blocked in run_parallel(signal.pthread_sigmask, [(signal.SIG_BLOCK, [])] * 2, 2, 'jobs'): print(signal.SIGINT in blocked)\n"
+        "for _, blocked in run_parallel(signal.pthread_sigmask, [(signal.SIG_BLOCK, [])] * 2, 2, 'jobs'):\n"
+        "    print(signal.SIGINT in blocked)\n"
         "print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     )
     result = subprocess.run(
@@ -254,24 +281,27 @@ run(main)
 def test_loaders_have_nothing_to_save_and_are_not_waited_for(whole_group):
     command = [sys.executable, "-c", LOADING.replace("SECONDS", "0").replace("stopping.HELD", "nullcontext()")]
     code, output, seconds = stopped(command, signal.SIGTERM, ("begun",), whole_group)
-    assert code == 143 and seconds < 15 and "To go on: " in output and "Traceback" not in output, output
+    assert code == 143 and seconds < 15 and "To resume: " in output and "Traceback" not in output, output
 
 
 def test_loaders_that_have_just_begun_are_there_until_all_is_saved():
     command = [sys.executable, "-c", LOADING.replace("SECONDS", "2").replace("HELD", "held()")]
     code, output, _ = stopped(command, signal.SIGTERM, ("begun",), whole_group=True)
-    assert code == 143 and "saved" in output and "To go on: " in output and "Traceback" not in output, output
+    assert code == 143 and "saved" in output and "To resume: " in output and "Traceback" not in output, output
 
 
 def test_loaders_that_have_just_begun_say_nothing_of_ctrl_c():
-    slow_fork = "import multiprocessing.util as u, time\nu.register_after_fork(u.register_after_fork, lambda _: time.sleep(2))\n"
+    slow_fork = (
+        "import multiprocessing.util as u, time\n"
+        "u.register_after_fork(u.register_after_fork, lambda _: time.sleep(2))\n"
+    )
     command = [
         sys.executable,
         "-c",
         slow_fork + LOADING.replace("SECONDS", "0").replace("stopping.HELD", "nullcontext()"),
     ]
     code, output, _ = stopped(command, signal.SIGINT, ("begun",), whole_group=True)
-    assert code in (130, -2) and output.count("To go on: ") == 1 and "Traceback" not in output, output
+    assert code in (130, -2) and output.count("To resume: ") == 1 and "Traceback" not in output, output
 
 
 def test_a_forked_process_ends_without_a_word():

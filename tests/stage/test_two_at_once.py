@@ -1,4 +1,4 @@
-"""Two people, or two jobs of a cluster, in one work folder: side by side where they make different things, else one message."""
+"""Two people, or two cluster jobs, in one work folder: side by side on different outputs, else one message."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ RECIPE, WAITING = "demo-quick", "demo-hard-quick"
 
 @pytest.fixture
 def start():
-    """Start a script and leave it running; what still runs at the end is killed."""
+    """Return a function that starts a script and leaves it running; all are killed at the end."""
     started = []
 
     def run(*command):
@@ -57,7 +57,7 @@ def test_folds_are_trained_side_by_side_and_each_thing_by_one_process(run_script
         assert not (work / "images").exists()
     run_script(*first)
     with Lock(work / "samples.csv"):
-        assert "is up to date" in run_script(*first).stdout  # which changes nothing, so nothing is in its way
+        assert "is up to date" in run_script(*first).stdout  # it changes nothing, so it needs no lock
     run_script("02_dedup.py", *places)
     run_script("03_make_folds.py", *places, "--n-folds", 2)
 
@@ -70,16 +70,16 @@ def test_folds_are_trained_side_by_side_and_each_thing_by_one_process(run_script
     assert long.poll() is None and sidecar(runs / "fold1" / "best.pt").is_file()
     message = fails(*short, "1,0", "--force")
     assert f"{runs}/fold0 is being made by " in message and f"process {long.pid}" in message
-    assert "--folds 0" in message and "wait for its end, or stop it there" in message
+    assert "--folds 0" in message and "or stop it there, and run this again" in message
     assert (runs / "fold0" / "last.pt").is_file() and sidecar(
         runs / "fold1" / "best.pt"
-    ).is_file()  # nothing is thrown away
+    ).is_file()  # nothing is discarded
 
     os.kill(long.pid, signal.SIGKILL)
-    run_script(*short, "0", "--force")  # a killed process is in nobody's way
+    run_script(*short, "0", "--force")  # a killed process blocks nobody
     assert read_json(sidecar(runs / "fold0" / "best.pt"))["epochs"] == 2
 
-    # Whoever comes to a fold that another took meanwhile waits, and goes on after it.
+    # A process that reaches a fold that another one has taken waits, and continues after it.
     train = (
         "04_train.py",
         "--work",

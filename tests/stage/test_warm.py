@@ -1,4 +1,4 @@
-"""Scripts that are run in forks of a warm Python end, speak and see the world as those that Python starts afresh."""
+"""Scripts in forks of a warm Python behave like those in a fresh one: how they end, print and see their environment."""
 
 import os
 import subprocess

@@ -156,6 +156,6 @@ def test_inputs_that_another_process_wrote_anew_are_noticed(tmp_path):
     stage.check_unchanged(inputs)
     next(iter(inputs.values())).write_text("other")
     with pytest.raises(
-        UserError, match=r"another process wrote its inputs anew since this command began \(changed: .*\); run it again"
+        UserError, match=r"another process rewrote its inputs while this command ran \(changed: .*\); run it again"
     ):
         stage.check_unchanged(inputs)

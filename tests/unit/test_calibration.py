@@ -19,7 +19,7 @@ from common.score.thresholds import exact_thresholds, greedy_thresholds
 
 
 def calibrated_world(n, seed=0, share=0.1):
-    """Probabilities that are right: a sample's label is drawn with its probability."""
+    """Return targets and calibrated probabilities: each label is drawn with its probability."""
     rng = np.random.default_rng(seed)
     probs = expit(rng.normal(logit(share), 2, size=(n, 28))).astype(np.float32)
     return rng.random(probs.shape) < probs, probs
@@ -46,7 +46,7 @@ def test_probabilities_that_are_right_stay_as_they_are():
 
 
 def test_a_distortion_is_undone_also_where_classes_have_few_positives():
-    """Distorted alike in all classes: a class with few positives learns it from the others."""
+    """All classes have the same distortion, so a class with few positives takes it from the others."""
     targets, probs = calibrated_world(2000)
     targets[200:, :4], probs[200:, :4] = False, 0.0001  # about 20 positives
     distorted = (probs.astype(np.float64) ** 2).astype(np.float32)
@@ -59,7 +59,7 @@ def test_a_distortion_is_undone_also_where_classes_have_few_positives():
 
 def test_the_expected_curve_by_hand():
     everything, q = np.array([[2.0, 0.0, 1.0]]), np.array([[0.25, 0.5, 0.5]])
-    # the upper bin: .5 right of 1 called, 1 expected positive: 2 * .5 / (1 + 1); all: 2 * 1 / (3 + 1)
+    # The upper bin: .5 right of 1 predicted, 1 expected positive: 2 * .5 / (1 + 1). All: 2 * 1 / (3 + 1).
     np.testing.assert_allclose(expected_f1_curves(everything, q), [[0.5, 0.5, 0.5]])
 
 
@@ -104,12 +104,12 @@ def test_without_samples_the_calibration_is_the_identity():
 
 def test_a_class_whose_probabilities_mean_their_opposite_is_predicted_throughout():
     targets, probs = calibrated_world(2000, share=0.5)
-    targets[:, 3] = ~targets[:, 3]  # the lower, the likelier
+    targets[:, 3] = ~targets[:, 3]  # the lower the probability, the likelier the label
     assert calibrated_thresholds(targets, probs)[3] <= probs[:, 3].min()
 
 
 def small_fit(seed=0):
-    """Counts of two classes, of which the second has few samples, and a prior."""
+    """Return counts of two classes, the second with few samples, and a prior."""
     rng = np.random.default_rng(seed)
     everything = rng.integers(0, 3, (2, len(CENTRES))).astype(float)
     everything[1, 50:] = 0
@@ -140,7 +140,7 @@ def test_the_log_posterior_equals_a_plain_sum():
 
 def test_newtons_steps_climb_to_the_maximum_and_give_its_curvature():
     positives, everything, mean, precision = small_fit()
-    coefs, values = np.array([[8.0, -5.0, 9.0], [0.0, 1.0, 1.0]]), []  # from the first of these a whole step overshoots
+    coefs, values = np.array([[8.0, -5.0, 9.0], [0.0, 1.0, 1.0]]), []  # a full step from the first overshoots
     for _ in range(60):
         coefs, covariances = newton_step(coefs, positives, everything, mean, precision)
         values.append(log_posterior(coefs, positives, everything, mean, precision))
@@ -158,7 +158,7 @@ def test_newtons_steps_climb_to_the_maximum_and_give_its_curvature():
 
 
 def test_the_prior_is_that_of_all_classes():
-    """A class without samples has the others' calibration, not the identity."""
+    """A class without samples gets the others' calibration, not the identity."""
     targets, probs = calibrated_world(2000)
     positives, everything = logit_counts(targets, (probs.astype(np.float64) ** 2).astype(np.float32))
     positives[0] = everything[0] = 0
@@ -177,7 +177,7 @@ def test_thresholds_without_any_positive_are_there_and_a_sharp_class_is_cut_in_i
 
 
 def plain_threshold(positives, everything, q, best=None):
-    """Try every bin: the highest expected F1, the highest bin with it, and up to it the last not worth predicting."""
+    """Try every bin: find the highest expected F1, its highest bin, and the last bin below not worth predicting."""
     curve = [2 * (everything * q)[k:].sum() / (everything[k:].sum() + (everything * q).sum()) for k in range(len(q))]
     last = len(q) - 1
     if best is None:
@@ -188,7 +188,7 @@ def plain_threshold(positives, everything, q, best=None):
 
 
 def mixed_world(falling):
-    """28 classes: the probabilities of these mean the opposite, and classes 1 and 2 have no positives."""
+    """Return 28 classes: probabilities of the classes `falling` mean the opposite; 1 and 2 have no positives."""
     targets, probs = calibrated_world(1500, share=0.4)
     targets[:, falling] = ~targets[:, falling]
     targets[:, 1:3] = False

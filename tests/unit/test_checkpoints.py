@@ -1,4 +1,4 @@
-"""Checkpoints that are not this version's: each is one message with the file and the cure; --force clears or says why not."""
+"""Checkpoints that are not this version's: each is one message with the file and the cure; --force clears them."""
 
 import hashlib
 import re
@@ -26,11 +26,12 @@ from common.train.checkpoints import (
     prepare,
     save_checkpoint,
 )
-from common.train.jobs import begin_fold
+from common.train.dataset import Normalisation
+from common.train.loop import begin_fold
 from common.train.networks import build_model
-from common.train.predict import Hardware, Normalisation
-from common.train.start import Start
-from common.train.training import new_run
+from common.train.predict import Hardware
+from common.train.run import new_run
+from tests.conftest import training_job
 
 CPU = Hardware(torch.device("cpu"))
 RECIPE = Recipe(encoder="resnet10_narrow", buffers=(8,))
@@ -55,7 +56,7 @@ def test_a_checkpoint_as_it_is_written_is_read(tmp_path, state):
     path = written(tmp_path, state)
     assert load_checkpoint(path).keys() == state.keys()
     assert load_network(path, RECIPE, CPU)[1] == DATA.normalisation and made_from(tmp_path) == state["made_from"]
-    assert begin_fold(tmp_path, DATA, RECIPE, CPU, 0, 0, Start(), "test").epoch == 0
+    assert begin_fold(training_job(tmp_path, RECIPE), DATA, CPU).epoch == 0
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -143,7 +144,7 @@ def test_another_networks_tensors_are_one_message(tmp_path, state, change, told)
     path = written(tmp_path, state, model=change(state["model"]))
     for read in (
         lambda: load_network(path, RECIPE, CPU),
-        lambda: begin_fold(tmp_path, DATA, RECIPE, CPU, 0, 0, Start(), "test"),
+        lambda: begin_fold(training_job(tmp_path, RECIPE), DATA, CPU),
     ):
         with pytest.raises(UserError) as error:
             read()
@@ -164,7 +165,7 @@ def test_another_networks_tensors_are_one_message(tmp_path, state, change, told)
 def test_parts_of_a_training_that_are_missing_are_one_message(tmp_path, state, changes, told):
     written(tmp_path, state, **changes)
     with pytest.raises(UserError, match="last.pt does not fit the network of this version") as error:
-        begin_fold(tmp_path, DATA, RECIPE, CPU, 0, 0, Start(), "test")
+        begin_fold(training_job(tmp_path, RECIPE), DATA, CPU)
     assert told in str(error.value)
 
 
@@ -260,7 +261,7 @@ PINNED_FORMAT, PINNED = (
 
 
 def network_digest(encoder: str) -> str:
-    """Return a digest of a network's modules in their order, with their settings, and of its tensors' names and shapes."""
+    """Return a digest of a network's modules in order, with their settings, and of its tensors' names and shapes."""
     own = (
         {"pooling": "own", "head_order": "linear-selu-dropout"} if encoder.startswith("gapnet") else {"pooling": "acp"}
     )

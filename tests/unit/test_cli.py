@@ -31,7 +31,7 @@ def test_a_full_disk_is_one_message_that_names_the_file(capsys):
 def test_ctrl_c_names_the_command_that_goes_on(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["04_train.py", "--work", "my work"])
     code, message = stopped_by(KeyboardInterrupt(), capsys)
-    assert code == 130 and "To go on: python 04_train.py --work 'my work'" in message
+    assert code == 130 and "To resume: python 04_train.py --work 'my work'" in message
 
 
 def test_a_bug_keeps_its_traceback():

@@ -11,19 +11,15 @@ from common.data.images import CHANNELS, checksum, read_planes, write_planes
 from common.errors import UserError
 from common.process.main import run
 from common.train import dataset
-from common.train.dataset import (
-    EpochBatches,
-    ImageSet,
-    collate,
-    dihedral,
-    loader,
-    random_crop,
-    standardise,
-    whole_batches,
-)
+from common.train.dataset import EpochBatches, ImageSet, collate, dihedral, loader, standardise, whole_batches
 
 RNG = np.random.default_rng(0)
 DRAWS = np.random.default_rng(1).random((6, 3))
+
+
+def random_crop(image, crop, draw):
+    """Return a training crop as the paper's recipes have it, in one of the 8 symmetries."""
+    return dataset.augmented(dataset.random_crop(image, crop, draw), ("dihedral",), draw)
 
 
 def test_the_eight_symmetries_are_different_and_equal_in_torch():
@@ -82,7 +78,7 @@ def test_a_sample_that_is_not_stored_is_named_with_the_cure(tmp_path):
     with pytest.raises(UserError) as error:
         Layout(tmp_path).read_store("96", ["a", "b", "c"])
     assert str(error.value) == (
-        f"{tmp_path}/images/96 lacks 2 samples, such as b; run: python 01_preprocess.py --set "
+        f"{tmp_path}/images/96: 2 missing samples, for example b; run: python 01_preprocess.py --set "
         f"size_rule=fixed size_divisor=1 image_size=96 crop_size=96 --work {tmp_path}"
     )
 

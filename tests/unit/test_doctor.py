@@ -4,19 +4,23 @@ import os
 import shutil
 import signal
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
-from common.check import checks, costs
-from common.check.checks import FAILS, FINE, WARNING, Check, Seen
+from common.check import checks, costs, estimates, lines, machine, trainings
 from common.check.costs import Cost
-from common.data.ingest import Sample
+from common.check.inputs import Seen
+from common.check.lines import FAILS, FINE, WARNING, Check
+from common.data.ingest import Plan, with_sizes
+from common.data.options import IngestOptions
+from common.data.samples import Sample
 from common.errors import UserError
 from common.process.main import OUT_OF_MEMORY
 from common.recipes import get_recipe
-from common.train import pretrained
+from common.train import networks, pretrained
 
 GB = 10**9
 COST = Cost(parameters=10**6, images=2, steps=3, train=1.0, predict=0.5, fixed=12 * 10**6, activations=GB)
@@ -78,19 +82,19 @@ def test_a_gpu_without_driver_or_that_cannot_add_is_told(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr("common.train.hardware.nvidia_driver", lambda: "535.1")
-    line = checks.try_gpu(0)
+    line = machine.try_gpu(0)
     assert line.state == FAILS and "cannot be used" in line.found and "535.1" in line.cure
-    gpu = next(line for line in found(checks.hardware())[0] if line.name == "GPU")
+    gpu = next(line for line in found(machine.hardware())[0] if line.name == "GPU")
     assert gpu.state == WARNING and "torch" in gpu.found and "update the driver" in gpu.cure
 
 
 def test_shared_memory_is_for_three_batches_a_loader_process():
     recipe = get_recipe("resnet50")
     needed = 3 * 8 * 74 * 4 * 512**2
-    assert checks.shared_memory(recipe, 8, needed, "a").state == FINE
+    assert machine.shared_memory(recipe, 8, needed, "a").state == FINE
     whole = 3 * 8 * 32 * 4 * 1024**2  # images for validation take more than crops here
-    assert checks.shared_memory(get_recipe("resnet50", ["size_rule=by-source"]), 8, whole - 1, "a").state == WARNING
-    line = checks.shared_memory(recipe, 8, 200 * 2**20, "a")
+    assert machine.shared_memory(get_recipe("resnet50", ["size_rule=by-source"]), 8, whole - 1, "a").state == WARNING
+    line = machine.shared_memory(recipe, 8, 200 * 2**20, "a")
     assert line.state == WARNING and line.found == "8 loader processes need 1.9 GB of /dev/shm, 0.2 GB are free"
     assert "will start 0; give more" in line.cure and "--shm-size" in line.cure
 
@@ -102,14 +106,16 @@ def test_shared_memory_is_for_three_batches_a_loader_process():
 def test_a_batch_must_fit_into_memory(monkeypatch, free, state, told):
     monkeypatch.setattr(costs, "measure", lambda recipe: COST)
     monkeypatch.setattr(costs, "free_memory", lambda hardware: free * GB)
-    (line, *_), cost = found(checks.memory("resnet50", get_recipe("resnet50")))
+    (line, *_), cost = found(
+        machine.memory("resnet50", get_recipe("resnet50"), SimpleNamespace(work=Path("w"), data=Path("d")))
+    )
     assert line.state == state and told in line.found + line.cure and cost == COST
 
 
-def input_of(n=10):
-    samples = [Sample(f"s{k}", "test" if k == 0 else "train", "" if k == 0 else "0", ()) for k in range(n)]
-    recipe = get_recipe("resnet50")
-    return Seen(samples, {}, {samples[0]: 2048}, {"resnet50": recipe}, 0.1, {"resnet50": 0.01})
+def input_of(work=Path("work"), n=10):
+    samples = [Sample("s0", "test", "", side=2048), *(Sample(f"s{k}", "train", "0") for k in range(1, n))]
+    plan = Plan(work, IngestOptions({"resnet50": get_recipe("resnet50")}), samples)
+    return Seen(with_sizes(plan), 0.1, {"resnet50": 0.01})
 
 
 FOLDS = pd.DataFrame({"Id": [f"s{k}" for k in range(1, 10)], "Target": "0", "fold": [0, 1, 2] * 3, "copies": 1})
@@ -119,8 +125,8 @@ FOLDS = pd.DataFrame({"Id": [f"s{k}" for k in range(1, 10)], "Target": "0", "fol
 def test_the_disk_must_hold_images_and_networks(monkeypatch, tmp_path, free, state):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free * GB))
-    args = SimpleNamespace(work=tmp_path / "not" / "yet", folds=None, store="zstd", black_level=0, white_level=65535)
-    (line,), _ = found(checks.disk(args, input_of(), FOLDS, {"resnet50": COST}))
+    args = SimpleNamespace(work=tmp_path / "not" / "yet", folds=None)
+    (line,), _ = found(estimates.disk(args, input_of(args.work), FOLDS, {"resnet50": COST}))
     assert line.state == state and "stored images 9 MB, networks 60 MB" in line.found, line
     assert line.found.endswith(f"free in {tmp_path}")
 
@@ -136,16 +142,16 @@ def test_time_is_scaled_from_what_was_measured(monkeypatch):
 
     monkeypatch.setattr(costs, "cores", lambda: 2)
     args = SimpleNamespace(folds=[0, 1], tta="dihedral", no_test=False)
-    lines = {line.name: line.found for line in found(checks.times(args, input_of(), FOLDS, {"resnet50": COST}))[0]}
-    assert lines["time, 01 and 02"].startswith("0 s: 10 samples at 0.100 s")
-    assert lines["time, 05 resnet50"].startswith("32 s: 8 images x 8 views")  # 6 of two folds, one test sample twice
+    told = {line.name: line.found for line in found(estimates.times(args, input_of(), FOLDS, {"resnet50": COST}))[0]}
+    assert told["time, 01 and 02"].startswith("0 s: 10 samples at 0.100 s")
+    assert told["time, 05 resnet50"].startswith("32 s: 8 images x 8 views")  # 6 of two folds, one test sample twice
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(3, "3 s"), (119, "119 s"), (150, "2.5 min"), (9000, "2.5 hours"), (216000, "2.5 days")]
 )
 def test_times_are_told_in_the_unit_that_suits(seconds, text):
-    assert checks.duration(seconds) == text
+    assert lines.duration(seconds) == text
 
 
 def killed(recipe):
@@ -163,12 +169,12 @@ def test_a_step_that_is_killed_for_want_of_memory_is_told(monkeypatch):
 
 def test_weights_that_nobody_hands_out_are_a_warning_with_the_file_to_save(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "answers", lambda url: False)
-    (line,), _ = found(checks.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path), input_of()))
+    (line,), _ = found(trainings.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path), input_of()))
     assert line.state == WARNING and line.found == (
         "resnet50: the published weights are not at hand and their host does not answer, "
         "so training starts from random ones and learns much less"
     )
-    published = pretrained.PUBLISHED["resnet50"]
+    published = networks.ENCODERS["resnet50"].weights
     assert line.cure == f"save {published.urls[0]} as {tmp_path / published.file}"
 
 

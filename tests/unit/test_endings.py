@@ -1,4 +1,4 @@
-"""How a process ends: every signal that asks for it, the true cause of an error, closed output, what was damaged since it was written."""
+"""How a process ends: on every signal, with the true cause of an error, with closed output, with damaged files."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def listening(monkeypatch):
-    """This process listens to signals as a stage does, until the test ends."""
+    """Make this process listen to signals as a stage does, until the test ends."""
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stopping.listen()
@@ -100,7 +100,7 @@ FULL = OSError(28, "No space left on device", "last.pt")
             "No space left on device: last.pt; check that",
         ),
         (hidden(ValueError("a"), UserError("give another file")), "give another file"),
-        (hidden(TypeError("a bug"), FULL), None),  # of this project's own: a traceback
+        (hidden(TypeError("a bug"), FULL), None),  # this project's own bug: a traceback
         (OSError(28, "No space left on device"), "No space left on device; check that"),
         (OSError(5, "Input/output error", "a.tif"), "Input/output error: a.tif; check that"),
         (OSError("of a library"), None),
@@ -108,15 +108,18 @@ FULL = OSError(28, "No space left on device", "last.pt")
         (TimeoutError(110, "timed out"), "a connection to another process or machine was lost"),
         (
             RuntimeError(
-                "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm) for file </torch_1>"
+                "Caught RuntimeError in DataLoader worker process 0.\n"
+                "unable to allocate shared memory(shm) for file </torch_1>"
             ),
-            "/dev/shm is full, where loader processes put batches; finished work is kept: give it more",
+            "/dev/shm, where loader processes put batches, is full; finished work is kept: make it larger",
         ),
         (
             ImportError("libtorch_cuda.so: failed to map segment from shared object"),
             "out of memory while loading a library (libtorch_cuda.so",
         ),
         (ImportError("No module named 'x'"), None),
+        (EOFError("unexpected EOF"), "a worker process was killed"),  # the one that starts loader processes
+        (EOFError("of a file"), None),
         (RuntimeError("a bug"), None),
     ],
 )
@@ -174,7 +177,7 @@ def test_one_byte_of_a_checkpoint_that_changed_is_noticed_before_it_is_used(tmp_
     data = path.read_bytes()
     place = data.index(weights.numpy().tobytes()) + 400
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-    assert not torch.equal(torch.load(path, weights_only=True)["model"]["a"], weights)  # torch itself does not look
+    assert not torch.equal(torch.load(path, weights_only=True)["model"]["a"], weights)  # torch itself does not check
     with pytest.raises(UserError, match="last.pt is not a checkpoint that can be read .its part .*data/0 is damaged."):
         load_checkpoint(path)
 
@@ -215,10 +218,9 @@ def test_predictions_of_other_folds_or_labels_are_refused(predicted):
     folds = pd.read_csv(work / "folds.csv")
     folds.assign(Target=1).to_csv(work / "folds.csv", index=False)
     with pytest.raises(
-        UserError,
-        match=r"trained on another .*folds.csv, such as .*best.pt; run: python 04_train.py .* --folds 0 --force, then",
+        UserError, match=r"trained on another .*folds.csv.*best.pt; run: python 04_train.py .* --folds 0 --force, then"
     ):
         check_origin(work, ["demo"], "oof")
-    shutil.rmtree(work / "runs")  # nobody knows now; the file is what stage 05 wrote
+    shutil.rmtree(work / "runs")  # nobody can tell now; the file is still what stage 05 wrote
     check_origin(work, ["demo"], "oof")
     assert json.loads(sidecar(Layout(work).predictions("demo", "oof")).read_text())["parameters"] == {"folds": [0]}

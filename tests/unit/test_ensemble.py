@@ -33,14 +33,14 @@ def test_the_mean_is_taken_by_id():
 
 
 def test_missing_and_further_ids_are_named():
-    with pytest.raises(UserError, match="y.npz lacks 1 Ids:\n  b"):
+    with pytest.raises(UserError, match="y.npz: 1 missing Ids:\n  b"):
         align(np.array(["a"]), probs(1), np.array(["a", "b"]), "y.npz")
-    with pytest.raises(UserError, match="y.npz has unexpected 1 Ids:\n  c"):
+    with pytest.raises(UserError, match="y.npz: 1 unexpected Ids:\n  c"):
         align(np.array(["a", "c"]), probs(1, 1), np.array(["a"]), "y.npz")
     ids = np.array([f"s{i}" for i in range(9)])
-    with pytest.raises(UserError, match="has unexpected 8 Ids; CURE:\n  s1\n  s2\n  s3\n  s4"):
+    with pytest.raises(UserError, match="8 unexpected Ids; CURE:\n  s1\n  s2\n  s3\n  s4"):
         align(ids[::-1], probs(*range(9)), ids[:1], "y.npz", "; CURE")
-    with pytest.raises(UserError, match="lacks 8 Ids; CURE:\n  s1\n  s2\n  s3\n  s4"):
+    with pytest.raises(UserError, match="8 missing Ids; CURE:\n  s1\n  s2\n  s3\n  s4"):
         align(ids[:1], probs(1), ids, "y.npz", "; CURE")
 
 
@@ -93,7 +93,7 @@ def test_the_table_names_members_and_what_each_adds():
     assert methods.keys() == {"half", "single", "greedy", "exact", "ratio", "calibrated"}
     assert methods["greedy"]["score_cross_fitted"] == pytest.approx(result["score_cross_fitted"])
     assert methods["half"]["score_cross_fitted"] == pytest.approx(methods["half"]["score_in_sample"])
-    for name, row in methods.items():  # `exact` has its thresholds on probabilities
+    for name, row in methods.items():  # thresholds of `exact` lie on probabilities
         assert row["score_in_sample"] == pytest.approx(
             macro_f1(targets, mixed >= find_thresholds(targets, mixed, name))
         )
@@ -105,14 +105,14 @@ def test_the_table_names_members_and_what_each_adds():
     )
     held_out = {"score_held_out": 0.456, "interval_held_out": [0.4, 0.5], "n_held_out": 9}
     text = "\n".join(describe_ensemble({"recipes": ["good", "noise"], **result, **held_out}))
-    assert "9 samples held out" in text and "0.456 [0.400, 0.500]" in text
+    assert "9 held-out samples" in text and "0.456 [0.400, 0.500]" in text
 
 
 def test_only_common_ids_are_kept_where_that_is_asked_for(capsys):
     members = [(np.array(["a", "b", "c"]), probs(0.1, 0.2, 0.3)), (np.array(["d", "c", "b"]), probs(0.6, 0.5, 0.4))]
     kept, wanted = keep_common(members, np.array(["c", "x", "b"]))
     assert wanted.tolist() == ["c", "b"]
-    assert "2 Ids are in all files; of the labelled ones 1 are left out" in capsys.readouterr().out
+    assert "2 Ids are in all files; 1 of the labelled Ids are left out" in capsys.readouterr().out
     np.testing.assert_allclose(stack_members(kept, ["x", "y"], wanted)[:, :, 0], [[0.3, 0.2], [0.5, 0.4]])
     with pytest.raises(UserError, match="no Ids in common"):
         keep_common(members, np.array(["x"]))
@@ -152,7 +152,7 @@ def test_weights_do_not_depend_on_classes_without_samples_and_many_samples_are_t
     assert find_weights(targets, stack) == pytest.approx(
         find_weights(targets[:, present], stack[:, :, present]), abs=1e-4
     )
-    assert find_weights(targets & False, stack) == pytest.approx([0.5, 0.5])  # which nothing speaks for or against
+    assert find_weights(targets & False, stack) == pytest.approx([0.5, 0.5])  # nothing speaks for or against them
     monkeypatch.setattr("common.score.ensemble.N_WEIGHED", 60)
     assert find_weights(targets, stack) == pytest.approx(find_weights(targets[::2], stack[:, ::2]), abs=1e-6)
 
@@ -168,5 +168,5 @@ def test_classes_are_described_with_those_not_to_be_trusted():
     assert lines[1].split() == ["a", "0.500", "0.750", "[0.125,", "0.875]", "0.250", "10"]
     assert [line.split()[0] for line in lines[1:4]] == ["a", "b", "c"]
     assert "2 classes rest on fewer than 10 positives: b (9), c (1)" in lines[4]
-    assert "over the 3 classes present: 0.500" in lines[5] and "1 classes have no sample and count as 0: d" in lines[5]
+    assert "over the 3 classes present: 0.500" in lines[5] and "1 classes have no samples and count as 0: d" in lines[5]
     assert len(describe_classes({"per_class": result["per_class"][:1]})) == 2

@@ -21,7 +21,7 @@ from common.train.hardware import (
     fit_shared_memory,
     plan_hardware,
 )
-from common.train.training import check_team
+from common.train.run import check_team
 
 NO_KERNELS = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be ..."
 

@@ -2,9 +2,9 @@ import cv2
 import numpy as np
 import pytest
 
-from common.data.exposure import Levels
 from common.data.images import read_planes, resize, statistics, write_planes
 from common.data.ingest import space_needed
+from common.data.options import Levels
 from common.errors import UserError
 
 RNG = np.random.default_rng(0)

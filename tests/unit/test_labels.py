@@ -60,7 +60,7 @@ def test_a_wrong_label_is_refused_with_its_id(tmp_path, target):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is not a CSV file but empty"),
+        ("", "is empty; expected a line with the names of columns"),
         ("Id,Target\n", "has no rows"),
         ("Id,Label\na,1\n", "has no column Target; its columns are 'Id', 'Label'"),
         ("Id,Target,Target\na,1,2\n", "has the column 'Target' 2 times; expected once"),

@@ -1,4 +1,4 @@
-"""The layout of a work folder: every path below it, and commands that name the folders that were given."""
+"""The layout of a work folder: every path in it, and commands that name the given folders."""
 
 from pathlib import Path
 

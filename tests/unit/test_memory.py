@@ -17,4 +17,4 @@ def test_memory_that_is_freed_is_kept_for_the_next_batch():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     faults()
-    assert min(faults() for _ in range(5)) < 100  # of 4,096 pages
+    assert min(faults() for _ in range(5)) < 100  # out of 4,096 pages

@@ -17,7 +17,7 @@ TARGETS, PREDICTED = RNG.random((2, 200, 28)) < 0.2
 
 
 def test_f1_by_hand():
-    # 3 right, 1 too many, 2 missed: P = 3/4, R = 3/5, F1 = 2 P R / (P + R) = 2/3
+    # 3 right, 1 false, 2 missed: P = 3/4, R = 3/5, F1 = 2 P R / (P + R) = 2/3
     assert f1_from_counts(np.array(3), np.array(1), np.array(2)) == 2 / 3
 
 
@@ -49,9 +49,7 @@ def test_groups_are_drawn_whole():
     twice = np.repeat(np.arange(200), 2)
     alone, doubled = bootstrap_f1(TARGETS, [PREDICTED]), bootstrap_f1(TARGETS[twice], [PREDICTED[twice]], groups=twice)
     np.testing.assert_allclose(alone, doubled, atol=1e-6)
-    assert (
-        bootstrap_f1(TARGETS[twice], [PREDICTED[twice]]).std() < alone.std()
-    )  # the same rows taken for independent ones
+    assert bootstrap_f1(TARGETS[twice], [PREDICTED[twice]]).std() < alone.std()  # the same rows treated as independent
 
 
 def test_the_draws_of_equal_repeats_are_those_of_one():
@@ -75,7 +73,7 @@ def test_the_interval_by_hand():
     draws = np.array([[0.4, 0.1], [0.6, 0.5]] * 100)
     half = 1.959964 * (0.1 * np.sqrt(2) + 0.2) / 2
     np.testing.assert_allclose(macro_interval(0.45, draws, np.array([2, 10**9])), [0.5 - half, 0.5 + half])
-    assert macro_interval(0.45, np.full((9, 2), 0.4), np.array([5, 5]))[0] == 0.45  # it holds the score
+    assert macro_interval(0.45, np.full((9, 2), 0.4), np.array([5, 5]))[0] == 0.45  # it contains the score
 
 
 def test_a_class_that_is_always_right_on_three_samples_is_not_certain():
@@ -88,16 +86,16 @@ def test_a_class_that_is_always_right_on_three_samples_is_not_certain():
 
 
 def test_a_class_interval_holds_the_percentiles_of_wide_draws():
-    targets = np.arange(4000)[:, None] < 2000  # so many that the Jeffreys interval is narrow
+    targets = np.arange(4000)[:, None] < 2000  # many, so the Jeffreys interval is narrow
     predicted = np.roll(targets, 1000, axis=0)  # half of them right: F1 = .5
     draws = np.linspace(0.1, 0.9, 201)[:, None]
     np.testing.assert_allclose(class_intervals(targets, [predicted], draws), [[0.12, 0.88]])
     low, high = class_intervals(targets, [predicted], np.full((9, 1), 0.5))[0]
-    assert 0.45 < low < 0.5 < high < 0.55  # of draws that all agree the Jeffreys interval is left
+    assert 0.45 < low < 0.5 < high < 0.55  # if all draws agree, the Jeffreys interval remains
 
 
 def test_the_interval_of_a_known_truth_covers_it():
-    """F1 of classes with 4 to 40 positives, half of which are found, and as many false ones: 2 .5 / (.5 + .5 + 1) = .5."""
+    """Classes have 4 to 40 positives. Half are found, with as many false ones: F1 = 2 .5 / (.5 + .5 + 1) = .5."""
     rng, inside = np.random.default_rng(0), 0
     share = np.linspace(0.01, 0.1, 28)
     for _ in range(60):

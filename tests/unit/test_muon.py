@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.train.muon import COEFFICIENTS, Muon, orthogonalised
+from common.train.optimizers import COEFFICIENTS, Muon, orthogonalised
 
 
 def random(*shape, seed=0):

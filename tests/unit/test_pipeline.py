@@ -1,4 +1,4 @@
-"""common/pipeline.py: which stages run_all.sh runs with which arguments, and how it ends when it is asked to."""
+"""common/pipeline.py: which stages run_all.sh runs with which arguments, and how it ends when asked to stop."""
 
 import os
 import shlex
@@ -17,13 +17,13 @@ SCRIPTS = ["01_preprocess.py", "02_dedup.py", "03_make_folds.py", "04_train.py",
 
 
 def planned(*arguments, caller=ROOT):
-    """Return {script: its arguments as one line} of what would be run."""
+    """Return {script: its arguments as one line} of the stages that would run."""
     return {stage.script: " ".join(stage.arguments) for stage in stages(parse_args(list(arguments), caller))}
 
 
 @pytest.fixture(autouse=True)
 def no_data(monkeypatch, tmp_path):
-    """A project folder without a folder of data."""
+    """A project folder without a data folder."""
     monkeypatch.setattr(pipeline, "ROOT", tmp_path)
     return tmp_path
 
@@ -149,7 +149,7 @@ def test_a_stage_saves_and_one_of_both_says_how_to_go_on(number, whole_group, sa
     (os.killpg if whole_group else os.kill)(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert "saved" in out and "next" not in out and process.returncode == 128 + number
-    assert err == ("\nstopped; finished work is kept. To go on: bash run_all.sh\n" if said else "")
+    assert err == ("\nstopped; finished work is kept. To resume: bash run_all.sh\n" if said else "")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_the_code_of_a_stage_that_fails_is_the_codes_of_all(code, found):
     stage = f"import os, sys; {code}"
     body = f"import sys; from common.pipeline import Runner\nRunner('x').run([sys.executable, '-c', {stage!r}])"
     end = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True)
-    assert (end.returncode, "To go on: x" in end.stderr) == (found, found == 130)
+    assert (end.returncode, "To resume: x" in end.stderr) == (found, found == 130)
 
 
 def test_a_signal_between_stages_ends_before_the_next_one():
@@ -169,4 +169,6 @@ def test_a_signal_between_stages_ends_before_the_next_one():
     )
     started = time.monotonic()
     end = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True)
-    assert (end.returncode, end.stdout) == (143, "") and "To go on: x" in end.stderr and time.monotonic() - started < 30
+    assert (
+        (end.returncode, end.stdout) == (143, "") and "To resume: x" in end.stderr and time.monotonic() - started < 30
+    )

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from common.check import checks
-from common.data.exposure import WHOLE
+from common.check import estimates
+from common.check.inputs import Seen
+from common.data import ingest
 from common.data.images import read_planes
-from common.data.ingest import list_samples, preprocess_stage, source_state, space_needed, statistics_table, store_all
+from common.data.ingest import Plan, preprocess_stage, space_needed, statistics_table
+from common.data.options import IngestOptions
 from common.recipes import Recipe
 from tests.conftest import write_sample
 
@@ -21,19 +23,20 @@ def recipes_of(stores) -> dict[str, Recipe]:
 
 @pytest.fixture
 def make(tmp_path):
-    """Return a function that stores two samples as stage 01 does, and returns store -> table, file -> time of change."""
+    """Return a function that stores two samples as stage 01 does, and returns store -> table, file -> time of
+    change."""
     for Id in "ab":
         write_sample(tmp_path / "data" / "train_full_size", Id, size=304)
     pd.DataFrame({"Id": list("ab"), "Target": "0"}).to_csv(tmp_path / "data" / "train.csv", index=False)
 
     def run(raw=False, stores=("128", "300")):
-        samples, bad = list_samples(tmp_path / "data")
-        states = {sample: source_state(sample) for sample in samples}
-        stored = store_all(samples, states, bad, recipes_of(stores), tmp_path / "work", 1, raw=raw)
+        options = IngestOptions(recipes_of(stores), raw=raw)
+        plan = ingest.make_plan(tmp_path / "data", tmp_path / "work", options, 1)
+        plan = ingest.store(ingest.check(plan, 1), 1)
         files = {
             f"{path.parent.name}/{path.stem}": path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.tif")
         }
-        return {store: statistics_table(stored.samples, rows) for store, rows in stored.statistics.items()}, files
+        return {store: statistics_table(plan.usable, store) for store in plan.stores}, files
 
     return run
 
@@ -70,9 +73,9 @@ def test_stores_of_earlier_versions_are_taken_as_they_are(make, tmp_path):
     assert all(line.pop("raw") == [] for line in lines)  # which they did not write
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert make()[1] == files
-    stage = preprocess_stage(tmp_path, [], {}, ["128"], WHOLE, False)
+    stage = preprocess_stage(tmp_path, Plan(tmp_path, IngestOptions({}), []))
     assert stage.parameters == {"sizes": ["128"], "white_level": 65535, "keep_going": False, "enlarge": False}
-    raw = preprocess_stage(tmp_path, [], {}, ["128"], WHOLE, False, raw=True)
+    raw = preprocess_stage(tmp_path, Plan(tmp_path, IngestOptions({}, raw=True), []))
     assert raw.changes(stage.made_from()) == "store was absent, now raw"
 
 
@@ -81,18 +84,9 @@ def test_the_disk_is_asked_for_the_room_of_the_kind(make, tmp_path):
     assert space_needed([300]) < space_needed([300], raw=True) / 2
     assert space_needed([128], raw=True) == space_needed([128])
     make()
-    samples = list_samples(tmp_path / "data")[0]
-    seen = SimpleNamespace(
-        sides=dict.fromkeys(samples, 304),
-        side=lambda sample: 304,
-        usable=samples,
-        recipes={"a": SimpleNamespace(store="300")},
-    )
-    for store, found in (("zstd", "stored images 0 MB"), ("raw", "stored images 1 MB")):
-        (line,) = checks.disk(
-            SimpleNamespace(work=tmp_path / "work", folds=[0], store=store, black_level=0, white_level=65535),
-            seen,
-            [],
-            {},
-        )
+    for raw, found in ((False, "stored images 0 MB"), (True, "stored images 1 MB")):
+        options = IngestOptions(recipes_of(["300"]), raw=raw)
+        plan = ingest.make_plan(tmp_path / "data", tmp_path / "work", options, None)
+        seen = Seen(ingest.with_sizes(plan.recalled()), 0.1, {})
+        (line,) = estimates.disk(SimpleNamespace(work=tmp_path / "work", folds=[0]), seen, [], {})
         assert found in line.found

@@ -19,7 +19,7 @@ WORKERS = (
 
 
 def on_a_terminal(code: str, **environment) -> str:
-    """Return what a process shows whose streams are a terminal."""
+    """Return the output of a process whose streams are a terminal."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(leader, (24, 80))
     process = subprocess.Popen(

@@ -296,9 +296,7 @@ def test_a_recipe_of_another_version_is_read_where_only_defaults_differ():
     saved = to_dict(get_recipe("demo"))
     older = {name: value for name, value in saved.items() if name not in ("standardise", "clip_norm", "momentum")}
     assert from_dict(older) == get_recipe("demo")
-    assert from_dict({**saved, "mixup": 0.0, "teacher": "none", "augmentations": [], "ema": False}) == get_recipe(
-        "demo"
-    )
+    assert from_dict({**saved, "mixup": 0.0, "teacher": "none", "parts": [], "ema": False}) == get_recipe("demo")
 
 
 def test_a_field_of_another_version_that_is_on_is_refused_by_name():

@@ -215,7 +215,7 @@ def test_which_networks_may_explain_a_sample(tmp_path, Id, fold, words):
 def test_a_sample_is_decided_as_the_submission_is_and_labels_of_test_are_unknown(tmp_path):
     work = small_work(tmp_path, ("a", "b"), "weighted", (0.8, 0.2), thresholds=0.36)  # 0.8 * 0.25 + 0.2 * 0.75 = 0.35
     write_csv(work / "submission.csv", pd.DataFrame({"Id": ["t", "u"], "Predicted": ["3", ""]}))
-    facts, _, table = probabilities(Work(work), "t")
+    facts, _, table = probabilities(Work(work), "t").blocks
     assert facts.items == {
         "labelled": "unknown",
         "predicted": "none",
@@ -224,10 +224,9 @@ def test_a_sample_is_decided_as_the_submission_is_and_labels_of_test_are_unknown
     }
     np.testing.assert_allclose(table.frame["together"], 0.35, atol=1e-6)
     assert (table.frame["state"] == "").all() and "labelled" not in table.text
-    assert probabilities(Work(work), "u")[0].items["in the submission"] == "none"
-    assert probabilities(Work(work), "a")[0].items["labelled"] == "Nucleoplasm, Cytosol"
-    with pytest.raises(UserError, match="this one is in neither .for training only"):
-        probabilities(Work(work), "x")
+    assert probabilities(Work(work), "u").blocks[0].items["in the submission"] == "none"
+    assert probabilities(Work(work), "a").blocks[0].items["labelled"] == "Nucleoplasm, Cytosol"
+    assert "this one is in neither (for training only" in probabilities(Work(work), "x").note
 
 
 def test_an_id_that_is_not_there_says_why(tmp_path):
@@ -259,7 +258,7 @@ def test_errors_are_those_of_the_thresholds_however_small(tmp_path):
     targets = targets_of((0,), (0,))
     probs = np.where(targets, 0.5, 5e-8)
     work.__dict__["oof"] = (pd.DataFrame({"Id": ["a", "c"]}), targets, probs)
-    facts, note, *_ = errors(work)
+    facts, note, *_ = errors(work).blocks
     assert facts.items["false alarms"] == "0" and facts.items["missed labels"] == "0 of 2"
     assert note.text == "No images are stored in this work folder."
 

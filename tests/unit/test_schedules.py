@@ -7,19 +7,21 @@ import pytest
 import torch
 
 from common.recipes import get_recipe
+from common.train.loop import is_finished, learning_rate_factor
+from common.train.run import Run
 from common.train.schedules import (
     centred,
     cosine_with_restarts,
     cycle_gain,
     exponential_range,
     has_diverged,
+    is_evaluated,
     one_cycle,
     plateau_halvings,
     smoothed,
     steepest_learning_rate,
     suggest_learning_rate,
 )
-from common.train.training import Run, is_evaluated, is_finished, learning_rate_factor
 
 
 def test_a_loss_of_zero_cannot_be_improved():

@@ -1,15 +1,20 @@
 """At which size images of mixed sources are stored, and which are too small for that."""
 
+from pathlib import Path
+
 import pytest
 
-from common.data.exposure import WHOLE
-from common.data.ingest import Sample, cure_small, fit_recipes, preprocess_stage, refuse_bad
+from common.data.ingest import Plan, cure_small, preprocess_stage, refuse_bad, with_sizes
+from common.data.options import IngestOptions
+from common.data.samples import Sample
 from common.errors import UserError
-from common.recipes import describe_fit, fit_to_source, get_recipe, get_recipes
+from common.recipes import Recipe, describe_fit, fit_to_source, get_recipe, get_recipes
 
 
-def sources(*sides):
-    return {Sample(f"s{k}", "train", "0", ()): side for k, side in enumerate(sides)}
+def sized(recipes, *sides):
+    """Return stage 01's plan for these recipes and sources, once it knows their sides in pixels."""
+    samples = [Sample(f"s{k}", "train", "0", side=side) for k, side in enumerate(sides)]
+    return with_sizes(Plan(Path(), IngestOptions(recipes), samples))
 
 
 @pytest.mark.parametrize(
@@ -30,18 +35,18 @@ def sources(*sides):
 )
 def test_a_recipe_has_the_size_that_three_quarters_of_the_sources_have(sides, size, crop, n_small):
     for some in (sides, sides[::-1]):
-        fitted, small = fit_recipes({"resnet50": get_recipe("resnet50")}, sources(*some))
-        assert (fitted["resnet50"].size, fitted["resnet50"].crop) == (size, crop) and len(small) == n_small
+        plan = sized({"resnet50": get_recipe("resnet50")}, *some)
+        fitted = plan.fitted["resnet50"]
+        assert (fitted.size, fitted.crop) == (size, crop) and len(plan.faulty) == n_small
     # Stage 04 sees what is left, and comes to the same.
-    left = [side for sample, side in sources(*some).items() if sample not in small]
-    assert fit_to_source(get_recipe("resnet50"), min(left)) == fitted["resnet50"]
+    assert fit_to_source(get_recipe("resnet50"), min(plan.sides)) == fitted
 
 
 def test_a_sample_must_be_large_enough_for_every_recipe():
     recipes = get_recipes(["resnet50", "gapnet_pl", "demo"])
-    fitted, small = fit_recipes(recipes, sources(800, 100, 2048, 2048, 2048, 2048, 2048, 2048))
-    assert fitted == recipes
-    assert [(sample.Id, reason) for sample, reason in small.items()] == [
+    plan = sized(recipes, 800, 100, 2048, 2048, 2048, 2048, 2048, 2048)
+    assert plan.fitted == recipes
+    assert [(sample.Id, sample.fault) for sample in plan.faulty] == [
         ("s0", "train: s0 has 800 px, fewer than the 1024 px of gapnet_pl"),
         ("s1", "train: s1 has 100 px, fewer than the 768, 1024, 192 px of resnet50, gapnet_pl, demo"),
     ]
@@ -49,14 +54,15 @@ def test_a_sample_must_be_large_enough_for_every_recipe():
 
 def test_sizes_by_source_leave_out_what_is_smaller_than_the_smallest_of_them():
     recipe = get_recipe("resnet50", ["size_rule=by-source"])
-    fitted, small = fit_recipes({"a": recipe}, sources(300, 2048, 3072, 3072))
-    assert fitted["a"] == recipe and [sample.Id for sample in small] == ["s0"]
+    plan = sized({"a": recipe}, 300, 2048, 3072, 3072)
+    assert plan.fitted["a"] == recipe and [sample.Id for sample in plan.faulty] == ["s0"]
 
 
 def test_with_enlarge_nothing_is_too_small_and_no_recipe_changes():
     for settings in (["enlarge=true"], ["enlarge=true", "size_rule=by-source"]):
         recipe = get_recipe("resnet50", settings)
-        assert fit_recipes({"a": recipe}, sources(300, 512, 512, 2048)) == ({"a": recipe}, {})
+        plan = sized({"a": recipe}, 300, 512, 512, 2048)
+        assert plan.fitted == {"a": recipe} and not plan.faulty
 
 
 @pytest.mark.parametrize(
@@ -69,10 +75,9 @@ def test_with_enlarge_nothing_is_too_small_and_no_recipe_changes():
     ],
 )
 def test_what_to_give_instead_is_said_and_works(tmp_path, names, settings, command):
-    recipes, sides = get_recipes(names, settings), sources(300, *[2048] * 8)
-    small = fit_recipes(recipes, sides)[1]
+    plan = sized(get_recipes(names, settings), 300, *[2048] * 8)
     with pytest.raises(UserError) as error:
-        refuse_bad(small, list(sides), tmp_path / "bad_files.csv", cure_small(recipes, sides))
+        refuse_bad(plan.samples, tmp_path / "bad_files.csv", cure_small(plan))
     message = str(error.value)
     assert (
         "leave them out with --keep-going; enlarge those that are too small with --set enlarge=true, or use all at"
@@ -82,21 +87,26 @@ def test_what_to_give_instead_is_said_and_works(tmp_path, names, settings, comma
     changed = command.removeprefix("--set ").removesuffix(" (in").split()
     given = {setting.split("=")[0] for setting in changed}
     again = get_recipes(names, [*(setting for setting in settings if setting.split("=")[0] not in given), *changed])
-    assert fit_recipes(again, sides) == (again, {})
+    plan = sized(again, 300, *[2048] * 8)
+    assert plan.fitted == again and not plan.faulty
 
 
 def test_the_line_of_stages_01_and_04_says_what_is_used_and_what_to_give_instead():
     recipe = get_recipe("resnet50")
     assert describe_fit("resnet50", recipe, fit_to_source(recipe, 512)) == (
-        "the smallest source image has 512 px: resnet50 uses 512 px with crops of 384 instead of 768 and 512; nothing is "
-        "enlarged. To enlarge instead, give stages 01 and 04 --set enlarge=true"
+        "the smallest source image has 512 px: resnet50 uses 512 px with crops of 384 instead of 768 and 512; nothing "
+        "is enlarged. To enlarge instead, give stages 01 and 04 --set enlarge=true"
     )
 
 
 def test_stage_01_runs_again_when_it_is_to_enlarge(tmp_path):
     plain, enlarging = (
-        preprocess_stage(tmp_path, [], {}, ["128"], WHOLE, False, enlarge=enlarge) for enlarge in (False, True)
+        preprocess_stage(tmp_path, Plan(tmp_path, IngestOptions({"a": Recipe(enlarge=enlarge)}), []))
+        for enlarge in (False, True)
     )
     assert enlarging.changes(plain.made_from()) == "enlarge was False, now True"
-    before = {"parameters": {"sizes": ["128"], "white_level": 65535, "keep_going": False}, "inputs": plain.inputs}
+    before = {
+        "parameters": {"sizes": ["128", "768"], "white_level": 65535, "keep_going": False},
+        "inputs": plain.inputs,
+    }
     assert plain.changes(before) is None  # as before there was the field

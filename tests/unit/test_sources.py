@@ -1,5 +1,6 @@
 import os
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,7 +132,8 @@ def test_the_largest_side_is_accepted_and_one_pixel_more_in_either_direction_is_
 
 def test_a_file_that_decodes_to_another_size_than_its_header_says_is_refused(tmp_path, monkeypatch):
     Image.new("L", (64, 64)).save(tmp_path / "a.png")
-    monkeypatch.setattr(sources, "picture_pixels", lambda image: np.zeros((32, 64), np.uint8))
+    reader = replace(sources.READERS["PNG"], pixels=lambda image: np.zeros((32, 64), np.uint8))
+    monkeypatch.setitem(sources.READERS, "PNG", reader)
     with pytest.raises(BadImage, match=r"^decodes to \(32, 64\), its header says 64 x 64"):
         read_channel(tmp_path / "a.png", "green")
 

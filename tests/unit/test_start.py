@@ -3,10 +3,10 @@ import torch
 
 from common.errors import UserError
 from common.recipes import Recipe
-from common.train import start
+from common.train import pretrained
+from common.train.dataset import Normalisation
 from common.train.networks import build_encoder
-from common.train.predict import Normalisation
-from common.train.start import Start, start_from, weights_normalisation
+from common.train.pretrained import Start, start_from, weights_normalisation
 
 RESNET = Recipe(encoder="resnet18")
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_of_this_project_brings_its_own(tmp_path):
         torch.equal(a, b) for a, b in zip(encoder.state_dict().values(), again.state_dict().values(), strict=True)
     )
     assert begun.describe() == "from best.pt, images normalised as for those"
-    assert begun.inputs() == {"weights": start.fingerprint(tmp_path / "best.pt")}
+    assert begun.inputs() == {"weights": pretrained.fingerprint(tmp_path / "best.pt")}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The project's own rules: what starts without torch, how long scripts are. tests/lint.sh checks who imports whom."""
+"""The project's own rules: what runs without torch, how long scripts are. tests/lint.sh checks imports."""
 
 import ast
 import subprocess
@@ -43,7 +43,7 @@ def test_help_shows_what_is_read_and_written_without_torch(path):
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as stop: assert not stop.code\n"
         "assert 'torch' not in sys.modules\n"
-        "assert 'pandas' not in sys.modules or 'thresholds' in sys.argv[0]"  # whose methods are in its --help
+        "assert 'pandas' not in sys.modules or 'thresholds' in sys.argv[0]"  # its --help lists the methods
     )
     result = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -51,7 +51,7 @@ GOOD = {"recipes": ["a", "b"], "combine": "mean", "weights": [0.5, 0.5], "thresh
         (GOOD | {"thresholds": [0.5] * 27}, "28 thresholds"),
         (GOOD | {"thresholds": ["0.5"] * 28}, "28 thresholds"),
         (GOOD | {"combine": "sum"}, "combine to be one of mean, weighted, rank"),
-        (GOOD | {"weights": [1]}, "one weight from 0 to 1 a network, 1 in all"),
+        (GOOD | {"weights": [1]}, "one weight from 0 to 1 per network, with sum 1"),
         (GOOD | {"weights": [1, 1]}, "one weight"),
         (GOOD | {"thresholds": [*[0.5] * 27, 50]}, "28 thresholds"),
         (GOOD | {"thresholds": [*[0.5] * 27, "0.5"]}, "28 thresholds"),
@@ -110,7 +110,7 @@ def test_thresholds_that_cannot_be_are_refused(tmp_path, found, expected):
         (
             ["a", "b"],
             ["1", "28"],
-            "labels other than 0 to 27, one twice, or other text between them than single blanks:\n  b: '28'",
+            "labels 0 to 27, each at most once per row, separated by single blanks; found:\n  b: '28'",
         ),
         (["a", "b"], ["1 x", ""], "a: '1 x'"),
         (["a", "b"], ["1 01", ""], "a: '1 01'"),
@@ -123,7 +123,7 @@ def test_a_wrong_submission_is_refused(ids, predicted, message):
 
 @pytest.mark.parametrize("predicted", ["1  2", " 1", "1 ", "1\t2", "1\xa02", "1,2", "01", "0 00", "1;2", "1 2 1"])
 def test_labels_are_separated_by_single_blanks_only(predicted):
-    with pytest.raises(UserError, match="other text between them than single blanks:\n  a: "):
+    with pytest.raises(UserError, match="separated by single blanks; found:\n  a: "):
         check_submission(pd.DataFrame({"Id": ["a"], "Predicted": [predicted]}), ["a"])
 
 
@@ -142,7 +142,7 @@ def test_labels_are_separated_by_single_blanks_only(predicted):
         ("Id\na\n", "has 1 columns"),
         ("Id,Predicted\na,1,\n", r"others below \(line 2 has 3\)"),
         ("Id,Predicted,\na,1,\n", "has 3 columns"),
-        ("Id;Predicted\na;1\n", "is separated by ';'"),
+        ("Id;Predicted\na;1\n", "has the separator ';'"),
         ("Id,Predicted\na,1\na,2\n", "more than once"),
         ("Id,Predicted\n", "has no rows"),
     ],
@@ -200,9 +200,9 @@ def test_frequencies_beside_those_of_the_labels():
     lines = frequency_table(predicted, per_class, 100).splitlines()
     assert lines[1].split() == ["class", "1", "5", "50.00%", "5.00%", "10.00"]
     assert lines[0].split() == ["class", "predicted", "share", "labelled", "ratio"] and len(lines) == 29
-    assert lines[2].split() == ["class", "0", "0", "0.00%", "0.00%", "1.00"]  # as often as it is to be
+    assert lines[2].split() == ["class", "0", "0", "0.00%", "0.00%", "1.00"]  # as often as expected
     assert lines[3].split() == ["class", "2", "2", "20.00%", "20.00%", "1.00"]
-    predicted[:3, 7] = True  # of a class that no labelled sample has
+    predicted[:3, 7] = True  # a class that no labelled sample has
     predicted[:, 2] = False
     first, second = frequency_table(predicted, per_class, 100).splitlines()[1:3]
     assert first.split() == ["class", "2", "0", "0.00%", "20.00%", "0.00"]
@@ -278,8 +278,8 @@ def test_what_was_written_is_described_with_all_that_is_no_prediction(tmp_path):
     known = pd.DataFrame({"Id": ["t1"], "other_Id": ["s1"], "bits": [1], "Target": ["4"]})
     lost = pd.DataFrame({"Id": ["t9"], "place": [0]})
     text = "\n".join(describe_submission(tmp_path / "s.csv", predicted, thresholds, ["a", "b"], known, lost))
-    assert "s.csv: 5 rows, 1.25 labels a row, 3 classes; mean of a, b" in text and "0.200 [0.100, 0.300]" in text
-    assert "class 0" in text and "t1  <-  s1  4" in text and "1 test samples were left out" in text and "t9" in text
+    assert "s.csv: 5 rows, 1.25 labels per row, 3 classes; mean of a, b" in text and "0.200 [0.100, 0.300]" in text
+    assert "class 0" in text and "t1  <-  s1  4" in text and "stage 01 left out 1 test samples" in text and "t9" in text
     plain = describe_submission(tmp_path / "s.csv", predicted, GOOD, ["a", "b"], None, [])
     assert len(plain) == 1 and "4 rows" in plain[0] and "[" not in plain[0]
 
@@ -314,8 +314,8 @@ def test_the_published_submissions_of_three_networks_come_out_cell_by_cell(real_
 def test_submissions_elsewhere_are_remembered_once_the_last_one_last(tmp_path):
     for name in ("a.csv", "b.csv", "a.csv"):
         remember_submission(tmp_path, tmp_path / "x" / ".." / name)
-    remember_submission(tmp_path, tmp_path / "submission.csv")  # which is found without that
-    remember_submission(tmp_path / "absent", tmp_path / "c.csv")  # as in a folder that may not be written to
+    remember_submission(tmp_path, tmp_path / "submission.csv")  # the page finds this one anyway
+    remember_submission(tmp_path / "absent", tmp_path / "c.csv")  # like a folder that cannot be written to
     assert remembered_submissions(tmp_path) == [str(tmp_path / "b.csv"), str(tmp_path / "a.csv")]
     (tmp_path / "submissions.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="submissions.json is not a list of paths; delete it"):

@@ -1,4 +1,4 @@
-"""Tables 1 to 3 from synthetic predictions: scores, gains, thresholds, layout, what is missing."""
+"""Tables 1 to 3 from synthetic predictions: scores, gains, thresholds, layout, missing runs."""
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ SKILL = np.linspace(1, 2.5, len(RUNS))
 
 
 def make_work(work, n=120, n_folds=3, seed=0, skill=SKILL):
-    """Write folds.csv and each run's out-of-fold files, rows in another order; later runs are better."""
+    """Write folds.csv and each run's out-of-fold files, with rows in another order; later runs are better."""
     rng = np.random.default_rng(seed)
     targets = rng.random((n, 28)) < np.linspace(0.02, 0.4, 28)
     targets[:, 5] = False
@@ -81,7 +81,7 @@ def cell(scores, model, column, fold, value="macro_f1"):
 
 
 def slow_gain(targets, folds, after, before, n_draws, seed):
-    """Draw rows one set at a time, fold by fold, and score the drawn rows themselves."""
+    """Draw one set of rows at a time, fold by fold, and score the drawn rows themselves."""
     rng = np.random.default_rng(seed)
     differences = np.zeros((n_draws, len(np.unique(folds))))
     for k, fold in enumerate(np.unique(folds)):
@@ -121,7 +121,7 @@ def test_equal_columns_gain_nothing_for_certain():
 
 
 def test_pairing_narrows_the_interval():
-    """Two nearly equal columns: were the draws not the same, the interval would be as wide as the scores' own."""
+    """Compare two nearly equal columns: with different draws, the interval would be as wide as the scores' own."""
     rng = np.random.default_rng(0)
     targets = rng.random((200, 28)) < 0.2
     before = targets ^ (rng.random(targets.shape) < 0.2)
@@ -150,7 +150,7 @@ def test_tuned_columns_are_cross_fitted_and_do_not_flatter(made):
         unseen = cross_fit(targets, probs[run], groups, "greedy")
         expected = [np.mean([macro(targets[folds == k], p[folds == k]) for p in unseen]) for k in range(3)]
         np.testing.assert_allclose([cell(scores, "resnet50", column, k) for k in range(3)], expected)
-    # On noise, thresholds scored on the rows of their search would look better than they are.
+    # On noise, thresholds scored on the rows that they were found on would look too good.
     noise = np.random.default_rng(99).random(targets.shape).astype(np.float32)
     cells, _ = paper_tables.score_systems({"gapnet_pl": {"eloss": "noise"}}, {"noise": noise}, rows)
     flattering = noise >= greedy_thresholds(targets, noise)
@@ -211,7 +211,7 @@ def test_the_papers_figures():
     assert all(
         len(figures) == len(paper_tables.COLUMNS) for folds in paper_tables.PAPER.values() for figures in folds.values()
     )
-    # Only the customised SENet, and nothing else up to E-loss, is worse than what it adds to.
+    # Up to E-loss, only the customised SENet is worse than the column that it adds to.
     rows = [
         (model, figures[:4])
         for model, folds in paper_tables.PAPER.items()
@@ -229,7 +229,7 @@ def test_predictions_are_brought_into_the_order_of_the_folds(made):
     files = paper_tables.prediction_files(work, RUNS, [0, 1, 2])
     for run in RUNS:
         np.testing.assert_array_equal(paper_tables.load_run(files[run], rows, ""), probs[run])
-    message = r"fold1_oof.npz is not for this folds.csv \(run: make it\); it has unexpected 1 Ids"
+    message = r"fold1_oof.npz is not for this folds.csv \(run: make it\): 1 unexpected Ids"
     with pytest.raises(UserError, match=message):
         paper_tables.load_run(files["resnet50"], rows.drop(index=2), "make it")
 
@@ -266,7 +266,7 @@ def test_markdown_lines_up_and_has_a_row_for_each_model_and_fold(made):
     gapnet = [line for line in blocks[2] if "gapnet_pl (fold 0)" in line or "gapnet_pl mean" in line]
     assert [line.count("0.765") for line in gapnet] == [0, 3] and gapnet[0].count("  - ") == 3
     assert text.count("Without a positive in fold") == len(paper_tables.absent_notes(rows)) > 0
-    assert "gapnet_pl has one training of its own" in text and "Missing" not in text
+    assert "gapnet_pl has no separate run for TA" in text and "Missing" not in text
 
 
 def test_absent_classes_are_counted_and_the_first_named():

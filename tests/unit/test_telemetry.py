@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 
 from common.classes import N_CLASSES
-from common.train.telemetry import class_mix, sample_table, save_telemetry
+from common.train.losses import class_mix, sample_table, save_telemetry
 
 
 def targets(*labels):

@@ -58,9 +58,9 @@ def test_text_stays_text(tmp_path, text):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not a CSV file but empty; expected a line with the names of columns"),
-        (b"\n\n", "is not a CSV file but empty"),
-        (b",,\n", "is not a CSV file but empty"),
+        (b"", "is empty; expected a line with the names of columns"),
+        (b"\n\n", "is empty; expected"),
+        (b",,\n", "is empty; expected"),
         (
             "Id,Target\na,0\nb,1,7\nc\n\nd,1,,x\n",
             r"^has 2 fields in its header and others below \(line 3 has 3, line 4 has 1, line 6 has 4\)$",
@@ -74,11 +74,11 @@ def test_text_stays_text(tmp_path, text):
         ('"Id"s,Target\na,0\n', r"is not a CSV file \(.* in line 1\)"),
         (
             "Id,Target\na,0\nZ\xfcrich,1\n".encode("latin-1"),
-            r"is not text in UTF-8 \(byte 0xfc in line 3\); save it as CSV in UTF-8",
+            r"is not UTF-8 text \(byte 0xfc in line 3\); save it as CSV in UTF-8",
         ),
         (PLAIN.encode("utf-16-le"), "holds bytes of value 0, as UTF-16 does; save it as CSV in UTF-8"),
         (PLAIN.encode("utf-32"), "bytes of value 0"),
-        (PLAIN.encode("utf-16")[:-1], "is not text in UTF-16"),
+        (PLAIN.encode("utf-16")[:-1], "is not UTF-16 text"),
     ],
 )
 def test_what_is_no_table_is_refused_by_line(tmp_path, content, message):
@@ -154,7 +154,7 @@ def test_five_lines_are_named_and_the_rest_counted(tmp_path):
         assert str(error.value) == f"has text in its column x, expected whole numbers ({named}{rest})"
 
 
-def test_statistics_come_back_as_they_were_written(tmp_path):  # fingerprints of trainings stand on their text
+def test_statistics_come_back_as_they_were_written(tmp_path):  # fingerprints of trainings depend on their text
     values = np.random.default_rng(0).random(5000).round(6) * 10.0 ** np.random.default_rng(1).integers(-5, 1, 5000)
     text = pd.DataFrame({"x": values.round(6)}).to_csv(index=False)
     assert read(tmp_path, text, kinds=lambda header: {"x": float}).to_csv(index=False) == text
@@ -163,8 +163,8 @@ def test_statistics_come_back_as_they_were_written(tmp_path):  # fingerprints of
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (PLAIN.encode("utf-16"), "is text in UTF-16; save it in UTF-8"),
-        (PLAIN.replace(",", ";"), "is separated by ';'; expected commas"),
+        (PLAIN.encode("utf-16"), "is UTF-16 text; save it in UTF-8"),
+        (PLAIN.replace(",", ";"), "has the separator ';'; expected commas"),
         ("Id,Target\na,0,\n", r"has 2 fields in its header and others below \(line 2 has 3\)"),
     ],
 )

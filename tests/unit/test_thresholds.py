@@ -192,7 +192,7 @@ def test_repeats_are_three_of_five_folds_or_of_as_many_as_there_are_groups():
         np.testing.assert_array_equal(fold, stratified_group_folds(targets, np.arange(40), 5, seed=repeat))
     assert [sorted(set(fold)) for fold in repeated_folds(targets, np.arange(40) % 2, repeats=1)] == [[0, 1]]
     with pytest.raises(
-        UserError, match="40 samples in 1 groups leave none to try thresholds on; give at least 2 groups"
+        UserError, match="40 samples in 1 groups leave none to test thresholds on; give at least 2 groups"
     ):
         repeated_folds(targets, np.zeros(40))
 

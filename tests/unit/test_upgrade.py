@@ -1,7 +1,8 @@
-"""A newer version of the project: trainings and predictions of an older one stay current, and only real differences refuse."""
+"""A newer version of the project: trainings and predictions of an older one stay current unless they really differ."""
 
 import json
 import shutil
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +24,14 @@ from common.train.checkpoints import (
     load_network,
     save_checkpoint,
 )
+from common.train.dataset import Normalisation
 from common.train.distributed import Team
 from common.train.hardware import Hardware, HardwareOptions
-from common.train.jobs import begin_fold, plan, predict_job, predicted_folds
-from common.train.predict import Normalisation
-from common.train.start import Start
-from common.train.training import Run, is_finished, new_run
+from common.train.jobs import Request, plan
+from common.train.loop import begin_fold, is_finished
+from common.train.predict import PredictionJob, predict_job, predicted_folds
+from common.train.run import Run, new_run, saved
+from tests.conftest import training_job
 
 CPU = Hardware(torch.device("cpu"))
 SETTINGS = ["cycle_epochs=1", "max_cycles=2", "buffers=16", "min_cycle_gain=0", "hard_warmup_epochs=0"]
@@ -43,7 +46,7 @@ def work(tmp_path):
 
 def planned(work, *settings):
     recipe = get_recipe("demo-quick", [*SETTINGS, *settings])
-    return plan(work, {"demo-quick": recipe}, read_table(work / "folds.csv", ""), [0], 0, False, "auto", None, Team())
+    return plan(Request(work, {"demo-quick": recipe}, [0]), read_table(work / "folds.csv", ""), Team())
 
 
 def test_a_training_of_before_is_up_to_date(work, capsys):
@@ -57,20 +60,21 @@ def test_a_column_that_newer_versions_add_to_the_table_of_images_changes_nothing
     assert planned(work) == []
     path.write_text(path.read_text().replace("5dc5e761", "5dc5e762"))
     with pytest.raises(UserError, match="changed: images"):
-        check_unfinished(planned(work)[0][0])
+        check_unfinished(planned(work)[0].stage)
 
 
 def test_a_setting_that_differs_still_refuses(work):
-    ((stage, *_),) = planned(work, "l1=0.001")
+    (job,) = planned(work, "l1=0.001")
     with pytest.raises(UserError, match=r"made from something else \(l1 was 0.0, now 0.001\)"):
-        check_unfinished(stage)
+        check_unfinished(job.stage)
 
 
 def test_predictions_of_before_are_up_to_date(work, capsys):
     folds, samples = read_table(work / "folds.csv", ""), read_table(work / "samples.csv", "")
-    parts = {"oof": folds[folds["fold"] == 0], "test": samples[samples["part"] == "test"]}
+    means = {"test": samples[samples["part"] == "test"]}
     settings = {"tta": "none", "view": "whole", "checkpoint": "best"}
-    predict_job(work, "demo-quick", 0, folds, parts, settings, 8, HardwareOptions("cpu", "fp32", 0))
+    hardware = HardwareOptions("cpu", "fp32", 0)
+    predict_job(PredictionJob(work, "demo-quick", 0, folds, means, settings, 8, hardware))
     out = capsys.readouterr().out
     assert "fold0_oof.npz is up to date" in out and "fold0_test.npz is up to date" in out
 
@@ -86,9 +90,7 @@ def both(work):
 def together(work, **changes):
     folds = read_table(work / "folds.csv", "")
     settings = {"tta": "none", "view": "whole", "checkpoint": "best", **changes}
-    return predicted_folds(
-        work, "demo-quick", [1], folds, lambda fold: {"oof": folds[folds["fold"] == fold]}, settings
-    )["oof"]
+    return predicted_folds(PredictionJob(work, "demo-quick", 1, folds, {}, settings), [1])["oof"]
 
 
 def test_folds_that_were_predicted_before_are_put_together_with_new_ones(both, capsys):
@@ -119,7 +121,7 @@ def test_a_network_of_before_predicts(work):
 
 
 def test_a_training_of_before_is_continued(work):
-    run = begin_fold(work / "runs" / "demo-quick" / "fold0", DATA, RECIPE, CPU, 0, 0, Start(), "test")
+    run = begin_fold(training_job(work / "runs" / "demo-quick" / "fold0", RECIPE), DATA, CPU)
     assert (
         run.epoch == 2
         and len(run.history) == 2
@@ -128,11 +130,13 @@ def test_a_training_of_before_is_continued(work):
     )
 
 
-def test_what_newer_versions_add_to_the_state_keeps_its_default(work, tmp_path, monkeypatch):
-    monkeypatch.setattr(Run, "PLACE", (*Run.PLACE, "newer"))
-    monkeypatch.setattr(Run, "LATER", (*Run.LATER, "newer"))
-    monkeypatch.setattr(Run, "newer", 7, raising=False)
-    run = new_run(RECIPE, DATA, CPU, 0, 0)
+@dataclass
+class NewerRun(Run):
+    newer: int = saved(int, later=True, default=7)
+
+
+def test_what_newer_versions_add_to_the_state_keeps_its_default(work):
+    run = NewerRun(**vars(new_run(RECIPE, DATA, CPU, 0, 0)))
     run.restore(load_checkpoint(work / "runs" / "demo-quick" / "fold0" / "last.pt"))
     assert run.epoch == 2 and run.newer == 7
     run.restore({**run.state(), "newer": 8})
@@ -149,12 +153,12 @@ def test_a_training_of_a_version_with_more_fields(work, added, refused):
     jobs = planned(work)
     if refused is None:
         assert jobs == [] and recipe_of_run(read_json(sidecar(path))["parameters"]) == RECIPE
-        saved = torch.load(path, weights_only=True)
-        save_checkpoint(path, {**saved, "recipe": {**saved["recipe"], **added}})
+        before = torch.load(path, weights_only=True)
+        save_checkpoint(path, {**before, "recipe": {**before["recipe"], **added}})
         load_network(path, RECIPE, CPU)
     else:
         with pytest.raises(UserError, match=refused):
-            check_unfinished(jobs[0][0])
+            check_unfinished(jobs[0].stage)
         with pytest.raises(UserError, match="whose fields this one does not have: ema=0.99"):
             finished_checkpoint(work, "demo-quick", 0, read_table(work / "folds.csv", ""), "best")
 

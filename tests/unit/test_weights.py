@@ -21,14 +21,14 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from common.check import checks
+from common.check import trainings as checks
 from common.errors import UserError
 from common.recipes import Recipe
 from common.train import pretrained
-from common.train.networks import build_encoder
-from common.train.pretrained import PUBLISHED, find_weights, read_weights
+from common.train.networks import ENCODERS, build_encoder
+from common.train.pretrained import find_weights, read_weights
 
-TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121")
+TORCHVISION = ("resnet18", "resnet50", "resnet101", "densenet121")
 TIMM = {"se_resnext50_32x4d": "legacy_seresnext50_32x4d", "senet154": "legacy_senet154", "inceptionv4": "inception_v4"}
 
 
@@ -38,13 +38,14 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    for encoder, published in PUBLISHED.items():
+    for encoder, published in REAL.items():
         publish(monkeypatch, encoder, urls=tuple(f"{nobody()}/{published.file}{i}" for i in range(len(published.urls))))
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
 def publish(monkeypatch, encoder, **changes):
-    monkeypatch.setitem(PUBLISHED, encoder, replace(PUBLISHED[encoder], **changes))
+    row = ENCODERS[encoder]
+    monkeypatch.setitem(ENCODERS, encoder, replace(row, weights=replace(row.weights, **changes)))
 
 
 def nobody() -> str:
@@ -60,7 +61,7 @@ def digest(path: Path) -> str:
 
 # --- the table ---------------------------------------------------------------------------------------------
 
-REAL = dict(PUBLISHED)
+REAL = {name: row.weights for name, row in ENCODERS.items() if row.weights}
 
 
 @pytest.mark.parametrize("encoder", TORCHVISION)
@@ -129,7 +130,7 @@ def assert_same_features(path: Path, encoder: str, network: nn.Module):
 
 def save_published(network, encoder, folder, monkeypatch, **how) -> Path:
     """Save weights as the file that is published for `encoder`, in its format; `how` is torch.save's."""
-    path = folder / PUBLISHED[encoder].file
+    path = folder / ENCODERS[encoder].weights.file
     folder.mkdir(exist_ok=True)
     if path.suffix == ".safetensors":
         save_file(network.state_dict(), path)
@@ -353,13 +354,13 @@ def host(tmp_path, monkeypatch):
     """A host that publishes a small file as ResNet18's weights; returns its address."""
     folder = tmp_path / "host"
     folder.mkdir()
-    torch.save({"conv1.weight": torch.arange(600_000.0)}, folder / PUBLISHED["resnet18"].file)
+    torch.save({"conv1.weight": torch.arange(600_000.0)}, folder / ENCODERS["resnet18"].weights.file)
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.handle_error = lambda *_: None  # that a client stops reading is what some tests are about
-        address = f"http://127.0.0.1:{server.server_port}/{PUBLISHED['resnet18'].file}"
-        publish(monkeypatch, "resnet18", urls=(address,), sha256=digest(folder / PUBLISHED["resnet18"].file))
+        address = f"http://127.0.0.1:{server.server_port}/{ENCODERS['resnet18'].weights.file}"
+        publish(monkeypatch, "resnet18", urls=(address,), sha256=digest(folder / ENCODERS["resnet18"].weights.file))
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield address
         server.shutdown()
@@ -382,7 +383,7 @@ def test_a_file_of_ones_own(tmp_path):
 def test_the_folder_of_weights_comes_before_the_cache(tmp_path, cache, monkeypatch):
     (tmp_path / "weights").mkdir()
     cache.mkdir(parents=True)
-    name = PUBLISHED["resnet18"].file
+    name = ENCODERS["resnet18"].weights.file
     for folder in (cache, tmp_path / "weights"):
         (folder / name).write_bytes(b"same")
     publish(monkeypatch, "resnet18", sha256=digest(cache / name)[:8])
@@ -396,7 +397,7 @@ def test_the_folder_of_weights_comes_before_the_cache(tmp_path, cache, monkeypat
 def test_a_file_at_hand_that_is_not_the_published_one_is_used_with_a_warning(tmp_path, cache, in_cache, capsys):
     folder = cache if in_cache else tmp_path
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PUBLISHED["resnet18"].file
+    path = folder / ENCODERS["resnet18"].weights.file
     path.write_bytes(b"other")
     assert find_weights("resnet18", "auto", None if in_cache else tmp_path) == path
     told = capsys.readouterr().out
@@ -408,7 +409,7 @@ def test_a_file_at_hand_that_is_not_the_published_one_is_used_with_a_warning(tmp
 def test_a_download_leaves_one_file_where_it_is_looked_for(tmp_path, cache, host, capsys, given):
     folder = tmp_path / "weights" if given else cache
     path = find_weights("resnet18", "auto", folder if given else None)
-    assert path == folder / PUBLISHED["resnet18"].file and list(folder.iterdir()) == [path]
+    assert path == folder / ENCODERS["resnet18"].weights.file and list(folder.iterdir()) == [path]
     assert torch.equal(read_weights(path)["conv1.weight"], torch.arange(600_000.0))
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"downloading {path.name} (3 MB) from {host.split('/')[2]}\n")
@@ -444,7 +445,7 @@ def test_a_stopped_download_leaves_nothing(tmp_path, host, monkeypatch):
 def test_without_a_network_the_message_says_what_to_put_where(tmp_path, encoder, capsys):
     assert find_weights(encoder, "auto", tmp_path / "weights") is None
     message = capsys.readouterr().out
-    published = PUBLISHED[encoder]
+    published = ENCODERS[encoder].weights
     assert f"save one of these as {tmp_path / 'weights' / published.file}:\n" in message
     for part in (f"{encoder}: ", *published.urls, "refused", "random weights", "--pretrained none"):
         assert part in message
@@ -513,10 +514,12 @@ def test_the_doctor_says_whether_a_download_could_be_written(tmp_path, host):
 
 
 def test_the_doctor_warns_of_a_file_that_is_not_the_published_one(tmp_path):
-    torch.save(source("resnet18").state_dict(), tmp_path / PUBLISHED["resnet18"].file)
+    torch.save(source("resnet18").state_dict(), tmp_path / ENCODERS["resnet18"].weights.file)
     (line,) = checks.weights(
         SimpleNamespace(pretrained="auto", weights_dir=tmp_path),
         SimpleNamespace(recipes={"a": Recipe(encoder="resnet18")}),
     )
-    assert line.state == checks.WARNING and line.found.startswith(f"resnet18: from {PUBLISHED['resnet18'].file}")
-    assert f"is not the published file: its SHA-256 should begin with {PUBLISHED['resnet18'].sha256}" in line.cure
+    assert line.state == checks.WARNING and line.found.startswith(f"resnet18: from {ENCODERS['resnet18'].weights.file}")
+    assert (
+        f"is not the published file: its SHA-256 should begin with {ENCODERS['resnet18'].weights.sha256}" in line.cure
+    )

@@ -1,0 +1,131 @@
+"""What is known of trainings before a run: the weights that they start from, and what earlier ones left."""
+
+import argparse
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+
+from common.artifacts.layout import Layout
+from common.check.inputs import Seen
+from common.check.lines import FAILS, FINE, WARNING, Check, Checks
+from common.check.work_folder import existing
+from common.data.exposure import exposure_warning
+from common.data.folds import fold_numbers
+from common.data.ingest import preprocess_stage
+from common.errors import UserError
+from common.process.command_line import SEED
+from common.recipes import Recipe
+from common.train import pretrained
+from common.train.checkpoints import made_from
+from common.train.distributed import ALONE
+from common.train.jobs import Request, plan
+from common.train.networks import Published, encoder_of
+from common.train.pretrained import start_from
+
+
+def weights(args: argparse.Namespace, seen: Seen) -> Checks[None]:
+    """Yield for each encoder where its weights are, or whether their host answers."""
+    recipes = {recipe.encoder: recipe for recipe in reversed(seen.recipes.values())}
+    for _, recipe in sorted(recipes.items()):
+        published = encoder_of(recipe.encoder).weights
+        if args.pretrained == "auto" and published:
+            yield published_weights(recipe, published, args.weights_dir)
+            continue
+        path = None if args.pretrained in ("auto", "none") else Path(args.pretrained)
+        if path and not path.is_file():
+            raise UserError(f"--pretrained {path}: there is no such file")
+        yield start(recipe, args.pretrained, path)
+
+
+def published_weights(recipe: Recipe, published: Published, folder: Path | None) -> Check:
+    """Tell whether an encoder's published weights are on this machine, or can be downloaded."""
+    encoder, files = recipe.encoder, pretrained.weight_files(published, folder)
+    path = next((path for path in files if path.is_file()), None)
+    if path:
+        return start(recipe, "auto", path)
+    host = next((url for url in published.urls if pretrained.answers(url)), None)
+    if host:
+        return download_to(files[0].parent, encoder, host)
+    return Check(
+        "weights",
+        WARNING,
+        f"{encoder}: the published weights are not at hand and their host does not answer, so "
+        "training starts from random ones and learns much less",
+        f"save {published.urls[0]} as {files[0].absolute()}",
+    )
+
+
+def start(recipe: Recipe, asked: str, path: Path | None) -> Check:
+    """Tell what a training starts from; asked : auto, none or a file; path : of the weights, None = random ones."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        published = encoder_of(recipe.encoder).weights
+        if path and published and asked == "auto":
+            pretrained.told_if_other(path, published.sha256)
+        found = start_from(recipe, asked, path).describe()
+    warning = told.getvalue().strip().removeprefix("warning: ")
+    return Check("weights", WARNING if told.getvalue() else FINE, f"{recipe.encoder}: {found}", warning)
+
+
+def download_to(folder: Path, encoder: str, host: str) -> Check:
+    """Tell whether weights that a host has can be downloaded to a folder."""
+    try:
+        with tempfile.TemporaryFile(dir=existing(folder)) as file:
+            file.write(bytes(4096))
+        return Check("weights", FINE, f"{encoder}: will be downloaded from {host}")
+    except OSError as error:
+        return Check(
+            "weights",
+            FAILS,
+            f"{encoder}: would be downloaded to {folder}, which cannot be written ({error.strerror})",
+            "make room or get the right to, give --weights-dir a folder that can be written, or start from random "
+            "weights with --pretrained none",
+        )
+
+
+def work_so_far(args: argparse.Namespace, seen: Seen) -> Checks[None]:
+    """Yield what of an earlier run in the work folder is of use, and which trainings would ask for --force."""
+    layout = Layout(args.work, args.data)
+    if not layout.samples.is_file():
+        return
+    if line := exposure_warning(args.work):
+        yield Check("work so far", WARNING, f"the images that are stored: {line.removeprefix('warning: ')}")
+    reason = preprocess_stage(args.work, seen.plan).why_stale() or ""
+    folds = layout.read_folds() if layout.folds.is_file() else None
+    numbers = [] if folds is None else args.folds or fold_numbers(folds)
+    begun = [(name, fold) for name, fold in product(seen.recipes, numbers) if made_from(layout.run(name, fold))]
+    if folds is not None:
+        yield from changed_trainings(layout, folds, seen.recipes, begun)
+    trained = ", ".join(f"{name} fold {fold}" for name, fold in begun)
+    if "changed" in reason and trained:
+        yield Check(
+            "work so far",
+            WARNING,
+            f"stage 01 will run again ({reason}); trained already: {trained}",
+            "where images or labels come out different, these will ask for --force; another --work keeps them",
+        )
+    elif trained:
+        yield Check("work so far", FINE, f"begun or trained already, to be gone on with: {trained}")
+
+
+def changed_trainings(
+    layout: Layout, folds: pd.DataFrame, recipes: dict[str, Recipe], begun: list[tuple[str, int]]
+) -> Iterator[Check]:
+    """Yield which begun trainings, a recipe and fold each, stage 04 would not resume."""
+    for name, fold in begun:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what is up to date
+            jobs = plan(Request(layout.work, {name: recipes[name]}, [fold], SEED), folds, ALONE)
+        for job in jobs:
+            if changes := job.stage.changes(made_from(layout.run(name, fold)) or {}):
+                yield Check(
+                    "work so far",
+                    FAILS,
+                    f"{layout.run(name, fold)} was trained on something else ({changes})",
+                    f"{layout.command('04_train.py', '--recipe', name, '--folds', fold, '--force')} trains it again; "
+                    "or give another --work",
+                )
