@@ -33,7 +33,7 @@ def parse_args():
     parser.add_argument(
         "--recipes",
         type=command_line.recipe_names,
-        default=["resnet50"],
+        default=command_line.RECIPES,
         metavar="A,B",
         help="recipes whose probabilities are combined (default: resnet50)",
     )
@@ -116,7 +116,9 @@ def main():
     if args.reproduce:
         return reproduce(args)
     if args.compare:
-        return compare(args)
+        from common.score.compare import comparison
+
+        return print(comparison(Layout(args.work, args.data), args.compare, args.method))
     layout = Layout(args.work, args.data)
     hint = layout.command("05_predict_oof.py", "--recipes", ",".join(args.recipes))
     names, sources = member_files(args.oof, args.work, args.recipes, "oof")
@@ -159,16 +161,6 @@ def main():
     print("06_thresholds: " + "\n  ".join(describe_ensemble(result)))
     if behind:
         print("\n".join(describe_missing_folds(behind, args.work)))
-
-
-def compare(args):
-    """Print runs side by side, on the samples that all of them predicted out of fold."""
-    from common.artifacts.layout import Layout
-    from common.score.compare import compare_stage, describe_comparison, run_facts
-
-    layout = Layout(args.work, args.data)
-    found = compare_stage(layout, args.compare, args.method)
-    print("\n  ".join(describe_comparison(found, {name: run_facts(layout, name) for name in args.compare})))
 
 
 def reproduce(args):

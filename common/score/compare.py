@@ -116,6 +116,12 @@ def paired_interval(difference: float, draws: np.ndarray) -> list[float]:
     return [difference + float(low), difference + float(high)]
 
 
+def comparison(layout: Layout, names: list[str], method: str) -> str:
+    """Return the comparison of runs as text, with their folds and training times."""
+    facts = {name: run_facts(layout, name) for name in names}
+    return "\n  ".join(describe_comparison(compare_stage(layout, names, method), facts))
+
+
 def describe_comparison(result: dict, facts: dict[str, str]) -> list[str]:
     """Say what `compare_runs` found, best run first.
 
