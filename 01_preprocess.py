@@ -38,6 +38,7 @@ def parse_args():
     )
     args = parser.parse_args()
     options.check_levels(parser, args)
+    args.recipes = options.asked_names(args)
     return args
 
 

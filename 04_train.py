@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I lea
 
 from common.process import command_line
 from common.process.main import run
-from common.recipes import describe_fit, fit_to_source, get_recipes
+from common.recipes import describe_fit, fit_to_source
 
 
 def parse_args():
@@ -34,9 +34,15 @@ def parse_args():
     parser.add_argument(
         "--recipe",
         type=command_line.recipe_names,
-        default=["resnet50"],
+        metavar="A,B",
+        help="recipes to train (default: those of --recipes-file, or resnet50); resnet50@1024: with images of 1024 px",
+    )
+    command_line.add_recipes_file_flag(parser)
+    parser.add_argument(
+        "--name",
         metavar="NAME",
-        help="recipe to train, or several: a,b (default: resnet50)",
+        help="train the one --recipe, with what --set changes, as a run of this name; the name then stands "
+        "wherever a recipe's does, in this work folder",
     )
     parser.add_argument("--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to train (default: all)")
     parser.add_argument("--force", action="store_true", help="discard what these folds have and train from scratch")
@@ -101,7 +107,9 @@ def main():
     args = parse_args()
 
     # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
+    from common.artifacts.experiments import asked_recipes
     from common.artifacts.layout import Layout
+    from common.experiments import read_recipes_file
     from common.process.parallel import run_jobs
 
     if args.list_recipes:
@@ -110,8 +118,9 @@ def main():
         return print(recipe_listing(args.json))
     if args.cluster:
         args.work = args.work.resolve()  # workers run in another folder
-    recipes = get_recipes(args.recipe, args.settings)
     layout = Layout(args.work, args.data)
+    listed = list(read_recipes_file(args.recipes_file)) if args.recipes_file else command_line.RECIPES
+    recipes = asked_recipes(layout, args.recipe or listed, args.settings, args.name, args.recipes_file)
     samples, folds = layout.read_samples(), layout.read_folds()
 
     # Imported here, so that --help and mistakes on the command line do not wait for torch.

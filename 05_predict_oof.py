@@ -24,7 +24,7 @@ def parse_args():
     parser.add_argument(
         "--recipes",
         type=command_line.recipe_names,
-        default=["resnet50"],
+        default=command_line.RECIPES,
         metavar="A,B",
         help="recipes to predict with (default: resnet50)",
     )

@@ -10,6 +10,7 @@ writes  WORK/thresholds.json   method, recipes, combine, weights, thresholds (28
 Its first figure is cross-fitted: macro F1 on rows that were not used to find thresholds or weights.
 
 example python 06_thresholds.py --work work --recipes resnet50,senet
+        python 06_thresholds.py --work work --compare demo,demo_large
         python 06_thresholds.py --oof a.npz b.csv --labels train.csv --work work
         python 06_thresholds.py --oof test.npy --ids sample_submission.csv --reproduce submission.csv --work work
 """
@@ -32,7 +33,7 @@ def parse_args():
     parser.add_argument(
         "--recipes",
         type=command_line.recipe_names,
-        default=["resnet50"],
+        default=command_line.RECIPES,
         metavar="A,B",
         help="recipes whose probabilities are combined (default: resnet50)",
     )
@@ -80,6 +81,13 @@ def parse_args():
         metavar="CSV",
         help="find the thresholds that make this submission from the one --oof file",
     )
+    parser.add_argument(
+        "--compare",
+        type=command_line.recipe_names,
+        metavar="A,B",
+        help="compare these runs on the samples that all of them predicted: scores, paired differences with "
+        "intervals, classes won; writes WORK/comparison.json instead of thresholds",
+    )
     return parser.parse_args()
 
 
@@ -107,6 +115,10 @@ def main():
 
     if args.reproduce:
         return reproduce(args)
+    if args.compare:
+        from common.score.compare import comparison
+
+        return print(comparison(Layout(args.work, args.data), args.compare, args.method))
     layout = Layout(args.work, args.data)
     hint = layout.command("05_predict_oof.py", "--recipes", ",".join(args.recipes))
     names, sources = member_files(args.oof, args.work, args.recipes, "oof")

@@ -26,7 +26,7 @@ def parse_args():
     parser.add_argument(
         "--recipes",
         type=command_line.recipe_names,
-        default=["resnet50"],
+        default=command_line.RECIPES,
         metavar="A,B",
         help="recipes whose probabilities are combined (default: resnet50)",
     )

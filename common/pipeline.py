@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from common.data.options import FOLDS, add_pixel_flags
+from common.experiments import read_recipes_file
 from common.process import command_line
 from common.process.main import run
 from common.process.stopping import SIGNALS
@@ -92,6 +93,7 @@ def parser() -> Parser:
         metavar="A,B",
         help="networks to train and average (default: resnet50); python 04_train.py --list-recipes lists them",
     )
+    command_line.add_recipes_file_flag(result)
     add("--folds", metavar="0,1", help="folds to train (default: all five; on demo data three)")
     add(
         "--set",
@@ -147,7 +149,11 @@ def parse_args(arguments: list[str], caller: Path) -> argparse.Namespace:
         args.pretrained = path
     if args.weights_dir:
         args.weights_dir = absolute(args.weights_dir, caller)
-    args.recipes = args.recipes or RECIPES[args.demo, args.tables]
+    args.experiments = {}
+    if args.recipes_file:
+        args.recipes_file = absolute(args.recipes_file, caller)
+        args.experiments = read_recipes_file(ROOT / args.recipes_file)
+    args.recipes = args.recipes or list(args.experiments) or RECIPES[args.demo, args.tables]
     if args.quick:
         args.recipes = [f"{name}-quick" for name in args.recipes]
     if args.demo and args.jobs is None:
@@ -220,13 +226,13 @@ def trained_runs(args: argparse.Namespace) -> list[str]:
     """Return the recipes to train; for the tables, every variant of those asked for."""
     if not args.tables:
         return args.recipes
-    return [run for name in args.recipes for run in ablation_runs(name).values()]
+    return [run for name in args.recipes for run in ablation_runs(name, args.experiments).values()]
 
 
 def stored(args: argparse.Namespace) -> tuple[str, ...]:
     """Return the flags that only stage 01 has."""
     limit = ("--limit", QUICK_SAMPLES) if args.quick else ()
-    return (*limit, *given(args, STORAGE), *given(args, ["keep_going"]))
+    return (*limit, *given(args, ["recipes_file"]), *given(args, STORAGE), *given(args, ["keep_going"]))
 
 
 def predicted(args: argparse.Namespace) -> tuple[str, ...]:

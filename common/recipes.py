@@ -6,8 +6,10 @@ field's comment gives our choice.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from common.errors import UserError, nearest
@@ -377,33 +379,45 @@ ABLATION = {"original": original, "customised": customised, "hard": hard, "eloss
 VARIANTS = {**ABLATION, "quick": quick}
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """A run with a name of its own: a recipe, which may be another experiment, and what is changed of it."""
+
+    base: str
+    settings: tuple[str, ...] = ()
+
+
 def run_name(name: str) -> str:
     """Return the canonical name of a recipe and its variants: 'resnet50-ta' is 'resnet50', and 'quick' comes last."""
     base, *variants = name.split("-")
     return "-".join([base, *sorted((v for v in variants if v != "ta"), key=lambda variant: variant == "quick")])
 
 
-def ablation_runs(name: str) -> dict[str, str]:
+def ablation_runs(name: str, experiments: Mapping[str, Experiment] = MappingProxyType({})) -> dict[str, str]:
     """Return the run for each column of the ablation, for 'recipe' or 'recipe-quick'.
 
     A network with its own head and schedule has only the column eloss, with its own run.
     """
     base, *variants = name.split("-")
-    if get_recipe(name).pooling == "own":
+    if named_recipe(name, experiments).pooling == "own":
         return {"eloss": run_name(name)}
     return {column: run_name("-".join([base, column, *variants])) for column in ABLATION}
 
 
 def get_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
-    """Return the recipe called 'name' or 'name-variant', changed by settings: 'alpha=0.999'; see `get_recipes`."""
+    """Return the recipe called 'name' (see `named_recipe`), changed by settings: 'alpha=0.999'; see `get_recipes`."""
     return get_recipes([name], settings)[name]
 
 
 def get_recipes(
-    names: list[str], settings: Sequence[str] = (), tell: Callable[[str], object] = print
+    names: list[str],
+    settings: Sequence[str] = (),
+    tell: Callable[[str], object] = print,
+    experiments: Mapping[str, Experiment] = MappingProxyType({}),
 ) -> dict[str, Recipe]:
     """Return the recipes of these names, each changed by all settings.
 
+    experiments : runs with names of their own, which may be named too
     tell : function that gets a note on each setting that has no effect on some of the recipes
     Raises UserError for unknown names and fields, a field set twice, and a setting without effect on any recipe.
     """
@@ -411,7 +425,7 @@ def get_recipes(
     for field, _ in changes:
         if [name for name, _ in changes].count(field) > 1:
             raise UserError(f"recipe field {field} is set twice; give it once")
-    recipes = {name: replace(named_recipe(name), **dict(changes)) for name in names}
+    recipes = {name: replace(named_recipe(name, experiments), **dict(changes)) for name in names}
     for field, _ in changes:
         idle = {name: idle_fields(recipe)[field] for name, recipe in recipes.items() if field in idle_fields(recipe)}
         if idle and len(idle) == len(recipes):
@@ -460,19 +474,49 @@ def idle_fields(recipe: Recipe) -> dict[str, tuple[str, str]]:
     return {field: (because, instead) for applies, fields, because, instead in rules if applies for field in fields}
 
 
-def named_recipe(name: str) -> Recipe:
-    """Return the recipe called 'name' or 'name-variant'."""
-    base, *variants = run_name(name).split("-")
-    if base not in RECIPES:
-        raise UserError(f"unknown recipe {base!r}; {nearest(base, RECIPES, every=True)}")
+def check_experiment_name(name: str) -> None:
+    """Refuse names that mean something else: recipes, variants after '-', sizes after '@', lists."""
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.+]*", name):
+        raise UserError(f"{name!r} cannot be the name of a run; expected letters, digits, '_', '.' and '+'")
+    if name in RECIPES:
+        raise UserError(f"{name} is a recipe; give the run another name")
+
+
+def named_recipe(name: str, experiments: Mapping[str, Experiment] = MappingProxyType({})) -> Recipe:
+    """Return the recipe called 'name', 'name@size', 'name-variant' or 'name@size-variant'."""
+    whole, *variants = run_name(name).split("-")
+    base, at, size = whole.partition("@")
+    if base not in RECIPES and base not in experiments:
+        raise UserError(f"unknown recipe {base!r}; {nearest(base, [*RECIPES, *experiments], every=True)}")
     if len(set(variants) & set(ABLATION)) > 1:
         raise UserError(f"{name}: each variant of the ablation includes the ones before it, so name only one")
-    recipe = RECIPES[base]
+    recipe = RECIPES[base] if base in RECIPES else experiment_recipe(base, experiments)
+    if at:
+        recipe = sized(recipe, size)
     for variant in variants:
         if variant not in VARIANTS:
             raise UserError(f"unknown variant {variant!r} of recipe {base}; {nearest(variant, VARIANTS, every=True)}")
         recipe = VARIANTS[variant](recipe)
     return recipe
+
+
+def experiment_recipe(name: str, experiments: Mapping[str, Experiment]) -> Recipe:
+    """Return the recipe of an experiment; raises UserError where experiments are based on each other in a circle."""
+    others = {other: experiment for other, experiment in experiments.items() if other != name}
+    experiment = experiments[name]
+    try:
+        return get_recipes([experiment.base], experiment.settings, lambda note: None, others)[experiment.base]
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def sized(recipe: Recipe, size: str) -> Recipe:
+    """Return a recipe for images of `size` pixels, with crops of three quarters of it in multiples of 32: 1024 and 768."""
+    if not size.isdecimal() or not 64 <= int(size) <= 4096:
+        raise UserError(f"expected a size from 64 to 4096 pixels after '@', found {size!r}")
+    if recipe.size_rule == "fixed" and recipe.image_size == int(size):
+        return recipe  # with its own crop
+    return replace(recipe, size_rule="fixed", image_size=int(size), crop_size=max(32, int(size) * 3 // 4 // 32 * 32))
 
 
 # Other names for fields, and for flags that are no field of a recipe.

@@ -66,6 +66,11 @@ class Layout:
     # --- stages 04 and 05
 
     @property
+    def experiments(self) -> Path:
+        """Runs with names of their own: what they are based on, and what is changed."""
+        return self.work / "experiments.json"
+
+    @property
     def runs(self) -> Path:
         return self.work / "runs"
 
@@ -90,6 +95,11 @@ class Layout:
     @property
     def thresholds(self) -> Path:
         return self.work / "thresholds.json"
+
+    @property
+    def comparison(self) -> Path:
+        """What `06_thresholds.py --compare` found."""
+        return self.work / "comparison.json"
 
     @property
     def submission(self) -> Path:

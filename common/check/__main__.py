@@ -32,6 +32,7 @@ def parse_args() -> argparse.Namespace:
     command_line.add_weight_flags(group)
     args = parser.parse_args()
     options.check_levels(parser, args)
+    args.recipes = options.asked_names(args)
     return args
 
 

@@ -51,7 +51,7 @@ def look_at_input(args: argparse.Namespace) -> Checks[Seen | None]:
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
         notes: list[str] = []
-        options = ingest_options(args, notes.append)
+        options = ingest_options(args, notes.append, keep=False)
         plan = ingest.make_plan(args.data.resolve(), args.work.resolve(), options, None)
     yield from tables(args, plan.samples, told.getvalue().splitlines())
     samples, doubtful = read_headers(plan.samples)

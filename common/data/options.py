@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from common.experiments import read_recipes_file
 from common.process import command_line
 from common.process.command_line import ArgumentContainer, Parser, whole_number
 from common.recipes import Recipe, get_recipes
@@ -47,11 +48,21 @@ class IngestOptions:
     limit: int | None = None
 
 
-def ingest_options(args: argparse.Namespace, say: Callable[[str], object] = print) -> IngestOptions:
+def ingest_options(args: argparse.Namespace, say: Callable[[str], object] = print, keep: bool = True) -> IngestOptions:
     """Return what the flags of `add_ingest_flags` ask for; `say` gets notes about the recipes' settings."""
-    recipes = get_recipes(args.recipes, args.settings, say)
+    from common.artifacts.experiments import add_experiments, read_experiments
+    from common.artifacts.layout import Layout
+
+    layout, listed = Layout(args.work), read_recipes_file(args.recipes_file) if args.recipes_file else {}
+    experiments = add_experiments(layout, listed) if keep else {**read_experiments(layout), **listed}
+    recipes = get_recipes(args.recipes, args.settings, say, experiments)
     levels = Levels(args.black_level, args.white_level)
     return IngestOptions(recipes, levels, args.keep_going, args.store == "raw", args.limit)
+
+
+def asked_names(args: argparse.Namespace) -> list[str]:
+    """Return the names of the recipes that are asked for, by --recipes or --recipes-file."""
+    return args.recipes or list(read_recipes_file(args.recipes_file) if args.recipes_file else command_line.RECIPES)
 
 
 def add_ingest_flags(parser: Parser) -> None:
@@ -59,10 +70,10 @@ def add_ingest_flags(parser: Parser) -> None:
     parser.add_argument(
         "--recipes",
         type=command_line.recipe_names,
-        default=["resnet50"],
         metavar="A,B",
-        help="make the image sizes of these recipes (default: resnet50)",
+        help="make the image sizes of these recipes (default: those of --recipes-file, or resnet50)",
     )
+    command_line.add_recipes_file_flag(parser)
     parser.add_argument(
         "--set",
         action="extend",

@@ -12,6 +12,7 @@ from common.errors import DATA, nearest
 from common.recipes import run_name
 
 ArgumentContainer = argparse._ActionsContainer  # a parser, or a group of its flags
+RECIPES = ["resnet50"]  # of every stage, by default
 SEED = 0  # of trainings, unless stage 04 is given another
 
 
@@ -106,6 +107,16 @@ def add_test_flags(parser: ArgumentContainer) -> None:
         help="average over the 8 symmetries of each image (default) or not, in stage 05",
     )
     parser.add_argument("--no-test", action="store_true", help="stage 05 predicts the validation samples only")
+
+
+def add_recipes_file_flag(parser: ArgumentContainer) -> None:
+    """Add --recipes-file, whose runs may then be named like recipes."""
+    parser.add_argument(
+        "--recipes-file",
+        type=Path,
+        metavar="TOML",
+        help='file of runs with names of their own, a table each: [name], base = "resnet50", alpha = 0.999',
+    )
 
 
 def add_cluster_flag(parser: argparse.ArgumentParser) -> None:

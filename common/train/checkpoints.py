@@ -191,7 +191,7 @@ def clear(folder: Path) -> None:
 def check_unfinished(stage: Stage) -> None:
     """Refuse to overwrite or continue a run that was made from something else; the caller holds the stage's lock."""
     folder = stage.artifact.parent
-    cure = "use --force to discard it and train from scratch, or give another --work"
+    cure = "use --force to discard it and train from scratch, or --name NAME to keep both, or give another --work"
     reason = stage.why_stale()
     if stage.sidecar.is_file() and reason:
         raise UserError(f"{folder} holds a finished training made from something else ({reason}); {cure}")

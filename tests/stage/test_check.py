@@ -125,6 +125,19 @@ def test_flags_of_later_stages_are_for_check_only(fails, small_data):
     assert "there is no fold 2" not in fails(SCRIPT, "--data", small_data / "nowhere", "--check", "--n-folds", 2)
 
 
+def test_the_check_is_a_command_of_its_own_that_stage_01_hands_over_to(run_script, small_data, tmp_path):
+    flags = ("--data", small_data / "nowhere", "--work", tmp_path / "work", *QUICK)
+    own = run_script("common/check/__main__.py", *flags, check=False)
+    handed = run_script(SCRIPT, *flags, "--check", check=False)
+    assert own.returncode == handed.returncode == 2 and own.stderr == handed.stderr
+    shown = ("before", "fine       packages", "will fail  input", "warning    and the rest")
+    for told in (own.stdout, handed.stdout):
+        assert [line for line in told.splitlines() if line.startswith(shown)] == [
+            line for line in own.stdout.splitlines() if line.startswith(shown)
+        ]
+    assert "train.csv is missing" in own.stdout
+
+
 def test_files_without_their_ends_are_noticed(small_data, tmp_path):
     whole = small_data / "train_full_size" / "train-0_red.tif"
     image = cv2.imread(str(whole), cv2.IMREAD_UNCHANGED)

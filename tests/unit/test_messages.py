@@ -407,12 +407,16 @@ def test_a_stage_names_what_changed_before_training_is_lost(tmp_path):
     with pytest.raises(UserError) as error:
         prepare([now], False)
     changed = "alpha was 0.9, now 0.5"
-    assert_says(str(error.value), f"{tmp_path} ", "unfinished training", changed, "use --force", "another --work")
+    assert_says(
+        str(error.value), f"{tmp_path} ", "unfinished training", changed, "use --force", "--name NAME", "another --work"
+    )
     write_text(before.artifact, "network")
     before.seal(Record(1))
     with pytest.raises(UserError) as error:
         prepare([now], False)
-    assert_says(str(error.value), f"{tmp_path} ", " finished training", changed, "use --force", "another --work")
+    assert_says(
+        str(error.value), f"{tmp_path} ", " finished training", changed, "use --force", "--name NAME", "another --work"
+    )
     prepare([now], True)
     assert not tmp_path.exists()
 

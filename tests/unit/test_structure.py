@@ -22,14 +22,21 @@ def imports(path):
 
 def test_every_module_is_in_a_room_that_says_what_it_is_for():
     common = ROOT / "common"
-    assert sorted(path.stem for path in common.glob("*.py")) == ["__init__", "classes", "errors", "pipeline", "recipes"]
+    assert sorted(path.stem for path in common.glob("*.py")) == [
+        "__init__",
+        "classes",
+        "errors",
+        "experiments",
+        "pipeline",
+        "recipes",
+    ]
     for room in {path.parent for path in common.glob("*/*.py")}:
         assert ast.get_docstring(ast.parse((room / "__init__.py").read_text())), room
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_are_short_and_import_no_other(path):
-    assert len(path.read_text().splitlines()) <= 190
+    assert len(path.read_text().splitlines()) <= 200
     assert all(
         module.startswith("common") or module in sys.stdlib_module_names or module in ("numpy", "pandas")
         for module in imports(path)

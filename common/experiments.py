@@ -1,0 +1,37 @@
+"""Files of experiments: runs with names of their own, a table each."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, nearest
+from common.recipes import Experiment
+
+
+def read_recipes_file(path: Path) -> dict[str, Experiment]:
+    """Return the experiments of a TOML file: a table each, with `base` and the fields that are changed."""
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing; expected a TOML file with a table per run: [name], base = ..., field = ..."
+        )
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML ({error})") from None
+    experiments = {}
+    for name, table in tables.items():
+        if not isinstance(table, dict) or not isinstance(table.get("base"), str):
+            hint = f"; {nearest('base', table)}" if isinstance(table, dict) and table else ""
+            raise UserError(f'{path}: {name} has no base; expected a table [{name}] with base = "RECIPE"{hint}')
+        settings = (f"{field}={setting_text(value)}" for field, value in table.items() if field != "base")
+        experiments[name] = Experiment(table["base"], tuple(settings))
+    if not experiments:
+        raise UserError(f"{path} has no runs; expected a table per run: [name], base = ..., field = ...")
+    return experiments
+
+
+def setting_text(value: Any) -> str:
+    """Return a TOML value as --set takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
