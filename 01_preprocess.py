@@ -7,19 +7,19 @@ writes  WORK/samples.csv         Id, part, Target, side of the source image in p
         WORK/images/<size>.csv   side; checksum; per channel: mean, deviation, shares of black and saturated pixels
         WORK/left_out.csv        Id, part, Target, place, reason of samples that --keep-going leaves out
 
-Sizes: a recipe keeps its image_size where at least three quarters of the source images have that many pixels. Where
-fewer do, all images are stored at the largest size that three quarters have, with crops of three quarters of it.
-Samples that are still smaller are refused by name; --keep-going leaves them out, --set enlarge=true enlarges them (give
-it to stage 04 too).
+Sizes: a recipe keeps its image_size if at least three quarters of the source images have that many pixels. If fewer
+do, all images are stored at the largest size that three quarters have, with crops of three quarters of it. Samples
+that are still smaller are refused by name; --keep-going leaves them out, --set enlarge=true enlarges them (give it to
+stage 04 too).
 
 example python 01_preprocess.py --data data --work work --recipes resnet50
-        python 01_preprocess.py --data data --work work --recipes resnet50 --check    what will fail
+        python 01_preprocess.py --data data --work work --recipes resnet50 --check    only report what will fail
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
 from common.data import options
 from common.errors import UserError
@@ -33,8 +33,8 @@ def parse_args():
     parser.add_argument(
         "--check",
         action="store_true",
-        help="make nothing: look at machine, input, labels, weights, room and time of a whole run, and say what "
-        "will fail and how to mend it (its own flags: --check --help)",
+        help="make nothing: check machine, input, labels, weights, disk and time of a whole run, and report what "
+        "will fail and how to fix it (its own flags: --check --help)",
     )
     args = parser.parse_args()
     options.check_levels(parser, args)
@@ -68,7 +68,7 @@ def main():
 
 
 def plan_of(args):
-    """Return what is to be done: the samples with the state of their files, and what is asked for."""
+    """Return the plan: the samples with the state of their files, and the options."""
     from common.data import ingest
     from common.process.parallel import workers
 
@@ -79,7 +79,7 @@ def plan_of(args):
     with workers(args.jobs, args.cluster) as n_jobs:
         plan = ingest.make_plan(data, work, asked, n_jobs)
     if plan.options.keep_going and not asked.keep_going:
-        print("samples that cannot be used are left out, as --keep-going of the run before says")
+        print("samples that cannot be used are left out, as in the previous run with --keep-going")
     return plan
 
 

@@ -1,13 +1,13 @@
 """Find near-identical samples by perceptual hashes, group them, and choose which stay for training.
 
 reads   WORK/samples.csv, WORK/images/128/
-writes  WORK/duplicates.csv       Id, part, Target, near_group (first of the near-identical ones), group (what stays in
-                                  one fold), kept (1 or 0) of every labelled sample
+writes  WORK/duplicates.csv       Id, part, Target, near_group (first of the near-identical ones), group (stays in one
+                                  fold), kept (1 or 0) of every labelled sample
         WORK/duplicate_pairs.csv  all pairs within the distance, with test samples too; distances in bits of 64
-        WORK/duplicate_pairs.png  the closest pairs, the farthest ones within, the nearest ones outside: look at it
+        WORK/duplicate_pairs.png  the closest pairs, the farthest pairs within, the closest ones outside: to check
 
-Nothing is removed from test. Within a group of duplicates one sample for each distinct label set stays, unless
-a class would fall below --floor samples. Thresholds are for the red, green and blue channel, all must hold.
+Nothing is removed from test. Within a group of duplicates one sample per distinct label set stays. More stay if a class
+would fall below --floor samples. Thresholds are for the red, green and blue channel; all must hold.
 
 example python 02_dedup.py --work work --threshold 12,12,12
 """
@@ -16,14 +16,14 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
 from common.data.options import add_jobs_flags
 from common.errors import listing
 from common.process import command_line
 from common.process.main import run
 
-BEYOND = 6  # bits outside the thresholds in which the contact sheet looks for doubtful pairs
+BEYOND = 6  # bits above the thresholds up to which the contact sheet shows doubtful pairs
 
 
 def parse_args():
@@ -36,13 +36,13 @@ def parse_args():
         help="largest distance in bits of 64 per channel, or one for all (default: 12)",
     )
     parser.add_argument(
-        "--floor", type=int, default=50, metavar="N", help="take no class below N kept samples (default: 50)"
+        "--floor", type=int, default=50, metavar="N", help="keep at least N samples of each class, if it has them (50)"
     )
     parser.add_argument(
         "--external-groups",
         default="antibody",
         choices=("antibody", "none"),
-        help="keep external fields of one antibody in one fold (default), or treat each by itself",
+        help="keep external fields of one antibody in one fold (default), or treat each separately",
     )
     add_jobs_flags(parser)
     return parser.parse_args()
@@ -58,7 +58,7 @@ def thresholds(text):
 def main():
     args = parse_args()
 
-    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
     import numpy as np
 
     from common.artifacts.layout import Layout
@@ -108,7 +108,7 @@ def main():
 
 
 def report(samples, flat, duplicates, pairs, pair_file):
-    """Print how many there are, what happened to them, and the matches with test and external samples."""
+    """Print how many duplicates there are and are left out, and the matches with test and external samples."""
     from common.data.duplicates import HASHED
 
     groups = duplicates["near_group"].value_counts()

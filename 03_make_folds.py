@@ -3,7 +3,7 @@
 reads   WORK/duplicates.csv
 writes  WORK/folds.csv        Id, Target, part, group, fold, copies; fold -1 = for training only, -2 = held out
         WORK/folds.audit.csv  positives of each class in each fold
-        WORK/folds.audit.json the same with what must be even and what must be 0
+        WORK/folds.audit.json the same, with the largest deviation and the counts that must be 0
 
 Copies count in training only: a validation fold holds every sample once.
 
@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
 from common.data import options
 from common.process import command_line
@@ -35,7 +35,7 @@ def parse_args():
         "--external",
         default=options.FOLDS.external,
         choices=options.GROUPED,
-        help="external samples are for training only (default), or are split into folds as the others",
+        help="use external samples for training only (default), or split them into folds like the others",
     )
     parser.add_argument(
         "--hold-out",
@@ -63,7 +63,7 @@ def parse_args():
 def main():
     args = parse_args()
 
-    # Imported here: --help needs none of it, and Ctrl+C meanwhile ends in one message.
+    # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
     from common.artifacts.files import write_json
     from common.artifacts.layout import Layout
     from common.artifacts.stage import Stage

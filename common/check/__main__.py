@@ -1,9 +1,9 @@
-"""Say what will fail before days are spent: look at machine, input, labels, weights, room and time of a whole run.
+"""Report what will fail before days are spent: check machine, input, labels, weights, disk and time of a whole run.
 
 reads   what stages 01 to 05 read
 writes  nothing
 
-It takes the flags of stage 01, and what it must know of the later stages. 01_preprocess.py --check does the same.
+It takes the flags of stage 01, and some of the later stages. 01_preprocess.py --check does the same.
 
 example python -m common.check --data data --work work --recipes resnet50
 """
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is called by its path it is not there
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # missing if called by its path
 
 from common.check.checks import examine
 from common.data import options

@@ -1,7 +1,7 @@
-"""Look at everything before days are spent: what is fine, what will fail and how to mend it, and what a run will take.
+"""Check everything before days are spent: what is fine, what will fail and how to fix it, and what a run will take.
 
-Each check yields lines; it writes nothing but temporary files, which it takes away again. This module loads nothing but
-the standard library, so that missing packages can be told like the rest: `later` loads each other check in its turn.
+Each check yields lines; it writes only temporary files, which it deletes. This module loads only the standard library,
+so that missing packages can be reported like the rest: `later` loads each other check when it is run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def examine(args: argparse.Namespace) -> None:
-    """Print all checks as they are done; raises UserError where something will fail.
+    """Print all checks as they are done; raises UserError if something will fail.
 
     args : see `common.check.__main__`
     """
@@ -34,19 +34,19 @@ def examine(args: argparse.Namespace) -> None:
         print(check, flush=True)
         states[check.state] += 1
     if states[FAILS]:
-        raise UserError(f"{states[FAILS]} of these will fail; mend them as said after '->'")
-    print(f"nothing will fail that could be seen from here; warnings: {states[WARNING]}")
+        raise UserError(f"{states[FAILS]} of these will fail; fix them as described after '->'")
+    print(f"no check failed; warnings: {states[WARNING]}")
 
 
 def checks(args: argparse.Namespace) -> Iterator[Check]:
-    """Yield everything that is known before a run, step by step; what cannot be looked at is left out."""
+    """Yield everything that is known before a run, step by step; what cannot be checked is left out."""
     yield from guarded("packages", packages())
     yield from guarded("hardware", later("machine", "hardware"))
     yield from guarded("work folder", later("work_folder", "work_folder", args.work))
     seen = yield from guarded("input", later("inputs", "look_at_input", args))
     if not seen:
         yield Check(
-            "and the rest", WARNING, "labels, weights, memory, disk and time are looked at when the input is mended"
+            "and the rest", WARNING, "labels, weights, memory, disk and time are checked once the input is fixed"
         )
         return
     folds = yield from guarded("labels", later("inputs", "labels", args, seen))
@@ -56,7 +56,7 @@ def checks(args: argparse.Namespace) -> Iterator[Check]:
         return
     costs: dict[str, Cost] = {}
     for name, recipe in seen.recipes.items():
-        print(f"measuring steps of {name}, a minute at most on most machines", file=sys.stderr, flush=True)
+        print(f"measuring steps of {name}; this takes at most a minute on most machines", file=sys.stderr, flush=True)
         cost = yield from guarded(f"memory, {name}", later("machine", "memory", name, recipe, args))
         costs |= {name: cost} if cost else {}
     yield from guarded("disk", later("estimates", "disk", args, seen, folds, costs))
@@ -64,12 +64,12 @@ def checks(args: argparse.Namespace) -> Iterator[Check]:
 
 
 def later(module: str, check: str, *arguments: object) -> Checks[Any]:
-    """Yield and return what a check of another module of this room does, which is loaded only now."""
+    """Run a check of another module of this package, which is loaded only now."""
     return (yield from getattr(import_module(f"common.check.{module}"), check)(*arguments))
 
 
 def guarded(name: str, check: Checks[T]) -> Checks[T | None]:
-    """Run one check; what ends it, a mistake or a missing package, becomes its last line."""
+    """Run one check; an error that ends it, or a missing package, becomes its last line."""
     try:
         return (yield from check)
     except UserError as error:
@@ -88,7 +88,7 @@ def guarded(name: str, check: Checks[T]) -> Checks[T | None]:
 
 
 def packages() -> Checks[None]:
-    """Yield how Python and its packages are, against requirements.txt."""
+    """Compare Python and its packages with requirements.txt."""
     path = ROOT / "requirements.txt"
     problems = unmet([str(path)])
     for problem in problems:
@@ -97,7 +97,7 @@ def packages() -> Checks[None]:
             "packages",
             FAILS if missing else WARNING,
             problem,
-            f"bash run_all.sh makes a .venv with all of them; or: {sys.executable} -m pip install -r {path}",
+            f"bash run_all.sh makes a .venv with all of them; or run: {sys.executable} -m pip install -r {path}",
         )
     if not problems:
         yield Check("packages", FINE, f"Python {sys.version.split()[0]} has all that requirements.txt asks for")

@@ -25,39 +25,39 @@ from common.train.run import Run, new_run
 from common.train.schedules import evaluations_per_cycle
 from common.train.step import train_step
 
-SECONDS = 10  # of steps with the number of images that is settled on
-ENOUGH = 3  # seconds of a step that is long enough to time; shorter ones get more images, up to the batch
-# What a step takes beside what the backward pass needs, as measured on a CPU: with these it is within 15 %.
-OVERHEAD, LIBRARIES = 1.5, 5 * 10**8  # times; bytes
+SECONDS = 10  # of steps with the final number of images
+ENOUGH = 3  # seconds of a step that is long enough to time; shorter steps get more images, up to the batch
+# Memory of a step beyond the backward pass's, as measured on a CPU: with these, estimates are within 15 %.
+OVERHEAD, LIBRARIES = 1.5, 5 * 10**8  # factor; bytes
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a recipe takes on this machine."""
+    """The time and memory that a recipe takes on this machine."""
 
     parameters: int
-    images: int  # at once, in the steps that were timed
-    steps: int  # that were timed
-    train: float  # seconds an image and epoch, at the crop's size
-    predict: float  # seconds an image and view, at the whole size
+    images: int  # at once, in the timed steps
+    steps: int  # timed
+    train: float  # seconds per image and epoch, at the crop's size
+    predict: float  # seconds per image and view, at the whole size
     fixed: int  # bytes of weights, gradients and the optimizer's state
     activations: int  # bytes that an image keeps in memory for the backward pass
 
 
 def measure(recipe: Recipe) -> Cost:
-    """Return a recipe's cost, measured in a process of its own, whose memory is given back. Raises UserError."""
+    """Return a recipe's cost, measured in its own process, so that its memory is freed. Raises UserError."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(measure_here, recipe).result()
         except BrokenProcessPool:
             raise UserError(
-                f"a step of two {recipe.crop} px images was killed, most likely for want of memory; use smaller "
+                f"a step of two {recipe.crop} px images was killed, probably because memory ran out; use smaller "
                 "crops: --set crop_size=..."
             ) from None
 
 
 def measure_here(recipe: Recipe) -> Cost:
-    """Time steps of stage 04 on ever more random images until one takes long enough, and prediction on as many."""
+    """Time steps of stage 04 on more and more random images until one takes long enough, and prediction on as many."""
     hardware = choose_hardware()
     data = random_images(recipe)
     fold = FoldData(data, data, np.ones(N_CLASSES, dtype=int), Normalisation((0.1,) * 4, (0.1,) * 4))
@@ -95,7 +95,7 @@ def random_images(recipe: Recipe) -> ImageSet:
 
 
 def step_seconds(run: Run, data: ImageSet, n: int) -> float:
-    """Return what a step of n images takes, and making the batch where no loader process does that beside it."""
+    """Return the seconds of a step of n images, including making the batch if no loader process does that."""
     started = time.perf_counter()
     images, targets = collate([data[k % 2, draw] for k, draw in enumerate(np.random.default_rng(0).random((n, 3)))])
     if run.hardware.workers:
@@ -119,7 +119,7 @@ def predict_seconds(run: Run, n: int) -> float:
 
 
 def timed(step: Callable[[], float]) -> list[float]:
-    """Return the seconds of a few steps; of the first, which pays for setting up, only where it took all the time."""
+    """Return the seconds of a few steps; the first, which includes setup, only if it took all the time."""
     seconds = [step()]
     while len(seconds) < 30 and sum(seconds) + seconds[-1] < SECONDS:
         seconds.append(step())
@@ -127,7 +127,7 @@ def timed(step: Callable[[], float]) -> list[float]:
 
 
 def bytes_kept(run: Run, data: ImageSet) -> int:
-    """Return the bytes that a step of two images keeps for its backward pass, for one image, without the weights."""
+    """Return the bytes per image that a step keeps for its backward pass, without the weights."""
     weights = {tuple(sorted(p.shape)) for p in run.model.parameters()}  # also as autocast's copies, and transposed
     kept = {}
 
@@ -143,8 +143,7 @@ def bytes_kept(run: Run, data: ImageSet) -> int:
 
 
 def free_memory(hardware: Hardware) -> int:
-    """Return the free bytes of the device's memory; of the machine's, what this process's control group leaves of
-    it."""
+    """Return the free bytes of the device's memory; on a CPU, within the limit of this process's control group."""
     if hardware.is_gpu:
         return torch.cuda.mem_get_info(hardware.device)[0]
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -156,12 +155,12 @@ def free_memory(hardware: Hardware) -> int:
 
 
 def batch_that_fits(cost: Cost, free: int) -> int:
-    """Return how many images' training step fits into `free` bytes, about."""
+    """Return about how many images a training step can have in `free` bytes."""
     return max(0, int((free - cost.fixed - LIBRARIES) / (OVERHEAD * cost.activations)))
 
 
 def training_seconds(recipe: Recipe, cost: Cost, folds: pd.DataFrame, fold: int, read: float, fits: int) -> float:
-    """Return what training a fold takes at most, in seconds: all epochs, their validation, and the finder.
+    """Return the maximum seconds of training a fold: all epochs, their validation, and the finder.
 
     read : seconds to read a stored image; fits : images of a batch that are in memory at once
     """
@@ -169,7 +168,7 @@ def training_seconds(recipe: Recipe, cost: Cost, folds: pd.DataFrame, fold: int,
     batches = EpochBatches(int(rows), recipe.batch_size, 0, 0)
     images, step = batches.steps * batches.batch, batches.batch * cost.train
     if batches.batch > fits and recipe.hard_share < 1:
-        step *= 4 / 3  # the sampler ranks in a pass of its own
+        step *= 4 / 3  # the sampler ranks in a separate pass
     valid = (folds["fold"] == fold).sum() * cost.predict * evaluations_per_cycle(recipe) * recipe.max_cycles
     times_read = 1 if rows * 4 * recipe.size**2 <= CACHE_BYTES else recipe.epochs
     finder = FINDER_STEPS * step if recipe.finder != "off" else 0
@@ -177,7 +176,7 @@ def training_seconds(recipe: Recipe, cost: Cost, folds: pd.DataFrame, fold: int,
 
 
 def checkpoint_bytes(recipe: Recipe, cost: Cost) -> int:
-    """Return the disk that a fold takes while last.pt is written: best.pt, last.pt and its next version."""
+    """Return the bytes on disk of a fold while last.pt is written: best.pt, last.pt and its next version."""
     last = cost.fixed - 4 * cost.parameters
     return 4 * cost.parameters + 2 * last
 

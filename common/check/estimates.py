@@ -1,4 +1,4 @@
-"""What a run will take: of the disk, and of time."""
+"""The disk space and time that a run will take."""
 
 import argparse
 import shutil
@@ -19,11 +19,11 @@ from common.recipes import Recipe
 from common.train.hardware import choose_hardware
 from common.train.predict import views
 
-PROBABILITIES = N_CLASSES * np.dtype(np.float32).itemsize  # bytes of a sample
+PROBABILITIES = N_CLASSES * np.dtype(np.float32).itemsize  # bytes per sample
 
 
 def disk(args: argparse.Namespace, seen: Seen, folds: pd.DataFrame, measured: dict[str, Cost]) -> Checks[None]:
-    """Yield what the work folder will need of the disk, part by part, against what is free."""
+    """Compare the disk space that the work folder will need, part by part, with what is free."""
     layout, numbers = Layout(args.work), args.folds or fold_numbers(folds)
     to_store = ingest.sides_to_store(ingest.with_lacking(seen.plan.recalled()))
     images = ingest.space_needed(to_store, seen.plan.options.raw)
@@ -40,11 +40,11 @@ def disk(args: argparse.Namespace, seen: Seen, folds: pd.DataFrame, measured: di
         f"{gigabytes(free)} are free in {existing(args.work)}"
     )
     state = FAILS if needed > free else WARNING if needed > 0.9 * free else FINE
-    yield Check("disk", state, found, "" if state == FINE else "make room, or give another --work")
+    yield Check("disk", state, found, "" if state == FINE else "free space, or give another --work")
 
 
 def times(args: argparse.Namespace, seen: Seen, folds: pd.DataFrame, measured: dict[str, Cost]) -> Checks[None]:
-    """Yield an estimate of the time of each stage, as if nothing was made yet."""
+    """Estimate the time of each stage, as if nothing existed yet."""
     n, cores, hardware = len(seen.plan.usable), costs.cores(), choose_hardware()
     everything = seen.store_seconds * n / cores
     found = f"{duration(everything)}: {n} samples at {seen.store_seconds:.3f} s, {cores} at once"
@@ -67,24 +67,24 @@ def times(args: argparse.Namespace, seen: Seen, folds: pd.DataFrame, measured: d
 
 
 def training_line(name: str, recipe: Recipe, cost: Cost, seconds: list[float]) -> Check:
-    """Say what training takes; seconds : of each fold."""
+    """Describe the time of training; seconds : of each fold."""
     return Check(
         f"time, 04 {name}",
         ESTIMATE,
         f"{duration(sum(seconds))} at most: {len(seconds)} folds x {recipe.epochs} epochs, "
-        f"{cost.train:.2g} s an image (median of {cost.steps} steps of {cost.images} images of {recipe.crop} px)",
+        f"{cost.train:.2g} s per image (median of {cost.steps} steps of {cost.images} images of {recipe.crop} px)",
     )
 
 
 def predicted_images(args: argparse.Namespace, seen: Seen, folds: pd.DataFrame) -> int:
-    """Return how many images the networks of all folds predict together."""
+    """Return how many images the networks of all folds predict in total."""
     numbers = args.folds or fold_numbers(folds)
     n_test = 0 if args.no_test else sum(sample.part == "test" for sample in seen.plan.usable)
     return int(folds["fold"].isin(numbers).sum()) + n_test * len(numbers)
 
 
 def prediction_line(name: str, cost: Cost, images: int, read: float, tta: str) -> tuple[float, Check]:
-    """Return the seconds of predicting so many images, and say it; read : seconds to read a stored one."""
+    """Return the seconds of predicting so many images, and their line; read : seconds to read a stored image."""
     looks = len(views(tta))
     seconds = images * (looks * cost.predict + read)
     found = f"{duration(seconds)}: {images} images x {looks} views at {cost.predict:.2g} s"

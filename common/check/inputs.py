@@ -1,4 +1,4 @@
-"""What is known of tables, images and labels before a run: headers for a minute, whole images for half of one."""
+"""Check tables, images and labels before a run: headers for a minute, whole images for half a minute."""
 
 import argparse
 import contextlib
@@ -26,20 +26,20 @@ from common.process.progress import progress
 from common.recipes import Recipe
 
 SECONDS = 60  # for reading headers, and half of it for decoding
-DECODED = 200  # samples that are decoded wholly, at most
+DECODED = 200  # samples that are decoded completely, at most
 FOLDERS = ("train_full_size", "train", "test_full_size", "test", "external", "external/images")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of the input, and what a sample takes.
+    """What was found in the input, and the time per sample.
 
     plan : of stage 01, with the sides of the samples whose headers were read, and the faults that were found
     """
 
     plan: ingest.Plan
     store_seconds: float  # to decode, store and hash a sample
-    read_seconds: dict[str, float]  # to read a stored one, for each recipe
+    read_seconds: dict[str, float]  # to read a stored image, for each recipe
 
     @property
     def recipes(self) -> dict[str, Recipe]:
@@ -47,7 +47,7 @@ class Seen:
 
 
 def look_at_input(args: argparse.Namespace) -> Checks[Seen | None]:
-    """Yield how CSV files and images are; returns a `Seen`, None where no sample can be used."""
+    """Check CSV files and images; returns a `Seen`, or None if no sample can be used."""
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
         notes: list[str] = []
@@ -64,7 +64,7 @@ def look_at_input(args: argparse.Namespace) -> Checks[Seen | None]:
     if plan.faulty:
         yield unusable(plan)
     if not trial.seconds:
-        yield Check("images", FAILS, "no sample can be used, so nothing else can be looked at")
+        yield Check("images", FAILS, "no sample can be used, so nothing else can be checked")
         return None
     sizes = ", ".join(f"{n} of {side} px" for side, n in sorted(Counter(headers).items()))
     yield Check("images", FINE, f"{len(headers)} of {len(plan.samples)} samples have four good headers ({sizes})")
@@ -72,7 +72,7 @@ def look_at_input(args: argparse.Namespace) -> Checks[Seen | None]:
 
 
 def tables(args: argparse.Namespace, samples: Sequence[Sample], told: Sequence[str]) -> Checks[None]:
-    """Yield what the tables list, and what goes with them; told : lines that listing the samples printed."""
+    """Yield what the tables list, and their problems; told : lines printed while the samples were listed."""
     parts = Counter(sample.part for sample in samples)
     yield Check("tables", FINE, ", ".join(f"{n} {part} samples" for part, n in parts.items()))
     for line in told:
@@ -80,16 +80,16 @@ def tables(args: argparse.Namespace, samples: Sequence[Sample], told: Sequence[s
     if not parts["test"]:
         yield Check("tables", WARNING, "there are no test samples, so no submission will be made")
     for line in () if args.limit else strays(args.data, {sample.Id for sample in samples}):
-        yield Check("tables", WARNING, line, "give them rows, or take no notice: they are not used")
+        yield Check("tables", WARNING, line, "give them rows, or ignore this: they are not used")
 
 
 def strays(data: Path, known: set[str]) -> Iterator[str]:
-    """Say which folders have images of Ids that no table has."""
+    """Describe the folders with images of Ids that are in no table."""
     for name in FOLDERS:
         stems = [stem.rsplit("_", 1) for stem in sources.list_files(data / name)]
         unknown = sorted({stem[0] for stem in stems if len(stem) == 2 and stem[1] in sources.CHANNELS} - known)
         if unknown:
-            yield f"{data / name} has images of {len(unknown)} Ids that no table has, such as {unknown[0]}"
+            yield f"{data / name} has images of {len(unknown)} Ids that are in no table, for example {unknown[0]}"
 
 
 def too_small(plan: ingest.Plan) -> Checks[None]:
@@ -102,8 +102,8 @@ def too_small(plan: ingest.Plan) -> Checks[None]:
 
 
 def unusable(plan: ingest.Plan) -> Check:
-    """Tell which samples cannot be used."""
-    state, cure = FAILS, "mend or remove them, or leave them out with --keep-going"
+    """Name the samples that cannot be used."""
+    state, cure = FAILS, "fix or remove them, or leave them out with --keep-going"
     if plan.options.keep_going:
         state, cure = WARNING, "they are left out, by name"
     faults = listing(sample.fault for sample in plan.faulty)
@@ -114,7 +114,7 @@ def unusable(plan: ingest.Plan) -> Check:
 
 
 def while_time_lasts(items: Sequence[int], seconds: float, label: str) -> Iterator[int]:
-    """Yield items in turn until the time is over."""
+    """Yield items in turn until time is up."""
     ends = time.monotonic() + seconds
     for item in progress(items, len(items), label):
         if time.monotonic() > ends:
@@ -123,8 +123,10 @@ def while_time_lasts(items: Sequence[int], seconds: float, label: str) -> Iterat
 
 
 def read_headers(samples: Sequence[Sample]) -> tuple[list[Sample], list[int]]:
-    """Return the samples, as many as time allows, drawn at random (the same ones every time), with their side or fault;
-    and the places of those that look cut short."""
+    """Return the samples with their side or fault, and the places of those that look cut short.
+
+    Reads as many as time allows, drawn at random, but the same ones every time.
+    """
     seen, doubtful = list(samples), []
     whole = [k for k, sample in enumerate(samples) if not sample.fault]
     drawn = [whole[k] for k in np.random.default_rng(0).permutation(len(whole))]
@@ -141,19 +143,19 @@ def read_headers(samples: Sequence[Sample]) -> tuple[list[Sample], list[int]]:
 
 @dataclass
 class Trial:
-    """What came of decoding and storing some samples."""
+    """The results of decoding and storing some samples."""
 
-    seconds: list[float] = field(default_factory=list)  # that each took
-    reading: dict[str, list[float]] = field(default_factory=dict)  # recipe -> to read each stored image
+    seconds: list[float] = field(default_factory=list)  # per sample
+    reading: dict[str, list[float]] = field(default_factory=dict)  # recipe -> seconds to read each stored image
     stored: list[Sample] = field(default_factory=list)
     faults: dict[str, str] = field(default_factory=dict)  # Id -> why it cannot be used
 
     def lines(self, plan: ingest.Plan) -> Iterator[Check]:
-        """Yield what was found."""
+        """Yield the results."""
         if not self.seconds:
             return
         n = len(self.seconds)
-        yield Check("images", FINE, f"{n} samples, drawn at random, were decoded wholly and stored for trial")
+        yield Check("images", FINE, f"{n} samples, drawn at random, were decoded completely and stored as a trial")
         for line in ingest.describe_sizes(plan):
             yield Check("images", FINE, line)
         judged = exposure.judge([s.part for s in self.stored], [s.exposure for s in self.stored], plan.options.levels)
@@ -176,7 +178,7 @@ def try_samples(plan: ingest.Plan, doubtful: Sequence[int]) -> Trial:
 
 
 def try_sample(trial: Trial, sample: Sample, how: images.Storing, plan: ingest.Plan) -> None:
-    """Decode, store, hash and read one sample, and note what came of it."""
+    """Decode, store, hash and read one sample, and record the results."""
     started = time.perf_counter()
     stored = images.attempt(images.store_sample, sample, how)
     if isinstance(stored, images.BadImage):
@@ -199,8 +201,8 @@ def seconds_to_read(path: Path) -> float:
 
 
 def labels(args: argparse.Namespace, seen: Seen) -> Checks[pd.DataFrame]:
-    """Yield how classes are spread; returns the folds that there are, or would be if no sample was a duplicate."""
-    from common.train.fold_data import known_folds  # needs torch, which what comes before does not
+    """Check the classes' numbers of samples; returns the folds, existing or as they would be without duplicates."""
+    from common.train.fold_data import known_folds  # needs torch, unlike the checks before
 
     labelled = [sample for sample in seen.plan.usable if sample.part != "test"]
     absent = absent_classes(parse_targets([sample.Target for sample in labelled]))
@@ -209,7 +211,7 @@ def labels(args: argparse.Namespace, seen: Seen) -> Checks[pd.DataFrame]:
             "labels",
             WARNING,
             f"{len(absent)} of 28 classes have no sample and will count as 0: {', '.join(absent)}",
-            "a class needs at least one sample a fold to be learnt and scored",
+            "a class needs at least one sample per fold to be trained and scored",
         )
     folds, origin = folds_of(args, labelled)
     numbers = fold_numbers(folds)
@@ -220,14 +222,14 @@ def labels(args: argparse.Namespace, seen: Seen) -> Checks[pd.DataFrame]:
             "labels",
             WARNING,
             f"{len(rare)} classes are too rare for {len(numbers)} folds: {', '.join(rare)}",
-            "they count as 0 where a fold has none; more samples or fewer folds (03_make_folds.py --n-folds) help",
+            "they count as 0 in a fold without them; more samples or fewer folds (03_make_folds.py --n-folds) help",
         )
     yield Check("labels", FINE, f"{len(labelled)} labelled samples in {len(numbers)} {origin}")
     return folds
 
 
 def folds_of(args: argparse.Namespace, labelled: Sequence[Sample]) -> tuple[pd.DataFrame, str]:
-    """Return the folds that there are, or would be if no sample was a duplicate, and in words which of these."""
+    """Return the folds, existing or as they would be without duplicates, and their description."""
     layout = Layout(args.work, args.data)
     if layout.folds.is_file():
         return layout.read_folds(), f"folds of {layout.folds}"

@@ -1,4 +1,4 @@
-"""A line of the check's list, and the words for sizes and times in it."""
+"""A line of the check's output, and the format of sizes and times in it."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ FINE, WARNING, FAILS, ESTIMATE = "fine", "warning", "will fail", "estimate"
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, how it is, what was found, and how to mend it."""
+    """What was checked, its state, what was found, and how to fix it."""
 
     name: str
     state: str
@@ -22,7 +22,7 @@ class Check:
         return f"{self.state:10s} {self.name:22s} " + text.replace("\n", f"\n{'':34s}")
 
 
-Checks: TypeAlias = Generator[Check, None, T]  # yields lines, returns what the next checks need
+Checks: TypeAlias = Generator[Check, None, T]  # yields lines, returns input of later checks
 
 
 def median(values: list[float]) -> float:
@@ -34,7 +34,7 @@ def gigabytes(n: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Say a time in the unit that suits it."""
+    """Format a time in a suitable unit."""
     for unit, length in (("days", 86400), ("hours", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What a training is going to do, before it does it: the recipes side by side, and a fold's class weights."""
+"""What a training will do: the recipes side by side, and a fold's class weights."""
 
 import json
 
@@ -15,7 +15,7 @@ from common.train.schedules import schedule_of
 
 
 def recipe_table() -> pd.DataFrame:
-    """Return the recipes as a table for reading, one row each, with the parameters of each network."""
+    """Return the recipes as a table for people, a row each, with their number of parameters."""
     return pd.DataFrame([{"recipe": name, **describe(recipe)} for name, recipe in RECIPES.items()])
 
 
@@ -48,12 +48,12 @@ def recipe_records() -> list[dict]:
 
 
 def recipe_listing(as_json: bool) -> str:
-    """Return every recipe with the parameters of its network, as text."""
+    """Return every recipe with its number of parameters, as text."""
     return json.dumps(recipe_records(), indent=1) if as_json else recipe_table().to_string(index=False)
 
 
 def class_weight_listing(recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: list[int]) -> str:
-    """Return what the E-loss will weigh each class with, for each recipe and fold, as text."""
+    """Return the E-loss's weight of each class, for each recipe and fold, as text."""
     return "\n\n".join(
         f"{name} fold {fold}: alpha {recipe.alpha:g}, weights {recipe.class_weights}, on the {recipe.weighted_part} of "
         "each class\n" + class_weight_table(class_counts(folds, fold), recipe).to_string(index=False)

@@ -1,4 +1,4 @@
-"""What is known of processors, GPUs and memory before a run."""
+"""Check processors, GPUs and memory before a run."""
 
 import argparse
 import shutil
@@ -15,7 +15,7 @@ from common.train.hardware import Hardware, choose_hardware
 
 
 def hardware() -> Checks[None]:
-    """Yield which GPUs there are and whether they work, and whether loader processes can hand on their batches."""
+    """Yield which GPUs there are and whether they work, and whether loader processes can pass on their batches."""
     cores, free = costs.cores(), costs.free_memory(Hardware(torch.device("cpu")))
     yield Check("processor", FINE, f"{cores} core{'s' * (cores > 1)}, {gigabytes(free)} of memory free")
     if torch.cuda.is_available():
@@ -29,13 +29,13 @@ def hardware() -> Checks[None]:
             f"update the driver to one for CUDA {torch.version.cuda or 'and install torch with CUDA'}",
         )
     else:
-        yield Check("GPU", FINE, "none: all runs on the CPU")
+        yield Check("GPU", FINE, "none: everything runs on the CPU")
     if not choose_hardware(trial=False).workers:
         yield Check("shared memory", FINE, "not needed: on a CPU no loader processes are started")
 
 
 def try_gpu(number: int) -> Check:
-    """Tell whether a GPU runs kernels of this torch, and what it is."""
+    """Tell whether a GPU runs this torch's kernels, and describe it."""
     driver = devices.nvidia_driver() or "unknown"
     try:
         devices.try_device(torch.device("cuda", number))
@@ -45,7 +45,7 @@ def try_gpu(number: int) -> Check:
             "GPU",
             FAILS,
             first_line(error),
-            f"install torch for this GPU and its driver ({driver}); or give stages 04 and 05 --device cpu",
+            f"install torch for this GPU and its driver ({driver}), or give stages 04 and 05 --device cpu",
         )
     return Check(
         "GPU",
@@ -62,16 +62,16 @@ def memory(name: str, recipe: Recipe, args: argparse.Namespace) -> Checks[costs.
     free = costs.free_memory(hardware)
     fits = costs.batch_that_fits(cost, free)
     each = (
-        f"about {gigabytes(cost.activations)} an image at {recipe.crop} px and {gigabytes(cost.fixed)} for the network"
+        f"about {gigabytes(cost.activations)} per image at {recipe.crop} px and {gigabytes(cost.fixed)} for the network"
         f", {gigabytes(free)} free on the {'GPU' if hardware.is_gpu else 'machine'}"
     )
     if fits >= recipe.batch_size:
         state, found, cure = FINE, f"a batch of {recipe.batch_size} fits", ""
     elif hardware.is_gpu and fits >= 2:
         state, cure = FINE, ""
-        found = f"a batch of {recipe.batch_size} is made of parts of about {fits} images, for a third more time"
+        found = f"a batch of {recipe.batch_size} is split into parts of about {fits} images, which takes a third longer"
     else:
-        state, found, cure = FAILS, f"a batch of {recipe.batch_size} does not fit", smaller_batch(name, fits, args)
+        state, found, cure = FAILS, f"a batch of {recipe.batch_size} is too large", smaller_batch(name, fits, args)
     yield Check(f"memory, {name}", state, f"{found}: {each}", cure)
     if hardware.workers:
         yield shared_memory(recipe, hardware.workers, shutil.disk_usage("/dev/shm").free, name)
@@ -79,7 +79,7 @@ def memory(name: str, recipe: Recipe, args: argparse.Namespace) -> Checks[costs.
 
 
 def smaller_batch(name: str, fits: int, args: argparse.Namespace) -> str:
-    """Say what to do where no more than `fits` images of a batch go into memory."""
+    """Return what to do if only `fits` images of a batch fit into memory."""
     if fits < 2:
         return "use a smaller crop: --set crop_size=..., or another machine"
     train = Layout(args.work, args.data).command("04_train.py", "--recipe", name, "--micro-batch", fits)
@@ -87,7 +87,7 @@ def smaller_batch(name: str, fits: int, args: argparse.Namespace) -> str:
 
 
 def shared_memory(recipe: Recipe, workers: int, free: int, name: str) -> Check:
-    """Tell whether the batches that loader processes hold ready fit into shared memory."""
+    """Tell whether the batches that loader processes keep ready fit into shared memory."""
     batch = devices.batch_bytes(recipe, recipe.batch_size)
     fits, needed = devices.loaders_that_fit(free, batch), (devices.PREFETCHED + 1) * workers * batch
     found = f"{workers} loader processes need {gigabytes(needed)} of /dev/shm, {gigabytes(free)} are free"
@@ -97,5 +97,5 @@ def shared_memory(recipe: Recipe, workers: int, free: int, name: str) -> Check:
         f"shared memory, {name}",
         WARNING,
         found,
-        f"stages 04 and 05 will start {fits}; give more (docker run --shm-size=16g), or images may be read too slowly",
+        f"stages 04 and 05 will start {fits}; make it larger (docker run --shm-size=16g), or loading may be slow",
     )

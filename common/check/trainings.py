@@ -1,4 +1,4 @@
-"""What is known of trainings before a run: the weights that they start from, and what earlier ones left."""
+"""Check trainings before a run: the weights that they start from, and the state of earlier trainings."""
 
 import argparse
 import contextlib
@@ -38,7 +38,7 @@ def weights(args: argparse.Namespace, seen: Seen) -> Checks[None]:
             continue
         path = None if args.pretrained in ("auto", "none") else Path(args.pretrained)
         if path and not path.is_file():
-            raise UserError(f"--pretrained {path}: there is no such file")
+            raise UserError(f"--pretrained {path}: no such file")
         yield start(recipe, args.pretrained, path)
 
 
@@ -54,14 +54,14 @@ def published_weights(recipe: Recipe, published: Published, folder: Path | None)
     return Check(
         "weights",
         WARNING,
-        f"{encoder}: the published weights are not at hand and their host does not answer, so "
-        "training starts from random ones and learns much less",
+        f"{encoder}: the published weights are not available and their host does not answer, so "
+        "training starts from random weights and reaches a much lower score",
         f"save {published.urls[0]} as {files[0].absolute()}",
     )
 
 
 def start(recipe: Recipe, asked: str, path: Path | None) -> Check:
-    """Tell what a training starts from; asked : auto, none or a file; path : of the weights, None = random ones."""
+    """Describe what a training starts from; asked : auto, none or a file; path : of the weights, None = random."""
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
         published = encoder_of(recipe.encoder).weights
@@ -73,7 +73,7 @@ def start(recipe: Recipe, asked: str, path: Path | None) -> Check:
 
 
 def download_to(folder: Path, encoder: str, host: str) -> Check:
-    """Tell whether weights that a host has can be downloaded to a folder."""
+    """Tell whether weights from a host can be downloaded to a folder."""
     try:
         with tempfile.TemporaryFile(dir=existing(folder)) as file:
             file.write(bytes(4096))
@@ -83,18 +83,18 @@ def download_to(folder: Path, encoder: str, host: str) -> Check:
             "weights",
             FAILS,
             f"{encoder}: would be downloaded to {folder}, which cannot be written ({error.strerror})",
-            "make room or get the right to, give --weights-dir a folder that can be written, or start from random "
-            "weights with --pretrained none",
+            "free space, get write permission, give --weights-dir a writable folder, or start from random weights with "
+            "--pretrained none",
         )
 
 
 def work_so_far(args: argparse.Namespace, seen: Seen) -> Checks[None]:
-    """Yield what of an earlier run in the work folder is of use, and which trainings would ask for --force."""
+    """Yield which results of an earlier run can be reused, and which trainings would need --force."""
     layout = Layout(args.work, args.data)
     if not layout.samples.is_file():
         return
     if line := exposure_warning(args.work):
-        yield Check("work so far", WARNING, f"the images that are stored: {line.removeprefix('warning: ')}")
+        yield Check("work so far", WARNING, f"the stored images: {line.removeprefix('warning: ')}")
     reason = preprocess_stage(args.work, seen.plan).why_stale() or ""
     folds = layout.read_folds() if layout.folds.is_file() else None
     numbers = [] if folds is None else args.folds or fold_numbers(folds)
@@ -106,11 +106,11 @@ def work_so_far(args: argparse.Namespace, seen: Seen) -> Checks[None]:
         yield Check(
             "work so far",
             WARNING,
-            f"stage 01 will run again ({reason}); trained already: {trained}",
-            "where images or labels come out different, these will ask for --force; another --work keeps them",
+            f"stage 01 will run again ({reason}); already trained: {trained}",
+            "if images or labels change, these will need --force; another --work keeps them",
         )
     elif trained:
-        yield Check("work so far", FINE, f"begun or trained already, to be gone on with: {trained}")
+        yield Check("work so far", FINE, f"already begun or trained, to be resumed: {trained}")
 
 
 def changed_trainings(
@@ -118,7 +118,7 @@ def changed_trainings(
 ) -> Iterator[Check]:
     """Yield which begun trainings, a recipe and fold each, stage 04 would not resume."""
     for name, fold in begun:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what is up to date
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints which are up to date
             jobs = plan(Request(layout.work, {name: recipes[name]}, [fold], SEED), folds, ALONE)
         for job in jobs:
             if changes := job.stage.changes(made_from(layout.run(name, fold)) or {}):

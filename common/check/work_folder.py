@@ -1,4 +1,4 @@
-"""Whether the work folder can be written, and who is at work in it."""
+"""Check whether the work folder can be written, and which processes use it."""
 
 import tempfile
 from pathlib import Path
@@ -8,7 +8,7 @@ from common.check.lines import FAILS, FINE, WARNING, Check, Checks
 
 
 def work_folder(work: Path) -> Checks[None]:
-    """Yield whether the work folder can be written, and who is at work in it."""
+    """Yield whether the work folder can be written, and which processes use it."""
     folder = existing(work)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -19,10 +19,10 @@ def work_folder(work: Path) -> Checks[None]:
             "work folder",
             FAILS,
             f"{folder} cannot be written ({error.strerror})",
-            "make room or get the right to, or give another --work",
+            "free space, get write permission, or give another --work",
         )
     for told in holders(work):
-        yield Check("work folder", WARNING, told, "wait for its end before the same is made again")
+        yield Check("work folder", WARNING, told, "wait until it ends before making the same output")
 
 
 def existing(folder: Path) -> Path:

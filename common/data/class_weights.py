@@ -1,5 +1,4 @@
-"""Weights of the classes in the E-loss, by the effective number of their samples (eq. 5-6), and of samples that are
-drawn by class."""
+"""Weights of classes in the E-loss, by their effective number of samples (eq. 5-6), and weights for drawing samples."""
 
 import numpy as np
 
@@ -15,7 +14,7 @@ def effective_number_weights(counts: np.ndarray, alpha: float, kind: str = "norm
 
     counts : samples of each class in the whole training fold, never in a batch
     kind : normalised = the weights sum to the number of classes (Cui et al. 2019); raw = as in eq. 6; none = 1
-    A class without samples has no Q_n; it gets the smallest weight, since there is nothing of it to learn.
+    A class without samples has no Q_n; it gets the smallest weight, since it cannot be trained.
     """
     counts = np.asarray(counts)
     if kind == "none" or not counts.any():
@@ -25,8 +24,9 @@ def effective_number_weights(counts: np.ndarray, alpha: float, kind: str = "norm
 
 
 def draw_weights(targets: np.ndarray, power: float) -> np.ndarray | None:
-    """Return how often each sample is drawn, relative to the others, (n,): (count of its rarest class) ** -power, where
-    a sample without any class is as a commonest one; None for power 0, where all are alike.
+    """Return how often each sample is drawn, relative to the others, (n,): (count of its rarest class) ** -power.
+
+    A sample without classes counts as one of the most common class. None for power 0, which weighs all equally.
 
     targets : (n, n_classes) bool
     """

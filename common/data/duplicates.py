@@ -14,7 +14,7 @@ from common.data.images import CHANNELS, read_planes
 from common.data.labels import parse_targets
 
 HASHED = CHANNELS[:3]  # red, green, blue; yellow is missing from some collections
-FLAT_STD = 0.5  # grey levels; a channel that varies less is black or constant, and its hash says nothing
+FLAT_STD = 0.5  # grey levels; a channel that varies less is black or constant, and its hash is meaningless
 BLOCK = 8192  # hashes searched at once
 ONES = np.array([byte.bit_count() for byte in range(256)], dtype=np.uint8)  # set bits of each byte
 
@@ -45,7 +45,7 @@ def find_pairs(hashes: np.ndarray, flat: np.ndarray, thresholds: tuple[int, int,
     found = []
     for start in range(0, len(usable), BLOCK):
         block = green[start : start + BLOCK]
-        index.add(block)  # so that each block is compared with those before it only
+        index.add(block)  # so that each block is only compared with earlier ones
         limits, _, others = index.range_search(block, thresholds[1] + 1)
         limits = np.asarray(limits, dtype=np.int64)
         second = np.repeat(np.arange(start, start + len(block)), np.diff(limits))
@@ -67,9 +67,9 @@ def connect(n: int, pairs: np.ndarray) -> np.ndarray:
 
 
 def choose_kept(groups: np.ndarray, targets: np.ndarray, floor: int) -> np.ndarray:
-    """Choose per group one sample, the first, for each distinct label set; returns (n,) bool.
+    """Keep the first sample of each distinct label set per group; returns (n,) bool.
 
-    No removal takes a class below `floor` kept samples: such a sample stays although it is a duplicate.
+    A duplicate stays too if its removal would take a class below `floor` kept samples.
     """
     kept = np.ones(len(groups), dtype=bool)
     counts = targets.sum(axis=0)
@@ -84,7 +84,7 @@ def choose_kept(groups: np.ndarray, targets: np.ndarray, floor: int) -> np.ndarr
 
 
 def antibodies(samples: pd.DataFrame) -> np.ndarray:
-    """Return pairs (p, 2) that link each external sample to the first one of its antibody.
+    """Return pairs (p, 2) that link each external sample to the first sample of its antibody.
 
     An external Id is <antibody>_<plate>_<well>_<field>: fields of one antibody show the same protein.
     """
@@ -95,13 +95,12 @@ def antibodies(samples: pd.DataFrame) -> np.ndarray:
 
 
 def agreement(targets: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the share of two label sets' labels that both have, (n,): 1 for the same set, 0 for nothing in common."""
+    """Return the share of two label sets' labels that are in both, (n,): 1 for equal sets, 0 for disjoint ones."""
     return (targets & others).sum(axis=1) / np.maximum(1, (targets | others).sum(axis=1))
 
 
 def pair_table(samples: pd.DataFrame, pairs: np.ndarray, distances: np.ndarray) -> pd.DataFrame:
-    """Return pairs as a table: Ids, parts, distance per channel in bits, labels and their agreement (empty for
-    test)."""
+    """Return pairs as a table: Ids, parts, bits of distance per channel, labels, their agreement (empty for test)."""
     first, second = (samples.iloc[pairs[:, side]].reset_index(drop=True) for side in (0, 1))
     table = pd.DataFrame(
         {
@@ -129,7 +128,7 @@ def duplicate_tables(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the table of labelled samples with near_group, group and kept, and the table of all near-identical pairs.
 
-    samples : Id, part, Target as stage 01 writes them; test samples are matched, never grouped or removed
+    samples : Id, part, Target from stage 01; test samples are matched, but never grouped or removed
     by_antibody : whether the external fields of one antibody are a group for folds; they do not replace each other
     """
     pairs, distances = find_pairs(hashes, flat, thresholds)
@@ -153,7 +152,7 @@ def duplicate_tables(
 def doubtful_pairs(
     samples: pd.DataFrame, hashes: np.ndarray, flat: np.ndarray, thresholds: tuple[int, int, int], beyond: int, n: int
 ) -> pd.DataFrame:
-    """Return the `n` pairs just outside the thresholds: within `beyond` bits more, the nearest first."""
+    """Return the `n` pairs just outside the thresholds: within `beyond` bits more, the closest first."""
     red, green, blue = thresholds
     pairs, distances = find_pairs(hashes, flat, (red + beyond, green + beyond, blue + beyond))
     excess = (distances - thresholds).max(axis=1)

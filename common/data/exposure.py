@@ -1,4 +1,4 @@
-"""How source files use the range of their values: judged in stage 01, kept in its sidecar, repeated by later stages."""
+"""How source files use their range of values: judged in stage 01, kept in its sidecar, repeated by later stages."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from common.artifacts.layout import Layout
 from common.artifacts.stage import read_sidecar, sidecar
 from common.data.options import WHOLE, Levels
 
-SAMPLED = 512  # pixels a side that are looked at, of larger images
-OUTLIERS = 0.001  # share of the pixels at either end that does not count: hot and dead ones
-FILES_THAT_COUNT = 0.5  # share of a part's files from which on the part is warned of
-PART_OF_RANGE = 0.25  # of the range, which a file should use at least, and begin within
-MAY_BE_CUT_OFF = 0.1  # share of the files that advised levels may cut off
+SAMPLED = 512  # pixels per side that are read of larger images
+OUTLIERS = 0.001  # share of the pixels at either end that is ignored: hot and dead ones
+FILES_THAT_COUNT = 0.5  # a part is warned of if this share of its files is affected
+PART_OF_RANGE = 0.25  # a file should use at least this much of the range, and begin within it
+MAY_BE_CUT_OFF = 0.1  # share of the files that suggested levels may cut off
 FAINT = 0.25  # of the brightest plane's mean, which each plane of the channel should reach
 BLACK_MEAN = 0.5 / 255  # of the range: a colour image below this has no signal anywhere
 COLOURS = ("red", "green", "blue")  # the planes of a colour image
@@ -20,7 +20,7 @@ NAMED = 5  # files in a warning
 
 
 def used_range(plane: np.ndarray) -> list[int]:
-    """Return the values between which a 16-bit plane's pixels lie, but for a thousandth at either end."""
+    """Return the range of a 16-bit plane's pixels, except a thousandth at either end."""
     step = max(1, len(plane) // SAMPLED)
     values = np.sort(plane[::step, ::step], axis=None)
     left_out = int(OUTLIERS * len(values))
@@ -28,8 +28,7 @@ def used_range(plane: np.ndarray) -> list[int]:
 
 
 def signal_elsewhere(image: np.ndarray, own: tuple[int, ...]) -> str | None:
-    """Name the planes that hold nearly all signal of a colour image, (side, side, 3), where those of its channel,
-    `own`, do not."""
+    """Name the planes with nearly all signal of a colour image, (side, side, 3), if not its channel's, `own`."""
     step = max(1, len(image) // SAMPLED)
     means = image[::step, ::step].reshape(-1, 3).mean(axis=0) / np.iinfo(image.dtype).max
     if means.max() < BLACK_MEAN or min(means[plane] for plane in own) >= FAINT * means.max():
@@ -42,7 +41,7 @@ def judge(parts: list[str], seen: list[dict], levels: Levels) -> dict:
     """Return what is wrong with the exposure of samples, JSON-able, for `describe`.
 
     parts : train, test or external, of each sample
-    seen : of each sample its 16-bit files' `ranges` (see `used_range`) and its `misplaced` files: name -> other planes
+    seen : for each sample, its 16-bit files' `ranges` (see `used_range`) and `misplaced` files: name -> other planes
     """
     used: dict[str, list] = {}
     for part, sample in zip(parts, seen, strict=True):
@@ -62,9 +61,12 @@ def judge(parts: list[str], seen: list[dict], levels: Levels) -> dict:
 
 
 def judge_ranges(ranges: np.ndarray, levels: Levels) -> dict | None:
-    """Return how many files, of their lowest and highest values (n, 2), are cut off at white or use a small part of
-    what is between black and white, which values these use, and how many use more; None where less than half are of a
-    kind."""
+    """Return how many files are cut off at white, or use a small part of the range between black and white.
+
+    Also returns the values that these files use, and how many use more. None if less than half are affected.
+
+    ranges : (n, 2), the lowest and highest value of each file
+    """
     black, white = levels
     low, high = np.minimum(ranges, white).T
     part = PART_OF_RANGE * (white - black)
@@ -89,7 +91,7 @@ def judge_ranges(ranges: np.ndarray, levels: Levels) -> dict | None:
 
 
 def fitting(low: int, high: int) -> Levels:
-    """Return the levels for files that use these values; without an offset, white is 2 ** bits - 1."""
+    """Return levels for files with these values; without an offset, white is 2 ** bits - 1."""
     if low <= PART_OF_RANGE * (high - low):
         return Levels(0, max(1, 2 ** high.bit_length() - 1))
     black = min(low, WHOLE.white - 1)
@@ -97,11 +99,11 @@ def fitting(low: int, high: int) -> Levels:
 
 
 def describe(found: dict) -> list[str]:
-    """Return a warning for each thing that `judge` found, with the cure."""
+    """Return a warning for each problem that `judge` found, with the cure."""
     kinds = [[problem for problem in found["problems"] if problem["kind"] == kind] for kind in ("cut off", "narrow")]
     lines = [describe_ranges(problems, found["levels"], found["all_parts"]) for problems in kinds if problems]
     if found["misplaced"]:
-        names = "; ".join(f"in {name} nearly everything is in the {place}" for name, place in found["such_as"].items())
+        names = "; ".join(f"in {name} nearly all signal is in the {place}" for name, place in found["such_as"].items())
         more = found["misplaced"] - len(found["such_as"])
         lines.append(
             f"{found['misplaced']} colour images are nearly black in the plane of their own channel: {names}"
@@ -123,7 +125,7 @@ def describe_ranges(problems: list[dict], levels: list[int], all_parts: bool) ->
     )
     black, white = fitting(low, high)
     cure = (
-        f"{above} files use more, so no level suits all; save them all in one range"
+        f"{above} files use more, so no level fits all; save them all with the same range"
         if above > MAY_BE_CUT_OFF * of
         else f"give stage 01 or run_all.sh {f'--black-level {black} ' if black else ''}--white-level {white}"
     )
@@ -131,7 +133,7 @@ def describe_ranges(problems: list[dict], levels: list[int], all_parts: bool) ->
 
 
 def exposure_warning(work: Path) -> str | None:
-    """Return in one line what stage 01 warned of when it made a work folder's images; None where all was well."""
+    """Return stage 01's warnings about a work folder's images in one line; None if there were none."""
     path = Layout(work).samples
     found = read_sidecar(path).get("exposure") if sidecar(path).is_file() else None
     lines = describe(found) if found else []

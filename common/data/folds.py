@@ -1,4 +1,4 @@
-"""Stratified folds on duplicate groups, a hold-out part, oversampling as a number of copies, and an audit of it all."""
+"""Stratified folds on duplicate groups, a hold-out part, oversampling as a number of copies, and an audit of these."""
 
 from dataclasses import asdict
 from fractions import Fraction
@@ -12,14 +12,14 @@ from common.data.options import FoldOptions
 from common.errors import UserError
 
 TRAIN_ONLY = -1  # fold of samples that are never validated on
-HOLD_OUT = -2  # fold of samples that are never trained on, and looked at only in the end
+HOLD_OUT = -2  # fold of samples that are never trained on, and only scored at the end
 
 
 def stratified_group_folds(targets: np.ndarray, groups: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
     """Assign whole groups to folds so that each class is spread evenly (iterative stratification).
 
     targets : (n, 28) bool; groups : (n,) labels of any kind
-    Returns fold numbers, (n,) int. Raises UserError where there are fewer groups than folds.
+    Returns fold numbers, (n,) int. Raises UserError if there are fewer groups than folds.
     """
     from iterstrat.ml_stratifiers import MultilabelStratifiedKFold  # slow to import, and training does not need it
 
@@ -70,9 +70,10 @@ def make_folds(
     """Return Id, Target, part, group, fold, copies of the kept samples of stage 02's table.
 
     external : train = external samples are for training only (fold -1), but one that shares a group with a
-        competition sample goes where that goes; stratified = they are split as the others are
-    hold_out : share of the samples set aside (fold -2), whole groups and stratified as well
-    No group is ever on two sides. Copies are of training rows only: held-out samples have one.
+        competition sample gets that sample's fold; stratified = they are split like the others
+    hold_out : share of the samples set aside (fold -2), also in whole groups and stratified
+
+    No group is split. Copies are of training rows only: held-out samples have one.
     """
     kept = duplicates[duplicates["kept"] == 1].reset_index(drop=True)
     targets, groups = parse_targets(kept["Target"]), kept["group"].to_numpy()
@@ -91,7 +92,7 @@ def make_folds(
 
 
 def share_of_groups(hold_out: float, n_groups: int) -> Fraction:
-    """Return the share to hold out as a fraction of at most so many groups; raises UserError where it is none."""
+    """Return the share to hold out as a fraction with at most `n_groups` parts; raises UserError if it is 0."""
     parts = min(100, n_groups)
     share = Fraction(hold_out).limit_denominator(max(parts, 1))
     if share == 0:
@@ -104,12 +105,12 @@ def share_of_groups(hold_out: float, n_groups: int) -> Fraction:
 
 
 def plan_folds(labelled: pd.DataFrame, options: FoldOptions) -> pd.DataFrame:
-    """Return the folds that stage 03 would make of labelled samples (Id, part, Target) if none was a duplicate."""
+    """Return the folds that stage 03 would make from labelled samples (Id, part, Target) without duplicates."""
     return make_folds(labelled.assign(group=labelled["Id"], kept=1), **asdict(options))
 
 
 def audit(folds: pd.DataFrame) -> dict:
-    """Count what a fold table holds, as plain types: what is to be even, and what must be 0.
+    """Audit a fold table: counts that should be even, and counts that must be 0, as plain types.
 
     worst_deviation : largest difference of a class's positives in a fold from an even share
     classes_missing_folds : class -> folds without a positive of it, for classes that have any
@@ -141,7 +142,7 @@ def audit(folds: pd.DataFrame) -> dict:
 
 
 def describe_audit(found: dict) -> list[str]:
-    """Say what an audit found in a few lines."""
+    """Describe an audit in a few lines."""
     names = {str(TRAIN_ONLY): "for training only", str(HOLD_OUT): "held out"}
     aside = [f"{found['samples'][place]} {name}" for place, name in names.items() if place in found["samples"]]
     sizes = ", ".join(str(n) for place, n in found["samples"].items() if place not in names)
@@ -159,7 +160,7 @@ def describe_audit(found: dict) -> list[str]:
 
 
 def audit_table(found: dict) -> pd.DataFrame:
-    """Return an audit's positives as a table: a row a class, a column a fold, the rest and the sum."""
+    """Return an audit's positives as a table: a row per class, a column per fold, the other parts and the sum."""
     table = pd.DataFrame.from_dict(found["positives"], orient="index").rename_axis("class")
     names = {str(TRAIN_ONLY): "training_only", str(HOLD_OUT): "held_out"}
     table.columns = [names.get(place, f"fold{place}") for place in table.columns]

@@ -1,4 +1,4 @@
-"""Planes in, 4-plane TIFFs out: resizing, storing and reading back what is stored.
+"""From planes to 4-plane TIFFs: resize, store and read them back.
 
 Planes are always in the order red (microtubules), green (protein), blue (nucleus), yellow (reticulum).
 """
@@ -24,17 +24,16 @@ from common.recipes import stored_size
 
 T = TypeVar("T")
 
-PLAIN_SIDE = 256  # pixels: images up to this side are stored uncompressed, which reads four to six times as fast
-LEVEL = (
-    6  # of zstd: 3 % more bytes than deflate at its default level, with a predictor, on images that never were JPEGs
-)
+PLAIN_SIDE = 256  # pixels: images up to this side are stored uncompressed, and read four to six times as fast
+# Of zstd: with a predictor, 3 % more bytes than deflate at its default level, on images that never were JPEGs.
+LEVEL = 6
 
 
 def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
     """Bring one channel to (size, size); 16 bit becomes 8 bit as round(255 * (value - black) / (white - black)).
 
-    It is made smaller by area averaging, larger by linear interpolation, in the source's depth, so 16-bit data is
-    rounded once; what is below black becomes 0, above white 255.
+    It is shrunk by area averaging and enlarged by linear interpolation, at the source's depth, so 16-bit data is
+    rounded once. Values below black become 0, above white 255.
     """
     if plane.shape[0] != size:
         method = cv2.INTER_AREA if plane.shape[0] > size else cv2.INTER_LINEAR
@@ -46,9 +45,9 @@ def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
 
 
 def write_planes(path: Path, planes: np.ndarray, raw: bool = False) -> None:
-    """Store (4, size, size) uint8 planes as a TIFF that Fiji and napari open as 4 channels; zstd packs large ones.
+    """Store (4, size, size) uint8 planes as a TIFF that Fiji and napari open as 4 channels; zstd compresses large ones.
 
-    raw : leave large ones uncompressed too
+    raw : leave large images uncompressed too
     """
     squeeze = {}
     if planes.shape[1] > PLAIN_SIDE and not raw:
@@ -58,7 +57,7 @@ def write_planes(path: Path, planes: np.ndarray, raw: bool = False) -> None:
             "predictor": is_smooth(planes),
             "rowsperstrip": planes.shape[1],
             "maxworkers": 1,
-        }  # zstd decodes many short strips slowly
+        }  # zstd is slow on many short strips
     with writing(path) as temporary:
         tifffile.imwrite(
             temporary, planes, photometric="minisblack", metadata={"axes": "CYX", "channels": CHANNELS}, **squeeze
@@ -66,30 +65,32 @@ def write_planes(path: Path, planes: np.ndarray, raw: bool = False) -> None:
 
 
 def is_smooth(planes: np.ndarray) -> bool:
-    """Tell from rows in the middle of each plane whether differences between neighbours take a tenth less room than
-    pixels, as in images that were JPEGs. Elsewhere a predictor is not worth the time that it adds to decoding."""
+    """Tell whether a predictor is worth its time in decoding, as for images that were JPEGs.
+
+    That is if, in rows in the middle of each plane, differences between neighbours take a tenth less space than pixels.
+    """
     middle = planes[:, planes.shape[1] // 2 :][:, :96].copy()
     differences: np.ndarray = np.diff(middle, axis=-1, prepend=np.uint8(0))
-    # The stubs of imagecodecs know no arrays.
+    # The stubs of imagecodecs do not allow arrays.
     packed = imagecodecs.zstd_encode(differences, 1)  # type: ignore[arg-type]
     plain = imagecodecs.zstd_encode(middle, 1)  # type: ignore[arg-type]
     return len(packed) < 0.9 * len(plain)
 
 
 def corner(share: float, size: int, side: int) -> int:
-    """Return where a window of `size` pixels begins that lies at `share`, in [0, 1), of its way along a side."""
+    """Return where a window of `size` pixels begins: at `share`, in [0, 1), of the possible places along a side."""
     return int(share * (side - size + 1))
 
 
 def read_planes(
     path: Path, crc: str | None = None, window: tuple[int, float, float] | None = None, lent: bool = False
 ) -> np.ndarray:
-    """Read the (4, size, size) uint8 planes that `write_planes` stored, now or in an earlier version; raises UserError
-    where it cannot.
+    """Read the (4, size, size) uint8 planes that `write_planes` of this or an earlier version stored.
 
-    crc : what `checksum` was of them; other pixels are refused
-    window : side in pixels of a square to read, and how far down and to the right it lies (see `corner`)
+    crc : their `checksum`; other pixels are refused
+    window : side in pixels of a square to read, and its place down and to the right (see `corner`)
     lent : return memory that the thread's next such call overwrites, which saves time
+    Raises UserError for a missing or damaged file.
     """
     new = tiff.PIXELS.empty if lent else np.empty
     try:
@@ -114,14 +115,13 @@ def checksum(planes: np.ndarray) -> str:
 
 
 def statistics(planes: np.ndarray) -> dict:
-    """Return per-channel mean and standard deviation on the 0-1 scale, shares of black and saturated pixels, and a
-    CRC-32 of the pixels."""
+    """Return per channel mean, deviation (0 to 1), shares of black and saturated pixels; and the pixels' CRC-32."""
     values = {}
     for channel, plane in zip(CHANNELS, planes, strict=True):
         mean, std = cv2.meanStdDev(plane)
         values[f"mean_{channel}"], values[f"std_{channel}"] = mean.item() / 255, std.item() / 255
         values[f"zeros_{channel}"] = 1 - cv2.countNonZero(plane) / plane.size
-        white = cv2.compare(plane, 255, cv2.CMP_EQ)  # type: ignore[call-overload]  # the stubs know no numbers
+        white = cv2.compare(plane, 255, cv2.CMP_EQ)  # type: ignore[call-overload]  # the stubs do not allow numbers
         values[f"saturated_{channel}"] = cv2.countNonZero(white) / plane.size
     return {**values, "crc": checksum(planes)}
 
@@ -136,9 +136,9 @@ class Storing:
 
 
 def store_sample(sample: Sample, how: Storing) -> Sample:
-    """Read a sample once and write it to each store that it lacks (see `recipes.stored_size`). Raises BadImage.
+    """Read a sample once and write it to each store where it is missing (see `recipes.stored_size`). Raises BadImage.
 
-    Returns the sample with the statistics of these images, and with how its files are exposed.
+    Returns the sample with the statistics of these images, and the exposure of its files.
     """
     cv2.setNumThreads(1)
     channels, exposed = examine_sample(sample.files, sample.rgb_coded)

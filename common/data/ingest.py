@@ -1,7 +1,7 @@
-"""Stage 01's work, in three steps over one record a sample: plan, check, store.
+"""Stage 01's work, in three steps on one record per sample: plan, check, store.
 
-plan   lists the samples, with their files and the state of these
-check  reads the headers that no earlier run read, and decides at which sizes the recipes' images are stored
+plan   lists the samples, with their files and the files' state
+check  reads the headers that no earlier run read, and chooses the sizes of the recipes' stored images
 store  makes the images that no earlier run made
 """
 
@@ -27,17 +27,17 @@ from common.process.parallel import run_parallel
 from common.recipes import Recipe, describe_fit, fit_to_source, is_too_small, stored_size, to_dict
 
 HASH_SIZE = 128  # pixels; every sample is stored at this size too, for stage 02
-COMPRESSED = 0.35  # of the raw bytes that a large stored image takes, about: 0.3 to 0.8 MB of 2.36 MB at 768 px
+COMPRESSED = 0.35  # about this share of the raw bytes for a large stored image: 0.3 to 0.8 MB of 2.36 MB at 768 px
 HEADERS = 1000  # bytes of a stored image that are not pixels
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What stage 01 is to do. Each step returns the plan with its samples further on.
+    """What stage 01 will do. Each step returns the plan with more about its samples.
 
-    work : the work folder, absolute, since workers may be in another one
-    fitted : name -> recipe as it fits the sources, once these are known (see `with_sizes`)
-    stores : then the folders of stored images that the recipes read, and the one that stage 02 reads
+    work : the work folder, absolute, since workers may run in another folder
+    fitted : name -> recipe fitted to the sources, once their sides are known (see `with_sizes`)
+    stores : likewise, the folders of stored images that the recipes read, and the one that stage 02 reads
     """
 
     work: Path
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def sides(self) -> list[int]:
-        """The sides in pixels of the sources that can be used, of those that are known."""
+        """The known sides, in pixels, of usable sources."""
         return [sample.side for sample in self.usable if sample.side is not None]
 
     @property
@@ -64,7 +64,7 @@ class Plan:
         return Layout(self.work).journal
 
     def recalled(self) -> "Plan":
-        """Return the plan with what the journal has of its samples."""
+        """Return the plan with the journal's records of its samples."""
         return replace(self, samples=journal.recall(self.samples, self.journal, self.options.levels))
 
 
@@ -74,10 +74,10 @@ class Plan:
 def make_plan(data: Path, work: Path, options: IngestOptions, n_jobs: int | None) -> Plan:
     """List the samples of an input folder, with the state of their files.
 
-    What the run before was to leave out is left out.
+    If the previous run had --keep-going, so has this one.
 
     work : absolute
-    n_jobs : processes that compare files whose entries have changed; None = they are taken for the same (see
+    n_jobs : processes that compare files whose entries have changed; None = assume that they are the same (see
         `journal.with_states`)
     Raises UserError for anything wrong with the CSV files.
     """
@@ -87,16 +87,16 @@ def make_plan(data: Path, work: Path, options: IngestOptions, n_jobs: int | None
 
 
 def kept_going(work: Path) -> bool:
-    """Tell whether the run that made samples.csv was to leave out what cannot be used."""
+    """Tell whether the run that made samples.csv had --keep-going."""
     table = Layout(work).samples
     return sidecar(table).is_file() and bool(read_sidecar(table)["parameters"].get("keep_going"))
 
 
 def preprocess_stage(work: Path, plan: Plan) -> Stage:
-    """Return stage 01 as it would be made by this plan, whose samples have their states."""
+    """Return stage 01's outputs and inputs for a plan whose samples have their states."""
     levels, options = plan.options.levels, plan.options
     listed = pd.DataFrame([(s.Id, s.part, s.Target) for s in plan.samples])
-    # Absent where they are as before there was a choice: what was made then is up to date.
+    # Absent at the values from before these options existed, so that older work is up to date.
     chosen = {**({"black_level": levels.black} if levels.black else {}), **({"store": "raw"} if options.raw else {})}
     return Stage(
         "01_preprocess",
@@ -116,10 +116,10 @@ def preprocess_stage(work: Path, plan: Plan) -> Stage:
 
 
 def check(plan: Plan, n_jobs: int) -> Plan:
-    """Find out the sides of all sources, and at which sizes their images are stored.
+    """Find the sides of all sources, and choose the sizes of their stored images.
 
-    Raises UserError where no sample can be used, or where some are too small and not to be left out: before hours of
-    storing, since what is chosen then may be other sizes.
+    Raises UserError if no sample can be used, or if some are too small and --keep-going is not given. It does so before
+    hours of storing, since the user may then choose other sizes.
     """
     plan = plan.recalled()
     plan = with_sizes(replace(plan, samples=read_sides(plan.samples, n_jobs)))
@@ -129,7 +129,7 @@ def check(plan: Plan, n_jobs: int) -> Plan:
     if plan.faulty and not plan.options.keep_going:
         print(
             f"warning: {len(plan.faulty)} samples cannot be used, the first: {plan.faulty[0].fault}; the others are "
-            "stored, then all such samples are listed"
+            "stored first, then all unusable ones are listed"
         )
     for line in describe_sizes(plan):
         print(line)
@@ -137,7 +137,7 @@ def check(plan: Plan, n_jobs: int) -> Plan:
 
 
 def read_sides(samples: Sequence[Sample], n_jobs: int) -> list[Sample]:
-    """Return the samples with the sides of their sources, or the fault of their headers, where these were not known."""
+    """Return the samples with the sides of their sources, or the fault of their headers, if not yet known."""
     checked = list(samples)
     new = [k for k, sample in enumerate(samples) if sample.side is None and not sample.fault]
     jobs = [(sources.check_sample, samples[k].files, samples[k].rgb_coded) for k in new]
@@ -151,8 +151,10 @@ def read_sides(samples: Sequence[Sample], n_jobs: int) -> list[Sample]:
 
 
 def with_sizes(plan: Plan) -> Plan:
-    """Return the plan with its recipes as they fit the sources whose sides are known; samples that are too small for
-    them have that as their fault. Without any side it stays as it is."""
+    """Return the plan with its recipes fitted to the sources whose sides are known.
+
+    Samples that are too small for them get that as their fault. Without any side the plan is unchanged.
+    """
     if not plan.sides:
         return plan
     fitted = fit_recipes(plan.options.recipes, plan.sides)
@@ -171,11 +173,12 @@ def hash_store(sides: Iterable[int]) -> str:
 
 
 def fit_recipes(recipes: dict[str, Recipe], sides: Iterable[int]) -> dict[str, Recipe]:
-    """Return the recipes as they fit the sources.
+    """Return the recipes fitted to the sources.
+
+    A recipe keeps its size if at least three quarters of the sources have it; else it gets the largest size that three
+    quarters have. So one small image does not make all others smaller, and a set of small images is used as it is.
 
     sides : of the sources in pixels
-    A recipe keeps its size where at least three quarters of the sources have it; else it gets the largest that three
-    quarters have. So one small image does not make all others smaller, and a set of small images is used as it is.
     """
     ordered = sorted(sides)
     common = ordered[len(ordered) // 4]
@@ -183,7 +186,7 @@ def fit_recipes(recipes: dict[str, Recipe], sides: Iterable[int]) -> dict[str, R
 
 
 def why_too_small(sample: Sample, fitted: dict[str, Recipe]) -> str:
-    """Say for which recipes a sample has too few pixels; '' where it has enough, or its side is not known."""
+    """Describe for which recipes a sample is too small; '' if it is large enough, or its side is not known."""
     side = sample.side
     if side is None:
         return ""
@@ -195,8 +198,8 @@ def why_too_small(sample: Sample, fitted: dict[str, Recipe]) -> str:
 
 
 def cure_small(plan: Plan) -> str:
-    """Say what to give where samples are too small: enlarge them, or use all at a size that each of them has."""
-    cure = "enlarge those that are too small with --set enlarge=true"
+    """Return the flags for samples that are too small: enlarge them, or use a size that all samples have."""
+    cure = "enlarge samples that are too small with --set enlarge=true"
     smallest = min(sample.side for sample in plan.samples if sample.side is not None)
     if smallest < 32:  # no recipe has such small crops
         return f"{cure} (in stages 01 and 04)"
@@ -211,7 +214,7 @@ def cure_small(plan: Plan) -> str:
 
 
 def describe_sizes(plan: Plan) -> list[str]:
-    """Return a line for each recipe that is stored at another size than it asks for."""
+    """Return a line for each recipe whose images are stored at another size than its own."""
     return [
         describe_fit(name, recipe, plan.fitted[name])
         for name, recipe in plan.options.recipes.items()
@@ -230,16 +233,16 @@ def bad_table(samples: Sequence[Sample]) -> pd.DataFrame:
 
 
 def refuse_bad(samples: Sequence[Sample], report: Path, cure: str = "") -> None:
-    """Write a table of the faulty samples and raise a UserError that lists the first of them; `cure` is added to it."""
+    """Write a table of the faulty samples and raise a UserError that lists the first of them; `cure` is appended."""
     table = bad_table(samples)
     write_csv(report, table)
     tests = [sample for sample in samples if sample.part == "test"]
     absent = ""
     if tests and all(sample.fault and not sample.files for sample in tests):
-        absent = "\nno test sample has its images: with --keep-going there is no submission"
+        absent = "\nno test sample has images: with --keep-going there is no submission"
     raise UserError(
         f"{len(table)} samples cannot be used (all of them in {report}):\n{listing(table['reason'])}\n"
-        "mend or remove them and run this again, or leave them out with --keep-going"
+        "fix or remove them and run this again, or leave them out with --keep-going"
         f"{f'; {cure}' if cure else ''}{absent}"
     )
 
@@ -248,10 +251,10 @@ def refuse_bad(samples: Sequence[Sample], report: Path, cure: str = "") -> None:
 
 
 def store(plan: Plan, n_jobs: int) -> Plan:
-    """Make the images that checked samples lack, resuming where an earlier run stopped.
+    """Make the missing images of checked samples, resuming where an earlier run stopped.
 
-    Raises UserError where the disk has no room for them; and, when all good samples are stored, where others are not to
-    be left out.
+    Raises UserError if the disk has no space for them. Raises it also, once all good samples are stored, if others
+    cannot be used and --keep-going is not given.
     """
     plan = with_lacking(plan)
     folder, options = Layout(plan.work).images, plan.options
@@ -276,13 +279,12 @@ def store(plan: Plan, n_jobs: int) -> Plan:
 
 
 def store_one(sample: Sample, how: images.Storing) -> tuple[Sample, list[int] | None]:
-    """Return what `images.store_sample` returns, and the content of the files."""
+    """Return the result of `images.store_sample`, and the content of the files."""
     return images.store_sample(sample, how), journal.content(sample.files)
 
 
 def with_lacking(plan: Plan) -> Plan:
-    """Return the plan with what each sample lacks: stores where no image lies of its files as they are, of the kind
-    asked for."""
+    """Return the plan with each sample's missing stores: those without a current image of the requested kind."""
     folder, stores = Layout(plan.work).images, plan.stores
     stored = {store: stored_ids(folder / store) for store in stores}
 
@@ -295,12 +297,12 @@ def with_lacking(plan: Plan) -> Plan:
 
 
 def is_of_kind(sample: Sample, store: str, raw: bool) -> bool:
-    """Tell whether a sample's stored image is compressed, or `raw`, as is asked for; small ones are always plain."""
+    """Tell whether a sample's stored image is compressed, or `raw`, as requested; small ones are always raw."""
     return stored_size(store, sample.side or 0) <= images.PLAIN_SIDE or (store in sample.raw) == raw
 
 
 def make_room(plan: Plan) -> None:
-    """Make the folder of stored images, delete what killed processes left in it, and see that it has the room."""
+    """Make the folder of stored images, delete leftovers of killed processes, and check the free space."""
     folder = Layout(plan.work).images
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, *(folder / store for store in plan.stores if (folder / store).is_dir())):
@@ -309,13 +311,13 @@ def make_room(plan: Plan) -> None:
 
 
 def sides_to_store(plan: Plan) -> list[int]:
-    """Return the side in pixels of each image that is to be made; sources of unknown side count as the largest one."""
+    """Return the side in pixels of each image to make; sources of unknown side count as the largest one."""
     largest = max(plan.sides)
     return [stored_size(store, sample.side or largest) for sample in plan.samples for store in sample.lacking]
 
 
 def space_needed(sides: list[int], raw: bool = False) -> float:
-    """Return the bytes that images of these sides in pixels take when stored, about."""
+    """Return about how many bytes stored images of these sides in pixels take."""
     return sum(
         HEADERS + len(sources.CHANNELS) * side**2 * (1 if raw or side <= images.PLAIN_SIDE else COMPRESSED)
         for side in sides
@@ -323,21 +325,21 @@ def space_needed(sides: list[int], raw: bool = False) -> float:
 
 
 def check_space(sides: list[int], work: Path, raw: bool = False) -> None:
-    """Refuse to begin what the disk cannot hold; sides : of all images to store, in pixels."""
+    """Refuse to begin if the disk is too small; sides : of all images to store, in pixels."""
     needed = space_needed(sides, raw)
     free = shutil.disk_usage(work).free
     if needed > free:
         raise UserError(
             f"about {needed / 1e9:.1f} GB are needed in {work} for {len(sides)} images, {free / 1e9:.1f} GB "
-            "are free; make room, or give another --work"
+            "are free; free space, or give another --work"
         )
 
 
-# --- what is stored ----------------------------------------------------------------------------------------
+# --- tables ------------------------------------------------------------------------------------------------
 
 
 def write_tables(plan: Plan, layout: Layout) -> list[Path]:
-    """Write the tables of a plan that is done, samples.csv last; returns the others."""
+    """Write the tables of a completed plan, samples.csv last; returns the others' paths."""
     for store in plan.stores:
         write_csv(layout.store_table(store), statistics_table(plan.usable, store))
     drop_outdated(plan, layout)
@@ -357,8 +359,7 @@ def statistics_table(samples: list[Sample], store: str) -> pd.DataFrame:
 
 
 def drop_outdated(plan: Plan, layout: Layout) -> None:
-    """Delete the tables of stores that were not made now and hold images of sources that have changed since: whoever
-    needs one is told to make it."""
+    """Delete the tables of other stores whose sources have changed; stages that need one print how to make it."""
     for table in csv_files(layout.images):
         if table.stem in plan.stores:
             continue
@@ -372,7 +373,7 @@ def drop_outdated(plan: Plan, layout: Layout) -> None:
 
 
 def all_stored(Ids: Collection[str], folder: Path) -> bool:
-    """Tell whether every sample is there at every size of which `folder` has a table."""
+    """Tell whether every sample is stored at every size of which `folder` has a table."""
     return all(set(Ids) <= stored_ids(table.with_suffix("")) for table in csv_files(folder))
 
 
@@ -382,12 +383,12 @@ def stored_ids(folder: Path) -> set[str]:
 
 
 def judge_exposure(plan: Plan) -> dict:
-    """Return how the sources of the samples that can be used are exposed (see `exposure.judge`)."""
+    """Judge the exposure of the usable samples' sources (see `exposure.judge`)."""
     return exposure.judge([s.part for s in plan.usable], [s.exposure for s in plan.usable], plan.options.levels)
 
 
 def describe(plan: Plan, judged: dict, layout: Layout) -> list[str]:
-    """Say what there is now, and what is to be wondered at."""
+    """Describe what is stored now, with warnings."""
     counts = pd.Series([sample.part for sample in plan.usable]).value_counts()
     parts = ", ".join(f"{counts[part]} {part}" for part in ("train", "test", "external") if part in counts)
     lines = [f"{parts} samples at {', '.join(plan.stores)} px in {layout.images}"]

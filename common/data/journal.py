@@ -1,7 +1,7 @@
-"""Stage 01's journal: what earlier runs know of each sample's source files, and which images they stored of them.
+"""Stage 01's journal: what earlier runs found about each sample's source files, and which images they stored.
 
-One JSON line a sample and run, appended when the sample is done, so that an interrupted run loses nothing; the last
-line counts.
+It has one JSON line per sample and run, appended when the sample is done, so an interrupted run loses nothing. The last
+line of a sample counts.
 """
 
 import json
@@ -19,7 +19,7 @@ from common.process.parallel import run_parallel
 
 
 def read_journal(path: Path) -> dict[str, dict]:
-    """Read one record per Id; a line cut short by a kill is left out, so that its sample is made again."""
+    """Read one record per Id; a line cut short by a kill is ignored, so that its sample is made again."""
     records = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -36,7 +36,7 @@ def read_journal(path: Path) -> dict[str, dict]:
 
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[dict], None]]:
-    """Yield a function that appends a record to the journal, at once on its way to the disk."""
+    """Yield a function that appends a record to the journal, and flushes it at once."""
     with naming(path), open(path, "a", encoding="utf-8") as file:
 
         def append(record: dict) -> None:
@@ -63,13 +63,13 @@ def record_of(sample: Sample, levels: Levels, content: list[int] | None) -> dict
 
 
 def recall(samples: Sequence[Sample], path: Path, levels: Levels) -> list[Sample]:
-    """Return the samples with what the journal has of their files as they are, where these levels made it."""
+    """Return the samples with the journal's records of their current files, if made with these levels."""
     records = read_journal(path)
     return [recalled(sample, records.get(sample.Id, {}), levels) for sample in samples]
 
 
 def recalled(sample: Sample, record: dict, levels: Levels) -> Sample:
-    """Return a sample with what a record has of its files; as it is where the record is of other files or levels."""
+    """Return a sample with a record of its files; unchanged if the record is of other files or levels."""
     if record.get("source") != sample.state or (record.get("black", 0), record.get("white")) != levels:
         return sample
     return replace(
@@ -83,7 +83,7 @@ def recalled(sample: Sample, record: dict, levels: Levels) -> Sample:
 
 
 def exposure_in(record: dict) -> dict:
-    """Return how a record's files are exposed; those of earlier versions have the largest 16-bit value, or None."""
+    """Return a record's exposure; records of earlier versions have the largest 16-bit value, or None."""
     peak = record.get("peak")
     return record.get("exposure") or {"ranges": [] if peak is None else [[0, peak]], "misplaced": {}}
 
@@ -92,10 +92,11 @@ def exposure_in(record: dict) -> dict:
 
 
 def source_state(sample: Sample, entry: bool = True) -> str:
-    """Fingerprint a sample's files by name, size and times of change, without reading them; programs that copy or
-    unpack files set the time of their content (mtime), none that of their entry (ctime).
+    """Fingerprint a sample's files by name, size and times of change, without reading them.
 
-    entry : whether that of the entry counts, which new rights or another owner change too
+    Programs that copy or unpack files can set the time of their content (mtime), but not that of their entry (ctime).
+
+    entry : whether the time of the entry counts, which new permissions or another owner change too
     """
     stats = [(path.name, path.stat()) for path in sample.files]
     return digest(
@@ -104,7 +105,7 @@ def source_state(sample: Sample, entry: bool = True) -> str:
 
 
 def content(files: tuple[Path, ...]) -> list[int] | None:
-    """Return the CRC-32 of each file's bytes, None where one cannot be read."""
+    """Return the CRC-32 of each file's bytes; None if one cannot be read."""
     try:
         return [tiff.crc32(tiff.read_bytes(path)) for path in files]
     except OSError:
@@ -112,11 +113,12 @@ def content(files: tuple[Path, ...]) -> list[int] | None:
 
 
 def with_states(samples: Sequence[Sample], path: Path, n_jobs: int | None) -> list[Sample]:
-    """Return the samples with the state of their files: that in which the journal knows them, where only the times of
-    their entries have changed and their content has not. The journal then notes the new times, so that nothing is read
-    twice.
+    """Return the samples with the state of their files.
 
-    n_jobs : processes that read files; None = content is taken for unchanged, and nothing is read or noted
+    If only the times of their entries have changed, and not their content, the state is that in the journal. The
+    journal then gets the new times, so that nothing is read twice.
+
+    n_jobs : processes that read files; None = assume unchanged content, and neither read files nor write the journal
     """
     records = read_journal(path)
     now = [replace(sample, state=source_state(sample)) for sample in samples]
@@ -134,7 +136,7 @@ def with_states(samples: Sequence[Sample], path: Path, n_jobs: int | None) -> li
 
 
 def is_moved(sample: Sample, record: dict) -> bool:
-    """Tell whether a record is of a sample's files as they are now, but for the times of their entries."""
+    """Tell whether a record is of a sample's current files, except for the times of their entries."""
     return (
         "content" in record
         and sample.state != record["source"]

@@ -1,4 +1,4 @@
-"""Read the competition's CSV files: Ids and label sets, none of them trusted."""
+"""Read the competition's CSV files: Ids and label sets, all of them checked."""
 
 import re
 from collections.abc import Collection
@@ -62,7 +62,7 @@ def is_target(text: str) -> bool:
 
 
 def parse_targets(texts: Collection[str]) -> np.ndarray:
-    """Return label texts such as '22 2' as a bool array of shape (n_samples, 28); raises UserError for other texts."""
+    """Return label texts (for example '22 2') as a bool array, (n_samples, 28); raises UserError for other texts."""
     wrong = [repr(text) for text in texts if text and not is_target(text)]
     if wrong:
         raise UserError(f"expected labels 0 to {N_CLASSES - 1} separated by spaces, found:\n{listing(wrong)}")
@@ -73,7 +73,7 @@ def parse_targets(texts: Collection[str]) -> np.ndarray:
 
 
 def format_targets(targets: np.ndarray) -> list[str]:
-    """Return a bool array of shape (n_samples, 28) as label texts such as '2 22'."""
+    """Return a bool array of shape (n_samples, 28) as label texts, for example '2 22'."""
     return [" ".join(map(str, np.flatnonzero(row))) for row in targets]
 
 

@@ -1,6 +1,6 @@
-"""What stages 01 and 03 are told: each choice with its default, and the flags for it, which the check takes too.
+"""The options of stages 01 and 03, with their defaults and flags; the check has these flags too.
 
-It loads neither numpy nor pandas, so that --help is quick.
+This module loads neither numpy nor pandas, so --help is quick.
 """
 
 import argparse
@@ -32,12 +32,12 @@ WHOLE = Levels()
 
 @dataclass(frozen=True)
 class IngestOptions:
-    """What stage 01 is asked for.
+    """The options of stage 01.
 
-    recipes : name -> recipe whose images are stored, as asked for: `ingest.with_sizes` fits them to the sources
+    recipes : name -> recipe whose images are stored; `ingest.with_sizes` fits them to the sources
     levels : of 16-bit files
-    keep_going : leave out samples that cannot be used, rather than refuse
-    raw : store large images uncompressed; those of the other kind are made again
+    keep_going : leave out samples that cannot be used, instead of an error
+    raw : store large images uncompressed; compressed ones are made again
     limit : use this many training samples; None = all
     """
 
@@ -49,7 +49,7 @@ class IngestOptions:
 
 
 def ingest_options(args: argparse.Namespace, say: Callable[[str], object] = print, keep: bool = True) -> IngestOptions:
-    """Return what the flags of `add_ingest_flags` ask for; `say` gets notes about the recipes' settings."""
+    """Return the options from the flags of `add_ingest_flags`; `say` gets notes about the recipes' settings."""
     from common.artifacts.experiments import add_experiments, read_experiments
     from common.artifacts.layout import Layout
 
@@ -66,7 +66,7 @@ def asked_names(args: argparse.Namespace) -> list[str]:
 
 
 def add_ingest_flags(parser: Parser) -> None:
-    """Add the flags of stage 01 to a command line: which samples and sizes, and with how many processes."""
+    """Add the flags of stage 01 to a command line: samples, sizes and number of processes."""
     parser.add_argument(
         "--recipes",
         type=command_line.recipe_names,
@@ -89,26 +89,26 @@ def add_ingest_flags(parser: Parser) -> None:
     parser.add_argument(
         "--keep-going",
         action="store_true",
-        help="leave out samples with missing or bad files, by name, in place of an error at the end",
+        help="leave out samples with missing or bad files, by name, instead of an error at the end",
     )
     add_pixel_flags(parser)
     add_jobs_flags(parser)
 
 
 def add_pixel_flags(parser: Parser) -> None:
-    """Add to a command line how pixels become stored images."""
+    """Add flags to a command line for how pixels become stored images."""
     parser.add_argument(
         "--white-level",
         type=whole_number(1, WHOLE.white),
         default=WHOLE.white,
         metavar="V",
-        help=f"value of 16-bit files that becomes 255, such as 4095 for 12-bit cameras (default: {WHOLE.white})",
+        help=f"value of 16-bit files that becomes 255, for example 4095 for 12-bit cameras (default: {WHOLE.white})",
     )
     parser.add_argument(
         "--store",
         choices=KINDS,
         default=KINDS[0],
-        help="how images above 256 px are stored: compressed, or raw in about four times the room, which "
+        help="how images above 256 px are stored: compressed, or raw with about four times the size, which "
         f"stages 04 and 05 read three times as fast (default: {KINDS[0]})",
     )
     parser.add_argument(
@@ -116,13 +116,13 @@ def add_pixel_flags(parser: Parser) -> None:
         type=whole_number(0, WHOLE.white - 1),
         default=WHOLE.black,
         metavar="V",
-        help="value of 16-bit files that becomes 0, such as 32768 where a microscope adds that to all "
+        help="value of 16-bit files that becomes 0, for example 32768 if a microscope adds that to all "
         f"(default: {WHOLE.black})",
     )
 
 
 def add_jobs_flags(parser: Parser) -> None:
-    """Add --jobs and --cluster of the stages that do many short jobs."""
+    """Add --jobs and --cluster for stages with many short jobs."""
     parser.add_argument(
         "--jobs", type=command_line.jobs, default=-1, metavar="N", help="worker processes (default: all cores)"
     )
@@ -160,5 +160,5 @@ def add_fold_count(parser: ArgumentContainer, kind: Callable[[str], int]) -> Non
 
 
 def fold_options(args: argparse.Namespace) -> FoldOptions:
-    """Return what the flags of stage 03 ask for."""
+    """Return the options from the flags of stage 03."""
     return FoldOptions(**{field.name: getattr(args, field.name) for field in fields(FoldOptions)})

@@ -1,4 +1,4 @@
-"""Images for a person to judge: in the atlas's colours, small, and as pairs side by side with their distances."""
+"""Images for people to check: in the atlas's colours, small, and as pairs side by side with their distances."""
 
 import io
 from pathlib import Path
@@ -29,7 +29,7 @@ def composite(planes: np.ndarray) -> np.ndarray:
 
 
 def small_planes(path: Path, side: int) -> np.ndarray:
-    """Read a stored sample's planes, (4, side, side) uint8 or smaller where it is stored smaller."""
+    """Read a stored sample's planes, (4, side, side) uint8, or smaller if stored smaller."""
     planes = read_planes(path)
     return np.stack([resize(plane, min(side, len(plane))) for plane in planes])
 

@@ -1,4 +1,4 @@
-"""The samples of an input folder, one record each: listed from the tables, found in the folders."""
+"""The samples of an input folder, one record each: listed in the tables, found in the folders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from common.errors import UserError, listing
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample and all that stage 01 knows of it. Each of its steps returns the sample with more: see `ingest`."""
+    """One sample and all that stage 01 knows about it. Each step adds to it; see `ingest`."""
 
     Id: str
     part: str  # train, test or external
@@ -23,10 +23,10 @@ class Sample:
     files: tuple[Path, ...] = ()  # of the four channels in the order of `sources.CHANNELS`
     fault: str = ""  # why it cannot be used
     state: str = ""  # of its files, see `journal.source_state`
-    seen: str | None = None  # another state in which they were compared and found to be the same
+    seen: str | None = None  # another state, in which the files were compared and found equal
     side: int | None = None  # of the source in pixels; None = not known
     exposure: dict = field(default_factory=dict)  # see `exposure.judge`
-    images: dict[str, dict] = field(default_factory=dict)  # store -> statistics of what was stored of these files
+    images: dict[str, dict] = field(default_factory=dict)  # store -> statistics of the stored image
     raw: tuple[str, ...] = ()  # stores in which it is uncompressed
     lacking: tuple[str, ...] = ()  # stores for which its image is still to be made
 
@@ -36,9 +36,9 @@ class Sample:
 
 
 def list_samples(data: Path, limit: int | None = None) -> list[Sample]:
-    """List all samples of an input folder: train, test, external. Those that lack files have that as their fault.
+    """List all samples of an input folder: train, test, external. Missing files are a sample's fault.
 
-    limit : keep this many training samples, drawn at random but always the same ones
+    limit : keep this many training samples, drawn at random, but always the same ones
     Raises UserError for anything wrong with the CSV files.
     """
     train = read_labels(data / "train.csv")
@@ -62,7 +62,7 @@ def list_samples(data: Path, limit: int | None = None) -> list[Sample]:
 
 
 def find_files(part: str, table: pd.DataFrame, folders: Sequence[sources.Files]) -> list[Sample]:
-    """Return the samples of a table with Id and Target, with the files that the folders have of them."""
+    """Return the samples of a table with Id and Target, with their files in the folders."""
     samples = []
     for row in table.itertuples():
         files, lacking = sources.channel_files(row.Id, folders)
@@ -72,19 +72,19 @@ def find_files(part: str, table: pd.DataFrame, folders: Sequence[sources.Files])
 
 
 def list_test(data: Path, folders: list[sources.Files]) -> pd.DataFrame:
-    """Test Ids in the order of sample_submission.csv, or without that file those of the images, sorted."""
+    """Return the test Ids in the order of sample_submission.csv; without that file those of the images, sorted."""
     submission = data / "sample_submission.csv"
     if submission.is_file():
         return read_csv(submission, "Predicted").assign(Target="")
     ids = {stem.removesuffix("_green") for files in folders for stem in files if stem.endswith("_green")}
     check_ids(sorted(ids), data)
     if ids:
-        print(f"{submission} is missing: the {len(ids)} samples in the test folders are taken, sorted by Id")
+        print(f"{submission} is missing: using the {len(ids)} samples in the test folders, sorted by Id")
     return pd.DataFrame({"Id": sorted(ids), "Target": ""}, dtype=str)
 
 
 def list_external(data: Path) -> tuple[pd.DataFrame, list[sources.Files]]:
-    """External labels and image folders; empty where the input has none."""
+    """Return external labels and image folders; empty if the input has none."""
     tables = [path for path in (data / "external" / "external.csv", data / "external.csv") if path.is_file()]
     if not tables:
         return pd.DataFrame({"Id": [], "Target": []}, dtype=str), []

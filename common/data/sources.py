@@ -1,8 +1,8 @@
-"""Channel files of an input folder: finding them, and reading each as one grey plane or not at all.
+"""Channel files of an input folder: find them, and read each as one grey plane or refuse it.
 
-What changes the meaning of pixels (bits, inversion, orientation, planar storage, colour tables) is applied or refused
-by name; what does not (resolution, damaged EXIF data, other metadata) is ignored. A TIFF is its first page, never a
-series.
+Everything that changes the meaning of pixels (bits, inversion, orientation, planar storage, colour tables) is applied,
+or refused by name. Everything else (resolution, damaged EXIF data, other metadata) is ignored. A TIFF is its first
+page, never a series.
 """
 
 import os
@@ -24,10 +24,10 @@ from common.errors import first_line
 
 CHANNELS = ("red", "green", "blue", "yellow")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
-PICTURES = ("PNG", "JPEG")  # Pillow would open a hundred others by their content, one of them by starting Ghostscript
+PICTURES = ("PNG", "JPEG")  # by content, Pillow would open a hundred others, one of them with Ghostscript
 MAX_SIDE = 8192  # pixels, twice the largest real ones; a header that claims more is damaged or hostile
 MAX_TEXT = 300  # bytes of a file that may be a pointer
-MAX_LEVELS = 16  # reduced copies that a TIFF may have as further pages
+MAX_LEVELS = 16  # reduced copies that a TIFF may have as additional pages
 TIFF_COMPRESSIONS = ("NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")
 PREDICTED = ("LZW", "DEFLATE", "ADOBE_DEFLATE", "ZSTD")  # decoders disagree on predictors of other compressions
 GREY_MODES = ("1", "L", "I", "I;16", "I;16B")
@@ -47,14 +47,14 @@ T = TypeVar("T")
 
 
 class BadImage(Exception):
-    """Say what is wrong with one image file; stages collect these and report them together."""
+    """An image file that cannot be used, and why; stages collect these and report them together."""
 
 
 # --- finding -----------------------------------------------------------------------------------------------
 
 
 class Files(dict[str, Path]):
-    """'Id_colour' in NFC -> image file of one folder; `others`: in lower case -> a file that is no usable image."""
+    """'Id_colour' in NFC -> image file of one folder; `others`: the same in lower case -> a file that is not usable."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,8 +65,8 @@ class Files(dict[str, Path]):
         return {stem.casefold(): path.name for stem, path in self.items()}
 
     def instead_of(self, stem: str) -> str | None:
-        """Return what the folder has under the name of a file that is missing, with the cure."""
-        if stem in self:  # but not all channels of the sample
+        """Return the file that the folder has instead of a missing one, with the cure."""
+        if stem in self:  # but other channels of the sample are not
             return f"{self[stem]} (put all four files into one folder)"
         key = stem.casefold()
         if key in self.spelt_otherwise:
@@ -75,7 +75,7 @@ class Files(dict[str, Path]):
 
 
 def list_files(folder: Path) -> Files:
-    """List every image in `folder`; earlier rows of READERS win. Files that begin with a dot are no images."""
+    """List every image in `folder`; earlier rows of READERS win. Files whose names begin with a dot are ignored."""
     files = Files()
     ranks: dict[str, tuple[int, str]] = {}
     if folder.is_dir():
@@ -87,10 +87,10 @@ def list_files(folder: Path) -> Files:
 
 
 def add_entry(files: Files, ranks: dict[str, tuple[int, str]], entry: os.DirEntry) -> None:
-    """Put one entry of a folder where it belongs; ranks : stem -> rank of the file that was found for it so far."""
+    """Add one entry of a folder to `files`; ranks : stem -> rank of the file found for it so far."""
     name = composed(entry.name)
     suffix = suffix_of(name)
-    if suffix is None or not entry.is_file():  # a folder, or a pipe that would be waited for
+    if suffix is None or not entry.is_file():  # a folder, or a pipe, which would block
         for place, letter in enumerate(name):
             if letter == ".":
                 files.others[name[:place].casefold()] = f"{name} {why_not(entry)}"
@@ -106,16 +106,16 @@ def suffixes() -> list[str]:
 
 
 def suffix_of(name: str) -> str | None:
-    """Return the longest suffix of a file's name, in lower case, that a reader has; None where none has it."""
+    """Return the longest suffix of a file's name, in lower case, that a reader has; None if none has it."""
     name = name.lower()
     fitting = [suffix for suffix in suffixes() if name.endswith(suffix)]
     return max(fitting, key=len) if fitting else None
 
 
 def why_not(entry: os.DirEntry) -> str:
-    """Say why an entry of a folder is no usable image, and the cure."""
+    """Explain why an entry of a folder is not a usable image, with the cure."""
     if entry.is_symlink() and not os.path.exists(entry.path):
-        return f"(a link to {os.readlink(entry.path)}, which is not there)"
+        return f"(a link to {os.readlink(entry.path)}, which is missing)"
     if entry.is_dir():
         return "(a folder)"
     if not entry.is_file():
@@ -124,7 +124,7 @@ def why_not(entry: os.DirEntry) -> str:
 
 
 def channel_files(Id: str, folders: Sequence[Files]) -> tuple[list[Path], list[str]]:
-    """Return a sample's four files from the first folder that has all of them, and what is missing otherwise."""
+    """Return a sample's four files from the first folder that has all of them, or else the missing names."""
     wanted = [composed(f"{Id}_{channel}") for channel in CHANNELS]
     for files in folders:
         if all(stem in files for stem in wanted):
@@ -134,10 +134,10 @@ def channel_files(Id: str, folders: Sequence[Files]) -> tuple[list[Path], list[s
 
 
 def not_found(lacking: list[str], folders: Sequence[Files]) -> str:
-    """Say which files of a sample are missing, and what the folders have under their names."""
+    """Name the missing files of a sample, and what the folders have instead."""
     there = [found for stem in lacking for files in folders if (found := files.instead_of(stem))]
     kinds = or_list(reader.suffixes[0] for reader in READERS.values())
-    return f"{', '.join(lacking)} not found as {kinds}" + (f"; there is {', '.join(there)}" if there else "")
+    return f"{', '.join(lacking)} not found as {kinds}" + (f"; found {', '.join(there)}" if there else "")
 
 
 def or_list(words: Iterable[str]) -> str:
@@ -151,7 +151,7 @@ def or_list(words: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """The size of an image in pixels, and whether it holds three colour planes."""
+    """The size of an image in pixels, and whether it has three colour planes."""
 
     width: int
     height: int
@@ -164,7 +164,7 @@ class Reader:
 
     suffixes : of its files, in lower case, preferred ones first
     open : function of a path -> context manager of the open file
-    header : function of the open file -> Header, without decoding it; raises BadImage for what is no image of one
+    header : function of the open file -> Header, without decoding it; raises BadImage if it is not an image of one
         channel
     pixels : function of the open file -> array (height, width) or (height, width, 3), uint8 or uint16, where 0 is black
         and the largest number white
@@ -179,7 +179,7 @@ class Reader:
 
 
 def reader_of(path: Path) -> Reader:
-    """Return the reader of a file by its suffix; raises BadImage where there is none."""
+    """Return the reader of a file by its suffix; raises BadImage if there is none."""
     suffix = suffix_of(path.name)
     for reader in READERS.values():
         if suffix in reader.suffixes:
@@ -189,9 +189,9 @@ def reader_of(path: Path) -> Reader:
 
 @contextmanager
 def opened(path: Path, rgb_coded: bool) -> Iterator[tuple[Header, Callable[[], np.ndarray]]]:
-    """Open an image of one channel; yield its header and what decodes it.
+    """Open an image of one channel; yield its header and a function that decodes it.
 
-    Raises BadImage, also for what goes wrong inside the `with`.
+    Raises BadImage, also for errors inside the `with`.
 
     rgb_coded : whether a colour image may hold the channel
     """
@@ -209,25 +209,24 @@ def opened(path: Path, rgb_coded: bool) -> Iterator[tuple[Header, Callable[[], n
     except Exception as error:  # decoders raise many kinds; each means an unreadable file
         text = text_in(path)
         raise BadImage(
-            f"cannot be read: a link to a file that is not there? It holds only the text {text!r}"
+            f"cannot be read: a link to a missing file? It holds only the text {text!r}"
             if text
             else f"cannot be read ({first_line(error)})"
         ) from None
 
 
 def check_header(header: Header, rgb_coded: bool) -> None:
-    """Refuse images that are too large, not square, or coloured where a grey one is expected."""
+    """Refuse images that are too large, not square, or coloured if a grey one is expected."""
     if max(header.width, header.height) > MAX_SIDE:
         raise BadImage(f"claims {header.width} x {header.height} px; at most {MAX_SIDE} are accepted")
     if header.width != header.height:
         raise BadImage(f"is not square ({header.width} x {header.height} px)")
     if header.colour and not rgb_coded:
-        raise BadImage("is a colour image; expected one grey channel a file")
+        raise BadImage("is a colour image; expected one grey channel per file")
 
 
 def text_in(path: Path) -> str | None:
-    """Return what a small text file holds: links and large files that were copied without their content leave such
-    files."""
+    """Return the text of a small text file: links and large files copied without their content leave such files."""
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_TEXT + 1)
@@ -238,13 +237,13 @@ def text_in(path: Path) -> str | None:
 
 
 def read_side(path: Path, rgb_coded: bool = False) -> int:
-    """Return the side of an image in pixels without decoding it; raises BadImage for what is no usable image."""
+    """Return the side of an image in pixels without decoding it; raises BadImage if it is not usable."""
     with opened(path, rgb_coded) as (header, _):
         return header.width
 
 
 def read_pixels(path: Path, rgb_coded: bool = False) -> np.ndarray:
-    """Decode an image fully into a (side, side) array, or (side, side, 3) where it is rgb_coded; raises BadImage."""
+    """Decode an image fully into a (side, side) array, or (side, side, 3) if it is rgb_coded; raises BadImage."""
     with opened(path, rgb_coded) as (header, decode):
         pixels = decode()
     if pixels.shape[:2] != (header.height, header.width):
@@ -255,15 +254,15 @@ def read_pixels(path: Path, rgb_coded: bool = False) -> np.ndarray:
 def read_channel(path: Path, channel: str, rgb_coded: bool = False) -> np.ndarray:
     """Decode one channel fully into a (side, side) uint8 or uint16 array.
 
-    rgb_coded : the Human Protein Atlas publishes each channel as a colour JPEG; its planes for `channel` are
-        taken (yellow: the mean of R and G), never a grey conversion, which would dim the channels unequally.
-    Raises BadImage, also for colour files where grey ones are expected.
+    rgb_coded : the Human Protein Atlas publishes each channel as a colour JPEG, of which the planes for `channel` are
+        used (yellow: the mean of R and G). A grey conversion would dim the channels unequally.
+    Raises BadImage, also for colour files if grey ones are expected.
     """
     return channel_plane(read_pixels(path, rgb_coded), channel)
 
 
 def channel_plane(pixels: np.ndarray, channel: str) -> np.ndarray:
-    """Return the plane of a channel, (side, side), of an image that may be coded in colours, (side, side, 3)."""
+    """Return the plane of a channel, (side, side), from an image that may be colour-coded, (side, side, 3)."""
     if pixels.ndim == 2:
         return pixels
     planes = [pixels[..., plane].astype(np.uint32) for plane in RGB_PLANES[channel]]
@@ -276,16 +275,18 @@ def oriented(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def table_kind(table: np.ndarray, entries: int) -> str:
-    """Tell what a colour table, (n, 3), makes of indices: 'grey' levels, 'colour', or a display ramp, 'ramp', which
-    leaves the indices the grey levels: an entry for each of the `entries` values, none darker in any colour than the
-    one before."""
+    """Return the kind of a colour table, (n, 3): 'grey' levels, 'colour', or a display 'ramp'.
+
+    With a ramp, the indices themselves are the grey levels. It has an entry for each of the `entries` values, none
+    darker in any colour than the one before.
+    """
     if (table == table[:, :1]).all():
         return "grey"
     return "ramp" if len(table) == entries and (np.diff(table.astype(int), axis=0) >= 0).all() else "colour"
 
 
 def through_table(indices: np.ndarray, table: np.ndarray, kind: str) -> np.ndarray:
-    """Look indices up in a colour table, (n, 3) uint8, that is grey or of colours; those beyond it are black."""
+    """Look indices up in a colour table, (n, 3) uint8, of kind grey or colour; indices beyond it are black."""
     whole = np.zeros((max(len(table), int(indices.max()) + 1), 3), np.uint8)
     whole[: len(table)] = table
     return whole[:, 0][indices] if kind == "grey" else whole[indices]
@@ -295,7 +296,7 @@ def through_table(indices: np.ndarray, table: np.ndarray, kind: str) -> np.ndarr
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Open a PNG or JPEG. Pillow refuses truncated files, where OpenCV fills up in silence."""
+    """Open a PNG or JPEG. Pillow refuses truncated files; OpenCV silently fills them up."""
     return Image.open(path, formats=PICTURES)
 
 
@@ -304,7 +305,7 @@ def picture_header(image: Image.Image) -> Header:
         raise BadImage("has an alpha channel; save it without")
     frames = getattr(image, "n_frames", 1)
     if image.format == "PNG" and frames > 1:
-        raise BadImage(f"has {frames} frames; expected one channel a file")
+        raise BadImage(f"has {frames} frames; expected one channel per file")
     grey = image.mode in GREY_MODES or (image.mode == "P" and picture_table(image)[1] != "colour")
     return Header(*image.size, colour=not grey)
 
@@ -324,12 +325,12 @@ def picture_pixels(image: Image.Image) -> np.ndarray:
         table, kind = picture_table(image)
         pixels = pixels if kind == "ramp" else through_table(pixels, table, kind)
     elif pixels.dtype != np.uint8:
-        pixels = pixels.astype(np.uint16)  # older releases of Pillow give 16 bits as 32
+        pixels = pixels.astype(np.uint16)  # older releases of Pillow return 16 bits as 32
     return oriented(pixels, exif_orientation(image))
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """Return the orientation that a decoded picture states, 1 (as it is) where its EXIF data cannot be read."""
+    """Return a decoded picture's EXIF orientation, or 1 (unchanged) if it cannot be read."""
     try:
         return image.getexif().get(0x0112, 1)
     except Exception:  # its parser raises many kinds
@@ -347,13 +348,13 @@ def tiff_header(tiff: tifffile.TiffFile) -> Header:
 
 
 def only_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
-    """Return the page of a TIFF of one image, which may have smaller copies of it as further pages; raises BadImage."""
+    """Return the page of a TIFF with one image; additional pages may be smaller copies of it. Raises BadImage."""
     page, pages = tiff.pages.first, len(tiff.pages)
     if pages > 1 and not (pages <= MAX_LEVELS and all(is_reduced(further) for further in tiff.pages[1:])):
-        raise BadImage(f"has {pages} pages; expected one channel a file")
+        raise BadImage(f"has {pages} pages; expected one channel per file")
     images = min(claimed_images(tiff), room(tiff))
     if images > 1:
-        raise BadImage(f"has {images} images in one page; expected one channel a file")
+        raise BadImage(f"has {images} images in one page; expected one channel per file")
     return page
 
 
@@ -363,7 +364,7 @@ def is_reduced(page: tifffile.TiffPage | tifffile.TiffFrame) -> bool:
 
 
 def claimed_images(tiff: tifffile.TiffFile) -> int:
-    """Return how many images the first page claims to stand for: tifffile, ImageJ and MetaMorph write such stacks."""
+    """Return how many images the first page claims to hold: tifffile, ImageJ and MetaMorph write such stacks."""
     page = tiff.pages.first
     try:
         if page.is_shaped:
@@ -371,19 +372,21 @@ def claimed_images(tiff: tifffile.TiffFile) -> int:
         if page.is_imagej:
             return int((tiff.imagej_metadata or {})["images"])
         return page.tags[33629].count if page.is_stk else 1
-    except Exception:  # a damaged description is no harm
+    except Exception:  # a damaged description is harmless
         return 1
 
 
 def room(tiff: tifffile.TiffFile) -> int:
-    """Return for how many images like the first page's a TIFF has data behind each other; programs that split stacks
-    leave the old description."""
+    """Return for how many images like the first page a TIFF has contiguous data.
+
+    Programs that split stacks keep the old description.
+    """
     page = tiff.pages.first
     return (tiff.filehandle.size - page.dataoffsets[0]) // page.nbytes if page.is_contiguous and page.nbytes else 1
 
 
 def check_page(page: tifffile.TiffPage) -> None:
-    """Refuse by name what is no usable image of one channel, or would be decoded otherwise by other programs."""
+    """Refuse, with the reason, pages that are not one channel, or that programs decode differently."""
     check_values(page)
     check_coding(page)
     sides = (page.imagewidth, page.imagelength, page.tilewidth, page.tilelength)
@@ -397,12 +400,12 @@ def check_page(page: tifffile.TiffPage) -> None:
 
 
 def name_of(value: object) -> str:
-    """Return the name of a tag's value, or the number where it has none."""
+    """Return the name of a tag's value, or the number if it has none."""
     return getattr(value, "name", str(value))
 
 
 def check_values(page: tifffile.TiffPage) -> None:
-    """Refuse what are no grey levels of at most 16 bits, one or three a pixel, with a known black."""
+    """Refuse values that are not grey levels of at most 16 bits, one or three per pixel, with a known black."""
     compression, photometric = name_of(page.compression), name_of(page.photometric)
     if compression not in TIFF_COMPRESSIONS:
         raise BadImage(f"is compressed as {compression}; expected one of {', '.join(TIFF_COMPRESSIONS)}")
@@ -412,12 +415,12 @@ def check_values(page: tifffile.TiffPage) -> None:
     if any(kind in (1, 2) for kind in page.extrasamples):
         raise BadImage("has an alpha channel; save it without")
     if page.samplesperpixel not in (1, 3):
-        raise BadImage(f"has {page.samplesperpixel} values a pixel; expected one")
+        raise BadImage(f"has {page.samplesperpixel} values per pixel; expected one")
     if "PhotometricInterpretation" not in page.tags:
         raise BadImage("does not say whether 0 is black (it has no PhotometricInterpretation tag); save it again")
     expected = ("MINISBLACK", "MINISWHITE", "PALETTE") if page.samplesperpixel == 1 else ("RGB", "MINISBLACK")
     if photometric not in expected:
-        raise BadImage(f"is stored as {photometric} with {page.samplesperpixel} values a pixel; expected grey levels")
+        raise BadImage(f"is stored as {photometric} with {page.samplesperpixel} values per pixel; expected grey levels")
 
 
 def check_coding(page: tifffile.TiffPage) -> None:
@@ -436,7 +439,7 @@ def check_coding(page: tifffile.TiffPage) -> None:
 
 
 def tiff_table(page: tifffile.TiffPage) -> tuple[np.ndarray | None, str]:
-    """Return a page's colour table, (n, 3) uint8, and what it makes of the values; (None, 'grey') without one."""
+    """Return a page's colour table, (n, 3) uint8, and its kind; (None, 'grey') without one."""
     if page.photometric != tifffile.PHOTOMETRIC.PALETTE:
         return None, "grey"
     table = np.asarray(page.colormap).T
@@ -445,9 +448,9 @@ def tiff_table(page: tifffile.TiffPage) -> tuple[np.ndarray | None, str]:
 
 
 def tiff_pixels(tiff: tifffile.TiffFile) -> np.ndarray:
-    """Decode the first page, never the series that it may belong to, as its tags say."""
+    """Decode the first page, never the series that it may belong to, according to its tags."""
     page = tiff.pages.first
-    stored = page.asarray(squeeze=False, maxworkers=1)  # (planes or 1, 1, height, width, 1 or values a pixel)
+    stored = page.asarray(squeeze=False, maxworkers=1)  # (planes or 1, 1, height, width, 1 or values per pixel)
     image = np.concatenate(list(stored[:, 0]), axis=-1) if len(stored) > 1 else stored[0, 0]
     image = image[..., 0] if image.shape[-1] == 1 else image
     table, kind = tiff_table(page)
@@ -470,7 +473,7 @@ def full_range(image: np.ndarray, bits: int) -> np.ndarray:
 
 
 def tiff_is_cut(path: Path) -> bool:
-    """Tell from a TIFF's table of data whether the end of the file is missing."""
+    """Tell from a TIFF's offsets whether the end of the file is missing."""
     try:
         with tifffile.TiffFile(path) as tiff:
             page = tiff.pages.first
@@ -483,7 +486,7 @@ def tiff_is_cut(path: Path) -> bool:
 
 
 def lacks_end(mark: bytes) -> Callable[[Path], bool]:
-    """Return a function that tells whether a file's last bytes are without the mark that ends its format."""
+    """Return a function that tells whether a file's last bytes are without its format's end mark."""
 
     def is_cut(path: Path) -> bool:
         with open(path, "rb") as file:
@@ -493,7 +496,7 @@ def lacks_end(mark: bytes) -> Callable[[Path], bool]:
     return is_cut
 
 
-# Where a sample has files of several formats, the first of these is read, and of its suffixes the first.
+# If a sample has files of several formats, the first of these is read, and of its suffixes the first.
 READERS: dict[str, Reader] = {
     "TIFF": Reader(
         (".tif", ".tiff", ".ome.tif", ".ome.tiff"), tifffile.TiffFile, tiff_header, tiff_pixels, tiff_is_cut
@@ -522,7 +525,7 @@ def read_sample(files: list[Path], rgb_coded: bool = False) -> list[np.ndarray]:
 
 
 def examine_sample(files: Sequence[Path], rgb_coded: bool = False) -> tuple[list[np.ndarray], dict]:
-    """Return what `read_sample` does and how the files are exposed (see `exposure.judge`)."""
+    """Return the result of `read_sample`, and the files' exposure (see `exposure.judge`)."""
     pixels = per_channel(lambda path, _: read_pixels(path, rgb_coded), files)
     planes = [channel_plane(image, channel) for image, channel in zip(pixels, CHANNELS, strict=True)]
     one_side(files, [len(plane) for plane in planes])
@@ -538,7 +541,7 @@ def examine_sample(files: Sequence[Path], rgb_coded: bool = False) -> tuple[list
 
 
 def per_channel(read: Callable[[Path, str], T], files: Sequence[Path]) -> list[T]:
-    """Call `read(path, channel)` for each of a sample's files; a BadImage then names its file."""
+    """Call `read(path, channel)` for each of a sample's files; a BadImage gets the file's name."""
     results = []
     for path, channel in zip(files, CHANNELS, strict=True):
         try:
@@ -549,7 +552,7 @@ def per_channel(read: Callable[[Path, str], T], files: Sequence[Path]) -> list[T
 
 
 def one_side(files: Sequence[Path], sides: list[int]) -> int:
-    """Return the common side of a sample's channels in pixels; raises BadImage where they differ."""
+    """Return the common side of a sample's channels in pixels; raises BadImage if they differ."""
     if len(set(sides)) > 1:
         raise BadImage(
             f"{files[0].parent}: channels of different sizes {sorted(set(sides))} px: "

@@ -1,6 +1,4 @@
-"""The stored TIFFs from within. tifffile writes these files and reads them too, but its own work and memory add much to
-the time of decoding.
-"""
+"""A fast reader of the stored TIFFs. tifffile writes these files, but its reader takes much longer to decode them."""
 
 import math
 import os
@@ -19,14 +17,14 @@ from numpy.typing import DTypeLike
 WIDTH, LENGTH, COMPRESSION, OFFSETS, ROWS, COUNTS, PREDICTOR = 256, 257, 259, 273, 278, 279, 317
 UNCOMPRESSED, DEFLATE, ZSTD, DIFFERENCES = 1, 8, 50000, 2
 UNPACK: dict[int, Callable[..., Any]] = {DEFLATE: imagecodecs.deflate_decode, ZSTD: imagecodecs.zstd_decode}
-KINDS = {3: "H", 4: "I"}  # the types of the tags that are read: 16 and 32 bit numbers
+KINDS = {3: "H", 4: "I"}  # of the tags that are read: 16 and 32 bit numbers
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a TIFF holds (n_planes, side, side) uint8 pixels.
+    """How a TIFF stores (n_planes, side, side) uint8 pixels.
 
-    rows : of a strip; the last one of a plane may have fewer
+    rows : per strip; the last strip of a plane may have fewer
     strips : (offset, bytes) of each strip of each plane
     """
 
@@ -42,11 +40,10 @@ class Layout:
 
 
 def read_layout(data: np.ndarray, n_planes: int, max_side: int) -> Layout:
-    """Read the layout of a file's bytes, which tifffile wrote with a page a plane; raises for what is none or claims
-    too much."""
+    """Read the layout of a file that tifffile wrote with a page per plane; raises errors for other or damaged files."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4].tobytes())
     if order is None:
-        raise ValueError("is no TIFF")
+        raise ValueError("is not a TIFF")
     pages = read_tags(data, n_planes, order)
 
     def numbers(page: dict, tag: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
@@ -75,7 +72,7 @@ def read_layout(data: np.ndarray, n_planes: int, max_side: int) -> Layout:
 
 
 def read_tags(data: np.ndarray, n_pages: int, order: str) -> list[dict[int, tuple[int, int, bytes]]]:
-    """Return tag -> (kind, count, value or where it lies) of each page; order : of bytes, < or >."""
+    """Return tag -> (kind, count, value or its offset) of each page; order : of bytes, < or >."""
     place, pages = 4, []
     for _ in range(n_pages):
         (start,) = struct.unpack_from(order + "I", data.data, place)
@@ -87,8 +84,7 @@ def read_tags(data: np.ndarray, n_pages: int, order: str) -> list[dict[int, tupl
 
 
 class Memory(threading.local):
-    """An array for each thread that is used again and again: with the system's page faults, new memory for each image
-    would take a good part of the time of decoding it."""
+    """A reused array per thread: new memory for each image, with its page faults, would slow down decoding a lot."""
 
     def __init__(self) -> None:
         self.bytes: np.ndarray = np.empty(0, np.uint8)
@@ -105,8 +101,8 @@ FILE, PIXELS = Memory(), Memory()
 
 
 def crc32(data: np.ndarray) -> int:
-    """Return the CRC-32 that zlib.crc32 would, many times as fast."""
-    return imagecodecs.deflate_crc32(data)  # type: ignore[arg-type]  # the stubs know no arrays
+    """Return the same CRC-32 as zlib.crc32, many times faster."""
+    return imagecodecs.deflate_crc32(data)  # type: ignore[arg-type]  # the stubs do not allow arrays
 
 
 def read_bytes(path: Path) -> np.ndarray:
@@ -121,7 +117,7 @@ def decode(
 ) -> np.ndarray:
     """Return the planes as (n_planes, side, side) uint8 pixels.
 
-    new : what makes the array, np.empty or that of a Memory
+    new : function that makes the array: np.empty, or a Memory's
     """
     side, heights = layout.side, layout.lengths()
     planes = new((len(layout.strips), side, side), np.uint8)

@@ -81,7 +81,7 @@ def test_an_interrupted_run_repeats_only_what_was_not_finished(make, small_data,
     work = tmp_path / "work"
     journal = work / "images" / "journal.jsonl"
     lines = journal.read_text().splitlines()
-    journal.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])  # as a kill in the middle of a line leaves it
+    journal.write_text("\n".join(lines[:7]) + "\n" + lines[7][:20])  # like after a kill in the middle of a line
     (work / "samples.csv.meta.json").unlink()
     finished = {json.loads(line)["Id"] for line in lines[:7]}
     before = {p.stem: p.stat().st_mtime_ns for p in (work / "images" / "96").iterdir()}
@@ -126,7 +126,7 @@ def test_what_a_killed_run_left_half_written_is_not_taken_for_a_table(make, run_
     images = tmp_path / "work" / "images"
     (images / ".128.4242.tmp.csv").write_text("Id,si")
     assert "is up to date" in make(small_data)
-    assert "is up to date" in make(small_data)  # its record is there still
+    assert "is up to date" in make(small_data)  # its record still exists
     assert "making" not in make(small_data)
     run_script("08_report.py", "--data", small_data, "--work", tmp_path / "work")
 
@@ -241,8 +241,8 @@ def test_16_bit_files_of_a_small_range_are_noticed_remembered_and_cured(make, sm
             tifffile.imwrite(path, image)
     out = make(small_data)
     warning = re.search(
-        r"warning: the 16-bit files use (\d+)..(\d+) of 0..65535 only \(60 of 60 files\), so images have few grey levels; "
-        r"give stage 01 or run_all.sh --black-level \1 --white-level \2",
+        r"warning: the 16-bit files use (\d+)..(\d+) of 0..65535 only \(60 of 60 files\), so images have few grey "
+        r"levels; give stage 01 or run_all.sh --black-level \1 --white-level \2",
         out,
     )
     low, high = int(warning[1]), int(warning[2])
@@ -317,7 +317,7 @@ def test_missing_damaged_and_undecodable_files_come_in_one_list_after_the_good_o
     (folder / "train-1_blue.tif").unlink()
     (folder / "train-2_green.tif").write_bytes(b"")
     whole = (folder / "train-5_green.tif").read_bytes()
-    (folder / "train-5_green.tif").write_bytes(whole[:9000])  # a whole header: found out when it is decoded
+    (folder / "train-5_green.tif").write_bytes(whole[:9000])  # a whole header: found when it is decoded
     error = refuses(small_data, "--jobs", "2")
     assert "3 samples cannot be used" in error and error.count("cannot be used") == 1
     assert list(pd.read_csv(tmp_path / "work" / "bad_files.csv")["Id"]) == ["train-1", "train-2", "train-5"]
@@ -327,7 +327,7 @@ def test_missing_damaged_and_undecodable_files_come_in_one_list_after_the_good_o
 def test_after_mending_the_bad_file_the_rest_is_not_made_again(refuses, make, small_data, tmp_path):
     path = small_data / "train_full_size" / "train-2_green.tif"
     good = path.read_bytes()
-    path.write_bytes(good[:9000])  # a whole header and half the pixels: found out when it is decoded
+    path.write_bytes(good[:9000])  # a whole header and half the pixels: found when it is decoded
     refuses(small_data)
     images = tmp_path / "work" / "images" / "96"
     before = {p.name: p.stat().st_mtime_ns for p in images.iterdir()}
@@ -433,7 +433,7 @@ def test_keep_going_leaves_samples_out_by_name_everywhere(make, run_script, refu
     for name in ("samples.csv", "images/96.csv"):
         ids = set(pd.read_csv(work / name, dtype=str)["Id"])
         assert len(ids) == 12 and not ids & {"train-1", "train-2", "test-0"}
-    write_sample(small_data / "train_full_size", "train-2")  # mended: it is back
+    write_sample(small_data / "train_full_size", "train-2")  # fixed: it is back
     assert "2 samples are left out" in make(small_data, "--keep-going")
 
 
@@ -442,7 +442,7 @@ def test_a_full_disk_is_noticed_before_the_first_image(tmp_path):
     from common.errors import UserError
 
     with pytest.raises(
-        UserError, match=r"about 3307.0 GB are needed in .* for 4000000 images, .* GB are free; make room"
+        UserError, match=r"about 3307.0 GB are needed in .* for 4000000 images, .* GB are free; free space"
     ):
         check_space([768] * 4_000_000, tmp_path)
     check_space([768], tmp_path)

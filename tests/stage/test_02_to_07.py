@@ -70,7 +70,7 @@ def test_the_whole_row(stages, fails, small_data, tmp_path):
     read = lambda name: {key: value for key, value in json.loads((work / name).read_text()).items() if key in few}
     assert read("thresholds.json") == read("thresholds.json.meta.json") == read("submission.csv.meta.json") == few
 
-    # The other fold follows: both are put together.
+    # The other fold follows: both are combined.
     assert "oof.npz is based on all 2 folds (0, 1)" in stages(small_data, [5], "--folds", "0")
     out = stages(small_data, [6, 7])
     assert "macro F1" in out and "12 out-of-fold samples" in out and "submission.csv: 3 rows" in out
@@ -259,7 +259,7 @@ def test_test_samples_that_were_left_out_have_empty_rows_in_their_places(stages,
 
 def test_without_a_sample_submission_the_test_images_are_taken(stages, small_data, tmp_path):
     (small_data / "sample_submission.csv").unlink()
-    told = f"{small_data}/sample_submission.csv is missing: the 3 samples in the test folders are taken, sorted by Id"
+    told = f"{small_data}/sample_submission.csv is missing: using the 3 samples in the test folders, sorted by Id"
     assert told in stages(small_data, [1])
     samples = pd.read_csv(tmp_path / "work" / "samples.csv")
     assert list(samples.loc[samples["part"] == "test", "Id"]) == ["test-0", "test-1", "test-2"]
@@ -268,6 +268,6 @@ def test_without_a_sample_submission_the_test_images_are_taken(stages, small_dat
 def test_data_without_test_samples_ends_without_a_submission(stages, run_script, small_data, tmp_path):
     shutil.rmtree(small_data / "test_full_size")
     (small_data / "sample_submission.csv").unlink()
-    assert "are taken, sorted by Id" not in stages(small_data, [1])
+    assert "sorted by Id" not in stages(small_data, [1])
     out = run_script("07_ensemble.py", "--work", tmp_path / "work").stdout
     assert "the data has no test samples, so there is no submission to make" in out

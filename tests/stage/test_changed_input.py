@@ -39,7 +39,7 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     changed = lambda before: {path.name for path, time in times().items() if before.get(path) != time}
     stages(1, 2, 3, 4, 5, 6, 7)
     networks = {path: path.read_bytes() for path in work.rglob("best.pt")}
-    assert f"begun or trained already, to be gone on with: {RECIPE} fold 0" in check().stdout
+    assert f"already begun or trained, to be resumed: {RECIPE} fold 0" in check().stdout
 
     # A test image: its stored copies, the test predictions and what is made from these.
     before = times()
@@ -54,12 +54,12 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     )
     assert "fold0_test.npz again (changed: images)" in out and "submission.csv again (changed: demo-quick)" in out
 
-    # A training image: every fold is trained or validated on it, so training asks.
+    # A training image: every fold is trained or validated on it, so training asks for --force.
     before = times()
     write_sample(small_data / "train_full_size", "train-3", seed=7)
     told = check().stdout
-    assert f"stage 01 will run again (changed: image files); trained already: {RECIPE} fold 0" in told
-    assert "-> where images or labels come out different, these will ask for --force; another --work keeps them" in told
+    assert f"stage 01 will run again (changed: image files); already trained: {RECIPE} fold 0" in told
+    assert "-> if images or labels change, these will need --force; another --work keeps them" in told
     stages(1)
     assert changed(before) == {"train-3.tif"}
     message = fails(*commands[3])
@@ -70,7 +70,7 @@ def test_one_image_or_label_changed(run_script, fails, small_data, tmp_path):
     write_sample(small_data / "train_full_size", "train-3")
     assert stages(1, 4).count("best.pt is up to date") == 2
 
-    # A label: no image is touched, training asks.
+    # A label: no image changes, training asks for --force.
     before = times()
     labels = pd.read_csv(small_data / "train.csv", dtype=str)
     labels.loc[labels["Id"] == "train-3", "Target"] = "0 21"

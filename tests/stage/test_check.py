@@ -36,7 +36,7 @@ def test_a_good_folder_is_fine_and_nothing_is_written(run_script, small_data, tm
         "estimate   time, 04 demo-quick    ",
         "estimate   time, 05 demo-quick",
         "estimate   time, in all",
-        "nothing will fail that could be seen from here; warnings: 1",
+        "no check failed; warnings: 1",
     ):
         assert any(line.startswith(beginning) for line in lines), (beginning, out)
 
@@ -58,15 +58,17 @@ def test_all_that_is_wrong_is_told_in_one_go_with_its_cure(run_script, small_dat
     work = tmp_path / "work"
     with Lock(work / "runs" / "demo-quick" / "fold0"):
         told = run_script(SCRIPT, "--check", "--data", small_data, "--work", work, *QUICK, check=False)
-    assert told.returncode == 2 and told.stderr.endswith("error: 1 of these will fail; mend them as said after '->'\n")
+    assert told.returncode == 2 and told.stderr.endswith(
+        "error: 1 of these will fail; fix them as described after '->'\n"
+    )
     for text in (
         "fold0 is being made by ",
-        "train_full_size has images of 1 Ids that no table has, such as stray",
+        "train_full_size has images of 1 Ids that are in no table, for example stray",
         "3 samples cannot be used:",
         "train: train-0_green not found",
         "train-1_red.png is a colour image",
         "train-2_blue.tif cannot be read",
-        "-> mend or remove them, or leave them out with --keep-going",
+        "-> fix or remove them, or leave them out with --keep-going",
         "the 16-bit files use ",
         "run_all.sh --white-level 4095",
     ):
@@ -75,7 +77,7 @@ def test_all_that_is_wrong_is_told_in_one_go_with_its_cure(run_script, small_dat
     shutil.rmtree(folder)
     (small_data / "test_full_size").rename(tmp_path / "elsewhere")
     told = run_script(SCRIPT, "--check", "--data", small_data, "--work", work, *QUICK, check=False)
-    assert told.returncode == 2 and "no sample can be used, so nothing else can be looked at" in told.stdout
+    assert told.returncode == 2 and "no sample can be used, so nothing else can be checked" in told.stdout
 
     table = pd.read_csv(small_data / "train.csv", dtype=str)
     table.assign(Target=["28", *table["Target"][1:]]).to_csv(small_data / "train.csv", index=False)
@@ -88,9 +90,7 @@ def test_all_that_is_wrong_is_told_in_one_go_with_its_cure(run_script, small_dat
         and "train.csv: Target must be labels 0 to 27" in told.stdout
         and "train-0: '28'" in told.stdout
     )
-    assert (
-        "cannot be written (Not a directory)" in told.stdout and "are looked at when the input is mended" in told.stdout
-    )
+    assert "cannot be written (Not a directory)" in told.stdout and "are checked once the input is fixed" in told.stdout
 
 
 def test_missing_packages_are_told_like_the_rest(run_script, small_data, tmp_path, monkeypatch):

@@ -152,7 +152,7 @@ def test_keep_going_is_taken_by_run_all_and_kept_from_the_run_before(
     capsys.readouterr()
     follow(*command)
     out = capsys.readouterr().out
-    assert "are left out, as --keep-going of the run before says" in out and "samples.csv is up to date" in out
+    assert "are left out, as in the previous run with --keep-going" in out and "samples.csv is up to date" in out
     monkeypatch.chdir(ROOT)
     follow("07_ensemble.py", "--work", tmp_path / "w")
     assert "stage 01 left out all 3 test samples, so there is no submission to make" in capsys.readouterr().out

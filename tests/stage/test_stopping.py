@@ -228,7 +228,7 @@ def test_idle_worker_processes_are_ended_without_a_word(number):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert result.returncode == 128 + number
-    assert result.stderr == "\nstopped; finished work is kept. To go on: python -c\n"
+    assert result.stderr == "\nstopped; finished work is kept. To resume: python -c\n"
 
 
 def test_worker_processes_never_see_ctrl_c():

@@ -18,7 +18,7 @@ DRAWS = np.random.default_rng(1).random((6, 3))
 
 
 def random_crop(image, crop, draw):
-    """Return a training crop as the paper's recipes have it, in one of the 8 symmetries."""
+    """Return a training crop as in the paper's recipes, in one of the 8 symmetries."""
     return dataset.augmented(dataset.random_crop(image, crop, draw), ("dihedral",), draw)
 
 

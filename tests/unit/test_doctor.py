@@ -1,4 +1,4 @@
-"""The doctor's single checks: what each says of a good and of a bad machine, folder or recipe."""
+"""The single checks: their lines for good and bad machines, folders and recipes."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ COST = Cost(parameters=10**6, images=2, steps=3, train=1.0, predict=0.5, fixed=1
 
 
 def found(check):
-    """Return a check's lines and what it returns."""
+    """Return a check's lines and its return value."""
     lines = []
     while True:
         try:
@@ -96,7 +96,7 @@ def test_shared_memory_is_for_three_batches_a_loader_process():
     assert machine.shared_memory(get_recipe("resnet50", ["size_rule=by-source"]), 8, whole - 1, "a").state == WARNING
     line = machine.shared_memory(recipe, 8, 200 * 2**20, "a")
     assert line.state == WARNING and line.found == "8 loader processes need 1.9 GB of /dev/shm, 0.2 GB are free"
-    assert "will start 0; give more" in line.cure and "--shm-size" in line.cure
+    assert "will start 0; make it larger" in line.cure and "--shm-size" in line.cure
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_time_is_scaled_from_what_was_measured(monkeypatch):
     recipe = get_recipe("resnet50", ["batch_size=2", "cycle_epochs=2", "max_cycles=3", "finder=off"])
     # 6 training rows in 3 batches of 2, 6 epochs: 36 images at 1 s, read at 0.1 s once; 3 validated 6 times at 0.5 s.
     assert costs.training_seconds(recipe, COST, FOLDS, 0, 0.1, 100) == pytest.approx(36 + 0.6 + 3 * 6 * 0.5)
-    # A pass of its own for the sampler, and the finder.
+    # A separate pass for the sampler, and the finder.
     assert costs.training_seconds(recipe, COST, FOLDS, 0, 0.1, 1) == pytest.approx(36 * 4 / 3 + 0.6 + 9)
     recipe = get_recipe("resnet50", ["batch_size=2", "cycle_epochs=2", "max_cycles=3"])
     assert costs.training_seconds(recipe, COST, FOLDS, 0, 0, 100) == pytest.approx(100 * 2 + 36 + 9)
@@ -162,18 +162,15 @@ def test_a_step_that_is_killed_for_want_of_memory_is_told(monkeypatch):
     monkeypatch.setattr(costs, "measure_here", killed)
     with pytest.raises(UserError) as error:
         costs.measure(get_recipe("demo"))
-    assert str(error.value) == (
-        "a step of two 128 px images was killed, most likely for want of memory; use smaller crops: --set crop_size=..."
-    )
+    for part in ("a step of two 128 px images was killed", "memory", "--set crop_size=..."):
+        assert part in str(error.value)
 
 
 def test_weights_that_nobody_hands_out_are_a_warning_with_the_file_to_save(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "answers", lambda url: False)
     (line,), _ = found(trainings.weights(SimpleNamespace(pretrained="auto", weights_dir=tmp_path), input_of()))
-    assert line.state == WARNING and line.found == (
-        "resnet50: the published weights are not at hand and their host does not answer, "
-        "so training starts from random ones and learns much less"
-    )
+    assert line.state == WARNING and line.found.startswith("resnet50: the published weights are not available")
+    assert "starts from random weights" in line.found
     published = networks.ENCODERS["resnet50"].weights
     assert line.cure == f"save {published.urls[0]} as {tmp_path / published.file}"
 

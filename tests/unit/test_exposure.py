@@ -26,7 +26,7 @@ def test_neither_hot_nor_dead_pixels_hide_the_range(side):
 
 @pytest.mark.parametrize(("side", "left_out"), [(31, 0), (32, 1), (44, 1), (45, 2), (1024, 262)])
 def test_a_thousandth_of_the_pixels_is_left_out_at_either_end(side, left_out):
-    """Of all pixels of small images, of every second of each row and column in one of 1024."""
+    """It reads all pixels of small images, and every second pixel per row and column in one of 1024."""
     plane = np.full((side, side), 7, np.uint16)
     seen = np.arange(side)[:: 2 if side == 1024 else 1]
     values = np.arange(len(seen) ** 2) * 65535 // (len(seen) ** 2 - 1)
@@ -77,7 +77,7 @@ def test_a_part_of_the_range_that_most_files_use_is_named(ranges, levels, line):
         ([[0, 250]] * 3, Levels(0, 1000)),  # a quarter
         ([[250, 1000]] * 3, Levels(0, 1000)),
         ([[400, 650]] * 3, Levels(400, 1400)),
-        ([[300, 650]] * 3, Levels(400, 1400)),  # what is below black counts for nothing
+        ([[300, 650]] * 3, Levels(400, 1400)),  # values below black are ignored
         ([[0, 4000]] * 2 + [[0, 65535]] * 3, WHOLE),  # less than half of them
     ],
 )
@@ -94,7 +94,7 @@ def test_one_part_from_another_camera_is_named():
 @pytest.mark.parametrize("others", [[], [files([0, 60000])]])
 @pytest.mark.parametrize("order", [1, -1])
 def test_parts_with_one_fault_are_told_together_in_the_range_of_both(order, others):
-    """The parts are named where others are well."""
+    """The parts are named if others have no fault."""
     two = [("test", files([100, 900])), ("train", files([0, 4000], [0, 4000], [0, 60000]))][::order]
     (line,) = said([sample for _, sample in two] + others, parts=[part for part, _ in two] + ["external"] * len(others))
     names = f" {' and '.join(part for part, _ in two)}" if others else ""
@@ -117,7 +117,7 @@ def test_parts_with_two_faults_are_two_warnings():
         (0, 0, "--white-level 1"),
         (32768, 36848, "--black-level 32768 --white-level 36848"),
         (65535, 65535, "--black-level 65534 --white-level 65535"),
-        (20, 100, "--white-level 127"),  # an offset of a quarter of what is used is none
+        (20, 100, "--white-level 127"),  # an offset of a quarter of the used range is ignored
         (21, 100, "--black-level 21 --white-level 100"),
         (0, 4096, "--white-level 8191"),
     ],
@@ -130,13 +130,13 @@ def test_the_flags_that_cure(low, high, flags):
 def test_levels_that_would_cut_off_other_files_are_not_advised():
     (line,) = said([files([0, 4000])] * 8 + [files([0, 65535])])
     assert "8 of 9 files" in line and line.endswith(
-        "1 files use more, so no level suits all; save them all in one range"
+        "1 files use more, so no level fits all; save them all with the same range"
     )
     for n in (9, 12):  # a tenth and less
         (line,) = said([files([0, 4000])] * n + [files([0, 65535])])
         assert line.endswith("--white-level 4095")
     (line,) = said([files([0, 4000])] * 58 + [files([0, 4095]), files([0, 4096])] + [files([0, 65535])] * 7)
-    assert "60 of 67 files" in line and "; 8 files use more, so no level suits all" in line  # not that of 4095
+    assert "60 of 67 files" in line and "; 8 files use more, so no level fits all" in line  # not that of 4095
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_misplaced_files_are_counted_and_some_are_named():
     (line,) = said(samples, parts=["external"] * 8)
     assert (
         "8 colour images" in line
-        and "in 4_red.jpg nearly everything is in the blue plane; and 3 more" in line
+        and "in 4_red.jpg nearly all signal is in the blue plane; and 3 more" in line
         and "5_red" not in line
     )
 

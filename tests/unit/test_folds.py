@@ -61,7 +61,7 @@ def test_copies_follow_the_rarest_class():
     copies = oversampling_copies(targets, max_copies=3)
     assert copies[[0, 1, 105, 110]].tolist() == [1, 1, 1, 3]
     assert oversampling_copies(targets, max_copies=10)[110] == 4  # ceil(sqrt(11 / 1))
-    more = np.hstack([targets, np.zeros((111, 25), dtype=bool)])  # classes without samples count for nothing
+    more = np.hstack([targets, np.zeros((111, 25), dtype=bool)])  # classes without samples are ignored
     assert (oversampling_copies(more, max_copies=10) == oversampling_copies(targets, max_copies=10)).all()
     assert oversampling_copies(targets & False, max_copies=10).tolist() == [1] * 111
 

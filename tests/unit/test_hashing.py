@@ -23,7 +23,7 @@ def random_hashes(n):
 
 
 def brute_force(hashes, flat, thresholds):
-    """Every pair by itself, bit by bit."""
+    """Compare every pair separately, bit by bit."""
     bits = np.unpackbits(hashes, axis=2).astype(int)
     return [
         (i, j)
@@ -116,7 +116,7 @@ def test_test_samples_are_listed_and_never_grouped():
 
 def test_a_test_sample_joins_no_labelled_ones():
     hashes = random_hashes(4)
-    hashes[2:] = hashes[0]  # two test samples are as the first one
+    hashes[2:] = hashes[0]  # two test samples equal the first one
     samples = pd.DataFrame(
         {"Id": list("abcd"), "part": ["train", "train", "test", "test"], "Target": ["1", "1", "", ""]}
     )

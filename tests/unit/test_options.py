@@ -1,4 +1,4 @@
-"""The defaults of flags: the check's are those of the stages that it speaks for, and each stands in the code once."""
+"""The defaults of flags: the check has those of the stages, and each is declared only once."""
 
 import runpy
 import sys
@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 
 def defaults(monkeypatch, script) -> dict:
-    """Return what a script's flags are when none is given."""
+    """Return the default values of a script's flags."""
     monkeypatch.setattr(sys, "argv", [script])
     return vars(runpy.run_path(str(ROOT / script))["parse_args"]())
 

@@ -1,4 +1,4 @@
-"""Which stored images stage 01 makes again: none because of an upgrade, all large ones of another kind of store."""
+"""Which stored images stage 01 makes again: none after an upgrade, all large ones for another --store."""
 
 import json
 from types import SimpleNamespace
@@ -23,8 +23,10 @@ def recipes_of(stores) -> dict[str, Recipe]:
 
 @pytest.fixture
 def make(tmp_path):
-    """Return a function that stores two samples as stage 01 does, and returns store -> table, file -> time of
-    change."""
+    """Return a function that stores two samples as stage 01 does.
+
+    It returns store -> table, and file -> time of change.
+    """
     for Id in "ab":
         write_sample(tmp_path / "data" / "train_full_size", Id, size=304)
     pd.DataFrame({"Id": list("ab"), "Target": "0"}).to_csv(tmp_path / "data" / "train.csv", index=False)

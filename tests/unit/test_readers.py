@@ -1,4 +1,4 @@
-"""Every row of READERS: what a new image format must do, and the lines of CONTRIBUTING.md that add one."""
+"""Every row of READERS: the rules for a new image format, and the lines of CONTRIBUTING.md that add one."""
 
 import numpy as np
 import pytest
@@ -80,13 +80,13 @@ def test_the_lines_of_contributing_add_a_reader(tmp_path, monkeypatch):
     with pytest.raises(BadImage, match=r"a_red.npy is not square \(9 x 64 px\)"):
         read_sample(files)
     (tmp_path / "a_red.npy").rename(tmp_path / "a_red.bmp")
-    assert "not found as .tif, .png, .jpg or .npy; there is a_red.bmp (save it as TIFF, PNG, JPEG or NPY)" in missing(
+    assert "not found as .tif, .png, .jpg or .npy; found a_red.bmp (save it as TIFF, PNG, JPEG or NPY)" in missing(
         tmp_path, write=False
     )
 
 
 def missing(folder, write=True) -> str:
-    """Write a sample as .npy files; return what is said of those that cannot be read."""
+    """Write a sample as .npy files; return the messages for those that cannot be read."""
     if write:
         for channel in CHANNELS:
             np.save(folder / f"a_{channel}.npy", IMAGE)

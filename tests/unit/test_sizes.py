@@ -1,4 +1,4 @@
-"""At which size images of mixed sources are stored, and which are too small for that."""
+"""The size at which images of mixed sources are stored, and the sources that are too small for it."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def sized(recipes, *sides):
         ([767], 767, 544, 0),
         ([768], 768, 512, 0),
         ([300] + [2048] * 8, 768, 512, 1),
-        ([300] + [512] * 8, 512, 384, 1),  # one odd image does not count
+        ([300] + [512] * 8, 512, 384, 1),  # a single odd image is ignored
         ([2048] + [512] * 8, 512, 384, 0),
         ([300, 2048, 2048], 300, 224, 0),
         ([512] * 4 + [2048] * 4, 512, 384, 0),
@@ -38,7 +38,7 @@ def test_a_recipe_has_the_size_that_three_quarters_of_the_sources_have(sides, si
         plan = sized({"resnet50": get_recipe("resnet50")}, *some)
         fitted = plan.fitted["resnet50"]
         assert (fitted.size, fitted.crop) == (size, crop) and len(plan.faulty) == n_small
-    # Stage 04 sees what is left, and comes to the same.
+    # Stage 04 sees the remaining samples, and gets the same result.
     assert fit_to_source(get_recipe("resnet50"), min(plan.sides)) == fitted
 
 
@@ -80,7 +80,7 @@ def test_what_to_give_instead_is_said_and_works(tmp_path, names, settings, comma
         refuse_bad(plan.samples, tmp_path / "bad_files.csv", cure_small(plan))
     message = str(error.value)
     assert (
-        "leave them out with --keep-going; enlarge those that are too small with --set enlarge=true, or use all at"
+        "leave them out with --keep-going; enlarge samples that are too small with --set enlarge=true, or use all at"
         in message
     )
     assert command in message and "s0 has 300 px" in message
@@ -109,4 +109,4 @@ def test_stage_01_runs_again_when_it_is_to_enlarge(tmp_path):
         "parameters": {"sizes": ["128", "768"], "white_level": 65535, "keep_going": False},
         "inputs": plain.inputs,
     }
-    assert plain.changes(before) is None  # as before there was the field
+    assert plain.changes(before) is None  # as before the field existed

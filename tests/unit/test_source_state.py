@@ -1,4 +1,4 @@
-"""What stage 01 knows of its input: which changes of a file's entry are changes of its content."""
+"""The state of stage 01's input: which changes of a file's entry are changes of its content."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def store(samples, folder, stores=("64",)):
 
 
 def states_of(samples, folder, n_jobs=1) -> list[str]:
-    """Return the states of the samples' files as stage 01 knows them."""
+    """Return stage 01's states of the samples' files."""
     return [sample.state for sample in with_states(samples, folder / "work" / "images" / "journal.jsonl", n_jobs)]
 
 
@@ -65,7 +65,7 @@ def test_other_rights_or_owners_change_nothing_and_are_looked_at_once(stored, tm
     assert states_of(stored, tmp_path) == states and len(journal(tmp_path)) == 3
     store(stored, tmp_path)
     assert made(tmp_path) == images and len(journal(tmp_path)) == 3
-    store(stored, tmp_path, ("64", "32"))  # another size: what was noted stays known
+    store(stored, tmp_path, ("64", "32"))  # another size: recorded states are kept
     assert states_of(stored, tmp_path) == states and len(journal(tmp_path)) == 5
 
 

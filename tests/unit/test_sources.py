@@ -175,7 +175,7 @@ def test_tiff_is_preferred_over_png_and_whole_samples_over_parts(tmp_path):
     assert channel_files("a", [folders[0]]) == ([], ["a_red"])
     for name in ("a_blue.png", "a_green.png"):
         (small / name).unlink()
-    for order in ((full, small), (small, full)):  # of folders with parts, the fullest says what is missing
+    for order in ((full, small), (small, full)):  # of incomplete folders, the fullest one names the missing files
         assert channel_files("a", [list_files(folder) for folder in order]) == ([], ["a_red"])
 
 
@@ -303,8 +303,8 @@ VALUES = np.arange(256).reshape(16, 16)
         ({"more": [(32997, "I", [2])]}, "claims 2 x 16 x 16 px"),
         ({"description": '{"shape": [3, 16, 16], "truncated": true}', "images": 3}, "has 3 images in one page"),
         ({"description": "ImageJ=1.53t\nimages=4\nslices=4\n", "images": 4}, "has 4 images in one page"),
-        ({"photometric": 6}, "is stored as YCBCR with 1 values a pixel"),
-        ({"photometric": 2}, "is stored as RGB with 1 values a pixel"),
+        ({"photometric": 6}, "is stored as YCBCR with 1 values per pixel"),
+        ({"photometric": 2}, "is stored as RGB with 1 values per pixel"),
         ({"photometric": 4}, "is stored as MASK"),
         ({"more": [(262, "H", None)]}, "does not say whether 0 is black"),
         ({"more": [(339, "H", [2])]}, "holds int8"),
@@ -331,8 +331,8 @@ def test_a_tiff_that_would_be_read_wrongly_is_refused_by_name(tmp_path, tags, me
         (4, [1], "has an alpha channel"),
         (5, [0, 1], "has an alpha channel"),
         (5, [2, 0], "has an alpha channel"),
-        (2, [0], "has 2 values a pixel; expected one"),
-        (5, [0, 0], "has 5 values a pixel; expected one"),
+        (2, [0], "has 2 values per pixel; expected one"),
+        (5, [0, 0], "has 5 values per pixel; expected one"),
     ],
 )
 def test_more_values_a_pixel_are_refused_by_name(tmp_path, n, extra, message):
@@ -346,7 +346,7 @@ def test_the_first_page_says_for_how_many_images_it_stands_not_its_smaller_copie
     with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
         tiff.write(stack, photometric="minisblack", truncate=True)
         tiff.write(stack[0, ::2, ::2], photometric="minisblack", subfiletype=1)
-    with pytest.raises(BadImage, match="^has 3 images in one page; expected one channel a file$"):
+    with pytest.raises(BadImage, match="^has 3 images in one page; expected one channel per file$"):
         read_channel(tmp_path / "a.tif", "green")
 
 
@@ -377,9 +377,7 @@ def test_a_display_table_leaves_values_as_they_are_and_a_grey_one_gives_the_leve
         write_tiff(tmp_path / "a.tif", values, photometric=3, table=table)
         np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), expected)
     levels = np.zeros((256, 3), int)
-    levels[:4] = (
-        np.array([0, 30, 100, 255])[:, None] * 257
-    )  # the few levels that a picture has, as optimizers write them
+    levels[:4] = np.array([0, 30, 100, 255])[:, None] * 257  # only the levels in the picture, as optimizers write them
     write_tiff(tmp_path / "a.tif", values % 4, photometric=3, table=levels)
     np.testing.assert_array_equal(read_channel(tmp_path / "a.tif", "green"), np.array([0, 30, 100, 255])[values % 4])
 
@@ -473,7 +471,7 @@ def test_a_pointer_to_a_file_that_is_not_there_is_called_so(tmp_path, suffix, te
     with pytest.raises(BadImage) as error:
         read_channel(tmp_path / f"a{suffix}", "green")
     assert str(error.value) == (
-        f"cannot be read: a link to a file that is not there? It holds only the text '{' '.join(text.split())}'"
+        f"cannot be read: a link to a missing file? It holds only the text '{' '.join(text.split())}'"
     )
 
 
@@ -507,15 +505,15 @@ def test_of_two_files_for_one_channel_the_same_is_always_taken(tmp_path):
 @pytest.mark.parametrize(
     ("make", "hint"),
     [
-        (lambda f: (f / "a_red.tif.gz").touch(), "; there is a_red.tif.gz (unpack it)"),
-        (lambda f: (f / "a_red.bmp").touch(), "; there is a_red.bmp (save it as TIFF, PNG or JPEG)"),
+        (lambda f: (f / "a_red.tif.gz").touch(), "; found a_red.tif.gz (unpack it)"),
+        (lambda f: (f / "a_red.bmp").touch(), "; found a_red.bmp (save it as TIFF, PNG or JPEG)"),
         (
             lambda f: (f / "a_red.png").symlink_to("gone.png"),
-            "; there is a_red.png (a link to gone.png, which is not there)",
+            "; found a_red.png (a link to gone.png, which is missing)",
         ),
-        (lambda f: (f / "a_red.tif").mkdir(), "; there is a_red.tif (a folder)"),
-        (lambda f: os.mkfifo(f / "a_red.tif"), "; there is a_red.tif (not a regular file)"),
-        (lambda f: (f / "A_Red.tif").touch(), "; there is A_Red.tif (rename it to a_red.tif)"),
+        (lambda f: (f / "a_red.tif").mkdir(), "; found a_red.tif (a folder)"),
+        (lambda f: os.mkfifo(f / "a_red.tif"), "; found a_red.tif (not a regular file)"),
+        (lambda f: (f / "A_Red.tif").touch(), "; found A_Red.tif (rename it to a_red.tif)"),
         (lambda f: (f / "._a_red.tif").touch(), ""),
         (lambda f: (f / "ab_red.tif.gz").touch(), ""),
     ],
@@ -537,8 +535,7 @@ def test_a_channel_in_another_folder_is_named(tmp_path):
             (tmp_path / folder / f"a_{channel}.png").touch()
     folders = [list_files(tmp_path / "full"), list_files(tmp_path / "small")]
     assert not_found(channel_files("a", folders)[1], folders) == (
-        "a_red not found as .tif, .png or .jpg; there is "
-        f"{tmp_path}/small/a_red.png (put all four files into one folder)"
+        f"a_red not found as .tif, .png or .jpg; found {tmp_path}/small/a_red.png (put all four files into one folder)"
     )
 
 

@@ -1,4 +1,4 @@
-"""The store: what any version wrote comes back bit for bit, whole or in part; what was changed is refused."""
+"""The store: images of any version are read bit for bit, whole or in part; changed ones are refused."""
 
 import zlib
 
@@ -37,7 +37,7 @@ def swap_bytes(path, old: int, new: bytes):
     path.write_bytes(content)
 
 
-# What earlier versions called, word for word.
+# The calls of earlier versions, word for word.
 EARLIER = {
     "deflate with predictor": {
         "metadata": {"axes": "CYX", "channels": images.CHANNELS},
