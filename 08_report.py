@@ -1,11 +1,11 @@
-"""Make one page to look at from whatever the work folder holds, or a page of one sample.
+"""Make one HTML page on all that the work folder holds, or a page on one sample.
 
-reads   WORK/: what the stages have written so far; a section is left out, with a note, where its stage has not run
+reads   WORK/: what the stages have written so far; a section is left out, with a note, if its stage has not run
         WORK/runs/<recipe>/fold<k>/best.pt   only with --sample, for its heat maps
 writes  WORK/report.html        one file, no network: data, duplicates, folds, trainings, predictions, scores, ...
         WORK/sample_<Id>.html   with --sample: channels, probabilities and thresholds, duplicates, heat maps
 
-It is made anew each time, in seconds, so it has no sidecar: it never is out of date with what it shows.
+The page is made from scratch each time, in seconds, so it has no sidecar and is never out of date.
 
 example python 08_report.py --work work
         python 08_report.py --work work --sample 004cd3ba-6269-4a57-9260-ae8a93bcdd47
@@ -14,7 +14,7 @@ example python 08_report.py --work work
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where Python runs with -P or -I it is not there
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
 from common.errors import UserError, command
 from common.process import command_line
@@ -23,12 +23,12 @@ from common.process.main import run
 
 def parse_args():
     parser = command_line.parser(__doc__)
-    parser.add_argument("--sample", metavar="ID", help="make the page of one sample in place of the whole one")
+    parser.add_argument("--sample", metavar="ID", help="make the page of one sample instead of the whole work folder's")
     parser.add_argument(
         "--recipe",
         type=command_line.recipe_names,
         metavar="NAME",
-        help="with --sample: whose network the heat maps are of (default: the first of thresholds.json)",
+        help="with --sample: recipe whose networks the heat maps show (default: the first of thresholds.json)",
     )
     return parser.parse_args()
 

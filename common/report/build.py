@@ -1,4 +1,4 @@
-"""The page on a work folder: a section for each stage, from what the stages wrote; a missing one says what to run."""
+"""The page on a work folder: a section for each stage, from its files; without them it says what to run."""
 
 import re
 from collections.abc import Callable
@@ -21,8 +21,8 @@ def overview(work: Work) -> list:
         Table(
             "Stages",
             stage_table(work),
-            "Sections below are left out until their stage has run. Folds are added up: "
-            "the rows of 04 are the samples of an epoch, copies included; its seconds are those of the epochs, without "
+            "Sections below are left out until their stage has run. Folds are added up. "
+            "The rows of 04 are the samples of an epoch, copies included. Its seconds are those of the epochs, without "
             "waiting.",
             {"rows": ",.0f", "seconds": ",.1f"},
             wide=True,
@@ -58,8 +58,7 @@ def stage_files(work: Work) -> list[tuple[str, Path]]:
 
 
 def stage_table(work: Work) -> pd.DataFrame:
-    """Return a row a stage: what it made, whether from what is there now, rows, seconds; folds in one state
-    together."""
+    """Return a row per stage: output, state, rows and seconds; folds in the same state together."""
     rows = []
     for stage, path in stage_files(work):
         state, record = work.state(path)
@@ -73,7 +72,7 @@ def stage_table(work: Work) -> pd.DataFrame:
     return table.groupby(["stage", "main file", "state"], sort=False, as_index=False).sum(min_count=1)
 
 
-# The sections of the page in their order.
+# The sections of the page, in order.
 SECTIONS: list[Callable[[Work], Section]] = [
     overview,
     data,

@@ -1,4 +1,4 @@
-"""Where networks look: heat maps of Grad-CAM (Selvaraju et al. 2017), and their probabilities, for one sample."""
+"""What networks attend to in one sample: Grad-CAM heat maps (Selvaraju et al. 2017), and probabilities."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,16 +25,16 @@ def explain(
     sample: pd.DataFrame,
     choose: Callable[[np.ndarray], Iterable[int]],
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Return the mean probabilities of some folds' networks for a sample, (28,), and heat maps: class -> (side, side)
-    in [0, 1].
+    """Return the mean probabilities of some folds' networks for a sample, (28,), and heat maps of classes.
+
+    Heat maps are class -> (side, side) in [0, 1]. Like predictions, they are means over the networks and the 8
+    symmetries of the image, each turned back; all 0 if no network finds anything.
 
     sample : one row with Id and Target
     choose : function of the probabilities -> classes to explain
-    The maps are means over the networks and the 8 symmetries of the image, as predictions are, each turned back; all 0
-    where no network finds anything.
     """
     hardware = choose_hardware(HardwareOptions("cpu", "fp32"), training=False)
-    seen = []  # by each network
+    seen = []  # a network's camera and its views of the image
     for fold in numbers:
         path, recipe = finished_checkpoint(work, recipe_name, fold, folds, "best")
         model, normalise = load_network(path, recipe, hardware)
@@ -49,11 +49,10 @@ def explain(
 
 
 def heat_map(seen: list[tuple[LayerGradCam, torch.Tensor]], c: int, side: int) -> np.ndarray:
-    """Return what speaks for class `c` in the views of one image, (side, side), 1 where most does; all 0 where nothing
-    does.
+    """Return the evidence for class `c` in the views of one image, (side, side), at most 1; all 0 without evidence.
 
-    seen : a network's camera and the views as it is given them, of each network. A map counts by its height, so that a
-        network that finds next to nothing does not count as much as one that is sure.
+    seen : for each network, its camera and its normalised views. Maps are not rescaled before the mean, so that a
+        network that finds next to nothing counts less than one that is sure.
     """
     maps = [
         turned_back(one, view)
@@ -67,5 +66,5 @@ def heat_map(seen: list[tuple[LayerGradCam, torch.Tensor]], c: int, side: int) -
 
 
 def turned_back(image: torch.Tensor, view: int) -> torch.Tensor:
-    """Undo `data.dihedral`, which transposes first and mirrors then."""
+    """Undo `dataset.dihedral`, which first transposes and then mirrors."""
     return dihedral(dihedral(image, view & 6), view & 1)

@@ -1,4 +1,4 @@
-"""Sections of the page on what goes in: data, duplicates, folds, trainings."""
+"""Sections of the page on inputs: data, duplicates, folds, trainings."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ STAINS = dict(zip(CHANNELS, ("microtubules", "the protein", "nucleus", "reticulu
 # --- data --------------------------------------------------------------------------------------------------
 
 
-@section("Data", "What there is to learn from. Counts are of samples; a sample may have several classes.")
+@section("Data", "The images and labels to train on. Counts are of samples; a sample may have several classes.")
 def data(work: Work) -> list:
     samples = work.samples
     parts = [part for part in ("train", "test", "external") if (samples["part"] == part).any()]
@@ -32,7 +32,7 @@ def data(work: Work) -> list:
     facts = {f"{part} samples": f"{(samples['part'] == part).sum():,}" for part in parts}
     facts |= {
         "classes with samples": f"{targets.any(axis=0).sum()} of {N_CLASSES}",
-        "labels a sample": f"{targets.sum(axis=1).mean():.2f}",
+        "labels per sample": f"{targets.sum(axis=1).mean():.2f}",
         "stored at": f"{', '.join(work.stores)} px",
     }
     return [
@@ -48,7 +48,7 @@ def data(work: Work) -> list:
 
 
 def exposure(work: Work) -> list[Note]:
-    """Repeat what stage 01 warned of: images whose range of brightness is hardly used, say."""
+    """Repeat stage 01's warnings, for example of images that hardly use their range of brightness."""
     warning = exposure_warning(work.folder)
     return [Note(warning[0].upper() + warning[1:] + ".")] if warning else []
 
@@ -62,14 +62,14 @@ def left_out(work: Work) -> list[Table]:
             f"Samples left out: {len(work.left_out):,}",
             work.left_out.head(100),
             "Stage 01 could not use them, so nothing "
-            "below counts them; test samples among them have empty rows in the submission.",
+            "below counts them. Test samples among them have empty rows in the submission.",
             wide=True,
         )
     ]
 
 
 def count_stages(work: Work) -> dict[str, np.ndarray]:
-    """Return samples of each class (28,): labelled, after stage 02, and in training with the copies of stage 03."""
+    """Return the samples of each class, (28,): labelled, after stage 02, and in training with stage 03's copies."""
     labelled = work.samples[work.samples["part"] != "test"]
     counts = {"labelled": parse_targets(labelled["Target"]).sum(axis=0)}
     duplicates, folds = there(lambda: work.duplicates), there(lambda: work.folds)
@@ -89,7 +89,7 @@ def class_blocks(counts: dict[str, np.ndarray], order: np.ndarray) -> list:
             "Samples of each class",
             plots.dots("classes", list(NAMES[order]), marks, "samples", log=True),
             "Look for classes at the far left, or without a mark: they decide macro F1, and their scores are "
-            "uncertain. Copies are how often a sample appears in an epoch of training.",
+            "uncertain. Copies: how often a sample appears in an epoch of training.",
         ),
         Table(
             "Samples of each class",
@@ -102,7 +102,7 @@ def class_blocks(counts: dict[str, np.ndarray], order: np.ndarray) -> list:
 def labels_figure(targets: np.ndarray) -> Figure:
     counts = np.bincount(targets.sum(axis=1))[1:]
     return Figure(
-        "Labels a sample",
+        "Labels per sample",
         plots.bars("labels", [str(n + 1) for n in range(len(counts))], counts, "labels of a sample", "samples"),
         "Most samples should have one to three. A network that predicts many more or fewer has wrong thresholds.",
     )
@@ -131,13 +131,13 @@ def image_blocks(work: Work, parts: list[str]) -> list:
         Figure(
             "Brightness of the channels",
             plots.boxes("channels", titles, means, "mean of an image, 0 to 1"),
-            "Boxes hold the middle half of the images, whiskers 90 %. Look for parts that differ: there a network "
-            "meets what it was not trained on.",
+            "Boxes span the middle half of the images, whiskers 90 %. Look for parts that differ: there a network "
+            "sees images unlike those that it was trained on.",
         ),
         Table(
             "Size of the source images",
             sizes.rename(columns={"side": "side, px"}),
-            "Samples by the side of their source; larger ones are shrunk to what the recipes need.",
+            "Samples by the side of their source; larger ones are shrunk to the recipes' sizes.",
             {"side, px": "d"},
         ),
         Table(
@@ -150,7 +150,7 @@ def image_blocks(work: Work, parts: list[str]) -> list:
 
 
 def co_occurrence(targets: np.ndarray, order: np.ndarray) -> list:
-    """Show which classes come together, as shares and as the most frequent pairs."""
+    """Show which classes occur together, as shares and as the most frequent pairs."""
     together = targets.astype(int).T @ targets.astype(int)
     counts = np.diag(together)
     shown = order[counts[order] > 0]
@@ -168,18 +168,18 @@ def co_occurrence(targets: np.ndarray, order: np.ndarray) -> list:
     pairs = pairs[pairs["together"] > 0].sort_values("together", ascending=False, kind="stable").head(40)
     return [
         Figure(
-            "Classes that come together",
+            "Classes that occur together",
             plots.matrix(
                 "together", share, list(NAMES[shown]), "share of the row's samples that also have the column's class"
             ),
-            "Bright cells are pairs to expect. A rare class in a bright cell may be learnt by way of its companion.",
+            "Bright cells are pairs to expect. A network may detect a rare class in a bright cell by its companion.",
             wide=True,
         ),
         Table(
             "Most frequent pairs of classes",
             pairs.assign(ratio=pairs["together"] / pairs["by chance"]),
-            "By chance: as often as if labels were independent. A ratio far above 1 is a companion, unless "
-            "it rests on a few samples.",
+            "By chance: as often as if labels were independent. A ratio far above 1 marks companions, unless "
+            "it is based on few samples.",
             {"by chance": ".1f", "ratio": ".2f"},
             wide=True,
         ),
@@ -200,8 +200,8 @@ def contact_sheet(work: Work, targets: np.ndarray, ids: np.ndarray) -> Gallery:
     return Gallery(
         "A sample of each class",
         cards,
-        "Look for the green, the protein: its place is the class. Red are "
-        "microtubules, blue is the nucleus, yellow the endoplasmic reticulum.",
+        "Look for the green, the protein: its place is the class. Microtubules "
+        "are red, the nucleus is blue, the endoplasmic reticulum yellow.",
     )
 
 
@@ -210,8 +210,8 @@ def contact_sheet(work: Work, targets: np.ndarray, ids: np.ndarray) -> Gallery:
 
 @section(
     "Duplicates",
-    "Near-identical images by perceptual hashes of red, green and blue. One sample for each set of labels stays for "
-    "training; nothing is removed from test.",
+    "Near-identical images by perceptual hashes of red, green and blue. Per group, one sample of each set of labels "
+    "stays for training; nothing is removed from test.",
 )
 def duplicates(work: Work) -> list:
     table, pairs = work.duplicates, work.pairs
@@ -245,18 +245,18 @@ def duplicates(work: Work) -> list:
 
 
 def closeness(counts: np.ndarray) -> Figure:
-    """Show how many pairs are so many bits apart."""
+    """Show how many pairs have each distance in bits."""
     names, label = [str(n) for n in range(len(counts))], "largest distance of the three channels, bits of 64"
     return Figure(
         "How close the pairs are",
         plots.bars("bits", names, counts, label, "pairs"),
         "Look for a gap before the right end. Without one the limit may be too wide; duplicate_pairs.png shows the "
-        "nearest pairs that do not count.",
+        "closest pairs that do not count.",
     )
 
 
 def pair_galleries(work: Work, pairs: pd.DataFrame, apart: pd.DataFrame, most: int = SHOWN // 2) -> list[Gallery]:
-    """Show pairs of four kinds, where there are any."""
+    """Show pairs of four kinds, if there are any."""
     kinds = (
         ("Closest pairs", pairs, "They should be the same picture."),
         ("Farthest pairs that count", pairs[most:][::-1], "If these show different cells, lower the threshold."),
@@ -268,7 +268,7 @@ def pair_galleries(work: Work, pairs: pd.DataFrame, apart: pd.DataFrame, most: i
         (
             "Matches between test and labelled samples",
             apart,
-            "For these test samples the label is known; a score on them flatters.",
+            "For these test samples the label is known; a score on them is too good.",
         ),
     )
     return [
@@ -315,17 +315,17 @@ def folds(work: Work) -> list:
         **{name: targets[rows].sum(axis=0) for name, rows in aside.items()},
         "off an even share": np.abs(list(away.values())).max(axis=0),
     }
-    lacking = NAMES[(np.min(list(positives.values()), axis=0) == 0) & (even > 0)]
+    missing = NAMES[(np.min(list(positives.values()), axis=0) == 0) & (even > 0)]
     return [
         Facts(
             {
-                "samples a fold": ", ".join(f"{(fold == k).sum():,}" for k in numbers),
+                "samples per fold": ", ".join(f"{(fold == k).sum():,}" for k in numbers),
                 **{name: f"{rows.sum():,}" for name, rows in aside.items()},
                 "groups split": str((table.groupby("group")["fold"].nunique() > 1).sum()),
                 "copies of a sample": f"1 to {table['copies'].max()}",
             }
         ),
-        *too_rare(lacking),
+        *too_rare(missing),
         evenness(list(NAMES[order]), {name: values[order] for name, values in away.items()}),
         Table(
             "Positives of each class",
@@ -337,8 +337,8 @@ def folds(work: Work) -> list:
 
 
 def too_rare(names: np.ndarray) -> list[Note]:
-    """Say which classes have no positive in some fold."""
-    text = f"Too rare for a positive in every fold: {', '.join(names)}. Their scores hang on few samples."
+    """Name the classes without a positive in some fold."""
+    text = f"Too rare for a positive in every fold: {', '.join(names)}. Their scores depend on few samples."
     return [Note(text)] if len(names) else []
 
 
@@ -354,15 +354,15 @@ def evenness(names: list[str], away: dict[str, np.ndarray]) -> Figure:
 # --- training ----------------------------------------------------------------------------------------------
 
 
-@section("Training", "Each recipe's trainings, one a fold. Validation images are those of the fold.")
+@section("Training", "Each recipe's trainings, one per fold. Validation images are those of the fold.")
 def training(work: Work) -> list:
     blocks: list = [
         Table(
             "Trainings",
             run_table(work),
             "Training ends by the recipe's own rule. The best epoch is the one with the "
-            "highest macro F1 at a threshold of 0.5 on the fold's validation images, so it flatters a little.",
-            {"seconds an epoch": ",.1f", "minutes": ",.1f"},
+            "highest macro F1 at a threshold of 0.5 on the fold's validation images, so it is a little too good.",
+            {"seconds per epoch": ",.1f", "minutes": ",.1f"},
             wide=True,
         )
     ]
@@ -380,7 +380,7 @@ def training(work: Work) -> list:
 
 
 def run_table(work: Work) -> pd.DataFrame:
-    """Return a row a recipe and fold: how far it is, its best epoch, its time."""
+    """Return a row per recipe and fold: its progress, best epoch and time."""
     rows = []
     for recipe, logs in work.runs.items():
         for fold, log in logs.items():
@@ -392,10 +392,10 @@ def run_table(work: Work) -> pd.DataFrame:
                     "recipe": recipe,
                     "fold": fold,
                     "epochs": len(log),
-                    "state": "finished" if work.run_record(recipe, fold) else "under way",
+                    "state": "finished" if work.run_record(recipe, fold) else "unfinished",
                     "best macro F1": best["macro_f1"].max(),
                     "in epoch": best["epoch"].max(),
-                    "seconds an epoch": seconds.mean(),
+                    "seconds per epoch": seconds.mean(),
                     "minutes": seconds.sum() / 60,
                 }
             )
@@ -426,18 +426,18 @@ def curves(recipe: str, logs: dict[int, pd.DataFrame]) -> list[Figure]:
             plots.lines(f"loss {recipe}", loss, "epoch", "loss per sample", dashed=dashed, **restarts),
             "Both should fall. A validation loss (solid) that rises while the training loss (dashed) falls means "
             "overfitting. Dotted lines are restarts. Training counts crops and the hardest samples only, so the two "
-            "are not on one scale.",
+            "are not comparable.",
         ),
         Figure(
             "Macro F1",
             plots.lines(f"score {recipe}", score, "epoch", "macro F1 at 0.5", ylim=(0, None), **restarts),
-            "Scores should end near their highest point. A drop after a restart (dotted) is normal, and should be made "
-            "good within the cycle.",
+            "Scores should end near their highest point. A drop after a restart (dotted) is normal, and should "
+            "be recovered within the cycle.",
         ),
         Figure(
             "Learning rate",
             plots.lines(f"rate {recipe}", rate, "epoch", "learning rate of the head", ylim=(0, None), **restarts),
-            "The schedule as it was: with cycles down a cosine, and back to the top at each restart (dotted).",
+            "The schedule as trained. Cycles follow a cosine down, and return to the top at each restart (dotted).",
         ),
     ]
 
@@ -456,7 +456,7 @@ def finder(work: Work, recipe: str) -> list[Figure]:
     svg = plots.lines(
         f"finder {recipe}",
         series,
-        "learning rate, growing a batch at a time",
+        "learning rate, growing with each batch",
         "loss, smoothed",
         logx=True,
         verticals=used,
@@ -474,7 +474,7 @@ def finder(work: Work, recipe: str) -> list[Figure]:
 
 
 def hard_mix(work: Work, recipe: str) -> list[Figure]:
-    """Show which classes the hard sampler keeps more of than it sees."""
+    """Show which classes the hard sampler keeps more often than it sees."""
     tables = work.run_tables(recipe, "hard_classes.csv").values()
     if not tables:
         return []
@@ -485,10 +485,10 @@ def hard_mix(work: Work, recipe: str) -> list[Figure]:
     marks = {"share seen": shares["ranked"], "share kept": shares["kept"].where(shares["kept"] > 0)}
     return [
         Figure(
-            "What the hard sampler learns from",
+            "What the hard sampler trains on",
             plots.dots(f"hard {recipe}", list(shares.index), marks, "share of all labels, %", log=True),
             "All folds and epochs together; the class that gains most is at the top. Filled marks right of the hollow "
-            "ones are classes that are learnt from more than they are seen; far to the right, labels may be wrong.",
+            "ones are classes that are trained on more than they are seen; far to the right, labels may be wrong.",
         )
     ]
 
@@ -513,6 +513,6 @@ def class_weights(work: Work, recipe: str) -> list[Figure]:
                 f"weights {recipe}", names, {"weight": weights[order]}, "weight of the class in the loss", log=True
             ),
             f"Fold {fold}, alpha {settings.alpha:g}; training samples in brackets. Rare classes weigh more, and more "
-            "so with a higher alpha. If all are alike, alpha is too low to matter.",
+            "so with a higher alpha. If all are equal, alpha is too low to matter.",
         )
     ]

@@ -1,6 +1,6 @@
-"""A page of sections, each a row of blocks: facts, figures, tables and galleries of images; rendered to one HTML file.
+"""A page of sections, each with blocks: facts, figures, tables and galleries of images; rendered to one HTML file.
 
-Whatever comes from files is escaped by the template; only the plots of `plots.py` are markup.
+The template escapes everything that comes from files; only the plots of `plots.py` are markup.
 """
 
 import base64
@@ -21,7 +21,7 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class Facts:
-    """A few figures in large type: what they are -> text."""
+    """A few figures in large type: name -> text."""
 
     items: dict[str, str]
     kind: ClassVar[str] = "facts"
@@ -45,7 +45,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot; text : what to look for; wide : takes the whole width."""
+    """A plot; text : what to look for; wide : whether it takes the whole width."""
 
     title: str
     svg: Markup
@@ -56,8 +56,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that sorts on a click; formats : column -> format of its numbers, or a function that writes them; wide :
-    takes the whole width."""
+    """A table that is sorted by a click on a column.
+
+    formats : column -> format of its numbers, or a function that formats them
+    wide : whether it takes the whole width
+    """
 
     title: str
     frame: pd.DataFrame
@@ -75,7 +78,7 @@ class Table:
 class Card:
     """One or more images with lines of text below them, the first one in bold.
 
-    images : (data URI, or '' where the image is not stored; what it shows)
+    images : (data URI, or '' if the image is not stored; what it shows)
     """
 
     images: list[tuple[str, str]]
@@ -85,7 +88,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards side by side; large : with larger images."""
+    """Cards side by side; large : whether images are larger."""
 
     title: str
     cards: list[Card]
@@ -96,7 +99,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class More:
-    """Blocks that are shown when asked for."""
+    """Blocks that are hidden until the reader opens them."""
 
     title: str
     blocks: list
@@ -105,7 +108,7 @@ class More:
 
 @dataclass(frozen=True)
 class Section:
-    """lead : what it is about; note : why it is left out"""
+    """lead : its topic; note : why it is left out"""
 
     key: str
     title: str
@@ -118,8 +121,10 @@ P = ParamSpec("P")
 
 
 def section(title: str, lead: str) -> Callable[[Callable[P, list]], Callable[P, Section]]:
-    """Make a section of the page of a function that returns its blocks: where what these need is missing, it has a note
-    that says what to run. Its key is the function's name."""
+    """Turn a function that returns blocks into a section of the page.
+
+    If an input of the blocks is missing, the section has a note that says what to run. Its key is the function's name.
+    """
 
     def decorate(blocks: Callable[P, list]) -> Callable[P, Section]:
         @wraps(blocks)
@@ -135,16 +140,16 @@ def section(title: str, lead: str) -> Callable[[Callable[P, list]], Callable[P, 
 
 
 def share(value: float) -> str:
-    """Write a probability with two decimals, or with as many as it takes not to call it 0 or 1."""
+    """Format a probability with two decimals, or with more if it would round to 0 or 1."""
     if 0 < value < 0.005:
         return f"{value:.1g}" if value >= 1e-9 else "< 1e-09"
     return f"{value:.2f}" if value <= 0.99 or value == 1 else f"{1 - float(f'{1 - value:.1g}'):.12g}"
 
 
 def cell(value: Any, style: str | Callable[[Any], str] | None) -> dict:
-    """Return a table cell's text and what it is sorted by: numbers by value, intervals by their lower end.
+    """Return a table cell's text and its sort key: numbers by value, intervals by their lower end.
 
-    style : format of a number, or a function that writes it; None for the usual one
+    style : format of a number, or a function that formats it; None for the default
     """
     if value is None:
         return {"text": "–", "key": "", "number": True}
@@ -163,7 +168,7 @@ def data_uri(image: bytes) -> str:
 
 
 def sha256(text: str) -> str:
-    """Return the digest by which a page's security policy admits its own script and no other."""
+    """Return the digest by which a page's security policy allows its own script and no other."""
     return base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
 
 

@@ -1,7 +1,7 @@
-"""Plots as SVG that sits in a page: its colours are the page's, in light and in dark.
+"""Plots as SVG for the page, in its colours, light and dark.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; matrices are in cividis. A plot is drawn
-with stand-ins for them, which become variables of the page's style (see report.html.jinja).
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; matrices use cividis. A plot is drawn
+with placeholder colours, which become variables of the page's style (see report.html.jinja).
 """
 
 import io
@@ -33,7 +33,7 @@ STAND_INS = {
 }
 INK, MUTED, LINE, PAPER, *SERIES = STAND_INS.values()
 MARKERS = "oDs^vP"
-WIDTH = 5.0  # inches; 360 units of the page, so that text has its size on a phone
+WIDTH = 5.0  # inches; 360 units of the page, so text is not scaled on a phone
 STYLE: dict[Any, object] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -68,10 +68,10 @@ STYLE: dict[Any, object] = {
 def drawing(
     name: str, width: float = WIDTH, height: float = 3.2, margins: dict | None = None, **subplots: Any
 ) -> Iterator[tuple[Any, list[Markup]]]:
-    """Yield axes and a list; at the end the list holds the SVG.
+    """Yield axes and a list; on exit the list contains the SVG.
 
-    name : distinct on a page, since parts of the SVG refer to each other; sizes in inches
-    margins : fixed ones, which take half the time of those that fit the labels
+    name : unique on a page, since parts of the SVG refer to each other; sizes in inches
+    margins : fixed ones, which take half the time of margins fitted to the labels
     """
     made: list[Markup] = []
     with rc_context(STYLE | {"svg.hashsalt": name}):
@@ -88,7 +88,7 @@ def drawing(
 
 
 def page_svg(text: str) -> Markup:
-    """Return matplotlib's SVG for a page: without its header, fixed size and names, in the page's font and colours."""
+    """Convert matplotlib's SVG for a page: no header, fixed size or names; the page's font and colours."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))
@@ -99,21 +99,19 @@ def page_svg(text: str) -> Markup:
         text,
     )
     text = re.sub(r" font-family: [^;\"]*;", "", text)
-    text = re.sub(
-        r"<[^>]+>", lambda tag: re.sub(r"(-?\d+\.\d\d)\d+", r"\1", tag[0]), text
-    )  # coordinates, not what is said
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(-?\d+\.\d\d)\d+", r"\1", tag[0]), text)  # coordinates, not text
     for name, colour in STAND_INS.items():
         text = text.replace(colour, f"var(--{name})")
     return Markup(re.sub(r"\s*\n\s*", "\n", text))
 
 
 def plain(value: float, _: object = None) -> str:
-    """Write a tick as people do: 0.001, 20, 1,000, 1e-05."""
+    """Format a tick plainly: 0.001, 20, 1,000, 1e-05."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
 def logarithmic(axis: XAxis | YAxis) -> None:
-    """Make an axis logarithmic, with plain numbers, and some between the powers of ten where there is room for them."""
+    """Make an axis logarithmic, with plain numbers, also between the powers of ten if there is room."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high < 50 * low else (1, 3) if high < 500 * low else (1,)))
@@ -130,7 +128,7 @@ def legend(axes: Axes, columns: int = 3) -> None:
 
 
 def mark(k: int, is_filled: bool) -> dict[str, Any]:
-    """Return how the marks of the series `k` look."""
+    """Return the style of series `k`'s marks."""
     colour = SERIES[0] if is_filled else SERIES[1 + k % (len(SERIES) - 1)]
     return {
         "marker": MARKERS[k % len(MARKERS)],
@@ -154,11 +152,11 @@ def dots(
     filled: bool = True,
     **limits: Any,
 ) -> Markup:
-    """Draw a line of the plot for each row (a class), with a hollow mark for each series; a filled one for the last.
+    """Draw a line per row (a class), with a hollow mark for each series; the last one's is filled.
 
     rows : from top to bottom; series : label -> values, (n_rows,), NaN = none; intervals : (n_rows, 2) of the last
         series
-    limits : of the axes, such as xlim
+    limits : of the axes, for example xlim
     """
     place = np.arange(len(rows))
     with drawing(name, height=0.75 + 0.205 * len(rows)) as (axes, made):
@@ -186,7 +184,7 @@ def dots(
 def bars(
     name: str, labels: list[str], values: Sequence[float] | np.ndarray, xlabel: str, ylabel: str, height: float = 2.4
 ) -> Markup:
-    """Draw one bar a label, with its value above it."""
+    """Draw one bar per label, with its value above it."""
     with drawing(name, height=height) as (axes, made):
         drawn = axes.bar(labels, values, color=SERIES[0], width=0.65)
         axes.bar_label(drawn, [plain(value) for value in values], padding=2, fontsize=8.5)
@@ -211,8 +209,8 @@ def lines(
 ) -> Markup:
     """Draw curves: label -> (x, y), or (x, y, number of the colour).
 
-    dashed : those drawn with dashes, not in the legend; marks : label -> (x, y) of a point to see
-    verticals : places of thin lines; limits : of the axes, such as xlim
+    dashed : labels drawn with dashes, not in the legend; marks : label -> (x, y) of a marked point
+    verticals : places of thin lines; limits : of the axes, for example xlim
     """
     with drawing(name, height=height) as (axes, made):
         for x in verticals:
@@ -239,7 +237,7 @@ def lines(
 
 
 def matrix(name: str, values: np.ndarray, rows: list[str], label: str) -> Markup:
-    """Draw a square matrix of shares from 0 to 1 in cividis, rows and columns named alike."""
+    """Draw a square matrix of shares from 0 to 1 in cividis, with the same names for rows and columns."""
     with drawing(name, width=8.6, height=8.0) as (axes, made):
         mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap="cividis", vmin=0, edgecolors=PAPER, linewidth=0.8)
         axes.set_xticks(np.arange(len(rows)) + 0.5, rows, rotation=90)

@@ -1,4 +1,4 @@
-"""What a work folder holds, read when it is asked for; what is missing is a UserError that names its stage."""
+"""The artifacts of a work folder, read on demand; a missing one is a UserError that names its stage."""
 
 import shlex
 from collections.abc import Callable
@@ -25,18 +25,18 @@ from common.score.members import read_members
 from common.score.submission import read_thresholds, remembered_submissions
 
 NAMES = np.array(CLASS_NAMES)
-THUMBNAIL = 256  # pixels a side at most
+THUMBNAIL = 256  # pixels per side at most
 SHOWN = 12  # cards of a gallery
 T = TypeVar("T")
 
 
 def class_names(target: str) -> str:
-    """Return a label text such as '22 2' as class names; without a label, as test samples are, 'unknown'."""
+    """Return a label text, for example '22 2', as class names; 'unknown' without labels, as for test samples."""
     return ", ".join(CLASS_NAMES[int(label)] for label in sorted(target.split(), key=int)) or "unknown"
 
 
 def there(read: Callable[[], T]) -> T | None:
-    """Return what `read()` returns, None where its stage has not run."""
+    """Return the result of `read()`; None if its stage has not run."""
     try:
         return read()
     except UserError:
@@ -44,8 +44,7 @@ def there(read: Callable[[], T]) -> T | None:
 
 
 def recorded_fingerprint(path: Path) -> str | None:
-    """Return a file's fingerprint, None where it cannot be read; of a network, which is large, the one in its
-    sidecar."""
+    """Return a file's fingerprint, a large network's from its sidecar; None if the file cannot be read."""
     try:
         if path.suffix == ".pt" and path.is_file() and sidecar(path).is_file():
             return read_sidecar(path)["outputs"].get(path.name)
@@ -105,8 +104,10 @@ class Work:
         return dict(sorted(tables.items(), key=lambda item: (item[1]["side"].max(), item[0])))
 
     def planes(self, Id: str, side: int) -> np.ndarray:
-        """Return a sample's planes, (4, side, side) uint8, from the smallest stored images that are large enough, else
-        from the largest, as they are; raises UserError where they cannot be read."""
+        """Return a sample's planes, (4, side, side) uint8, from the smallest stored images that are large enough.
+
+        If none is, from the largest, at their own size. Raises UserError if they cannot be read.
+        """
         fit = [name for name, table in self.stores.items() if table["side"].min() >= side]
         store = fit[0] if fit else next(reversed(self.stores), "")
         try:
@@ -117,7 +118,7 @@ class Work:
             ) from None
 
     def image(self, Id: str) -> tuple[str, str]:
-        """Return a sample as (data URI, alt text); without a URI where its image cannot be read."""
+        """Return a sample as (data URI, alt text); without a URI if its image cannot be read."""
         planes = there(lambda: self.planes(Id, THUMBNAIL))
         return (
             "" if planes is None else data_uri(jpeg(composite(planes))),
@@ -131,7 +132,7 @@ class Work:
 
     @cached_property
     def runs(self) -> dict[str, dict[int, pd.DataFrame]]:
-        """Return recipe -> fold -> log, a row an epoch, of the trainings that have begun."""
+        """Return recipe -> fold -> log, a row per epoch, of the trainings that have begun."""
         logs: dict[str, dict[int, pd.DataFrame]] = {}
         for path in self.layout.runs.glob("*/fold*/log.jsonl"):
             recipe, fold = path.parent.parent.name, path.parent.name.removeprefix("fold")
@@ -146,12 +147,12 @@ class Work:
         return self.layout.run(recipe, fold)
 
     def run_record(self, recipe: str, fold: int) -> dict:
-        """Return the sidecar of a finished training, {} before that."""
+        """Return the sidecar of a finished training; {} before that."""
         path = self.run_folder(recipe, fold) / "best.pt"
         return read_sidecar(path) if sidecar(path).is_file() else {}
 
     def run_recipe(self, recipe: str, fold: int) -> Recipe | None:
-        """Return the recipe that a finished training was made with."""
+        """Return the recipe of a finished training."""
         parameters = self.run_record(recipe, fold).get("parameters")
         return recipe_of_run(parameters) if parameters else None
 
@@ -174,7 +175,7 @@ class Work:
 
     @cached_property
     def scores(self) -> dict:
-        """What is in `thresholds`, where stage 06 has scored them."""
+        """The same as `thresholds`, if stage 06 has scored them."""
         if "score_cross_fitted" not in self.thresholds:
             raise UserError(
                 f"the thresholds have no scores, since --reproduce took them from a submission; for scores run: "
@@ -184,8 +185,7 @@ class Work:
 
     @cached_property
     def given(self) -> dict[str, Path]:
-        """What stage 06 read where predictions were given by --oof: name -> path of the members, of labels and ids;
-        else {}."""
+        """The files that stage 06 read with --oof: name -> path of the members, labels and ids; else {}."""
         path = self.layout.thresholds
         record = read_sidecar(path) if path.is_file() and sidecar(path).is_file() else {"inputs": {"folds.csv": ""}}
         return (
@@ -196,7 +196,7 @@ class Work:
 
     @cached_property
     def members(self) -> list[str]:
-        """The names of what is combined: of the files given to stage 06, else recipes."""
+        """The names of the members: of the files given to stage 06, else recipes."""
         return self.thresholds["recipes"] if self.given else self.recipes
 
     @cached_property
@@ -211,12 +211,12 @@ class Work:
 
     @property
     def combined(self) -> str:
-        """In words how the members become one prediction."""
+        """How the members are combined, in words."""
         return {"mean": "mean of", "weighted": "weighted mean of", "rank": "mean rank of"}[self.how[0]]
 
     @cached_property
     def how(self) -> tuple[str, list[float] | None]:
-        """How stage 06 combines the members, and their weights; plainly before it has run."""
+        """How stage 06 combines the members, and their weights; the plain mean before it has run."""
         found = self.thresholds if self.layout.thresholds.is_file() else {}
         return found.get("combine", "mean"), found.get("weights")
 
@@ -228,28 +228,27 @@ class Work:
         return found[0][0], stack_members(found, [str(path) for path in paths])
 
     def given_predictions(self) -> tuple[pd.DataFrame, np.ndarray]:
-        """Return Id and Target of the samples that the files given to stage 06 are scored on, and the files'
-        probabilities (n_members, n, 28)."""
+        """Return the samples (Id, Target) that stage 06 scored given files on, and their (n_members, n, 28)."""
         if "labels" not in self.given:
-            raise UserError(
-                "no labels belong to these predictions, since --reproduce took the thresholds from a submission"
-            )
+            raise UserError("these predictions have no labels, since --reproduce took the thresholds from a submission")
         again = f"run: {self.layout.command('06_thresholds.py', '--oof', 'FILES', '--labels', 'CSV')}"
         if not set(self.members) <= set(self.given):
-            raise UserError(f"{self.folder / 'thresholds.json'} is for other files than its sidecar says; {again}")
+            raise UserError(f"{self.folder / 'thresholds.json'} is for other files than its sidecar; {again}")
         found = read_members([self.given[name] for name in self.members], self.given.get("ids"), None)
         labelled = read_labels(self.given["labels"]).set_index("Id")
         common = set(labelled.index).intersection(*(ids for ids, _ in found))
         if not common:
-            raise UserError(f"the files that stage 06 was given have no Ids in common now; {again}")
+            raise UserError(f"the files given to stage 06 no longer have Ids in common; {again}")
         found = [(ids[kept], probs[kept]) for ids, probs in found for kept in [[Id in common for Id in ids]]]
         rows = labelled[labelled.index.isin(common)].reset_index()
         return rows, stack_members(found, self.members, rows["Id"].to_numpy())
 
     @cached_property
     def oof(self) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-        """Return the predicted rows (Id, Target; of folds.csv where stage 05 predicted them), their targets (n, 28)
-        bool and their probabilities (n, 28) as stage 06 combines them."""
+        """Return the predicted rows, their targets (n, 28) bool, and probabilities (n, 28) as stage 06 combines them.
+
+        Rows have Id and Target; they are those of folds.csv if stage 05 predicted them.
+        """
         if self.given:
             rows, stack = self.given_predictions()
         else:
@@ -257,7 +256,7 @@ class Work:
             rows = self.folds.set_index("Id")
             if not set(ids) <= set(rows.index):
                 raise UserError(
-                    "the predictions are for other samples than folds.csv has; run: "
+                    "the predictions are for other samples than those of folds.csv; run: "
                     f"{self.layout.command('05_predict_oof.py')}"
                 )
             rows = rows.loc[ids].reset_index()
@@ -273,7 +272,7 @@ class Work:
 
     @cached_property
     def submission_files(self) -> list[Path]:
-        """The submissions of this work folder that exist: those of --out, the last one last, then submission.csv."""
+        """The existing submissions of this work folder: those of --out, the latest last, then submission.csv."""
         paths = [*map(Path, remembered_submissions(self.folder)), self.layout.submission]
         return [path for path in paths if path.is_file()]
 
@@ -292,10 +291,10 @@ class Work:
             )
         return table
 
-    # --- what state it is in
+    # --- state
 
     def state(self, path: Path) -> tuple[str, dict]:
-        """Return in words whether an artifact is there and from the inputs that are there now, and its sidecar."""
+        """Return, in words, whether an artifact exists and is up to date with its inputs, and its sidecar."""
         if not sidecar(path).is_file():
             return "unfinished" if path.is_file() else "not made yet", {}
         record = read_sidecar(path)
@@ -305,12 +304,12 @@ class Work:
         if older:
             return f"from an older {', '.join(older)}: run its stage again", record
         return (
-            f"complete; cannot be compared with {', '.join(gone)}, which cannot be read now" if gone else "complete",
+            f"complete; cannot be compared with {', '.join(gone)}, which can no longer be read" if gone else "complete",
             record,
         )
 
     def input_path(self, artifact: Path, record: dict, name: str) -> Path:
-        """Return where an artifact's input lies: as its sidecar says, or by its name in the work folder."""
+        """Return the path of an artifact's input: from its sidecar, or by its name in the work folder."""
         if name in record.get("files", {}):
             return artifact.parent.resolve() / record["files"][name]
         return self.folder / name

@@ -1,4 +1,4 @@
-"""Sections of the page on what comes out: predictions, scores, errors, submission."""
+"""Sections of the page on results: predictions, scores, errors, submission."""
 
 import numpy as np
 import pandas as pd
@@ -54,8 +54,8 @@ def predictions(work: Work) -> list:
         Table(
             "Probabilities of each class",
             table,
-            "Expected is the sum of the probabilities: far from the number of "
-            "positives, the class is over- or underrated. Average precision needs no threshold.",
+            "Expected is the sum of the probabilities. If it is far from the number "
+            "of positives, the class is over- or underestimated. Average precision needs no threshold.",
             {"expected": ",.1f", "threshold": share},
         ),
         *class_by_class(panels),
@@ -63,13 +63,12 @@ def predictions(work: Work) -> list:
 
 
 def class_by_class(panels: list[Figure]) -> list:
-    """Show the first figures, the others when asked for."""
+    """Show the first figures, and the others when the reader opens them."""
     return [
         Heading("Class by class, the weakest first"),
         Note(
-            "Left, precision against recall: the higher the better; the dotted line is chance. Right, what a threshold "
-            "(upright line) would give: F1 should be at its top there, and flat, so that other samples would have it "
-            "too."
+            "Left, precision against recall: the higher the better; the dotted line is chance. Right, the effect of the "
+            "threshold (vertical line): F1 should be at its top there, and flat, so that other samples reach it too."
         ),
         *panels[:6],
         *([More(f"The other {len(panels) - 6} classes", panels[6:])] if len(panels) > 6 else []),
@@ -77,20 +76,19 @@ def class_by_class(panels: list[Figure]) -> list:
 
 
 def whole(work: Work, rows: pd.DataFrame) -> str:
-    """Say how many samples are predicted, and of how many where some folds are not."""
+    """Return how many samples are predicted, and of how many if some folds are not."""
     validated = 0 if work.given else (work.folds["fold"] >= 0).sum()
     return f"{len(rows):,} of {validated:,}" if len(rows) < validated else f"{len(rows):,}"
 
 
 def origin(work: Work) -> list[Note]:
-    """Say whether networks were trained on the samples that they predict, as far as a page can know, and what is a
-    rank."""
+    """Note whether networks were trained on the samples that they predict, if known, and what a rank is."""
     source = Note(
-        "These predictions were given to stage 06. If a network was trained on these samples, all figures flatter."
+        "These predictions were given to stage 06. If a network was trained on these samples, all figures are too good."
         if work.given
         else "Out of fold: each sample is predicted by the network that did not see it in training."
     )
-    ranks = Note("The members are combined by ranks: what is called a probability here is a mean rank from 0 to 1.")
+    ranks = Note("The members are combined by ranks: a probability here is a mean rank from 0 to 1.")
     return [source] + [ranks] * (work.how[0] == "rank")
 
 
@@ -101,7 +99,7 @@ def class_figure(name: str, target: np.ndarray, prob: np.ndarray, threshold: flo
     precision, recall, _ = precision_recall_curve(target, prob)
     precision, recall = (
         values[np.diff(recall, prepend=2.0) != 0] for values in (precision, recall)
-    )  # where it changes
+    )  # one point per recall
     some = np.unique(np.linspace(0, len(recall) - 1, 80).round().astype(int))
     called, right = ((values[:, None] >= GRID).sum(axis=0) for values in (prob, prob[target]))
     curves = {
@@ -120,7 +118,7 @@ def class_figure(name: str, target: np.ndarray, prob: np.ndarray, threshold: flo
 
 
 def calibration(targets: np.ndarray, probs: np.ndarray) -> Figure:
-    """Show how often a class is there where it is predicted with a probability."""
+    """Show how often classes are present when predicted with a given probability."""
     tenth = np.minimum((probs * 10).astype(int), 9).ravel()
     counts = np.bincount(tenth, minlength=10)
     mean, seen = (
@@ -139,9 +137,9 @@ def calibration(targets: np.ndarray, probs: np.ndarray) -> Figure:
             xlim=(0, 1),
             ylim=(0, 1),
         ),
-        "On the dashed line a probability means what it says. Above it the networks are too careful, below it too "
-        f"sure. Tenths of the range with fewer than 10 predictions are left out; {100 * counts[0] / counts.sum():.0f} "
-        "% of all predictions are below 0.1.",
+        "On the dashed line probabilities equal frequencies. Above it the networks are too cautious, below it too "
+        "confident. Tenths of the range with fewer than 10 predictions are left out; "
+        f"{100 * counts[0] / counts.sum():.0f} % of all predictions are below 0.1.",
     )
 
 
@@ -151,7 +149,7 @@ def calibration(targets: np.ndarray, probs: np.ndarray) -> Figure:
 @section(
     "Scores",
     "F1 is the harmonic mean of precision and recall; macro F1 is its mean over the 28 classes. Cross-fitted means "
-    "that every sample was decided with thresholds found on other samples.",
+    "that each sample's classes were decided with thresholds found on other samples.",
 )
 def scores(work: Work) -> list:
     found = work.scores
@@ -178,20 +176,20 @@ def scores(work: Work) -> list:
 
 
 def few_positives(table: pd.DataFrame) -> list[Note]:
-    """Name the classes whose scores say little."""
+    """Name the classes whose scores are unreliable."""
     positives = table["positives"]
     kinds = {
         "Without a sample, so that they count as 0": positives == 0,
-        f"With thresholds that rest on fewer than {FEW} positives": (positives > 0) & (positives < FEW),
+        f"With thresholds based on fewer than {FEW} positives": (positives > 0) & (positives < FEW),
     }
     return [Note(f"{text}: {', '.join(table['class'][rows])}.") for text, rows in kinds.items() if rows.any()]
 
 
 def class_scores(table: pd.DataFrame) -> list:
-    """Show the F1 of each class, the best first, with intervals where stage 06 has them."""
+    """Show the F1 of each class, the best first, with intervals if stage 06 has them."""
     intervals = np.array(table["interval"].to_list()) if "interval" in table else None
     names = [f"{name} ({positives:,})" for name, positives in zip(table["class"], table["positives"], strict=True)]
-    marks = {"own rows, flattering": table["f1_in_sample"], "cross-fitted": table["f1_cross_fitted"]}
+    marks = {"own rows, too good": table["f1_in_sample"], "cross-fitted": table["f1_cross_fitted"]}
     titles = {
         "class": "class",
         "positives": "positives",
@@ -207,20 +205,20 @@ def class_scores(table: pd.DataFrame) -> list:
             plots.dots("f1", names, marks, "F1", intervals=intervals, xlim=(-0.02, 1.02)),
             f"Positives in brackets. Filled marks are honest{'' if intervals is None else ', with 95 % intervals'}; a "
             "hollow mark far to the right is a threshold fitted to chance. Work on the classes at the bottom: they "
-            "pull macro F1 down most.",
+            "lower macro F1 most.",
         ),
         Table(
             "F1 of each class",
             table[shown].rename(columns=titles),
             "Sort by positives: do the rare classes have the low "
-            "scores? F1 on the rows that the thresholds were searched on flatters.",
+            "scores? F1 on the rows used to find the thresholds is too good.",
             {"threshold": share},
         ),
     ]
 
 
 def member_blocks(members: list[dict] | None) -> list[Table]:
-    """Show what each member of the ensemble scores, where stage 06 says so."""
+    """Show the score of each member of the ensemble, if stage 06 has it."""
     if not members:
         return []
     titles = {
@@ -241,7 +239,7 @@ def member_blocks(members: list[dict] | None) -> list[Table]:
 
 
 def paper_blocks(work: Work) -> list:
-    """Show the paper's tables, where stage 09 has made them."""
+    """Show the paper's tables, if stage 09 has made them."""
     folder = work.layout.tables
     if not (folder / "tables.md").is_file():
         return [Note(f"The paper's tables have not been made; run: bash run_all.sh --tables --work {work.folder}")]
@@ -273,7 +271,7 @@ def gain_figures(gains: pd.DataFrame) -> list[Figure]:
     marks = {"in the paper": pd.to_numeric(gains["paper"]), "here": gains["gain"]}
     return [
         Figure(
-            "What each part of the method gives",
+            "What each part of the method gains",
             plots.dots(
                 "gains",
                 names,
@@ -282,7 +280,7 @@ def gain_figures(gains: pd.DataFrame) -> list[Figure]:
                 intervals=gains[["low", "high"]].to_numpy(),
                 reference=0,
             ),
-            "Each row against the step before it, with its 95 % interval. One that crosses 0 shows no gain.",
+            "Each row is compared with the previous step, with its 95 % interval. One that crosses 0 shows no gain.",
         )
     ]
 
@@ -299,7 +297,7 @@ def errors(work: Work) -> list:
     return [
         Facts(
             {
-                "samples all right": f"{100 * (targets == predicted).all(axis=1).mean():.0f} %",
+                "samples with all labels right": f"{100 * (targets == predicted).all(axis=1).mean():.0f} %",
                 "missed labels": f"{missed.sum():,} of {targets.sum():,}",
                 "false alarms": f"{false.sum():,}",
             }
@@ -310,14 +308,14 @@ def errors(work: Work) -> list:
             "Most confident misses",
             worst(missed, -margin),
             "Labelled with the class in bold, and predicted far below its "
-            "threshold. If the green is not there, the label may be wrong.",
+            "threshold. If the green is not where the class is, the label may be wrong.",
         ),
         *error_gallery(
             work,
             "Most confident false alarms",
             worst(false, margin),
             "Predicted with the class in bold, and not labelled with it. If "
-            "the green is there, a label may be missing.",
+            "the green is where the class is, a label may be missing.",
         ),
         *error_tables(targets, missed, false),
         *suspect_blocks(work, suspects(work, rows, targets, probs, predicted)),
@@ -325,7 +323,7 @@ def errors(work: Work) -> list:
 
 
 def error_gallery(work: Work, title: str, places: list[tuple[int, int]], text: str) -> list[Gallery]:
-    """Show samples with what is labelled and predicted; places : row and class of each."""
+    """Show samples with their labels and predictions; places : row and class of each."""
     rows, targets, probs = work.oof
     predicted = probs >= work.cuts
     cards = [
@@ -348,7 +346,7 @@ def log_odds(probs: np.ndarray) -> np.ndarray:
 
 
 def worst(mask: np.ndarray, confidence: np.ndarray, each: int = 2) -> list[tuple[int, int]]:
-    """Return (row, class) of the most confident cells of `mask`: at most `each` of a class, one of a sample."""
+    """Return (row, class) of the most confident cells of `mask`: at most `each` per class, one per sample."""
     found: dict[int, int] = {}
     classes: list[int] = []
     cells = np.argwhere(mask)
@@ -360,7 +358,7 @@ def worst(mask: np.ndarray, confidence: np.ndarray, each: int = 2) -> list[tuple
 
 
 def error_tables(targets: np.ndarray, missed: np.ndarray, false: np.ndarray) -> list[Table]:
-    """Count the errors of each class, and which class is predicted falsely where another one is missed."""
+    """Count the errors of each class, and which class is falsely predicted when another one is missed."""
     table = pd.DataFrame(
         {
             "class": NAMES,
@@ -377,12 +375,12 @@ def error_tables(targets: np.ndarray, missed: np.ndarray, false: np.ndarray) -> 
             "Errors of each class",
             table.sort_values("missed", ascending=False, kind="stable"),
             "Many misses and few false "
-            "alarms: the threshold is high, or the class is faint. The other way round, something else looks like it.",
+            "alarms: the threshold is high, or the class is faint. The other way round: something else looks like it.",
         ),
         Table(
-            "What is predicted in place of what",
+            "What is predicted instead of what",
             pairs.sort_values("samples", ascending=False, kind="stable").head(40),
-            "The pairs at the top are those that the networks cannot tell apart, or that go with common classes.",
+            "The networks cannot tell the pairs at the top apart, or these occur with common classes.",
         ),
     ]
 
@@ -390,10 +388,11 @@ def error_tables(targets: np.ndarray, missed: np.ndarray, false: np.ndarray) -> 
 def suspects(
     work: Work, rows: pd.DataFrame, targets: np.ndarray, probs: np.ndarray, predicted: np.ndarray
 ) -> pd.DataFrame:
-    """Return the samples by how much their labels are in doubt, most first.
+    """Return the samples by how doubtful their labels are, most doubtful first.
 
-    suspicion : rank from 0 to 1 of the loss out of fold, and where the hard samplers kept books the mean of it and of
-        the ranks of the mean loss in training. More labels, more loss: a sample is ranked among those with as many.
+    suspicion : rank from 0 to 1 of the out-of-fold loss. If the hard samplers recorded losses, the mean of that and of
+        the ranks of the mean loss in training. More labels mean more loss, so a sample is ranked among those with as
+        many.
     """
     clipped = np.clip(probs, 1e-6, 1 - 1e-6)
     table = pd.DataFrame(
@@ -432,22 +431,22 @@ def suspect_blocks(work: Work, table: pd.DataFrame) -> list:
         else []
     )
     ranks = (
-        "the mean of two ranks from 0 to 1: of the loss out of fold, and of the mean loss in the trainings that had "
-        "the sample. Near 1, the networks cannot even learn it by heart"
+        "the mean of two ranks from 0 to 1: of the out-of-fold loss, and of the mean loss in the trainings that had "
+        "the sample. Near 1, the networks cannot even memorise it"
         if "rank in training" in table
-        else "the rank from 0 to 1 of the loss out of fold"
+        else "the rank from 0 to 1 of the out-of-fold loss"
     )
     return [
         *(
-            [Gallery("Suspects for wrong labels", cards, "Look whether the labels are there to be seen.")]
+            [Gallery("Suspects for wrong labels", cards, "Check whether the images show the labelled classes.")]
             if cards
             else []
         ),
         Table(
-            "The 100 first suspects",
+            "The first 100 suspects",
             table.head(100),
             f"Suspicion is {ranks}; ranked among samples with as many labels. "
-            "For a person to look at; nothing is changed by itself.",
+            "They are for a person to check; nothing is changed automatically.",
             wide=True,
         ),
     ]
@@ -456,7 +455,7 @@ def suspect_blocks(work: Work, table: pd.DataFrame) -> list:
 # --- submission --------------------------------------------------------------------------------------------
 
 
-@section("Submission", "What is handed in: the classes of the test samples.")
+@section("Submission", "The submitted classes of the test samples.")
 def submission(work: Work) -> list:
     table = work.submission
     predicted = parse_targets(table["Predicted"])
@@ -479,7 +478,7 @@ def submission(work: Work) -> list:
 
 
 def frequencies(samples: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> list:
-    """Show the test samples of each class, (28,), and in % of test and of the labelled samples, as figure and table."""
+    """Show each class's test samples, (28,), also in % of test and of the labelled samples, as figure and table."""
     order = np.argsort(-theirs, kind="stable")
     marks = {
         name: np.where(values > 0, values, np.nan)[order]
@@ -499,20 +498,19 @@ def frequencies(samples: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> li
             "Class frequencies",
             plots.dots("submission", list(NAMES[order]), marks, "share of the samples, %", log=True),
             "The two marks of a class should be close, unless test differs from the labelled samples. Far to the right "
-            "the class is predicted too freely; no filled mark means never.",
+            "the class is predicted too often; without a filled mark, never.",
         ),
         Table(
             "Class frequencies",
             counts,
-            "Sort by ratio: far from 1, look at the class's threshold.",
+            "Sort by ratio: if it is far from 1, check the class's threshold.",
             {"of test, %": ".2f", "of labelled, %": ".2f", "ratio": ".2f"},
         ),
     ]
 
 
 def labelled_shares(work: Work) -> np.ndarray:
-    """Return the share of labelled samples that have each class, (28,): of the training samples, or without stage 01 of
-    those that stage 06 scored."""
+    """Return each class's share of the training samples, (28,), or without stage 01 of those that stage 06 scored."""
     samples = there(lambda: work.samples)
     if samples is not None:
         return parse_targets(samples.loc[samples["part"] == "train", "Target"]).mean(axis=0)

@@ -17,13 +17,13 @@ from common.report.reader import NAMES, Work, class_names, there
 from common.score.ensemble import combine
 
 SIDE = 384  # pixels of a large image at most
-EMPTY = "empty: nothing in the image speaks for it"
+EMPTY = "empty: no evidence in the image"
 
 
 def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
-    """Return the page of a sample as HTML; raises UserError for an Id that stage 01 does not know.
+    """Return the page of a sample as HTML; raises UserError for an Id that is not in samples.csv.
 
-    recipe : whose network the heat maps are of; None for the first one of the ensemble
+    recipe : whose networks the heat maps show; None for the first one of the ensemble
     """
     if Id not in work.targets_by_id:  # Ids of artifacts are plain file names
         raise UserError(why_unknown(work, Id))
@@ -32,7 +32,7 @@ def sample_page(work: Work, Id: str, recipe: str | None = None) -> str:
 
 
 def why_unknown(work: Work, Id: str) -> str:
-    """Say why there is no such sample: stage 01 left it out, or the Id is misspelt."""
+    """Explain why there is no such sample: stage 01 left it out, or the Id is misspelt."""
     lost = dict(work.left_out[["Id", "reason"]].to_numpy())
     if Id in lost:
         return f"stage 01 left out the sample {Id}: {lost[Id]}"
@@ -49,7 +49,7 @@ def image(work: Work, Id: str) -> list:
     facts = {"labels": class_names(sample["Target"]), "part": sample["part"], "source": f"{sample['side']} px"}
     planes = there(lambda: work.planes(Id, SIDE))
     if planes is None:
-        return [Facts(facts), Note("Its image is not stored any more.")]
+        return [Facts(facts), Note("Its image is no longer stored.")]
     cards = [
         Card([(data_uri(jpeg(composite(planes))), f"composite of sample {Id}")], ["composite", "all four channels"])
     ]
@@ -62,7 +62,7 @@ def image(work: Work, Id: str) -> list:
         Gallery(
             "Channels",
             cards,
-            "Each is stretched to the whole range by itself, so brightness says nothing between channels.",
+            "Each is stretched to the whole range separately, so brightness cannot be compared between channels.",
             large=True,
         ),
     ]
@@ -73,8 +73,10 @@ def stretched(plane: np.ndarray) -> np.ndarray:
 
 
 def place(work: Work, Id: str) -> tuple[int | None, str]:
-    """Return the fold whose network was not trained on a sample, None where the folds do not differ in that, and in
-    words what the sample was to them."""
+    """Return the fold whose network was not trained on a sample, and in words the sample's place in the split.
+
+    The fold is None if all folds' networks, or none, were trained on it.
+    """
     if part_of(work, Id) == "test":
         return None, "a test sample, which no network was trained on"
     folds = there(lambda: work.folds)
@@ -83,7 +85,7 @@ def place(work: Work, Id: str) -> tuple[int | None, str]:
     same = folds.loc[folds["group"] == work.duplicates.set_index("Id")["group"].get(Id), "fold"]
     if same.empty:
         raise UserError(
-            f"folds.csv does not know this sample; run: {work.layout.command('02_dedup.py')}, then 03_make_folds.py"
+            f"folds.csv does not have this sample; run: {work.layout.command('02_dedup.py')}, then 03_make_folds.py"
         )
     fold = int(same.iloc[0])
     if fold == HOLD_OUT:
@@ -103,8 +105,10 @@ def part_of(work: Work, Id: str) -> str:
 
 
 def member_probabilities(work: Work, Id: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return recipe -> probabilities (28,) of a sample, and those of all together as stage 06 combines them; raises
-    UserError where the sample is not predicted."""
+    """Return recipe -> probabilities (28,) of a sample, and their combination as stage 06 makes it.
+
+    Raises UserError if the sample is not predicted.
+    """
     if work.given:
         raise UserError(
             f"the thresholds are for predictions given to stage 06 ({', '.join(work.members)}), not for stage 05's; "
@@ -117,11 +121,11 @@ def member_probabilities(work: Work, Id: str) -> tuple[dict[str, np.ndarray], np
             for row in np.flatnonzero(np.asarray(ids) == Id):
                 return dict(zip(work.recipes, stack[:, row], strict=True)), combine(stack, *work.how)[row]
     raise UserError(
-        f"stage 05 predicts test samples and, out of fold, labelled ones; this one is in neither ({place(work, Id)[1]})"
+        f"stage 05 predicts test samples and, out of fold, labelled ones; this sample is neither ({place(work, Id)[1]})"
     )
 
 
-@section("Probabilities", "A class is predicted where its probability reaches its threshold.")
+@section("Probabilities", "A class is predicted if its probability reaches its threshold.")
 def probabilities(work: Work, Id: str) -> list:
     members, together = member_probabilities(work, Id)
     known = part_of(work, Id) != "test"
@@ -151,14 +155,14 @@ def probabilities(work: Work, Id: str) -> list:
                 "probability",
                 xlim=(-0.02, 1.02),
             ),
-            "Predicted where the filled mark is right of the hollow one. "
-            + ("" if tuned else "Stage 06 has not run: 0.5 stands for the thresholds. ")
+            "Predicted if the filled mark is right of the hollow one. "
+            + ("" if tuned else "Stage 06 has not run, so thresholds are 0.5. ")
             + ("A labelled class far left of its threshold is a miss: look for it in the image." if known else ""),
         ),
         Table(
             "Probabilities",
             table,
-            ("State: labelled, predicted, or both. " if known else "") + "What decides is the "
+            ("State: labelled, predicted, or both. " if known else "") + "The prediction uses the "
             f"{work.combined} the members, in the column together.",
             dict.fromkeys(["together", "threshold", *members], share),
         ),
@@ -166,13 +170,13 @@ def probabilities(work: Work, Id: str) -> list:
 
 
 def submitted(work: Work, Id: str) -> dict[str, str]:
-    """Return what the submission says of a test sample: where no class passes, its most probable one by default."""
+    """Return a test sample's classes in the submission: by default the most probable one if none passes."""
     table = there(lambda: work.submission)
     rows = [] if table is None else list(table.loc[table["Id"] == Id, "Predicted"])
     return {"in the submission": class_names(rows[-1]) if rows[-1] else "none"} if rows else {}
 
 
-@section("Duplicates", "Samples that look nearly the same.")
+@section("Duplicates", "Samples with nearly the same image.")
 def duplicates(work: Work, Id: str) -> list:
     pairs = work.pairs[(work.pairs["Id"] == Id) | (work.pairs["other_Id"] == Id)]
     if pairs.empty:
@@ -189,14 +193,14 @@ def duplicates(work: Work, Id: str) -> list:
 # --- heat maps ---------------------------------------------------------------------------------------------
 
 
-@section("Heat maps", "Where the networks find what speaks for a class (Grad-CAM).")
+@section("Heat maps", "Where the networks find evidence for a class (Grad-CAM).")
 def heat(work: Work, Id: str, recipe: str | None) -> list:
-    from common.report.heat_maps import explain  # the one part of the page that needs torch
+    from common.report.heat_maps import explain  # the only part of the page that needs torch
 
     recipe = recipe or (there(lambda: work.recipes) or list(work.runs))[0]
     fold, known = place(work, Id)
     finished = [number for number in work.runs.get(recipe, {}) if work.run_record(recipe, number)]
-    numbers = [fold] if fold is not None else finished or [0]  # what is not trained is refused below
+    numbers = [fold] if fold is not None else finished or [0]  # untrained folds are refused below
     whose = f"fold{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
     predicted = there(lambda: member_probabilities(work, Id)[1])
 
@@ -220,18 +224,21 @@ def heat(work: Work, Id: str, recipe: str | None) -> list:
             "symmetries of the image."
         ),
         Gallery(
-            "Where they look",
+            "Evidence in the image",
             cards,
-            "Yellow is where most speaks for the class, over the image in grey; each map is "
-            "scaled to its own highest value. A cell of the map is several pixels of the image. The yellow should lie "
-            "on the structure; where it does not, the networks rely on something else.",
+            "Yellow marks most evidence for the class, over the image in grey. Each map is "
+            "scaled to its own maximum. A cell of the map is several pixels of the image. The yellow should lie on the "
+            "structure; if it does not, the networks rely on something else.",
             large=True,
         ),
     ]
 
 
 def to_explain(work: Work, Id: str, probs: np.ndarray) -> dict[int, str]:
-    """Return the classes of a sample to explain, most probable first, with why; probs : (28,) that decide."""
+    """Return the classes of a sample to explain, most probable first, with the reason.
+
+    probs : (28,) that are compared with the thresholds
+    """
     labelled = parse_targets([work.targets_by_id[Id]])[0]
     why = {
         int(c): " and ".join(
@@ -245,7 +252,7 @@ def to_explain(work: Work, Id: str, probs: np.ndarray) -> dict[int, str]:
 
 
 def overlay(planes: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Lay a heat map (side, side) in [0, 1] over an image in grey, (h, w, 3) uint8; without heat the grey stays."""
+    """Return a heat map (side, side) in [0, 1] over an image in grey, (h, w, 3) uint8; without heat only grey."""
     import cv2
     from matplotlib import colormaps
 

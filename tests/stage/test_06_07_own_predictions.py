@@ -98,7 +98,7 @@ def test_from_files_to_a_submission(own, run_script):
     run_script("06_thresholds.py", "--oof", own / "a_test.npz", "--reproduce", own / "out.csv", "--work", own / "r")
     assert len(read(own / "r" / "thresholds.json")["limits"]) == 28
     assert "the thresholds have no scores, since --reproduce took them" in scores(Work(own / "r")).note
-    assert "no labels belong to these predictions, since --reproduce" in predictions(Work(own / "r")).note
+    assert "these predictions have no labels, since --reproduce" in predictions(Work(own / "r")).note
 
 
 def check_the_page(own):

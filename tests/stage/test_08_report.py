@@ -1,4 +1,4 @@
-"""The page to look at: after any stage, in a browser, with hostile names, and of one sample."""
+"""The HTML page: after any stage, in a browser, with hostile names, and of one sample."""
 
 import json
 import re
@@ -26,7 +26,7 @@ ATTACK = "<img src=x onerror=alert(1)>"
 
 @pytest.fixture(scope="module")
 def work(run_stages, tmp_path_factory):
-    """A work folder of all stages on a small demo, with the page; read only."""
+    """A work folder of all stages on a small demo, with the page; do not change it."""
     folder = tmp_path_factory.mktemp("report")
     make_demo_data(folder / "data", n_train=60, n_test=10)
     places = ("--data", folder / "data", "--work", folder / "work")
@@ -63,7 +63,7 @@ def test_the_page_in_a_browser(work, browser):
     assert len(browser.execute_script("return [...document.images].map(image => image.alt)")) > 40
     assert not browser.execute_script("return document.querySelectorAll('.left-out-note').length")
 
-    # A click sorts by numbers, the largest first; another one turns that round; text goes from A to Z.
+    # A click sorts numbers, the largest first; another click reverses that; text goes from A to Z.
     classes = sections_of(work)["data"].blocks[2].frame
     table = browser.execute_script("return [...document.querySelectorAll('table')].findIndex(t => t.closest('#data'))")
     click_heading(browser, table, 1)
@@ -112,7 +112,7 @@ def test_one_sample_in_a_browser(work, run_script, browser, tmp_path):
     run_script("08_report.py", "--work", work, "--sample", Id, "--recipe", RECIPE)
     assert (work / f"sample_{Id}.html").read_bytes() == page.read_bytes()
     message = browser.execute_script("return document.querySelector('#probabilities').textContent")
-    assert "Left out: stage 05 predicts test samples and, out of fold, labelled ones; this one is in neither" in message
+    assert "Left out: stage 05 predicts test samples and, out of fold, labelled ones; this sample is neither" in message
 
 
 def test_an_empty_heat_map_says_so(work, monkeypatch):
@@ -128,7 +128,7 @@ def test_an_empty_heat_map_says_so(work, monkeypatch):
     _, gallery = heat(Work(work), Id, None).blocks
     lines = {card.lines[0]: card.lines[1:] for card in gallery.cards}
     assert lines[CLASS_NAMES[3]] == ["predicted", "probability 0.001"]
-    assert lines[CLASS_NAMES[5]] == ["predicted", "probability 0.001", "empty: nothing in the image speaks for it"]
+    assert lines[CLASS_NAMES[5]] == ["predicted", "probability 0.001", "empty: no evidence in the image"]
 
 
 def test_after_each_stage_the_rest_is_left_out_with_what_to_run(work, tmp_path):
@@ -165,7 +165,7 @@ def test_the_page_says_what_is_older_and_what_is_damaged(work, tmp_path):
     (tmp_path / "duplicates.csv").write_text('Id,part\n"cut off')
     (tmp_path / "runs" / RECIPE / "fold0" / "log.jsonl").write_text('{"epoch": 1, "tr')
     notes = {key: section.note for key, section in sections_of(tmp_path).items() if section.note}
-    assert "the predictions are for other samples than folds.csv has; run: python 05" in notes["predictions"]
+    assert "the predictions are for other samples than those of folds.csv; run: python 05" in notes["predictions"]
     assert "duplicates.csv has no column Target, which its stage writes" in notes["duplicates"]
     assert "run: python 02_dedup.py" in notes["duplicates"]
     assert "log.jsonl is damaged" in notes["training"] and "train its fold again" in notes["training"]

@@ -39,6 +39,6 @@ def test_every_pair_is_drawn(tmp_path):
     )
     picture = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     drawn = (picture != 255).any(axis=2).mean()
-    assert drawn > 0.3  # most of a sheet of 5 rows is pictures
+    assert drawn > 0.3  # much of a sheet of 5 rows is pictures
     save_contact_sheet(tmp_path / "empty.png", tmp_path, {"closest": pairs[:0]})
     assert Image.open(tmp_path / "empty.png").height < picture.shape[0] / 3 and SHOWN == 12

@@ -15,7 +15,7 @@ def test_every_view_is_turned_back():
 
 
 def test_the_heat_lies_on_what_the_class_is_made_of():
-    """A network whose class 0 is green light and whose class 1 is blue light finds each where it is."""
+    """A network whose class 0 is green light and whose class 1 is blue light locates each of them."""
     encoder = nn.Sequential(nn.Conv2d(4, 2, 4, stride=4, bias=False))
     pool, head = AdaptiveConcatPool2d(), nn.Sequential(nn.Linear(4, 2, bias=False))
     with torch.no_grad():
@@ -35,7 +35,7 @@ def test_the_heat_lies_on_what_the_class_is_made_of():
 
 def test_a_map_is_the_mean_over_networks_by_how_much_each_finds_and_empty_where_none_finds_anything():
     def camera(channel, weight):
-        """A network's, to which the light of a channel speaks for its class by that weight."""
+        """A network's camera: the light of a channel is evidence for its class, with that weight."""
         encoder = nn.Sequential(nn.Conv2d(4, 1, 4, stride=4, bias=False))
         model = Classifier(encoder, AdaptiveConcatPool2d(), nn.Linear(2, 1, bias=False))
         with torch.no_grad():
@@ -50,4 +50,4 @@ def test_a_map_is_the_mean_over_networks_by_how_much_each_finds_and_empty_where_
     seen = [(camera(*one), images) for one in ((1, 3.0), (2, 1.0), (2, -1.0))]
     heat = heat_map(seen[:2], 0, 8)
     np.testing.assert_allclose(heat[:, [0, 3, 7]], [[1, 0, 1 / 3]] * 8, atol=1e-6)
-    assert not heat_map(seen[2:], 0, 8).any()  # what speaks against a class is no heat
+    assert not heat_map(seen[2:], 0, 8).any()  # evidence against a class is no heat

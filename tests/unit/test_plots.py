@@ -38,8 +38,9 @@ def test_parts_of_two_plots_never_share_a_name():
 
 
 def test_the_same_plot_is_the_same_text():
-    draw = lambda: plots.lines("a", {"fold 0": (np.arange(1, 4), [3, 2, 1])}, "epoch", "loss", verticals=[2.5])  # noqa: E731
-    assert draw() == draw() and {"1", "2", "3"} <= set(texts(draw()))
+    series = {"fold 0": (np.arange(1, 4), [3, 2, 1])}
+    one, other = (plots.lines("a", series, "epoch", "loss", verticals=[2.5]) for _ in range(2))
+    assert one == other and {"1", "2", "3"} <= set(texts(one))
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.00001, "1e-05"), (0.002, "0.002"), (20.0, "20"), (12885, "12,885")])

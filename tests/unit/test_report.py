@@ -53,7 +53,7 @@ def test_every_class_shows_a_sample_of_its_own_with_few_other_labels(tmp_path):
         ("a", ["Cytosol", "with Nucleoplasm"]),
         ("b", ["Nucleoplasm", "alone"]),
     ]
-    assert sheet.cards[0].images == [("", "sample a: Nucleoplasm, Cytosol")]  # its image is not stored
+    assert sheet.cards[0].images == [("", "sample a: Nucleoplasm, Cytosol")]  # the image is not stored
 
 
 def test_what_is_missed_and_what_is_predicted_in_its_place():
@@ -72,7 +72,7 @@ def test_a_wrong_label_is_the_first_suspect_however_many_labels_others_have(tmp_
     table = suspects(Work(tmp_path), rows, targets, probs, probs >= 0.5)
     assert table["Id"][0] in ("s7", *(f"s{k}" for k in range(60, 80))) and table.set_index("Id")["suspicion"]["s7"] == 1
 
-    # With the hard sampler's books both ranks count.
+    # With losses recorded by the hard sampler, both ranks count.
     book = pd.DataFrame(
         {
             "Id": rows["Id"],
@@ -94,7 +94,7 @@ def test_the_calibration_leaves_out_what_is_too_rare():
     assert "100 % of all predictions are below 0.1" in text
 
 
-# --- what state it is in -----------------------------------------------------------------------------------
+# --- states ------------------------------------------------------------------------------------------------
 
 
 def sealed(path, inputs, **more):
@@ -110,7 +110,7 @@ def test_a_state_is_compared_with_the_files_that_it_was_made_from(tmp_path, vers
     for path in (given, work / "folds.csv"):
         write_text(path, "as it was")
     sealed(work / "thresholds.json", {"folds.csv": work / "folds.csv", "a.npz": given, "images": "a digest"})
-    if version == "earlier":  # whose sidecars do not say where inputs lie
+    if version == "earlier":  # whose sidecars do not record where inputs are
         record = json.loads(sidecar(work / "thresholds.json").read_text())
         write_json(sidecar(work / "thresholds.json"), {key: value for key, value in record.items() if key != "files"})
 
@@ -119,7 +119,7 @@ def test_a_state_is_compared_with_the_files_that_it_was_made_from(tmp_path, vers
 
     assert state() == "complete"
     (tmp_path / "moved").mkdir()
-    for name in ("work", "given"):  # both together: paths are from one to the other
+    for name in ("work", "given"):  # both: the path leads from one to the other
         (tmp_path / name).rename(tmp_path / "moved" / name)
     work, given = tmp_path / "moved" / "work", tmp_path / "moved" / "given" / "a.npz"
     assert state() == "complete"
@@ -127,7 +127,7 @@ def test_a_state_is_compared_with_the_files_that_it_was_made_from(tmp_path, vers
     assert state() == ("from an older a.npz: run its stage again" if version == "this" else "complete")
     given.unlink()
     assert state() == (
-        "complete; cannot be compared with a.npz, which cannot be read now" if version == "this" else "complete"
+        "complete; cannot be compared with a.npz, which can no longer be read" if version == "this" else "complete"
     )
     write_text(work / "folds.csv", "another one")
     assert state() == "from an older folds.csv: run its stage again"
@@ -168,8 +168,10 @@ def test_seconds_of_training_are_those_of_the_epochs_and_submissions_elsewhere_a
 
 
 def small_work(folder, recipes=("a",), combine="mean", weights=(1.0,), thresholds=0.5):
-    """A work folder of three labelled samples in two folds, one for training only, one held out and two of test; of the
-    labelled ones `b` is a copy of `a`."""
+    """A work folder of three labelled samples in two folds, one for training only, one held out and two of test.
+
+    The labelled sample `b` is a copy of `a`.
+    """
     work = folder / "work"
     rows = [
         ("a", "train", "0 25", 0),
@@ -226,7 +228,7 @@ def test_a_sample_is_decided_as_the_submission_is_and_labels_of_test_are_unknown
     assert (table.frame["state"] == "").all() and "labelled" not in table.text
     assert probabilities(Work(work), "u").blocks[0].items["in the submission"] == "none"
     assert probabilities(Work(work), "a").blocks[0].items["labelled"] == "Nucleoplasm, Cytosol"
-    assert "this one is in neither (for training only" in probabilities(Work(work), "x").note
+    assert "this sample is neither (for training only" in probabilities(Work(work), "x").note
 
 
 def test_an_id_that_is_not_there_says_why(tmp_path):
@@ -267,7 +269,7 @@ def test_scores_that_say_little_are_named():
     notes = few_positives(pd.DataFrame({"class": ["a", "b", "c", "d"], "positives": [0, 9, 10, 0]}))
     assert [note.text for note in notes] == [
         "Without a sample, so that they count as 0: a, d.",
-        "With thresholds that rest on fewer than 10 positives: b.",
+        "With thresholds based on fewer than 10 positives: b.",
     ]
 
 
@@ -277,14 +279,14 @@ def test_scores_that_say_little_are_named():
         (lambda f: None, None),
         (
             lambda f: write_text(f / "labels.csv", "Id,Target\nz,0\n"),
-            "have no Ids in common now; run: python 06_thresholds.py",
+            "no longer have Ids in common; run: python 06_thresholds.py",
         ),
         (lambda f: (f / "a.npz").unlink(), "a.npz is missing"),
         (
             lambda f: write_json(
                 f / "thresholds.json", json.loads((f / "thresholds.json").read_text()) | {"recipes": ["b.npz"]}
             ),
-            "thresholds.json is for other files than its sidecar says; run: python 06_thresholds.py",
+            "thresholds.json is for other files than its sidecar; run: python 06_thresholds.py",
         ),
     ],
 )

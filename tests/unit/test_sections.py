@@ -1,4 +1,4 @@
-"""Every section of the page: what a new one must do, and the lines of CONTRIBUTING.md that add one."""
+"""Every section of the page: the rules for a new one, and the lines of CONTRIBUTING.md that add one."""
 
 import pandas as pd
 import pytest
