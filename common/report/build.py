@@ -13,6 +13,7 @@ from common.report.inputs import data, duplicates, epoch_seconds, folds, trainin
 from common.report.page import Facts, Section, Table, render, section
 from common.report.reader import Work, there
 from common.report.results import errors, predictions, scores, submission
+from common.report.runs import comparison
 
 
 @section("Overview", "What the stages have made so far, and the figures that matter most.")
@@ -81,6 +82,7 @@ SECTIONS: list[Callable[[Work], Section]] = [
     training,
     predictions,
     scores,
+    comparison,
     errors,
     submission,
 ]
