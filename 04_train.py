@@ -56,6 +56,9 @@ def parse_args():
         help="change fields of the recipe",
     )
     command_line.add_weight_flags(parser)
+    parser.add_argument(
+        "--list-runs", action="store_true", help="only print the runs in --work: state, score, settings that differ"
+    )
     parser.add_argument("--list-recipes", action="store_true", help="only print the recipes and their networks")
     parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
     parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
@@ -118,6 +121,11 @@ def main():
         return print(recipe_listing(args.json))
     if args.cluster:
         args.work = args.work.resolve()  # workers run in another folder
+    if args.list_runs:
+        from common.report.reader import Work
+        from common.report.runs import run_listing
+
+        return print(run_listing(Work(args.work)))
     layout = Layout(args.work, args.data)
     listed = list(read_recipes_file(args.recipes_file)) if args.recipes_file else command_line.RECIPES
     recipes = asked_recipes(layout, args.recipe or listed, args.settings, args.name, args.recipes_file)

@@ -18,6 +18,7 @@ import pandas as pd
 
 from common.artifacts.files import read_json, write_json
 from common.artifacts.locks import Lock
+from common.artifacts.versions import made_with
 from common.errors import UserError
 
 
@@ -196,6 +197,7 @@ class Stage:
                 "files": {key: self.way_to(path) for key, path in self.files.items()},
                 "rows": record.rows,
                 "seconds": round(time.time() - self.started, 1),
+                "made_with": made_with(),
                 **record.notes,
             },
         )

@@ -13,6 +13,7 @@ from common.report.inputs import data, duplicates, epoch_seconds, folds, trainin
 from common.report.page import Facts, Section, Table, render, section
 from common.report.reader import Work, there
 from common.report.results import errors, predictions, scores, submission
+from common.report.runs import comparison
 
 
 @section("Overview", "What the stages have made so far, and the figures that matter most.")
@@ -28,6 +29,9 @@ def overview(work: Work) -> list:
             wide=True,
         )
     ]
+    versions = versions_table(work)
+    if len(versions):
+        blocks.append(Table("Made with", versions, "Versions are noted and refuse nothing.", wide=True))
     found, facts = there(lambda: work.scores), {}
     if found:
         facts["macro F1, cross-fitted"] = f"{found['score_cross_fitted']:.3f}"
@@ -37,6 +41,18 @@ def overview(work: Work) -> list:
     if samples is not None:
         facts["samples"] = f"{len(samples):,}"
     return [Facts(facts), *blocks] if facts else blocks
+
+
+def versions_table(work: Work) -> pd.DataFrame:
+    """Return a row per set of versions: what made the stages' outputs, and which of them."""
+    made: dict[tuple, list[str]] = {}
+    for stage, path in stage_files(work):
+        versions = work.state(path)[1].get("made_with")
+        if isinstance(versions, dict):
+            made.setdefault(tuple((str(name), str(version)) for name, version in versions.items()), []).append(stage)
+    return pd.DataFrame(
+        {**dict(versions), "made": ", ".join(dict.fromkeys(stages))} for versions, stages in made.items()
+    )
 
 
 def stage_files(work: Work) -> list[tuple[str, Path]]:
@@ -81,6 +97,7 @@ SECTIONS: list[Callable[[Work], Section]] = [
     training,
     predictions,
     scores,
+    comparison,
     errors,
     submission,
 ]

@@ -15,6 +15,7 @@ from common.artifacts.arrays import refuse_damaged, refuse_inflated
 from common.artifacts.files import writing
 from common.artifacts.layout import Layout
 from common.artifacts.stage import Stage, read_sidecar, sidecar
+from common.artifacts.versions import made_with
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, first_line
 from common.recipes import Recipe, from_dict, recipe_of_run, to_dict
@@ -38,7 +39,7 @@ TRAINING: dict[str, Kind] = {  # in last.pt too
 def save_checkpoint(path: Path, values: dict) -> None:
     """Write a checkpoint of tensors and plain types in one go."""
     with writing(path) as temporary, open(temporary, "wb") as file:  # given a path, torch hides the disk's error
-        torch.save(values, file)
+        torch.save({**values, "made_with": made_with()}, file)
 
 
 def snapshot(value: Any) -> Any:

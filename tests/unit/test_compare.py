@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.recipes import get_recipe
+from common.report.runs import differing_settings
 from common.score.compare import compare_runs, describe_comparison, paired_interval
 from common.score.metrics import class_f1
 from common.score.thresholds import cross_fit, repeated_folds
@@ -66,3 +68,12 @@ def test_text_has_the_best_run_first_and_says_what_may_be_chance():
     assert lines[2].startswith("a ") and "facts of a" in lines[2]
     assert lines[-1].startswith("a - again: +0.000") and lines[-1].endswith("(may be chance)")
     assert "chance" not in lines[-3]
+
+
+def test_settings_that_differ_are_shown_as_they_are_given():
+    recipes = {"a": get_recipe("demo"), "b": get_recipe("demo", ["alpha=0.5", "buffers=64", "enlarge=true"])}
+    assert differing_settings(recipes) == {
+        "a": "enlarge=false buffers=256 alpha=0.9",
+        "b": "enlarge=true buffers=64 alpha=0.5",
+    }
+    assert differing_settings({"a": recipes["a"]}) == {"a": "-"}
