@@ -1,4 +1,4 @@
-"""Files of experiments: runs with names of their own, a table each."""
+"""Files of experiments: runs with their own names, a table each."""
 
 import tomllib
 from pathlib import Path
@@ -9,7 +9,7 @@ from common.recipes import Experiment
 
 
 def read_recipes_file(path: Path) -> dict[str, Experiment]:
-    """Return the experiments of a TOML file: a table each, with `base` and the fields that are changed."""
+    """Return the experiments of a TOML file: a table each, with `base` and the changed fields."""
     if not path.is_file():
         raise UserError(
             f"{path} is missing; expected a TOML file with a table per run: [name], base = ..., field = ..."

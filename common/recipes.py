@@ -381,7 +381,7 @@ VARIANTS = {**ABLATION, "quick": quick}
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run with a name of its own: a recipe, which may be another experiment, and what is changed of it."""
+    """A run with its own name: a recipe, or another experiment, and the settings that it changes."""
 
     base: str
     settings: tuple[str, ...] = ()
@@ -417,7 +417,7 @@ def get_recipes(
 ) -> dict[str, Recipe]:
     """Return the recipes of these names, each changed by all settings.
 
-    experiments : runs with names of their own, which may be named too
+    experiments : runs with their own names, which may be among `names`
     tell : function that gets a note on each setting that has no effect on some of the recipes
     Raises UserError for unknown names and fields, a field set twice, and a setting without effect on any recipe.
     """
@@ -501,7 +501,7 @@ def named_recipe(name: str, experiments: Mapping[str, Experiment] = MappingProxy
 
 
 def experiment_recipe(name: str, experiments: Mapping[str, Experiment]) -> Recipe:
-    """Return the recipe of an experiment; raises UserError where experiments are based on each other in a circle."""
+    """Return the recipe of an experiment; raises UserError if experiments are based on each other in a circle."""
     others = {other: experiment for other, experiment in experiments.items() if other != name}
     experiment = experiments[name]
     try:
@@ -511,7 +511,7 @@ def experiment_recipe(name: str, experiments: Mapping[str, Experiment]) -> Recip
 
 
 def sized(recipe: Recipe, size: str) -> Recipe:
-    """Return a recipe for images of `size` pixels, with crops of three quarters of it in multiples of 32: 1024 and 768."""
+    """Return a recipe for images of `size` pixels, with crops of three quarters of that in multiples of 32."""
     if not size.isdecimal() or not 64 <= int(size) <= 4096:
         raise UserError(f"expected a size from 64 to 4096 pixels after '@', found {size!r}")
     if recipe.size_rule == "fixed" and recipe.image_size == int(size):

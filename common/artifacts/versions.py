@@ -1,4 +1,4 @@
-"""What made a file: the versions of Python, packages and this project. They are noted and refuse nothing."""
+"""The versions of Python, packages and this project that made a file. They are only recorded."""
 
 import platform
 import re
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @cache
 def made_with() -> dict[str, str]:
-    """Return the versions that this process works with, by name; "unknown" for what cannot be found out."""
+    """Return the versions that this process uses, by name; "unknown" if one cannot be found."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
@@ -26,7 +26,7 @@ def commit(folder: Path) -> str | None:
     """Return the commit of a git checkout, without git; None elsewhere."""
     try:
         git = folder / ".git"
-        if git.is_file():  # of a worktree or a submodule: where the folder is
+        if git.is_file():  # of a worktree or a submodule: the path of the folder
             git = folder / git.read_text().removeprefix("gitdir:").strip()
         head = (git / "HEAD").read_text().strip()
         if head.startswith("ref: "):

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # missing if called by its path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # needed if started by its path
 
 from common.check.checks import examine
 from common.data import options

@@ -40,7 +40,7 @@ def disk(args: argparse.Namespace, seen: Seen, folds: pd.DataFrame, measured: di
         f"{gigabytes(free)} are free in {existing(args.work)}"
     )
     state = FAILS if needed > free else WARNING if needed > 0.9 * free else FINE
-    yield Check("disk", state, found, "" if state == FINE else "free space, or give another --work")
+    yield Check("disk", state, found, "" if state == FINE else "free some space, or give another --work")
 
 
 def times(args: argparse.Namespace, seen: Seen, folds: pd.DataFrame, measured: dict[str, Cost]) -> Checks[None]:

@@ -83,8 +83,8 @@ def download_to(folder: Path, encoder: str, host: str) -> Check:
             "weights",
             FAILS,
             f"{encoder}: would be downloaded to {folder}, which cannot be written ({error.strerror})",
-            "free space, get write permission, give --weights-dir a writable folder, or start from random weights with "
-            "--pretrained none",
+            "free some space, get write permission, give --weights-dir a writable folder, or start from random weights "
+            "with --pretrained none",
         )
 
 

@@ -19,7 +19,7 @@ def work_folder(work: Path) -> Checks[None]:
             "work folder",
             FAILS,
             f"{folder} cannot be written ({error.strerror})",
-            "free space, get write permission, or give another --work",
+            "free some space, get write permission, or give another --work",
         )
     for told in holders(work):
         yield Check("work folder", WARNING, told, "wait until it ends before making the same output")

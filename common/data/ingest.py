@@ -331,7 +331,7 @@ def check_space(sides: list[int], work: Path, raw: bool = False) -> None:
     if needed > free:
         raise UserError(
             f"about {needed / 1e9:.1f} GB are needed in {work} for {len(sides)} images, {free / 1e9:.1f} GB "
-            "are free; free space, or give another --work"
+            "are free; free some space, or give another --work"
         )
 
 

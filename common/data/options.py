@@ -61,7 +61,7 @@ def ingest_options(args: argparse.Namespace, say: Callable[[str], object] = prin
 
 
 def asked_names(args: argparse.Namespace) -> list[str]:
-    """Return the names of the recipes that are asked for, by --recipes or --recipes-file."""
+    """Return the names of the recipes from --recipes or --recipes-file."""
     return args.recipes or list(read_recipes_file(args.recipes_file) if args.recipes_file else command_line.RECIPES)
 
 

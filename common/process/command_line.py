@@ -12,7 +12,7 @@ from common.errors import DATA, nearest
 from common.recipes import run_name
 
 ArgumentContainer = argparse._ActionsContainer  # a parser, or a group of its flags
-RECIPES = ["resnet50"]  # of every stage, by default
+RECIPES = ["resnet50"]  # default of every stage
 SEED = 0  # of trainings, unless stage 04 is given another
 
 
@@ -115,7 +115,7 @@ def add_recipes_file_flag(parser: ArgumentContainer) -> None:
         "--recipes-file",
         type=Path,
         metavar="TOML",
-        help='file of runs with names of their own, a table each: [name], base = "resnet50", alpha = 0.999',
+        help='file of runs with their own names, a table each: [name], base = "resnet50", alpha = 0.999',
     )
 
 

@@ -31,7 +31,8 @@ def overview(work: Work) -> list:
     ]
     versions = versions_table(work)
     if len(versions):
-        blocks.append(Table("Made with", versions, "Versions are noted and refuse nothing.", wide=True))
+        text = "Versions are only recorded: files of other versions are not refused."
+        blocks.append(Table("Made with", versions, text, wide=True))
     found, facts = there(lambda: work.scores), {}
     if found:
         facts["macro F1, cross-fitted"] = f"{found['score_cross_fitted']:.3f}"

@@ -67,8 +67,8 @@ def class_by_class(panels: list[Figure]) -> list:
     return [
         Heading("Class by class, the weakest first"),
         Note(
-            "Left, precision against recall: the higher the better; the dotted line is chance. Right, the effect of the "
-            "threshold (vertical line): F1 should be at its top there, and flat, so that other samples reach it too."
+            "Left, precision against recall: the higher the better; the dotted line is chance. Right, the effect of "
+            "the threshold (vertical line): F1 should be at its top there, and flat, so other samples reach it too."
         ),
         *panels[:6],
         *([More(f"The other {len(panels) - 6} classes", panels[6:])] if len(panels) > 6 else []),

@@ -1,4 +1,4 @@
-"""Runs of a work folder side by side: how far they are, in which settings they differ, and what they are worth."""
+"""Runs of a work folder side by side: their progress, the settings in which they differ, and their scores."""
 
 import pandas as pd
 
@@ -103,7 +103,7 @@ def comparison(work: Work) -> list:
         Table(
             "Paired differences",
             differences,
-            "All runs are scored on the same draws of samples. A difference whose interval holds 0 may be chance.",
+            "All runs are scored on the same draws of samples. A difference whose interval contains 0 may be chance.",
             {"macro F1": "+.3f"},
         ),
     ]

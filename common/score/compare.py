@@ -1,4 +1,4 @@
-"""Several runs side by side on the same samples: scores, paired differences with intervals, and who wins which class."""
+"""Several runs on the same samples: scores, paired differences with intervals, and which run wins which classes."""
 
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -18,9 +18,9 @@ from common.score.thresholds import cross_fit, repeated_folds
 
 @dataclass(frozen=True)
 class RunScore:
-    """What one run is worth.
+    """The scores of one run.
 
-    wins : classes in which no other run is as good, of those with samples
+    wins : number of classes with samples in which this run is better than all others
     """
 
     name: str
@@ -32,9 +32,9 @@ class RunScore:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much the macro F1 of run `a` is above that of run `b`, with its paired 95 % interval over samples.
+    """How much higher the macro F1 of run `a` is than that of run `b`, with its paired 95 % interval over samples.
 
-    a_wins, b_wins : classes in which one is better than the other
+    a_wins, b_wins : number of classes in which each is better than the other
     """
 
     a: str
@@ -49,8 +49,8 @@ def compare_runs(targets: np.ndarray, probs: dict[str, np.ndarray], groups: np.n
     """Score runs with cross-fitted thresholds on the same rows, and each pair's difference, as plain types for JSON.
 
     targets : (n, n_classes) bool; probs : name -> (n, n_classes); groups : (n,), drawn and split as a whole
-    The bootstrap draws the same groups for all runs, so what they share, such as hard samples, is no part of a
-    difference's interval: percentiles of the differences of the draws, moved to where the difference is.
+    The bootstrap draws the same groups for all runs, so shared effects, for example hard samples, do not widen a
+    difference's interval. It has the percentiles of the draws' differences, centred on the difference.
     """
     if len(probs) < 2:
         raise UserError(f"expected at least two runs to compare, found {', '.join(probs) or 'none'}")
@@ -91,7 +91,7 @@ def compare_runs(targets: np.ndarray, probs: dict[str, np.ndarray], groups: np.n
 
 
 def compare_stage(layout: Layout, names: list[str], method: str) -> dict:
-    """Return what `compare_runs` finds for the out-of-fold predictions of stage 05, kept in the work folder."""
+    """Return the result of `compare_runs` for stage 05's out-of-fold predictions, kept in the work folder."""
     again = layout.command("05_predict_oof.py", "--recipes", ",".join(names))
     files = {name: layout.predictions(name, "oof") for name in names}
     check_there(list(files.values()), again)
@@ -123,17 +123,19 @@ def comparison(layout: Layout, names: list[str], method: str) -> str:
 
 
 def describe_comparison(result: dict, facts: dict[str, str]) -> list[str]:
-    """Say what `compare_runs` found, best run first.
+    """Describe the result of `compare_runs`, best run first.
 
-    facts : what else is known of each run, such as its training time and folds
+    facts : further information on each run, for example its folds and training time
     """
     wide = max(len(run["name"]) for run in result["runs"])
     lines = [
-        f"{result['n_samples']} samples that all runs predicted out of fold, {result['method']} thresholds, cross-fitted",
+        f"{result['n_samples']} samples that all runs predicted out of fold, {result['method']} thresholds, "
+        "cross-fitted",
         f"{'run':{wide}s} macro F1 {'95 % interval':>16s} {'wins':>5s}  ",
     ]
     lines += [
-        f"{run['name']:{wide}s} {run['macro_f1']:8.3f} {span(run['interval']):>16s} {run['wins']:5d}  {facts.get(run['name'], '')}"
+        f"{run['name']:{wide}s} {run['macro_f1']:8.3f} {span(run['interval']):>16s} {run['wins']:5d}  "
+        f"{facts.get(run['name'], '')}"
         for run in sorted(result["runs"], key=lambda run: -run["macro_f1"])
     ]
     lines += [f"paired differences over samples, and in how many of {result['n_present']} classes each is better:"]
@@ -147,7 +149,7 @@ def describe_comparison(result: dict, facts: dict[str, str]) -> list[str]:
 
 
 def run_facts(layout: Layout, name: str) -> str:
-    """Say which folds a run's out-of-fold predictions stand on, and how long these trained."""
+    """Describe the folds that a run's out-of-fold predictions are based on, and their training time."""
     record = layout.predictions(name, "oof")
     numbers = read_sidecar(record)["parameters"].get("folds", []) if sidecar(record).is_file() else []
     networks = [layout.network(name, fold) for fold in numbers]

@@ -42,7 +42,7 @@ class Ensemble:
 
 
 def find_ensemble(layout: Layout, recipes: list[str], given: list[Path] | None, thresholds: Path | None) -> Ensemble:
-    """Return the ensemble of the recipes' test predictions, or of the files `given`; raises UserError if a part is missing.
+    """Return the ensemble of the recipes' test predictions, or of `given` files; raises UserError for a missing part.
 
     thresholds : where they are, if not in the work folder
     """

@@ -153,7 +153,7 @@ def check_recipe(path: Path, saved: dict, recipe: Recipe) -> None:
 
 
 def made_from(folder: Path) -> dict | None:
-    """Return what a fold's finished or unfinished training was made from; None where there is none."""
+    """Return what a fold's finished or unfinished training was made from; None without a training."""
     if sidecar(folder / "best.pt").is_file():
         return read_sidecar(folder / "best.pt")
     if (folder / "last.pt").is_file():

@@ -180,7 +180,7 @@ def keep_good_state(run: Run, job: Job) -> None:
 
 
 class Saver:
-    """Writes a run's state while training continues: last.pt, best.pt, the log, and what the hard sampler did."""
+    """Writes a run's state while training continues: last.pt, best.pt, the log, and the hard sampler's statistics."""
 
     def __init__(self, run: Run, job: Job, data: FoldData) -> None:
         self.run, self.job, self.data = run, job, data

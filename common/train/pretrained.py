@@ -125,8 +125,8 @@ def download(encoder: str, published: Published, path: Path) -> Path | None:
         except OSError as error:
             raise UserError(
                 f"the weights of {encoder} cannot be written to {path.parent} ({error.strerror or error}); free "
-                "space, get write permission, give --weights-dir a writable folder, or start from random weights with "
-                "--pretrained none"
+                "some space, get write permission, give --weights-dir a writable folder, or start from random weights "
+                "with --pretrained none"
             ) from None
     print(
         f"{encoder}: the ImageNet weights could not be downloaded, so training starts from random weights.\n"

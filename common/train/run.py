@@ -210,7 +210,7 @@ def wrapped(model: torch.nn.Module, hardware: Hardware) -> torch.nn.Module:
     if hardware.team.size > 1:
         network = DistributedDataParallel(model, device_ids=[hardware.device] if hardware.is_gpu else None)
     if hardware.compiled:
-        network = cast(torch.nn.Module, torch.compile(network))  # the stubs say a function
+        network = cast(torch.nn.Module, torch.compile(network))  # a function in the stubs
     return network
 
 

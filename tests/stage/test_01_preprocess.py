@@ -442,7 +442,7 @@ def test_a_full_disk_is_noticed_before_the_first_image(tmp_path):
     from common.errors import UserError
 
     with pytest.raises(
-        UserError, match=r"about 3307.0 GB are needed in .* for 4000000 images, .* GB are free; free space"
+        UserError, match=r"about 3307.0 GB are needed in .* for 4000000 images, .* GB are free; free some space"
     ):
         check_space([768] * 4_000_000, tmp_path)
     check_space([768], tmp_path)

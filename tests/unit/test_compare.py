@@ -1,4 +1,4 @@
-"""Runs side by side: differences are paired, wins are counted on classes with samples, and text says what may be chance."""
+"""Comparison of runs: differences are paired, wins count classes with samples, and the text names possible chance."""
 
 import numpy as np
 import pytest

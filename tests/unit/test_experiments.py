@@ -1,4 +1,4 @@
-"""Runs with names of their own: from --name or a file, kept in the work folder; sizes after '@'."""
+"""Runs with their own names: from --name or a file, kept in the work folder; sizes after '@'."""
 
 import pytest
 

@@ -453,7 +453,7 @@ def test_without_a_network_the_message_says_what_to_put_where(tmp_path, encoder,
 
 
 CANNOT_WRITE = (
-    "the weights of resnet18 cannot be written to {folder} ({reason}); free space, get write permission, give "
+    "the weights of resnet18 cannot be written to {folder} ({reason}); free some space, get write permission, give "
     "--weights-dir a writable folder, or start from random weights with --pretrained none"
 )
 
