@@ -41,8 +41,8 @@ def parse_args():
     parser.add_argument(
         "--name",
         metavar="NAME",
-        help="train the one --recipe, with what --set changes, as a run of this name; the name then stands "
-        "wherever a recipe's does, in this work folder",
+        help="train the one --recipe, with the changes of --set, as a run of this name; in this work folder the name "
+        "can then be used like a recipe's",
     )
     parser.add_argument("--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to train (default: all)")
     parser.add_argument("--force", action="store_true", help="discard what these folds have and train from scratch")

@@ -270,7 +270,7 @@ def channel_plane(pixels: np.ndarray, channel: str) -> np.ndarray:
 
 
 def oriented(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn stored rows, (height, width) or (height, width, 3), according to their orientation tag; unknown values count as 1."""
+    """Turn stored rows, (height, width) or (height, width, 3), by their orientation tag; unknown values count as 1."""
     return np.ascontiguousarray(ORIENTATIONS[orientation](image)) if orientation in ORIENTATIONS else image
 
 
