@@ -345,7 +345,7 @@ def test_after_mending_the_bad_file_the_rest_is_not_made_again(refuses, make, sm
         ("Id,Target\ntrain-0,1\ntrain-0,2\n", "appear more than once"),
         ("Id,Target\ntrain-0,28\n", "train-0: '28'"),
         ("Id,Target\ntrain-0,x\n", "train-0: 'x'"),
-        ("", "is not a CSV file"),
+        ("", "train.csv is empty"),
         ("Id,Target\n", "has no rows"),
         ("Id,Target\ntest-0,1\n", "more than one of train.csv, sample_submission.csv"),
     ],

@@ -20,7 +20,8 @@ from common.report.sample import heat, sample_page
 from tests.browser import check_page, click_heading, column, show
 
 RECIPE = "demo-quick"
-SECTIONS = ["overview", "data", "duplicates", "folds", "training", "predictions", "scores", "errors", "submission"]
+SECTIONS = ["overview", "data", "duplicates", "folds", "training", "predictions", "scores"]
+SECTIONS += ["comparison", "errors", "submission"]  # the first of these is left out: nothing has been compared
 ATTACK = "<img src=x onerror=alert(1)>"
 
 
@@ -61,7 +62,7 @@ def test_the_page_in_a_browser(work, browser):
     found = browser.execute_script("return [...document.querySelectorAll('main > section')].map(section => section.id)")
     assert found == SECTIONS
     assert len(browser.execute_script("return [...document.images].map(image => image.alt)")) > 40
-    assert not browser.execute_script("return document.querySelectorAll('.left-out-note').length")
+    assert browser.execute_script("return document.querySelectorAll('.left-out-note').length") == 1
 
     # A click sorts numbers, the largest first; another click reverses that; text goes from A to Z.
     classes = sections_of(work)["data"].blocks[2].frame
@@ -146,8 +147,10 @@ def test_after_each_stage_the_rest_is_left_out_with_what_to_run(work, tmp_path):
     assert "image not stored" in report_page(Work(tmp_path))
     assert "no training has begun; run: python 04_train.py" in copy("duplicate*", "folds*")["training"]
     assert list(copy("runs/*/fold0/log.jsonl")) == SECTIONS[5:]
-    assert list(copy("predictions")) == ["scores", "submission"]
-    assert list(copy("thresholds*")) == ["submission"]
+    assert list(copy("predictions")) == ["scores", "comparison", "submission"]
+    missing = copy("thresholds*")
+    assert list(missing) == ["comparison", "submission"]
+    assert "run: python 06_thresholds.py" in missing["comparison"] and "--compare" in missing["comparison"]
 
 
 def test_the_page_says_what_is_older_and_what_is_damaged(work, tmp_path):
@@ -194,7 +197,7 @@ def test_names_from_files_are_never_markup(work, tmp_path, browser):
     log = tmp_path / "runs" / ATTACK / "fold0" / "log.jsonl"
     log.write_text(log.read_text().replace("from random weights", ATTACK.replace('"', '\\"')))
     sections = collect(Work(tmp_path))
-    assert not any(section.note for section in sections)
+    assert [section.key for section in sections if section.note] == ["comparison"]
     page = tmp_path / "attack.html"
     page.write_text(render(ATTACK, ATTACK, sections), encoding="utf-8")
     assert page.read_text().count("&lt;img src=x") > 10 and ATTACK not in page.read_text()
