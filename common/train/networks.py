@@ -69,11 +69,23 @@ def recomputed(encoder: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
 
     Running statistics are updated once, by the first pass.
     """
-    parts = list(encoder) if type(encoder) is nn.Sequential else [encoder]
-    for part in parts:
-        is_block = any(True for _ in part.children())
-        x = checkpoint(part, x, use_reentrant=False, context_fn=partial(passes, part)) if is_block else part(x)
+    for part in blocks(encoder):
+        again = has_children(part)
+        x = checkpoint(part, x, use_reentrant=False, context_fn=partial(passes, part)) if again else part(x)
     return x
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the parts of a network that follow each other: residual blocks, stems, and single layers between them."""
+    if type(module) is nn.Sequential and any(map(has_children, module)):
+        for child in module:
+            yield from blocks(child)
+    else:
+        yield module
+
+
+def has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 def passes(part: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
