@@ -120,6 +120,8 @@ class Recipe:
     weight_decay: float = 1e-6  # L2 on all parameters with SGD; decoupled and on weights only with AdamW and Muon
     l1: float = 0.0
     clip_norm: float = 0.0  # limit of the gradient's norm; 0 = none
+    ema: float = 0.0  # decay per step of the averaged weights that are validated and kept; 0 = the weights themselves
+    checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more time
     sync_batchnorm: bool = False  # several GPUs: normalise over the images of all, not of each
 
     # Cosine cycles with restarts; a constant rate; one that halves after more than `patience` validations without a
@@ -178,6 +180,7 @@ class Recipe:
             "weight_decay": self.weight_decay >= 0,
             "l1": self.l1 >= 0,
             "clip_norm": self.clip_norm >= 0,
+            "ema": 0 <= self.ema < 1,
             "warmup_share": 0 <= self.warmup_share < 1,
             "patience": self.patience >= 0,
             "max_halvings": self.max_halvings >= 0,

@@ -249,7 +249,7 @@ def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.
     check_recipe(path, saved, recipe)
     model = build_model(recipe, N_CLASSES)
     with restoring(path):
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(saved.get("average", saved["model"]))  # best.pt has averaged weights as its model
     return (
         model.to(hardware.device, memory_format=torch.channels_last),  # type: ignore[call-overload]  # not in the stubs
         Normalisation(tuple(saved["mean"]), tuple(saved["std"])),

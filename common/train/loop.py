@@ -473,9 +473,10 @@ def close_ranking(run: Run, data: FoldData, epoch: int) -> None:
 def evaluate(run: Run, data: FoldData, feed: Iterator[Batch]) -> tuple[float, float]:
     """Return the mean loss and the macro F1 at 0.5 on the whole validation images; raises NotFinite."""
     team, valid = run.hardware.team, data.valid
-    team.share_buffers(run.model)
+    for network in dict.fromkeys((run.model, run.trained)):
+        team.share_buffers(network)
     logits = predict_logits(
-        run.model, run.normalise, part_of(valid, team), run.hardware, views("none"), feed=feed, fitting=run.fitting
+        run.trained, run.normalise, part_of(valid, team), run.hardware, views("none"), feed=feed, fitting=run.fitting
     )
     logits = team.gather_rows(logits[0])  # (n, n_classes)
     losses = sample_losses(logits, torch.from_numpy(valid.targets), run.class_weights.cpu(), run.recipe)  # (n,)

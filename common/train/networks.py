@@ -3,14 +3,17 @@
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError, nearest
 from common.recipes import Recipe, row_of
@@ -45,18 +48,67 @@ class PadTo(nn.Module):
         return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of normalisation layers as they are."""
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
+    for layer in layers:
+        layer.momentum, layer.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for layer, momentum, counted in before:
+            layer.momentum, layer.num_batches_tracked = momentum, counted
+
+
+def recomputed(encoder: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """Return encoder(x), keeping only the input of each of its blocks: the backward pass computes the rest again.
+
+    Single layers between the blocks are left alone: an activation in place would change the input that is kept.
+
+    Running statistics are updated once, by the first pass.
+    """
+    for part in blocks(encoder):
+        again = has_children(part)
+        x = checkpoint(part, x, use_reentrant=False, context_fn=partial(passes, part)) if again else part(x)
+    return x
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the parts of a network that follow each other: residual blocks, stems, and single layers between them."""
+    if type(module) is nn.Sequential and any(map(has_children, module)):
+        for child in module:
+            yield from blocks(child)
+    else:
+        yield module
+
+
+def has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+def passes(part: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return what surrounds the first pass through a part of the encoder, and the pass that computes it again."""
+    return nullcontext(), frozen_statistics(part)
+
+
 class Classifier(nn.Module):
     """Encoder, global pooling and head: (n, 4, h, w) images -> (n, n_classes) logits."""
 
-    def __init__(self, encoder: nn.Sequential, pool: nn.Module, head: nn.Sequential, split: str = "") -> None:
+    def __init__(
+        self, encoder: nn.Sequential, pool: nn.Module, head: nn.Sequential, split: str = "", checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.pool = pool
         self.head = head
         self.split = split  # name of the encoder's child at which three layer groups split
+        self.checkpointing = checkpointing  # keep few activations while training; see `recomputed`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.encoder(x)  # (n, c, h / 32, w / 32)
+        again = self.checkpointing and self.training and torch.is_grad_enabled()
+        x = recomputed(self.encoder, x) if again else self.encoder(x)  # (n, c, h / 32, w / 32)
         x = self.pool(x)  # (n, 2c) by adaptive concat pooling
         return self.head(x)
 
@@ -360,7 +412,8 @@ def build_model(recipe: Recipe, n_classes: int, weights: dict | None = None) -> 
     encoder, features = build_encoder(recipe, weights)
     pooled = 2 * features if recipe.pooling == "acp" else features
     head = build_head(pooled, n_classes, recipe)
-    return Classifier(encoder, build_pool(recipe.pooling), head, encoder_of(recipe.encoder).split)
+    pool, split = build_pool(recipe.pooling), encoder_of(recipe.encoder).split
+    return Classifier(encoder, pool, head, split, recipe.checkpointing)
 
 
 def count_parameters(recipe: Recipe, n_classes: int) -> int:

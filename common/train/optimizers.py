@@ -3,6 +3,7 @@
 Muon orthogonalises the momentum before each step (Jordan et al. 2024); it is for weights of convolutions.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -172,3 +173,32 @@ def param_groups(model: Classifier, rates: tuple[float, ...]) -> list[dict]:
         {"params": [p for module in modules for p in module.parameters()], "lr": rate, "top_lr": rate}
         for modules, rate in zip(parts, rates, strict=True)
     ]
+
+
+class Average:
+    """The exponential moving average of a model's weights and running statistics, which is validated and kept.
+
+    decay : of what it holds, per step; early steps count for more, (1 + step) / (10 + step), so that the weights of the
+        start are soon forgotten
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the model after step number `step` of the run, from 0 on."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([own for own, _ in averaged], [new for _, new in averaged], share)
+        for own, new in pairs:
+            if not own.is_floating_point():  # counts of batches
+                own.copy_(new)
+
+    def state_dict(self) -> dict:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state)

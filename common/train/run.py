@@ -21,7 +21,7 @@ from common.train.dataset import EpochBatches, Normalisation
 from common.train.fold_data import FoldData
 from common.train.hardware import Fitting, Hardware, set_kernels
 from common.train.networks import build_model
-from common.train.optimizers import build_optimizer, param_groups
+from common.train.optimizers import Average, build_optimizer, param_groups
 
 FORMAT = 4  # of checkpoints; add one whenever older ones could be misread, as after each change of a network
 ENOUGH_IMAGES = 8  # for BatchNorm, in each of several processes
@@ -44,6 +44,11 @@ def load(run: "Run", name: str, value: dict) -> None:
 def load_if_any(run: "Run", name: str, value: dict) -> None:
     if value:  # empty if saved at a precision that needs none
         load(run, name, value)
+
+
+def load_average(run: "Run", name: str, value: dict | None) -> None:
+    if run.average:
+        run.average.load_state_dict(value or {})
 
 
 def load_optimizer(run: "Run", name: str, value: dict) -> None:
@@ -114,6 +119,8 @@ class Run:
     history: list[dict] = saved(list, default_factory=list)  # the log, a row per epoch
     class_mix: list[dict] = saved(list, default_factory=list)  # what the hard sampler kept, by epoch and class
 
+    average: Average | None = saved(dict, load_average, later=True, default=None)  # of the weights, if the recipe asks
+
     good: dict | None = None  # the state at the start of this epoch, if the run may return to it
     fitting: Fitting = field(default_factory=Fitting)  # of the validation
 
@@ -122,7 +129,11 @@ class Run:
         pieces = {name: getattr(self, name) for name in saved_pieces(self)}
         return {
             **self.network_state(),
-            **{name: piece.state_dict() if hasattr(piece, "state_dict") else piece for name, piece in pieces.items()},
+            **{
+                name: piece.state_dict() if hasattr(piece, "state_dict") else piece
+                for name, piece in pieces.items()
+                if name != "average" or piece
+            },
         }
 
     def restore(self, state: dict) -> None:
@@ -138,10 +149,15 @@ class Run:
     def valid_losses(self) -> list[float]:
         return [row["valid_loss"] for row in self.history if "valid_loss" in row]
 
+    @property
+    def trained(self) -> torch.nn.Module:
+        """The network that is validated and predicts: with averaged weights, if the recipe asks for them."""
+        return self.average.model if self.average else self.model
+
     def network_state(self) -> dict:
         """Return what prediction needs: weights, normalisation, classes, and recipe and format to check them."""
         return {
-            "model": self.model.state_dict(),
+            "model": self.trained.state_dict(),
             "mean": list(self.normalise.mean),
             "std": list(self.normalise.std),
             "classes": list(CLASS_NAMES),
@@ -200,6 +216,7 @@ def new_run(
         optimizer=build_optimizer(recipe, param_groups(model, rates or recipe.group_learning_rates)),
         scaler=torch.amp.GradScaler(device.type, enabled=hardware.autocast == torch.float16),
         ranking=torch.zeros(2, len(data.train), 3, device=device),
+        average=Average(model, recipe.ema) if recipe.ema else None,
         micro_batch=hardware.micro_batch,
     )
 

@@ -3,8 +3,7 @@
 A batch has n images in all processes together, `part` of them here; K of the n are trained on.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import UserError, is_out_of_memory
 from common.train.hardware import Hardware
 from common.train.losses import hard_samples, sample_losses
+from common.train.networks import frozen_statistics
 from common.train.run import Run, seed_torch
 
 
@@ -48,6 +48,8 @@ def train_step(
     regularise(run)  # L1 and the limit on the gradient's norm
     run.scaler.step(run.optimizer)  # new weights
     run.scaler.update()
+    if run.average:
+        run.average.update(run.model, step)
     return losses, kept
 
 
@@ -131,20 +133,6 @@ def smaller_micro_batch(micro_batch: int, hardware: Hardware) -> int:
         f"out of memory with {micro_batch} images at once: continuing with {half}; the batch keeps its size", flush=True
     )
     return half
-
-
-@contextmanager
-def frozen_statistics(model: torch.nn.Module) -> Iterator[None]:
-    """Keep the running statistics of normalisation layers as they are."""
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-    before = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.momentum = 0.0
-    try:
-        yield
-    finally:
-        for layer, momentum in zip(layers, before, strict=True):
-            layer.momentum = momentum
 
 
 def regularise(run: Run) -> None:

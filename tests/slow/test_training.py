@@ -121,7 +121,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("recipe", [SMALL, OURS], ids=["paper", "ours"])
+AVERAGED = replace(SMALL, ema=0.9, checkpointing=True)
+
+
+@pytest.mark.parametrize("recipe", [SMALL, OURS, AVERAGED], ids=["paper", "ours", "averaged"])
 @pytest.mark.parametrize("steps_before_the_kill", [1, 5, 8])
 def test_a_killed_run_ends_as_an_undisturbed_one(undisturbed, tmp_path, monkeypatch, steps_before_the_kill, recipe):
     data, whole = undisturbed(24, recipe)

@@ -301,9 +301,9 @@ def test_a_recipe_of_another_version_is_read_where_only_defaults_differ():
 
 def test_a_field_of_another_version_that_is_on_is_refused_by_name():
     with pytest.raises(
-        UserError, match="another version of this project, with fields that this one does not have: ema=0.9, mixup=1"
+        UserError, match="another version of this project, with fields that this one does not have: mixup=1, swa=0.9"
     ):
-        from_dict({**to_dict(Recipe()), "mixup": 1, "ema": 0.9, "teacher": ""})
+        from_dict({**to_dict(Recipe()), "mixup": 1, "swa": 0.9, "teacher": ""})
     with pytest.raises(UserError, match="the saved recipe has a value of the wrong type"):
         from_dict({**to_dict(Recipe()), "alpha": "much"})
 
@@ -338,6 +338,7 @@ LIMITS = {
     "learning_rates": ([(), (1e-9,) * 3], [(0.1,) * 4, (0.1, 0.0), (0.1, math.inf)]),
     "momentum": ([0.0, 0.99], [-0.01, 1.0]),
     "weight_decay": ([0.0], [-1e-9, math.inf]),
+    "ema": ([0.0, 0.9999], [-0.01, 1.0]),
     "l1": ([0.0], [-1e-9, math.nan]),
     "clip_norm": ([0.0], [-1e-9]),
     "warmup_share": ([0.0, 0.99], [-0.01, 1.0]),
@@ -471,6 +472,8 @@ def test_the_defaults_are_the_papers_or_neutral():
             "weight_decay": 1e-6,
             "l1": 0.0,
             "clip_norm": 0.0,
+            "ema": 0.0,
+            "checkpointing": False,
             "class_balance": 0.0,
             "warmup_share": 0.25,
             "patience": 3,
