@@ -17,6 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before tor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common.process import stopping  # noqa: E402
 from tests.browser import CHROMIUM, DRIVER, open_browser  # noqa: E402
 from tests.warm import Warm  # noqa: E402
 
@@ -30,6 +31,7 @@ def same_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    stopping.STATE.asked, stopping.STATE.held = 0, False  # else a test that was stopped ends pytest 25 seconds later
 
 
 @pytest.fixture(scope="session")

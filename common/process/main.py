@@ -184,9 +184,19 @@ def kill(children: list[multiprocessing.process.BaseProcess]) -> None:
     """Kill worker or loader processes at once."""
     if children:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises an error for each
-    for pid in filter(None, (child.pid for child in children)):  # loky's children have no method `kill`
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for child in children:
+        try:
+            child.kill()
+        except AttributeError:  # loky's children have no method for it
+            if child.pid:
+                kill_child(child.pid)
+
+
+def kill_child(pid: int) -> None:
+    """Kill a child of this process; another process that has its number by now is left alone."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # raises unless it is a child
+        os.kill(pid, signal.SIGKILL)
 
 
 def stopped(stop: BaseException) -> NoReturn:

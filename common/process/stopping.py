@@ -106,7 +106,8 @@ def end_later() -> None:
 
     def wait() -> None:
         time.sleep(GRACE_SECONDS)
-        os._exit(SIGTERM_CODE)
+        if STATE.asked:
+            os._exit(SIGTERM_CODE)
 
     # `threading` takes a lock to start a thread, and the interrupted code may hold it.
     _thread.start_new_thread(wait, ())

@@ -18,7 +18,7 @@ from common.artifacts.predictions import save_predictions
 from common.artifacts.stage import Record, Stage, sidecar
 from common.errors import UserError
 from common.process import stopping
-from common.process.main import explain, run
+from common.process.main import explain, kill_child, run
 from common.score.members import check_origin
 from common.train.checkpoints import load_checkpoint, save_checkpoint
 from tests.conftest import ROOT
@@ -224,3 +224,11 @@ def test_predictions_of_other_folds_or_labels_are_refused(predicted):
     shutil.rmtree(work / "runs")  # nobody can tell now; the file is still what stage 05 wrote
     check_origin(work, ["demo"], "oof")
     assert json.loads(sidecar(Layout(work).predictions("demo", "oof")).read_text())["parameters"] == {"folds": [0]}
+
+
+def test_only_children_of_this_process_are_killed():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    kill_child(child.pid)
+    assert child.wait(10) == -signal.SIGKILL
+    for other in (1, os.getppid(), child.pid):  # strangers, and a number that is free again
+        kill_child(other)
