@@ -144,7 +144,7 @@ def test_what_newer_versions_add_to_the_state_keeps_its_default(work):
 
 
 @pytest.mark.parametrize(
-    ("added", "refused"), [({"ema": 0.0, "teacher": "none"}, None), ({"ema": 0.99}, r"\(ema was 0.99, now absent\)")]
+    ("added", "refused"), [({"swa": 0.0, "teacher": "none"}, None), ({"swa": 0.99}, r"\(swa was 0.99, now absent\)")]
 )
 def test_a_training_of_a_version_with_more_fields(work, added, refused):
     path = work / "runs" / "demo-quick" / "fold0" / "best.pt"
@@ -159,7 +159,7 @@ def test_a_training_of_a_version_with_more_fields(work, added, refused):
     else:
         with pytest.raises(UserError, match=refused):
             check_unfinished(jobs[0].stage)
-        with pytest.raises(UserError, match="fields that this one does not have: ema=0.99"):
+        with pytest.raises(UserError, match="fields that this one does not have: swa=0.99"):
             finished_checkpoint(work, "demo-quick", 0, read_table(work / "folds.csv", ""), "best")
 
 
