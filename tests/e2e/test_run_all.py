@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from common.artifacts.predictions import load_predictions
+from common.report.build import SECTIONS
 from tests.browser import check_page
 from tests.conftest import ROOT
 
@@ -238,5 +239,5 @@ def test_the_page_of_the_real_samples_in_a_browser(
 ):  # in this file, so that no second process repeats that run
     folder, _ = real_run
     check_page(browser, folder / "report.html")
-    assert browser.execute_script("return document.querySelectorAll('main > section').length") == 9
+    assert browser.execute_script("return document.querySelectorAll('main > section').length") == len(SECTIONS)
     assert not browser.execute_script("return document.querySelectorAll('.left-out-note').length")
