@@ -44,6 +44,9 @@ def show(browser, page: Path, size=WIDE) -> None:
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE},
     )
     browser.get(page.resolve().as_uri())
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(browser, 30).until(lambda _: browser.execute_script("return document.readyState") == "complete")
 
 
 def check_page(browser, page: Path) -> None:

@@ -240,4 +240,7 @@ def test_the_page_of_the_real_samples_in_a_browser(
     folder, _ = real_run
     check_page(browser, folder / "report.html")
     assert browser.execute_script("return document.querySelectorAll('main > section').length") == len(SECTIONS)
-    assert not browser.execute_script("return document.querySelectorAll('.left-out-note').length")
+    notes = browser.execute_script(
+        "return [...document.querySelectorAll('.left-out-note')].map(note => note.textContent)"
+    )
+    assert len(notes) == 1 and "No runs have been compared" in notes[0]
