@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I lea
 
 from common.data import options
 from common.errors import UserError
+from common.experiments import asked_names
 from common.process import command_line
 from common.process.main import run
 
@@ -38,7 +39,7 @@ def parse_args():
     )
     args = parser.parse_args()
     options.check_levels(parser, args)
-    args.recipes = options.asked_names(args)
+    args.recipes = asked_names(args.recipes, args.recipes_file)
     return args
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
 from common.data.options import add_jobs_flags
-from common.errors import listing
 from common.process import command_line
 from common.process.main import run
 
@@ -59,15 +58,13 @@ def main():
     args = parse_args()
 
     # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
-    import numpy as np
-
     from common.artifacts.layout import Layout
     from common.artifacts.stage import Stage
     from common.artifacts.tables import write_csv
-    from common.data.duplicates import HASHED, doubtful_pairs, duplicate_tables, hash_file
+    from common.data.duplicates import describe_duplicates, doubtful_pairs, duplicate_tables, hash_images
     from common.data.ingest import hash_store
-    from common.data.pictures import SHOWN, save_contact_sheet
-    from common.process.parallel import run_parallel, workers
+    from common.data.pictures import SHOWN, save_pair_sheet
+    from common.process.parallel import workers
 
     layout = Layout(args.work, args.data)
     samples = layout.read_samples()
@@ -82,54 +79,19 @@ def main():
         return stage.say_current()
     crcs, folder = layout.read_store(store, samples["Id"])["crc"], layout.store(store)
     with stage.making() as record:
-        hashes, flat = np.empty((len(samples), 3, 8), dtype=np.uint8), np.empty(len(samples), dtype=bool)
-        jobs = [(folder.resolve() / f"{Id}.tif", crc) for Id, crc in zip(samples["Id"], crcs, strict=True)]
         with workers(args.jobs, args.cluster) as n_jobs:
-            for i, result in run_parallel(hash_file, jobs, n_jobs, "hashing"):
-                hashes[i], flat[i] = result
+            hashes, flat = hash_images(folder, samples["Id"], crcs, n_jobs)
         duplicates, pairs = duplicate_tables(
             samples, hashes, flat, args.threshold, args.floor, by_antibody=args.external_groups == "antibody"
         )
-        write_csv(layout.duplicate_pairs, pairs)
+        doubtful = doubtful_pairs(samples, hashes, flat, args.threshold, BEYOND, SHOWN)
         sheet = layout.duplicate_pairs.with_suffix(".png")
-        far = pairs[list(HASHED)].sum(axis=1).sort_values(kind="stable")
-        save_contact_sheet(
-            sheet,
-            folder,
-            {
-                "closest pairs": pairs.loc[far.index],
-                "farthest pairs that count as duplicates": pairs.loc[far.index[::-1]],
-                "nearest pairs that do not": doubtful_pairs(samples, hashes, flat, args.threshold, BEYOND, SHOWN),
-            },
-        )
+        write_csv(layout.duplicate_pairs, pairs)
+        save_pair_sheet(sheet, folder, pairs, doubtful)
         write_csv(layout.duplicates, duplicates)
         record.rows, record.also = len(duplicates), [layout.duplicate_pairs, sheet]
-    report(samples, flat, duplicates, pairs, layout.duplicate_pairs)
-
-
-def report(samples, flat, duplicates, pairs, pair_file):
-    """Print how many duplicates there are and are left out, and the matches with test and external samples."""
-    from common.data.duplicates import HASHED
-
-    groups = duplicates["near_group"].value_counts()
-    print(
-        f"02_dedup: {(groups > 1).sum()} groups of near-identical samples; {(duplicates['kept'] == 0).sum()} of "
-        f"{len(duplicates)} labelled samples are left out of training"
-    )
-    if flat.any():
-        print(
-            f"{flat.sum()} samples have a black or constant channel and match nothing:\n{listing(samples['Id'][flat])}"
-        )
-    parts = pairs[["part", "other_part"]].apply(frozenset, axis=1) if len(pairs) else pairs["part"]
-    for part in ("test", "external"):
-        some = pairs[[len(both) == 2 and part in both for both in parts]]
-        if len(some):
-            bits = some[list(HASHED)].astype(str).agg("/".join, axis=1)
-            agreed = some["agreement"].where(some["agreement"] == "", "  labels agree " + some["agreement"])
-            print(
-                f"{len(some)} pairs join {part} samples with other parts (kept; listed in {pair_file}); bits apart:\n"
-                f"{listing(some['Id'] + '  ~  ' + some['other_Id'] + '  ' + bits + agreed)}"
-            )
+    found = describe_duplicates(samples, flat, duplicates, pairs, layout.duplicate_pairs)
+    print("02_dedup: " + "\n".join(found))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I lea
 
 from common.process import command_line
 from common.process.main import run
-from common.recipes import describe_fit, fit_to_source
+from common.recipes import describe_fits, fit_to_source
+from common.train.options import add_training_flags
 
 
 def parse_args():
@@ -46,16 +47,7 @@ def parse_args():
     )
     parser.add_argument("--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to train (default: all)")
     parser.add_argument("--force", action="store_true", help="discard what these folds have and train from scratch")
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="settings",
-        help="change fields of the recipe",
-    )
-    command_line.add_weight_flags(parser)
+    command_line.add_settings_flag(parser, "change fields of the recipe")
     parser.add_argument(
         "--list-runs", action="store_true", help="only print the runs in --work: state, score, settings that differ"
     )
@@ -63,46 +55,7 @@ def parse_args():
     parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
     parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
     parser.add_argument("--find-lr", action="store_true", help="only run the learning rate finder and save its curve")
-    parser.add_argument(
-        "--seed",
-        type=command_line.not_negative,
-        default=command_line.SEED,
-        help=f"seed of weights, order, crops and dropout (default: {command_line.SEED})",
-    )
-    parser.add_argument(
-        "--micro-batch",
-        type=command_line.positive,
-        metavar="N",
-        help="images in memory at once; a batch accumulates gradients over several of these (default: the whole batch, "
-        "halved when a GPU runs out of memory)",
-    )
-    parser.add_argument(
-        "--on-nan",
-        default="stop",
-        choices=("stop", "back"),
-        help="when the loss is no longer finite: stop (default), or go back to the start of the epoch with half the "
-        "learning rates, at most three times",
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        dest="compiled",
-        help="compile the network with torch.compile before training (default: off; on CPUs it takes a minute and "
-        "gains nothing)",
-    )
-    parser.add_argument(
-        "--memory-format",
-        default="channels-last",
-        choices=("channels-last", "contiguous"),
-        help="memory layout of tensors during training (default: channels-last, the faster one)",
-    )
-    parser.add_argument(
-        "--tensorboard",
-        action="store_true",
-        help="also write the log as scalars for TensorBoard, after each epoch: tensorboard --logdir WORK/runs",
-    )
-    command_line.add_hardware_flags(parser)
-    command_line.add_cluster_flag(parser)
+    add_training_flags(parser)
     return parser.parse_args()
 
 
@@ -112,23 +65,14 @@ def main():
     # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
     from common.artifacts.experiments import asked_recipes
     from common.artifacts.layout import Layout
-    from common.experiments import read_recipes_file
     from common.process.parallel import run_jobs
 
-    if args.list_recipes:
-        from common.check.listing import recipe_listing
-
-        return print(recipe_listing(args.json))
+    if args.list_recipes or args.list_runs:
+        return print(listing(args))
     if args.cluster:
         args.work = args.work.resolve()  # workers run in another folder
-    if args.list_runs:
-        from common.report.reader import Work
-        from common.report.runs import run_listing
-
-        return print(run_listing(Work(args.work)))
     layout = Layout(args.work, args.data)
-    listed = list(read_recipes_file(args.recipes_file)) if args.recipes_file else command_line.RECIPES
-    recipes = asked_recipes(layout, args.recipe or listed, args.settings, args.name, args.recipes_file)
+    recipes = asked_recipes(layout, args.recipe, args.settings, args.name, args.recipes_file)
     samples, folds = layout.read_samples(), layout.read_folds()
 
     # Imported here, so that --help and mistakes on the command line do not wait for torch.
@@ -150,9 +94,8 @@ def main():
         from common.check.listing import class_weight_listing
 
         return print(class_weight_listing(fitted, folds, numbers))
-    for name, recipe in recipes.items():
-        if fitted[name] != recipe:
-            print(describe_fit(name, recipe, fitted[name]))
+    for line in describe_fits(recipes, fitted):
+        print(line)
     options, hardware = plan_hardware(args, "04_train", len(recipes) * len(numbers))
     team = hardware.team
     force = args.force or args.find_lr
@@ -172,6 +115,18 @@ def main():
         for name, fold in product(recipes, numbers):
             write_finished(layout.run(name, fold))
     team.leave()
+
+
+def listing(args):
+    """Return the recipes, or the runs of the work folder, as text."""
+    if args.list_recipes:
+        from common.check.listing import recipe_listing
+
+        return recipe_listing(args.json)
+    from common.report.reader import Work
+    from common.report.runs import run_listing
+
+    return run_listing(Work(args.work))
 
 
 if __name__ == "__main__":

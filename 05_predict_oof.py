@@ -21,13 +21,7 @@ from common.process.main import run
 
 def parse_args():
     parser = command_line.parser(__doc__)
-    parser.add_argument(
-        "--recipes",
-        type=command_line.recipe_names,
-        default=command_line.RECIPES,
-        metavar="A,B",
-        help="recipes to predict with (default: resnet50)",
-    )
+    command_line.add_recipes_flag(parser, "recipes to predict with")
     parser.add_argument(
         "--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to predict (default: all)"
     )
@@ -58,7 +52,6 @@ def main():
     # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
     from common.artifacts.layout import Layout
     from common.process.parallel import run_jobs
-    from common.score.ensemble import mean_predictions
     from common.score.members import describe_folds
 
     if args.cluster:
@@ -82,7 +75,7 @@ def main():
 
     from common.train.checkpoints import check_alike
     from common.train.hardware import plan_hardware
-    from common.train.predict import PredictionJob, predict_job, predicted_folds
+    from common.train.predict import PredictionJob, combine_folds, predict_job, predicted_folds
 
     options, _ = plan_hardware(args, "05_predict_oof", len(args.recipes) * len(numbers), training=False)
     jobs = [
@@ -95,39 +88,10 @@ def main():
     run_jobs(predict_job, [(job,) for job in jobs], options.jobs, args.cluster, "predicting")
     for recipe, job in {job.name: job for job in jobs}.items():
         for part, some in predicted_folds(job, numbers).items():
-            combine(layout, recipe, some, part, mean_predictions if part in means else join_folds)
+            combine_folds(job, part, some)
             print(
                 f"05_predict_oof: {layout.predictions(recipe, part)} {describe_folds(some, len(fold_numbers(folds)))}"
             )
-
-
-def combine(layout, recipe_name, numbers, part, how):
-    """Write the folds' predictions of one part as one file."""
-    from common.artifacts.predictions import load_predictions, save_predictions
-    from common.artifacts.stage import Stage, read_sidecar
-
-    sources = [layout.predictions(recipe_name, part, fold) for fold in numbers]
-    stage = Stage(
-        "05_predict_oof",
-        layout.predictions(recipe_name, part),
-        {"folds": numbers},
-        {path.name: path for path in sources},
-    )
-    if stage.is_current():
-        return stage.say_current()
-    with stage.making(wait=True) as record:  # this takes a second
-        rerun = layout.command("05_predict_oof.py", "--recipes", recipe_name)
-        ids, probs = how([load_predictions(path, rerun) for path in sources], [str(p) for p in sources])
-        save_predictions(stage.artifact, ids, probs)
-        record.rows = len(ids)
-        record.notes = {"networks": [read_sidecar(path)["inputs"]["network"] for path in sources]}
-
-
-def join_folds(members, _):
-    """Concatenate the folds' rows; each sample is in one fold only."""
-    import numpy as np
-
-    return tuple(np.concatenate(arrays) for arrays in zip(*members, strict=True))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I leave it out
 
-from common.errors import UserError
 from common.process import command_line
 from common.process.main import run
 
@@ -30,13 +29,7 @@ def parse_args():
     from common.score.thresholds import METHODS
 
     parser = command_line.parser(__doc__)
-    parser.add_argument(
-        "--recipes",
-        type=command_line.recipe_names,
-        default=command_line.RECIPES,
-        metavar="A,B",
-        help="recipes whose probabilities are combined (default: resnet50)",
-    )
+    command_line.add_recipes_flag(parser, "recipes whose probabilities are combined")
     parser.add_argument(
         "--method",
         default="calibrated",
@@ -98,102 +91,47 @@ def main():
     from common.artifacts.files import write_json
     from common.artifacts.layout import Layout
     from common.artifacts.stage import Stage
-    from common.data.labels import parse_targets, read_labels
-    from common.score.ensemble import combine, describe_ensemble, evaluate_ensemble, keep_common, stack_members
-    from common.score.members import (
-        check_origin,
-        check_there,
-        describe_missing_folds,
-        folds_behind,
-        held_out_files,
-        labelled_rows,
-        member_files,
-        read_groups,
-        read_members,
-    )
-    from common.score.thresholds import score_held_out
+    from common.data.labels import class_shares
+    from common.score.compare import comparison
+    from common.score.ensemble import describe_ensemble, evaluate_ensemble
+    from common.score.labelled import find_labelled
+    from common.score.members import describe_missing_folds, folds_behind
+    from common.score.submission import reproduce
 
-    if args.reproduce:
-        return reproduce(args)
-    if args.compare:
-        from common.score.compare import comparison
-
-        return print(comparison(Layout(args.work, args.data), args.compare, args.method))
     layout = Layout(args.work, args.data)
-    hint = layout.command("05_predict_oof.py", "--recipes", ",".join(args.recipes))
-    names, sources = member_files(args.oof, args.work, args.recipes, "oof")
-    check_there(sources, None if args.oof else hint)
-    if not args.oof:
-        check_origin(args.work, args.recipes, "oof")
-    labels = (args.labels or args.data / "train.csv") if args.oof else layout.folds
-    labelled = read_labels(labels) if args.oof else layout.read_folds()
-    aside = {} if args.oof else held_out_files(args.work, args.recipes, labelled, hint)
+    if args.compare:
+        return print(comparison(layout, args.compare, args.method))
+    if args.reproduce:
+        return reproduce(layout, args.oof, args.ids, args.reproduce)
+    labelled = find_labelled(layout, args.recipes, args.oof, args.labels)
     also = {name: path for name, path in {"prior": args.prior, "groups": args.groups, "ids": args.ids}.items() if path}
-    stage = Stage(
-        "06_thresholds",
-        layout.thresholds,
-        {"method": args.method, "combine": args.combine, "recipes": names, "common_ids": args.common_ids},
-        {"labels" if args.oof else "folds.csv": labels, **dict(zip(names, sources, strict=True)), **aside, **also},
-    )
+    settings = {
+        "method": args.method,
+        "combine": args.combine,
+        "recipes": labelled.names,
+        "common_ids": args.common_ids,
+    }
+    stage = Stage("06_thresholds", layout.thresholds, settings, {**labelled.inputs(), **also})
     if stage.is_current():
         return stage.say_current()
-    members = read_members(sources, args.ids, None if args.oof else hint)
-    wanted = labelled["Id"].to_numpy() if args.oof else members[0][0]
-    if args.common_ids:
-        members, wanted = keep_common(members, wanted)
-    stack = stack_members(members, names, wanted, cure=" (--common-ids leaves them out)" if args.oof else "")
-    rows = labelled_rows(labelled, wanted, hint)
-    groups = (
-        read_groups(args.groups, wanted) if args.groups else rows["group"].to_numpy() if "group" in rows else wanted
+    samples = labelled.read(args.ids, args.groups, args.common_ids)
+    result = {"recipes": labelled.names} | evaluate_ensemble(
+        samples.targets,
+        samples.stack,
+        labelled.names,
+        samples.groups,
+        args.method,
+        args.combine,
+        class_shares(args.prior) if args.prior else None,
     )
-    targets = parse_targets(rows["Target"])
-    prior = parse_targets(read_labels(args.prior)["Target"]).mean(axis=0) if args.prior else None
-    result = {"recipes": names, **evaluate_ensemble(targets, stack, names, groups, args.method, args.combine, prior)}
-    if aside and len(aside) == len(sources):
-        members = read_members(aside.values(), None, hint)
-        rows = labelled_rows(labelled, members[0][0], hint)
-        probs = combine(stack_members(members, names), args.combine, result["weights"])
-        result |= score_held_out(parse_targets(rows["Target"]), probs, rows["group"].to_numpy(), result["thresholds"])
+    result |= labelled.held_out_score(result, args.combine)
     behind = {} if args.oof else folds_behind(args.work, args.recipes, "oof")
     with stage.making() as record:
         write_json(stage.artifact, result | behind)
-        record.rows, record.notes = len(wanted), behind
+        record.rows, record.notes = len(samples.targets), behind
     print("06_thresholds: " + "\n  ".join(describe_ensemble(result)))
     if behind:
         print("\n".join(describe_missing_folds(behind, args.work)))
-
-
-def reproduce(args):
-    """Write the thresholds that make the submission --reproduce from the one file --oof."""
-    from common.artifacts.files import write_json
-    from common.artifacts.layout import Layout
-    from common.artifacts.stage import Stage
-    from common.score.ensemble import align
-    from common.score.members import read_predictions, short_names
-    from common.score.submission import check_submission, read_submission, recover
-
-    if not args.oof or len(args.oof) != 1:
-        raise UserError("--reproduce needs the one predictions file that the submission was made from: --oof FILE")
-    submission = read_submission(args.reproduce)
-    check_submission(submission, submission["Id"])
-    ids, probs = read_predictions(args.oof[0], args.ids)
-    (name,) = short_names(args.oof)
-    stage = Stage(
-        "06_thresholds",
-        Layout(args.work).thresholds,
-        {"reproduce": True},
-        {name: args.oof[0], "submission": args.reproduce, **({"ids": args.ids} if args.ids else {})},
-    )
-    if stage.is_current():
-        return stage.say_current()
-    result = recover(align(ids, probs, submission["Id"], str(args.oof[0])), submission)
-    with stage.making() as record:
-        write_json(stage.artifact, {"recipes": [name], "combine": "mean", "weights": [1.0], **result})
-        record.rows = len(ids)
-    print(
-        f"06_thresholds: {stage.artifact}: these thresholds and the fallback {result['fallback']} reproduce all "
-        f"{len(ids)} rows of {args.reproduce}\n  " + " ".join(f"{value:g}" for value in result["thresholds"])
-    )
 
 
 if __name__ == "__main__":

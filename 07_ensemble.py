@@ -23,13 +23,7 @@ from common.process.main import run
 
 def parse_args():
     parser = command_line.parser(__doc__)
-    parser.add_argument(
-        "--recipes",
-        type=command_line.recipe_names,
-        default=command_line.RECIPES,
-        metavar="A,B",
-        help="recipes whose probabilities are combined (default: resnet50)",
-    )
+    command_line.add_recipes_flag(parser, "recipes whose probabilities are combined")
     parser.add_argument(
         "--fallback",
         choices=("argmax", "empty"),

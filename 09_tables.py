@@ -22,13 +22,7 @@ from common.recipes import ablation_runs
 
 def parse_args():
     parser = command_line.parser(__doc__)
-    parser.add_argument(
-        "--recipes",
-        type=command_line.recipe_names,
-        default=command_line.RECIPES,
-        metavar="A,B",
-        help="systems to show (default: resnet50)",
-    )
+    command_line.add_recipes_flag(parser, "systems to show")
     parser.add_argument("--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to score (default: all)")
     parser.add_argument("--partial", action="store_true", help="show '-' where a run has no predictions")
     return parser.parse_args()

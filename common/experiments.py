@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, nearest
-from common.recipes import Experiment
+from common.recipes import DEFAULT, Experiment
 
 
 def read_recipes_file(path: Path) -> dict[str, Experiment]:
@@ -28,6 +28,11 @@ def read_recipes_file(path: Path) -> dict[str, Experiment]:
     if not experiments:
         raise UserError(f"{path} has no runs; expected a table per run: [name], base = ..., field = ...")
     return experiments
+
+
+def asked_names(names: list[str] | None, file: Path | None) -> list[str]:
+    """Return the names of the recipes to use: those given, else all of the file, else the default."""
+    return names or list(read_recipes_file(file) if file else DEFAULT)
 
 
 def setting_text(value: Any) -> str:

@@ -95,15 +95,7 @@ def parser() -> Parser:
     )
     command_line.add_recipes_file_flag(result)
     add("--folds", metavar="0,1", help="folds to train (default: all five; on demo data three)")
-    add(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="settings",
-        help="change fields of every recipe, as in stage 04; may be repeated",
-    )
+    command_line.add_settings_flag(result, "change fields of every recipe, as in stage 04; may be repeated")
     add(
         "--quick",
         action="store_true",

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from common.errors import UserError, nearest
 
+DEFAULT = ["resnet50"]  # recipes of every stage, unless others are given
+
 # The choices of a recipe. The tables with a row for each are in common/train: ENCODERS in networks.py,
 # LOSSES, OPTIMIZERS, SCHEDULES in files of those names, AUGMENTATIONS in dataset.py; this file loads no torch.
 CHOICES = {
@@ -658,3 +660,8 @@ def describe_fit(name: str, recipe: Recipe, fitted: Recipe) -> str:
         f"instead of {recipe.size} and {recipe.crop}; nothing is enlarged. To enlarge instead, give stages 01 and 04 "
         "--set enlarge=true"
     )
+
+
+def describe_fits(recipes: Mapping[str, Recipe], fitted: Mapping[str, Recipe]) -> list[str]:
+    """Return a line for each recipe that `fit_to_source` changed."""
+    return [describe_fit(name, recipe, fitted[name]) for name, recipe in recipes.items() if fitted[name] != recipe]

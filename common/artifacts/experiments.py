@@ -6,7 +6,7 @@ from common.artifacts.files import read_json, write_json
 from common.artifacts.layout import Layout
 from common.artifacts.locks import Lock
 from common.errors import UserError
-from common.experiments import read_recipes_file
+from common.experiments import asked_names, read_recipes_file
 from common.recipes import Experiment, Recipe, check_experiment_name, get_recipes
 
 
@@ -59,14 +59,14 @@ def describe(experiment: Experiment) -> str:
 
 
 def asked_recipes(
-    layout: Layout, names: list[str], settings: list[str], name: str | None, file: Path | None
+    layout: Layout, given: list[str] | None, settings: list[str], name: str | None, file: Path | None
 ) -> dict[str, Recipe]:
     """Return the recipes to train by the name of their run, and keep those with names of their own.
 
     names : of recipes and experiments; settings : changes of all of them
     name : of the run, for one recipe; file : of further experiments
     """
-    listed = read_recipes_file(file) if file else {}
+    listed, names = read_recipes_file(file) if file else {}, asked_names(given, file)
     if name is None:
         return get_recipes(names, settings, experiments=add_experiments(layout, listed))
     if len(names) > 1:

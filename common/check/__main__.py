@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # needed if starte
 
 from common.check.checks import examine
 from common.data import options
+from common.experiments import asked_names
 from common.process import command_line
 from common.process.main import run
 
@@ -32,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     command_line.add_weight_flags(group)
     args = parser.parse_args()
     options.check_levels(parser, args)
-    args.recipes = options.asked_names(args)
+    args.recipes = asked_names(args.recipes, args.recipes_file)
     return args
 
 

@@ -23,7 +23,7 @@ from common.data.options import FoldOptions, ingest_options
 from common.data.samples import Sample
 from common.errors import listing
 from common.process.progress import progress
-from common.recipes import Recipe
+from common.recipes import Recipe, describe_fits
 
 SECONDS = 60  # for reading headers, and half of it for decoding
 DECODED = 200  # samples that are decoded completely, at most
@@ -156,7 +156,7 @@ class Trial:
             return
         n = len(self.seconds)
         yield Check("images", FINE, f"{n} samples, drawn at random, were decoded completely and stored as a trial")
-        for line in ingest.describe_sizes(plan):
+        for line in describe_fits(plan.options.recipes, plan.fitted):
             yield Check("images", FINE, line)
         judged = exposure.judge([s.part for s in self.stored], [s.exposure for s in self.stored], plan.options.levels)
         for line in exposure.describe(judged):

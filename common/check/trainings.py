@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -13,7 +12,7 @@ import pandas as pd
 from common.artifacts.layout import Layout
 from common.check.inputs import Seen
 from common.check.lines import FAILS, FINE, WARNING, Check, Checks
-from common.check.work_folder import existing
+from common.check.work_folder import existing, why_unwritable
 from common.data.exposure import exposure_warning
 from common.data.folds import fold_numbers
 from common.data.ingest import preprocess_stage
@@ -74,18 +73,16 @@ def start(recipe: Recipe, asked: str, path: Path | None) -> Check:
 
 def download_to(folder: Path, encoder: str, host: str) -> Check:
     """Tell whether weights from a host can be downloaded to a folder."""
-    try:
-        with tempfile.TemporaryFile(dir=existing(folder)) as file:
-            file.write(bytes(4096))
+    reason = why_unwritable(existing(folder))
+    if reason is None:
         return Check("weights", FINE, f"{encoder}: will be downloaded from {host}")
-    except OSError as error:
-        return Check(
-            "weights",
-            FAILS,
-            f"{encoder}: would be downloaded to {folder}, which cannot be written ({error.strerror})",
-            "free some space, get write permission, give --weights-dir a writable folder, or start from random weights "
-            "with --pretrained none",
-        )
+    return Check(
+        "weights",
+        FAILS,
+        f"{encoder}: would be downloaded to {folder}, which cannot be written ({reason})",
+        "free some space, get write permission, give --weights-dir a writable folder, or start from random weights "
+        "with --pretrained none",
+    )
 
 
 def work_so_far(args: argparse.Namespace, seen: Seen) -> Checks[None]:

@@ -1,5 +1,6 @@
 """Near-duplicates by perceptual hashing: hashes, all pairs within a distance, groups, and which samples stay."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import faiss
@@ -12,6 +13,8 @@ from scipy.sparse.csgraph import connected_components
 
 from common.data.images import CHANNELS, read_planes
 from common.data.labels import parse_targets
+from common.errors import listing
+from common.process.parallel import run_parallel
 
 HASHED = CHANNELS[:3]  # red, green, blue; yellow is missing from some collections
 FLAT_STD = 0.5  # grey levels; a channel that varies less is black or constant, and its hash is meaningless
@@ -31,6 +34,18 @@ def hash_planes(planes: np.ndarray) -> tuple[np.ndarray, bool]:
 def hash_file(path: Path, crc: str) -> tuple[np.ndarray, bool]:
     """`hash_planes` of a stored image, whose pixels have the checksum `crc`."""
     return hash_planes(read_planes(path, crc))
+
+
+def hash_images(folder: Path, ids: Sequence[str], crcs: Sequence[str], n_jobs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hashes of stored images, (n, 3, 8) uint8, and which are flat, (n,) bool.
+
+    crcs : the checksums of their pixels
+    """
+    hashes, flat = np.empty((len(ids), 3, 8), dtype=np.uint8), np.empty(len(ids), dtype=bool)
+    jobs = [(folder.resolve() / f"{Id}.tif", crc) for Id, crc in zip(ids, crcs, strict=True)]
+    for i, result in run_parallel(hash_file, jobs, n_jobs, "hashing"):
+        hashes[i], flat[i] = result
+    return hashes, flat
 
 
 def find_pairs(hashes: np.ndarray, flat: np.ndarray, thresholds: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -159,3 +174,28 @@ def doubtful_pairs(
     order = np.flatnonzero(excess > 0)
     order = order[np.argsort(excess[order], kind="stable")][:n]
     return pair_table(samples, pairs[order], distances[order])
+
+
+def describe_duplicates(
+    samples: pd.DataFrame, flat: np.ndarray, duplicates: pd.DataFrame, pairs: pd.DataFrame, pair_file: Path
+) -> list[str]:
+    """Say how many duplicates there are and are left out, and which match test and external samples."""
+    groups = duplicates["near_group"].value_counts()
+    lines = [
+        f"{(groups > 1).sum()} groups of near-identical samples; {(duplicates['kept'] == 0).sum()} of "
+        f"{len(duplicates)} labelled samples are left out of training"
+    ]
+    if flat.any():
+        unusable = listing(samples["Id"][flat])
+        lines.append(f"{flat.sum()} samples have a black or constant channel and match nothing:\n{unusable}")
+    parts = pairs[["part", "other_part"]].apply(frozenset, axis=1) if len(pairs) else pairs["part"]
+    for part in ("test", "external"):
+        some = pairs[[len(both) == 2 and part in both for both in parts]]
+        if len(some):
+            bits = some[list(HASHED)].astype(str).agg("/".join, axis=1)
+            agreed = some["agreement"].where(some["agreement"] == "", "  labels agree " + some["agreement"])
+            lines.append(
+                f"{len(some)} pairs join {part} samples with other parts (kept; listed in {pair_file}); bits apart:\n"
+                f"{listing(some['Id'] + '  ~  ' + some['other_Id'] + '  ' + bits + agreed)}"
+            )
+    return lines

@@ -24,7 +24,7 @@ from common.data.options import IngestOptions
 from common.data.samples import Sample, list_samples
 from common.errors import UserError, listing
 from common.process.parallel import run_parallel
-from common.recipes import Recipe, describe_fit, fit_to_source, is_too_small, stored_size, to_dict
+from common.recipes import Recipe, describe_fits, fit_to_source, is_too_small, stored_size, to_dict
 
 HASH_SIZE = 128  # pixels; every sample is stored at this size too, for stage 02
 COMPRESSED = 0.35  # about this share of the raw bytes for a large stored image: 0.3 to 0.8 MB of 2.36 MB at 768 px
@@ -131,7 +131,7 @@ def check(plan: Plan, n_jobs: int) -> Plan:
             f"warning: {len(plan.faulty)} samples cannot be used, the first: {plan.faulty[0].fault}; the others are "
             "stored first, then all unusable ones are listed"
         )
-    for line in describe_sizes(plan):
+    for line in describe_fits(plan.options.recipes, plan.fitted):
         print(line)
     return plan
 
@@ -211,15 +211,6 @@ def cure_small(plan: Plan) -> str:
     }
     settings = " ".join(f"{field}={value}" for field, value in changes.items())
     return f"{cure}, or use all at the size of the smallest with --set {settings} (in stages 01 and 04)"
-
-
-def describe_sizes(plan: Plan) -> list[str]:
-    """Return a line for each recipe whose images are stored at another size than its own."""
-    return [
-        describe_fit(name, recipe, plan.fitted[name])
-        for name, recipe in plan.options.recipes.items()
-        if plan.fitted[name] != recipe
-    ]
 
 
 def bad_table(samples: Sequence[Sample]) -> pd.DataFrame:

@@ -80,3 +80,8 @@ def format_targets(targets: np.ndarray) -> list[str]:
 def absent_classes(targets: np.ndarray) -> list[str]:
     """Return the names of the classes without a positive sample."""
     return [CLASS_NAMES[c] for c in np.flatnonzero(~targets.any(axis=0))]
+
+
+def class_shares(path: Path) -> np.ndarray:
+    """Return the share of a label file's samples that each class has, (n_classes,)."""
+    return parse_targets(read_labels(path)["Target"]).mean(axis=0)

@@ -60,11 +60,6 @@ def ingest_options(args: argparse.Namespace, say: Callable[[str], object] = prin
     return IngestOptions(recipes, levels, args.keep_going, args.store == "raw", args.limit)
 
 
-def asked_names(args: argparse.Namespace) -> list[str]:
-    """Return the names of the recipes from --recipes or --recipes-file."""
-    return args.recipes or list(read_recipes_file(args.recipes_file) if args.recipes_file else command_line.RECIPES)
-
-
 def add_ingest_flags(parser: Parser) -> None:
     """Add the flags of stage 01 to a command line: samples, sizes and number of processes."""
     parser.add_argument(
@@ -74,15 +69,7 @@ def add_ingest_flags(parser: Parser) -> None:
         help="make the image sizes of these recipes (default: those of --recipes-file, or resnet50)",
     )
     command_line.add_recipes_file_flag(parser)
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE",
-        dest="settings",
-        help="change a field of the recipes, as in stage 04",
-    )
+    command_line.add_settings_flag(parser, "change a field of the recipes, as in stage 04")
     parser.add_argument(
         "--limit", type=command_line.positive, metavar="N", help="use only N training samples, drawn at random"
     )

@@ -41,6 +41,17 @@ def jpeg(picture: np.ndarray, quality: int = 82) -> bytes:
     return buffer.getvalue()
 
 
+def save_pair_sheet(path: Path, folder: Path, pairs: pd.DataFrame, doubtful: pd.DataFrame) -> None:
+    """Draw duplicates, the closest and the farthest ones, and the pairs that are `doubtful`; see `save_contact_sheet`."""
+    nearest = pairs.loc[pairs[list(HASHED)].sum(axis=1).sort_values(kind="stable").index]
+    sections = {
+        "closest pairs": nearest,
+        "farthest pairs that count as duplicates": nearest[::-1],
+        "nearest pairs that do not": doubtful,
+    }
+    save_contact_sheet(path, folder, sections)
+
+
 def save_contact_sheet(path: Path, folder: Path, sections: dict[str, pd.DataFrame]) -> None:
     """Draw the first pairs of each section, (title -> table of pairs), side by side.
 

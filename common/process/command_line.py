@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import DATA, nearest
-from common.recipes import run_name
+from common.recipes import DEFAULT, run_name
 
 ArgumentContainer = argparse._ActionsContainer  # a parser, or a group of its flags
-RECIPES = ["resnet50"]  # default of every stage
 SEED = 0  # of trainings, unless stage 04 is given another
 
 
@@ -107,6 +106,20 @@ def add_test_flags(parser: ArgumentContainer) -> None:
         help="average over the 8 symmetries of each image (default) or not, in stage 05",
     )
     parser.add_argument("--no-test", action="store_true", help="stage 05 predicts the validation samples only")
+
+
+def add_recipes_flag(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --recipes; what : the recipes are for, as help."""
+    parser.add_argument(
+        "--recipes", type=recipe_names, default=DEFAULT, metavar="A,B", help=f"{what} (default: {','.join(DEFAULT)})"
+    )
+
+
+def add_settings_flag(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --set, whose values become the attribute `settings`; what : it changes, as help."""
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE", dest="settings", help=what
+    )
 
 
 def add_recipes_file_flag(parser: ArgumentContainer) -> None:

@@ -12,13 +12,22 @@ import pandas as pd
 
 from common.artifacts.files import read_json, write_json
 from common.artifacts.layout import Layout
+from common.artifacts.stage import Stage
 from common.artifacts.tables import read_table
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data.labels import check_samples, format_targets, is_target, parse_targets
 from common.errors import UserError, listing
-from common.score.ensemble import COMBINATIONS, combine, stack_members
-from common.score.members import check_networks, check_origin, check_there, member_files, read_members
+from common.score.ensemble import COMBINATIONS, align, combine, stack_members
+from common.score.members import (
+    check_networks,
+    check_origin,
+    check_there,
+    member_files,
+    read_members,
+    read_predictions,
+    short_names,
+)
 
 
 @dataclass(frozen=True)
@@ -317,6 +326,31 @@ def is_prediction(text: str) -> bool:
         is_target(text)
         and all(re.fullmatch("0|[1-9][0-9]?", label) for label in labels)
         and len(set(labels)) == len(labels)
+    )
+
+
+def reproduce(layout: Layout, oof: list[Path] | None, ids: Path | None, path: Path) -> None:
+    """Write and print the thresholds that make the submission `path` from the one file of predictions.
+
+    oof : the file; ids : CSV with the Ids of a .npy file
+    """
+    if not oof or len(oof) != 1:
+        raise UserError("--reproduce needs the one predictions file that the submission was made from: --oof FILE")
+    submission = read_submission(path)
+    check_submission(submission, submission["Id"])
+    found_ids, probs = read_predictions(oof[0], ids)
+    (name,) = short_names(oof)
+    inputs = {name: oof[0], "submission": path, **({"ids": ids} if ids else {})}
+    stage = Stage("06_thresholds", layout.thresholds, {"reproduce": True}, inputs)
+    if stage.is_current():
+        return stage.say_current()
+    result = recover(align(found_ids, probs, submission["Id"].to_numpy(), str(oof[0])), submission)
+    with stage.making() as record:
+        write_json(stage.artifact, {"recipes": [name], "combine": "mean", "weights": [1.0], **result})
+        record.rows = len(found_ids)
+    print(
+        f"06_thresholds: {stage.artifact}: these thresholds and the fallback {result['fallback']} reproduce all "
+        f"{len(found_ids)} rows of {path}\n  " + " ".join(f"{value:g}" for value in result["thresholds"])
     )
 
 

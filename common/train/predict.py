@@ -12,14 +12,15 @@ import pandas as pd
 import torch
 
 from common.artifacts.layout import Layout
-from common.artifacts.predictions import save_predictions
-from common.artifacts.stage import Stage, sidecar
+from common.artifacts.predictions import load_predictions, save_predictions
+from common.artifacts.stage import Stage, read_sidecar, sidecar
 from common.classes import N_CLASSES
 from common.data.folds import fold_numbers
 from common.errors import UserError, is_out_of_memory
 from common.process import stopping
 from common.process.progress import progress
 from common.recipes import Recipe
+from common.score.ensemble import mean_predictions
 from common.train.checkpoints import finished_checkpoint, load_network
 from common.train.dataset import BATCH, Batch, ImageSet, Normalisation, dihedral, loader, on_device, whole_batches
 from common.train.fold_data import image_set
@@ -102,6 +103,28 @@ def predict_job(job: PredictionJob) -> None:
             save_predictions(stage.artifact, rows["Id"], mean_probabilities(logits))
             record.rows, record.notes = len(rows), {"hardware": hardware.record()}
         print(f"05_predict_oof: {job.label}: {len(rows)} {part} samples x {len(logits)} views", flush=True)
+
+
+def combine_folds(job: PredictionJob, part: str, numbers: list[int]) -> None:
+    """Write the predictions of several folds for one part as one file: their mean, or out of fold their rows.
+
+    job : of any fold of the recipe
+    """
+    layout = Layout(job.work)
+    files = {path.name: path for path in (layout.predictions(job.name, part, fold) for fold in numbers)}
+    stage = Stage("05_predict_oof", layout.predictions(job.name, part), {"folds": numbers}, files)
+    if stage.is_current():
+        return stage.say_current()
+    with stage.making(wait=True) as record:  # this takes a second
+        again = layout.command("05_predict_oof.py", "--recipes", job.name)
+        made = [load_predictions(path, again) for path in files.values()]
+        if part in job.means:
+            ids, probs = mean_predictions(made, list(map(str, files.values())))
+        else:  # each sample is in one fold only
+            ids, probs = (np.concatenate(arrays) for arrays in zip(*made, strict=True))
+        save_predictions(stage.artifact, ids, probs)
+        record.rows = len(ids)
+        record.notes = {"networks": [read_sidecar(path)["inputs"]["network"] for path in files.values()]}
 
 
 def predicted_folds(job: PredictionJob, numbers: list[int]) -> dict[str, list[int]]:

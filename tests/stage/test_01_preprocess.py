@@ -324,7 +324,7 @@ def test_missing_damaged_and_undecodable_files_come_in_one_list_after_the_good_o
     assert len(list((tmp_path / "work" / "images" / "96").iterdir())) == 12
 
 
-def test_after_mending_the_bad_file_the_rest_is_not_made_again(refuses, make, small_data, tmp_path):
+def test_after_fixing_the_bad_file_the_rest_is_not_made_again(refuses, make, small_data, tmp_path):
     path = small_data / "train_full_size" / "train-2_green.tif"
     good = path.read_bytes()
     path.write_bytes(good[:9000])  # a whole header and half the pixels: found when it is decoded

@@ -38,10 +38,10 @@ def found(check):
 
 def test_a_line_has_state_name_what_was_found_and_below_it_the_cure():
     assert str(Check("disk", FINE, "enough")) == "fine       disk                   enough"
-    assert str(Check("disk", FAILS, "two\nlines", "mend")).splitlines() == [
+    assert str(Check("disk", FAILS, "two\nlines", "fix")).splitlines() == [
         "will fail  disk                   two",
         " " * 34 + "lines",
-        " " * 34 + "-> mend",
+        " " * 34 + "-> fix",
     ]
 
 

@@ -1,0 +1,50 @@
+"""The flags of stage 04 that say how a training runs. This module loads no torch, so --help is quick."""
+
+import argparse
+
+from common.process import command_line
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Add to a command line where a training starts, how it runs, and on what hardware."""
+    command_line.add_weight_flags(parser)
+    parser.add_argument(
+        "--seed",
+        type=command_line.not_negative,
+        default=command_line.SEED,
+        help=f"seed of weights, order, crops and dropout (default: {command_line.SEED})",
+    )
+    parser.add_argument(
+        "--micro-batch",
+        type=command_line.positive,
+        metavar="N",
+        help="images in memory at once; a batch accumulates gradients over several of these (default: the whole batch, "
+        "halved when a GPU runs out of memory)",
+    )
+    parser.add_argument(
+        "--on-nan",
+        default="stop",
+        choices=("stop", "back"),
+        help="when the loss is no longer finite: stop (default), or go back to the start of the epoch with half the "
+        "learning rates, at most three times",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        dest="compiled",
+        help="compile the network with torch.compile before training (default: off; on CPUs it takes a minute and "
+        "gains nothing)",
+    )
+    parser.add_argument(
+        "--memory-format",
+        default="channels-last",
+        choices=("channels-last", "contiguous"),
+        help="memory layout of tensors during training (default: channels-last, the faster one)",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write the log as scalars for TensorBoard, after each epoch: tensorboard --logdir WORK/runs",
+    )
+    command_line.add_hardware_flags(parser)
+    command_line.add_cluster_flag(parser)
