@@ -32,12 +32,14 @@ def main():
     args = parse_args()
 
     # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
+    from common.artifacts.experiments import read_experiments
     from common.artifacts.layout import Layout
     from common.artifacts.stage import Stage, digest
     from common.score import paper_tables
 
-    systems = {recipe: ablation_runs(recipe) for recipe in args.recipes}
     layout = Layout(args.work, args.data)
+    experiments = read_experiments(layout)
+    systems = {recipe: ablation_runs(recipe, experiments) for recipe in args.recipes}
     rows = paper_tables.validation_rows(layout.read_folds(), args.folds)
     files = paper_tables.prediction_files(
         args.work, {run for runs in systems.values() for run in runs.values()}, sorted(set(rows["fold"]))

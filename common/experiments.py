@@ -1,11 +1,12 @@
 """Files of experiments: runs with their own names, a table each."""
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, nearest
-from common.recipes import DEFAULT, Experiment
+from common.recipes import DEFAULT, Experiment, check_experiment_name
 
 
 def read_recipes_file(path: Path) -> dict[str, Experiment]:
@@ -28,6 +29,22 @@ def read_recipes_file(path: Path) -> dict[str, Experiment]:
     if not experiments:
         raise UserError(f"{path} has no runs; expected a table per run: [name], base = ..., field = ...")
     return experiments
+
+
+def read_kept(path: Path) -> dict[str, Experiment]:
+    """Return the experiments that stages 01 and 04 have kept in a work folder; none if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: Experiment(row["base"], tuple(map(str, row["settings"]))) for name, row in found.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise UserError(
+            f"{path} is not a list of runs as stages 01 and 04 write it; delete it and give --recipes-file or --name again"
+        ) from None
+    for name in kept:
+        check_experiment_name(name)
+    return kept
 
 
 def asked_names(names: list[str] | None, file: Path | None) -> list[str]:

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from common.data.options import FOLDS, add_pixel_flags
-from common.experiments import read_recipes_file
+from common.experiments import read_kept, read_recipes_file
 from common.process import command_line
 from common.process.main import run
 from common.process.stopping import SIGNALS
@@ -141,11 +141,12 @@ def parse_args(arguments: list[str], caller: Path) -> argparse.Namespace:
         args.pretrained = path
     if args.weights_dir:
         args.weights_dir = absolute(args.weights_dir, caller)
-    args.experiments = {}
+    listed = {}
     if args.recipes_file:
         args.recipes_file = absolute(args.recipes_file, caller)
-        args.experiments = read_recipes_file(ROOT / args.recipes_file)
-    args.recipes = args.recipes or list(args.experiments) or RECIPES[args.demo, args.tables]
+        listed = read_recipes_file(ROOT / args.recipes_file)
+    args.experiments = {**read_kept(ROOT / args.work / "experiments.json"), **listed}
+    args.recipes = args.recipes or list(listed) or RECIPES[args.demo, args.tables]
     if args.quick:
         args.recipes = [f"{name}-quick" for name in args.recipes]
     if args.demo and args.jobs is None:

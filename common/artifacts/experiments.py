@@ -2,29 +2,17 @@
 
 from pathlib import Path
 
-from common.artifacts.files import read_json, write_json
+from common.artifacts.files import write_json
 from common.artifacts.layout import Layout
 from common.artifacts.locks import Lock
 from common.errors import UserError
-from common.experiments import asked_names, read_recipes_file
+from common.experiments import asked_names, read_kept, read_recipes_file
 from common.recipes import Experiment, Recipe, check_experiment_name, get_recipes
 
 
 def read_experiments(layout: Layout) -> dict[str, Experiment]:
     """Return the work folder's experiments by name."""
-    path = layout.experiments
-    if not path.is_file():
-        return {}
-    found = read_json(path)
-    try:
-        made = {name: Experiment(row["base"], tuple(map(str, row["settings"]))) for name, row in found.items()}
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(
-            f"{path} is not what stages 01 and 04 write; delete it and give --recipes-file or --name again"
-        ) from None
-    for name in made:
-        check_experiment_name(name)
-    return made
+    return read_kept(layout.experiments)
 
 
 def add_experiments(layout: Layout, new: dict[str, Experiment]) -> dict[str, Experiment]:

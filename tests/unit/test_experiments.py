@@ -6,7 +6,9 @@ from common.artifacts.experiments import add_experiments, asked_recipes, read_ex
 from common.artifacts.layout import Layout
 from common.errors import UserError
 from common.experiments import read_recipes_file
+from common.pipeline import parse_args, trained_runs
 from common.recipes import RECIPES, Experiment, ablation_runs, get_recipe, get_recipes, named_recipe, run_name
+from tests.conftest import ROOT
 
 FILE = """
 [alpha999]
@@ -131,3 +133,10 @@ def test_a_size_is_a_variant_like_the_others():
 def test_an_impossible_size_is_refused(name):
     with pytest.raises(UserError):
         get_recipe(name)
+
+
+def test_run_all_and_the_tables_know_the_names_of_the_work_folder(layout, file):
+    asked_recipes(layout, ["alpha999"], [], None, file)
+    args = parse_args(["--work", str(layout.work), "--tables", "--recipes", "alpha999"], ROOT)
+    assert trained_runs(args) == list(ablation_runs("alpha999", read_experiments(layout)).values())
+    assert "alpha999-hard" in trained_runs(args)
