@@ -248,9 +248,10 @@ def check_team(recipe: Recipe, n_rows: int, hardware: Hardware) -> None:
             "start fewer processes, or give a larger batch: --set batch_size=..."
         )
     if each < ENOUGH_IMAGES and not recipe.sync_batchnorm and hardware.team.is_main:
+        cure = "--set sync_batchnorm=true, " if hardware.is_gpu else ""
         print(
             f"warning: each of {size} processes normalises over {each} images only, which can cost much of the score; "
-            "use --set sync_batchnorm=true, a larger batch, or fewer processes",
+            f"use {cure}a larger batch, or fewer processes",
             file=sys.stderr,
             flush=True,
         )
