@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from common.artifacts.layout import Layout
-from common.artifacts.stage import Stage, fingerprint
+from common.artifacts.stage import Stage, fingerprint, read_sidecar
 from common.errors import UserError
 from common.recipes import Recipe, continued_of, current_fields, run_parameters
 from common.train.checkpoints import finished_checkpoint, load_checkpoint, made_from
@@ -77,6 +77,7 @@ def plan(request: Request, folds: pd.DataFrame, team: Team) -> list[Job]:
             job.stage.say_current()
         else:
             jobs.append(job)
+            note_other_folds(job)
     return jobs
 
 
@@ -86,6 +87,8 @@ def every_job(request: Request, folds: pd.DataFrame, team: Team) -> list[Job]:
     With pretrained='auto' a training that has begun resumes with the weights that it started from, whatever is
     available now. A training that got more cycles keeps them.
     """
+    if request.start_run in request.recipes:
+        raise UserError(f"--start-from {request.start_run}: a run cannot start from itself; train another --recipe")
 
     @cache
     def weights(encoder: str) -> Path | None:
@@ -112,7 +115,7 @@ def every_job(request: Request, folds: pd.DataFrame, team: Team) -> list[Job]:
             begun = None if request.force else made_from(folder)
             recipe, continued = as_continued(asked, begun)
             if begun and request.pretrained == "auto" and not request.start_run:
-                note_other_start(f"{name} fold {fold}", folder, begun)
+                note_changed_start(f"{name} fold {fold}", folder, begun)
                 start, began_with = Start(), {key: value for key, value in begun["inputs"].items() if key == "weights"}
             else:
                 start = fresh_start(asked, fold)
@@ -137,7 +140,21 @@ def start_from_run(work: Path, run: str, fold: int, folds: pd.DataFrame, recipe:
         raise UserError(f"--start-from {run}: {error}") from None
 
 
-def note_other_start(label: str, folder: Path, begun: dict) -> None:
+def note_other_folds(job: Job) -> None:
+    """Print a note if a fold begins with random weights, but a finished fold of the same run began with others."""
+    finished = sorted(job.folder.parent.glob("fold*/best.pt.meta.json"))
+    begun = job.folder / "last.pt"
+    for record in (read_sidecar(path.with_name("best.pt")) for path in finished if path.parent != job.folder):
+        if record.get("start_file") and not job.start.file and not begun.is_file():
+            print(
+                f"note: {job.label} starts {job.start.describe()}; fold {record['parameters'].get('fold')} of the same "
+                f"run started {record['start']}. Give --start-from or --pretrained for the same start",
+                flush=True,
+            )
+            return
+
+
+def note_changed_start(label: str, folder: Path, begun: dict) -> None:
     """Print a note if a training started from a file whose content has changed since."""
     path = folder / (begun.get("start_file") or "")
     before = begun["inputs"].get("weights")

@@ -18,6 +18,7 @@ from typing import Any
 
 from common.artifacts.files import read_lines, write_text
 from common.artifacts.layout import Layout
+from common.artifacts.locks import Lock
 from common.artifacts.stage import read_sidecar, sidecar
 from common.classes import CLASS_NAMES
 from common.errors import UserError, first_line
@@ -110,13 +111,15 @@ def open_mlflow(tracked: Tracked) -> Opened:
     from mlflow.entities import Metric, Param
 
     store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{tracked.work.resolve() / 'mlflow.db'}"
-    client, mark = mlflow.MlflowClient(store), tracked.folder / "mlflow.txt"
+    name, mark = tracked.work.resolve().name, tracked.folder / "mlflow.txt"
+    with Lock(tracked.work / "mlflow.db", wait=True):  # folds that train at once must not create it twice
+        client = mlflow.MlflowClient(store)
+        found = client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else client.create_experiment(name)
     if mark.is_file():
         client.delete_run(mark.read_text().strip())
         mark.unlink()
-    name = tracked.work.resolve().name
-    found = client.get_experiment_by_name(name)
-    run = client.create_run(found.experiment_id if found else client.create_experiment(name), run_name=tracked.label)
+    run = client.create_run(experiment, run_name=tracked.label)
     write_text(mark, run.info.run_id)
     client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in tracked.settings.items()])
 
@@ -146,8 +149,7 @@ def open_wandb(tracked: Tracked) -> Opened:
         dir=tracked.folder,
         config=tracked.settings,
         reinit="create_new",
-        settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False
-        ),
+        settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
     )
     return Opened(lambda values, epoch: run.log(values, step=epoch), run.finish)
 
