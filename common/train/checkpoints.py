@@ -168,7 +168,7 @@ def made_from(folder: Path) -> dict | None:
         made = saved.get("made_from", {})
         if not all(isinstance(made.get(part), dict) for part in ("parameters", "inputs")):
             raise UserError(f"{folder / 'last.pt'} does not record what it was made from; {TRAIN_AGAIN}")
-        return {**made, **{key: saved[key] for key in ("start", "start_file") if key in saved}}
+        return {**made, **{key: saved[key] for key in ("start", "start_file") if saved.get(key)}}
     return None
 
 

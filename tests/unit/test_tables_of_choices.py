@@ -168,8 +168,8 @@ def test_the_state_of_a_run_is_what_its_fields_declare():
     pieces = saved_pieces(
         new_run(SMALL, SimpleNamespace(counts=np.ones(28), train=range(4), normalisation=None), CPU, 0, 0)
     )
-    assert list(pieces)[:4] == ["model", "optimizer", "scaler", "ranking"] and len(pieces) == 16
-    assert [name for name, how in pieces.items() if how.later] == ["skipped", "average"]
+    assert list(pieces)[:4] == ["model", "optimizer", "scaler", "ranking"] and len(pieces) == 18
+    assert [name for name, how in pieces.items() if how.later] == ["skipped", "start_file", "continued", "average"]
 
 
 # --- what does not fit is an error -------------------------------------------------------------------------
