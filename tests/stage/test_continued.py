@@ -239,8 +239,8 @@ def test_a_run_that_is_unfinished_or_of_another_network_is_no_start(train, refus
     flags = ("--recipe", "demo-quick", "--name", "large", "--start-from", "small", "--set", *ONCE)
     assert "fold1 has no finished training; run: python 04_train.py" in refused(*flags)
     assert "these are not weights of resnet18" in refused(*flags, "encoder=resnet18", "--folds", "0")
-    assert "smal/fold0 has no finished training" in refused(
-        "--recipe", "demo-quick", "--start-from", "smal", "--folds", "0"
+    assert "smalll/fold0 has no finished training" in refused(
+        "--recipe", "demo-quick", "--start-from", "smalll", "--folds", "0"
     )
     assert "--start-from and --pretrained none contradict" in refused(*flags, "--pretrained", "none")
     out = train(*flags, "--folds", "0")
