@@ -114,8 +114,10 @@ def main():
     jobs = [replace(job, hardware=options, on_nan=args.on_nan, track=tuple(dict.fromkeys(args.track))) for job in jobs]
     do = find_lr if args.find_lr else train_job
     run_jobs(do, [(job,) for job in jobs], options.jobs, args.cluster, "training")
+    trained = [(job.name, job.fold) for job in jobs]
     for name, fold in product(recipes, numbers) if team.is_main else ():
-        track_finished(list(dict.fromkeys(args.track)), layout, name, fold)
+        if (name, fold) not in trained:
+            track_finished(list(dict.fromkeys(args.track)), layout, name, fold)
     team.leave()
 
 

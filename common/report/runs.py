@@ -1,5 +1,6 @@
 """Runs of a work folder side by side: their progress, the settings in which they differ, and their scores."""
 
+import re
 from functools import partial
 
 import pandas as pd
@@ -37,6 +38,7 @@ def run_table(work: Work) -> pd.DataFrame:
                 "minutes": seconds / 60,
                 **speed_and_memory(logs.values()),
                 "device": ", ".join(dict.fromkeys(device_of(record) for record in records.values() if record)) or "-",
+                "started": ", ".join(dict.fromkeys(start_of(record) for record in records.values() if record)) or "-",
                 "settings": settings.get(name, "-"),
             }
         )
@@ -52,6 +54,11 @@ def device_of(record: dict) -> str:
     """Return what a finished training ran on."""
     hardware = record.get("hardware", {})
     return f"{hardware['device']}, {hardware.get('precision', '?')}" if hardware.get("device") else "unknown"
+
+
+def start_of(record: dict) -> str:
+    """Return what a finished training started from, without its fold and details."""
+    return re.split(r" fold \d+|,| \(", record.get("start", "unknown"))[0]
 
 
 def differing_settings(recipes: dict[str, Recipe]) -> dict[str, str]:

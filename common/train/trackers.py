@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
+from threading import Thread
 from typing import Any
+
+from filelock import FileLock
 
 from common.artifacts.files import read_lines, write_text
 from common.artifacts.layout import Layout
-from common.artifacts.locks import Lock
 from common.artifacts.stage import read_sidecar, sidecar
 from common.classes import CLASS_NAMES
 from common.errors import UserError, first_line
 
+SECONDS_TO_CLOSE = 60
 NAMES = {
     "train_loss": "loss/train",
     "valid_loss": "loss/valid",
@@ -112,7 +116,7 @@ def open_mlflow(tracked: Tracked) -> Opened:
 
     store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{tracked.work.resolve() / 'mlflow.db'}"
     name, mark = tracked.work.resolve().name, tracked.folder / "mlflow.txt"
-    with Lock(tracked.work / "mlflow.db", wait=True):  # folds that train at once must not create it twice
+    with FileLock(tracked.work / ".mlflow.db.lock"):  # folds that train at once must not create it twice
         client = mlflow.MlflowClient(store)
         found = client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else client.create_experiment(name)
@@ -185,9 +189,9 @@ def tracking(names: Sequence[str], tracked: Tracked, history: list[dict]) -> Ite
             return act()
         except Exception as error:  # whatever other programs raise
             opened.pop(name, None)
+            reason = shorten(first_line(error), 200)
             print(
-                f"warning: {tracked.label}: {name} does not record this training any more ({first_line(error)}); "
-                "training continues",
+                f"warning: {tracked.label}: {name} does not record this training any more ({reason}); training continues",
                 file=sys.stderr,
                 flush=True,
             )
@@ -206,7 +210,26 @@ def tracking(names: Sequence[str], tracked: Tracked, history: list[dict]) -> Ite
         yield write
     finally:
         for name, tracker in list(opened.items()):
-            attempt(name, tracker.close)
+            attempt(name, partial(within, SECONDS_TO_CLOSE, tracker.close))
+
+
+def within(seconds: float, act: Callable[[], object]) -> None:
+    """Call `act()`, and raise TimeoutError if it takes longer: without network, an upload can wait for days."""
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            act()
+        except Exception as error:  # passed on below
+            errors.append(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"its end took more than {seconds:g} s")
+    if errors:
+        raise errors[0]
 
 
 def track_finished(names: list[str], layout: Layout, run: str, fold: int) -> None:
