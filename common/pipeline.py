@@ -181,7 +181,7 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> tuple[str, ...]:
     for name in names:
         value = getattr(args, name)
         if value not in (None, False, []):
-            text = ",".join(value) if isinstance(value, list) else str(value)
+            text = ",".join(dict.fromkeys(value)) if isinstance(value, list) else str(value)
             result += [f"--{name.replace('_', '-')}"] + ([] if value is True else [text])
     return tuple(result)
 

@@ -8,7 +8,7 @@ import pandas as pd
 from common.artifacts.layout import Layout
 from common.errors import UserError, listing
 from common.recipes import continued_of, run_parameters, to_dict
-from common.train.checkpoints import check_unfinished, load_checkpoint, made_from, save_checkpoint
+from common.train.checkpoints import check_unfinished, load_checkpoint, made_from, restoring, save_checkpoint
 from common.train.distributed import Team
 from common.train.jobs import Job, Request, every_job
 from common.train.run import FORMAT
@@ -57,9 +57,10 @@ def why_not(job: Job, cycles: int) -> str | None:
             f"{path} no longer exists; a new training can start from its network: --name NAME --start-from {job.name}"
         )
     saved = load_checkpoint(path)
-    losses = [row["valid_loss"] for row in saved["history"] if "valid_loss" in row]
-    epoch, before = saved["epoch"], saved.get("continued", [])
-    if not epoch or saved["step"] or not has_ended(job.recipe, epoch, losses, before):
+    with restoring(path):
+        losses = [row["valid_loss"] for row in saved["history"] if "valid_loss" in row]
+        epoch, step, before = saved["epoch"], saved["step"], saved.get("continued", [])
+    if not epoch or step or not has_ended(job.recipe, epoch, losses, before):
         return f"it is not finished, but in epoch {epoch + 1}; run: {train}"
     return schedule_of(job.recipe).why_no_more(job.recipe, losses)
 
@@ -83,8 +84,8 @@ def continue_training(job: Job, cycles: int) -> None:
     before = continued_of(job.stage.parameters) or {"asked": job.recipe.max_cycles, "after": []}
     if has_them(job, cycles):
         return print(
-            f"{job.label}: already has {cycles} cycles beyond its first end after {before['after'][0]} epochs; for "
-            "further ones give a larger --more-cycles"
+            f"{job.label}: already has --more-cycles {cycles}, counted from its first end after {before['after'][0]} "
+            "epochs; give a larger number for further ones"
         )
     saved = load_checkpoint(job.folder / "last.pt")
     after = [*before["after"], saved["epoch"]]

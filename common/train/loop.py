@@ -136,6 +136,7 @@ def sealed_with(run: Run) -> dict:
     """Return the notes for a finished training's sidecar."""
     return {
         "epochs": run.epoch,
+        "train_seconds": round(sum(row["seconds"] + row.get("valid_seconds", 0) for row in run.history), 1),
         "score_best": run.best_score,
         "start": run.start,
         "start_file": run.start_file,

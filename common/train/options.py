@@ -39,8 +39,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--more-cycles",
         type=command_line.positive,
         metavar="N",
-        help="continue finished trainings from last.pt for up to N cycles beyond their first end, with the schedule and "
-        "the rule to end early as before",
+        help="continue finished trainings from last.pt for up to N cycles beyond their first end; the schedule and the "
+        "rule to end early stay",
     )
     parser.add_argument(
         "--seed",

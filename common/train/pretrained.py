@@ -237,7 +237,7 @@ def read_head(path: Path, recipe: Recipe) -> tuple[dict[str, torch.Tensor], str]
     """
     saved = read_file(path)
     classes = saved.get("classes") if isinstance(saved, dict) else None
-    if classes is not None and classes != list(CLASS_NAMES):
+    if isinstance(classes, (list, tuple)) and [*map(str, classes)] != list(CLASS_NAMES):
         return {}, "the file's is for other classes"
     found = head_tensors(unwrapped(saved))
     if not found:
@@ -280,14 +280,13 @@ def trained_on(path: Path) -> tuple[str, int] | None:
     saved = read_file(path)
     if not isinstance(saved, dict) or not {"model", "classes", "recipe"} <= saved.keys():
         return None
-    for record in (saved, read_sidecar(path) if sidecar(path).is_file() else {}):
-        own = record.get("trained_on") or {}
-        made = record.get("made_from") or record
-        folds = own.get("folds.csv") or made.get("inputs", {}).get("folds.csv")
-        fold = own.get("fold", made.get("parameters", {}).get("fold"))
-        if isinstance(folds, str) and isinstance(fold, int):
-            return folds, fold
-    return "", -1
+    made = saved.get("made_from", read_sidecar(path) if sidecar(path).is_file() else {})
+    try:
+        own = saved.get("trained_on") or {**made["inputs"], **made["parameters"]}
+        folds, fold = own["folds.csv"], own["fold"]
+    except (KeyError, TypeError):
+        return "", -1
+    return (folds, fold) if isinstance(folds, str) and isinstance(fold, int) else ("", -1)
 
 
 def check_unseen(path: Path, folds_csv: Path, numbers: list[int]) -> None:

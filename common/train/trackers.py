@@ -107,7 +107,7 @@ def open_tensorboard(tracked: Tracked) -> Opened:
 
 
 def open_mlflow(tracked: Tracked) -> Opened:
-    """Write a run to MLFLOW_TRACKING_URI, or to WORK/mlflow.db: mlflow ui --backend-store-uri sqlite:///WORK/mlflow.db."""
+    """Write a run to MLFLOW_TRACKING_URI, else WORK/mlflow.db: mlflow ui --backend-store-uri sqlite:///WORK/mlflow.db."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # of its own it tries for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -191,7 +191,7 @@ def tracking(names: Sequence[str], tracked: Tracked, history: list[dict]) -> Ite
             opened.pop(name, None)
             reason = shorten(first_line(error), 200)
             print(
-                f"warning: {tracked.label}: {name} does not record this training any more ({reason}); training continues",
+                f"warning: {tracked.label}: {name} no longer records this training ({reason}); training continues",
                 file=sys.stderr,
                 flush=True,
             )

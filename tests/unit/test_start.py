@@ -70,8 +70,8 @@ def test_a_checkpoint_of_this_project_brings_its_own(tmp_path):
         torch.equal(a, b) for a, b in zip(encoder.state_dict().values(), again.state_dict().values(), strict=True)
     )
     assert begun.describe() == (
-        "from best.pt (encoder; head from random weights: the file's has 2 classes, expected 28), images normalised for "
-        "these weights"
+        "from best.pt (encoder; head from random weights: the file's has 2 classes, expected 28), "
+        "images normalised for these weights"
     )
     assert begun.inputs() == {"weights": pretrained.fingerprint(tmp_path / "best.pt")}
 

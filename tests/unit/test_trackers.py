@@ -192,9 +192,7 @@ def test_a_tracker_that_fails_is_one_warning(monkeypatch, capsys, tracked, when,
         for row in ROWS[1:3]:
             note(row)
     err = capsys.readouterr().err
-    assert err == (
-        "warning: demo fold 0: broken does not record this training any more (disk full); training continues\n"
-    )
+    assert err == ("warning: demo fold 0: broken no longer records this training (disk full); training continues\n")
     assert len(seen) == calls and fine == ["open", "log", "log", "log", "close"]
 
 
@@ -229,7 +227,7 @@ def test_a_server_that_does_not_answer_is_one_warning(monkeypatch, capsys, track
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens there
     with tracking(["mlflow"], tracked, ROWS):
         pass
-    assert capsys.readouterr().err.count("warning: demo fold 0: mlflow does not record") == 1
+    assert capsys.readouterr().err.count("warning: demo fold 0: mlflow no longer records") == 1
 
 
 # --- the table and the command line ------------------------------------------------------------------------
