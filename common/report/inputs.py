@@ -360,9 +360,9 @@ def training(work: Work) -> list:
         Table(
             "Trainings",
             run_table(work),
-            "Training ends by the recipe's own rule; 8+4 epochs: it ended after 8 and then got more cycles. The best "
-            "epoch is the one with the highest macro F1 at a threshold of 0.5 on the fold's validation images, so it is "
-            "a little too good.",
+            "Training ends by the recipe's own rule; 8+4 epochs: it ended after 8 and then got more cycles. "
+            "The best epoch is the one with the highest macro F1 at a threshold of 0.5 on the fold's validation images, "
+            "so it is a little too good.",
             {"seconds per epoch": ",.1f", "minutes": ",.1f", "images/s": ",.1f", "memory, MiB": ",.0f"},
             wide=True,
         )

@@ -40,8 +40,8 @@ class Schedule:
     is_over : function of (recipe, epochs, losses) that tells whether training ends after this many epochs; called below
         the recipe's maximum of epochs
     describe : function of the recipe that returns its length in words
-    why_no_more : function of (recipe, losses) that returns why a finished training cannot get more cycles, or None: then
-        the training must be the one that had them from the start
+    why_no_more : function of (recipe, losses) that returns why a finished training cannot get more cycles, or None:
+        then the training must be the one that had them from the start
     """
 
     factor: Callable[[Recipe, int, int, list[float]], float]

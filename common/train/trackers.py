@@ -107,7 +107,7 @@ def open_tensorboard(tracked: Tracked) -> Opened:
 
 
 def open_mlflow(tracked: Tracked) -> Opened:
-    """Write a run to MLFLOW_TRACKING_URI, else WORK/mlflow.db: mlflow ui --backend-store-uri sqlite:///WORK/mlflow.db."""
+    """Write a run to MLFLOW_TRACKING_URI, else to WORK/mlflow.db, which mlflow ui shows."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # of its own it tries for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

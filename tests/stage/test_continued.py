@@ -113,13 +113,16 @@ def test_a_training_that_ended_early_goes_on_and_ends_by_the_same_rule(train, la
     assert "is up to date" in train("--recipe", "early", "--folds", "0")
 
 
-def test_later_stages_see_the_new_network_and_folds_of_different_length_go_together(train, run_script, layout):
+def test_later_stages_see_the_new_network_and_folds_of_different_length_go_together(train, run_script, fails, layout):
     places = layout.flags()
     train("--recipe", "demo-quick", "--name", "grown", "--set", *TINY, "max_cycles=2")
     run_script("05_predict_oof.py", *places, "--recipes", "grown")
+    run_script("06_thresholds.py", *places, "--recipes", "grown", "--method", "half")
     before = fingerprint(layout.network("grown", 0))
     train("--recipe", "grown", "--folds", "0", "--more-cycles", "2")
     assert fingerprint(layout.network("grown", 0)) != before  # at least the recipe in it
+    message = fails("06_thresholds.py", *places, "--recipes", "grown", "--method", "half")
+    assert "oof.npz is of an earlier training of fold 0 of grown; run: python 05_predict_oof.py" in message
     out = run_script("05_predict_oof.py", *places, "--recipes", "grown", "--folds", "0").stdout
     assert "again (changed: network)" in out and "left out" not in out
     assert "is based on all 2 folds (0, 1)" in run_script("05_predict_oof.py", *places, "--recipes", "grown").stdout
