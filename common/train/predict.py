@@ -19,7 +19,7 @@ from common.data.folds import fold_numbers
 from common.errors import UserError, is_out_of_memory
 from common.process import stopping
 from common.process.progress import progress
-from common.recipes import Recipe
+from common.recipes import Recipe, asked_recipe
 from common.score.ensemble import mean_predictions
 from common.train.checkpoints import finished_checkpoint, load_network
 from common.train.dataset import BATCH, Batch, ImageSet, Normalisation, dihedral, loader, on_device, whole_batches
@@ -63,6 +63,10 @@ class PredictionJob:
     def network(self) -> tuple[Path, Recipe]:
         """Return the checkpoint to predict with and its recipe; raises UserError, see `finished_checkpoint`."""
         return finished_checkpoint(self.work, self.name, self.fold, self.folds, self.settings["checkpoint"])
+
+    def asked(self) -> Recipe:
+        """Return the recipe of a finished training, as it was before the training got more cycles."""
+        return asked_recipe(read_sidecar(Layout(self.work).network(self.name, self.fold))["parameters"])
 
     def stage(self, part: str, network: Path, recipe: Recipe) -> Stage:
         """Return stage 05's output for one part of the samples."""
@@ -137,7 +141,8 @@ def predicted_folds(job: PredictionJob, numbers: list[int]) -> dict[str, list[in
     """
     job = replace(job, fold=numbers[0])
     found = {part: list(numbers) for part in job.parts}
-    recipe = job.network()[1]
+    job.network()  # raises UserError if there is none
+    recipe = job.asked()
     for fold in (fold for fold in fold_numbers(job.folds) if fold not in numbers):
         other = replace(job, fold=fold)
         made = [part for part in found if sidecar(other.file(part)).is_file()]
@@ -150,14 +155,17 @@ def predicted_folds(job: PredictionJob, numbers: list[int]) -> dict[str, list[in
 
 
 def why_not_current(job: PredictionJob, parts: list[str], recipe: Recipe) -> dict[str, str | None]:
-    """Return for each part why its predictions are not up to date with this recipe's network; None if they are."""
+    """Return for each part why its predictions are not up to date with the network of this recipe, as it was asked for.
+
+    None for parts that are up to date.
+    """
     if not parts:
         return {}
     try:
         path, own = job.network()
     except UserError as error:
         return dict.fromkeys(parts, str(error))
-    if own != recipe:
+    if job.asked() != recipe:
         return dict.fromkeys(parts, f"fold {job.fold} was trained with another recipe")
     return {part: job.stage(part, path, own).why_stale() for part in parts}
 
