@@ -77,12 +77,15 @@ class Member:
 class Reference:
     """How a network sees samples that resemble its training data but were not in it: those of its validation fold.
 
-    ids : (n,); targets : (n,) label texts, for example '2 22'; embeddings : (n, width) float32, of one view each
+    ids : (n,); targets : (n,) label texts, for example '2 22'
+    embeddings : (n, width) float32, what enters the last layer for the unturned image
+    means : (n, 4) float32, of each channel, 0 to 1
     """
 
     ids: np.ndarray
     targets: np.ndarray
     embeddings: np.ndarray
+    means: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,6 +338,20 @@ def check_same_networks(layout: Layout, members: list[Member]) -> None:
             )
 
 
+def is_package(path: Path) -> bool:
+    from common.predict import package  # imports this module
+
+    return package.is_package(path)
+
+
+def open_package(path: Path, choice: Choice) -> Model:
+    """Return the model of a package; see `package.open_package`."""
+    from common.predict import package
+
+    return package.open_package(path, choice)
+
+
 READERS_OF_MODELS: dict[str, ModelReader] = {
-    "work folder": ModelReader(lambda path: (path / "runs").is_dir(), open_work_folder)
+    "work folder": ModelReader(lambda path: (path / "runs").is_dir(), open_work_folder),
+    "package": ModelReader(is_package, open_package),
 }
