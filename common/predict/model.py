@@ -77,12 +77,15 @@ class Member:
 class Reference:
     """How a network sees samples that resemble its training data but were not in it: those of its validation fold.
 
-    ids : (n,); targets : (n,) label texts, for example '2 22'; embeddings : (n, width) float32, of one view each
+    ids : (n,); targets : (n,) label texts, for example '2 22'
+    embeddings : (n, width) float32, what enters the last layer for the unturned image
+    means : (n, 4) float32, of each channel, 0 to 1
     """
 
     ids: np.ndarray
     targets: np.ndarray
     embeddings: np.ndarray
+    means: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
