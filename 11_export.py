@@ -1,8 +1,10 @@
 """Export a trained model as a package to hand on: weights, what they mean, a model card, ONNX, BioImage.IO.
 
-reads   --model: a work folder with trained runs and thresholds, or another package; it is never changed
+reads   --model: a work folder with trained runs and thresholds, or another package; it is never changed, but for
+        MODEL/reference/, what its networks make of training images, if it can be written
 writes  PACKAGE (a folder, or one file if it ends in .zip):
         weights/<run>-fold<k>.safetensors  tensors of every network
+        reference/<run>-fold<k>.npz        how it sees images like those that it was trained on
         model.json                         classes, channels, thresholds, scores, recipes, digests of all files
         README.md                          model card: what it was trained on, how good it is, how to use it
         model.onnx                         images (n, 4, h, w) to probabilities (n, 28), checked against torch
@@ -53,6 +55,13 @@ def parse_args():
     parser.add_argument(
         "--bioimage", action=optional, help="add a BioImage.IO description (default: if its packages are installed)"
     )
+    parser.add_argument(
+        "--reference",
+        action=optional,
+        default=True,
+        help="keep how the networks see up to 256 training images each, with their Ids and labels, so that "
+        "10_predict.py can mark images unlike them (default: yes)",
+    )
     return parser.parse_args()
 
 
@@ -66,7 +75,7 @@ def main():
 
     from common.export import package  # loads torch
 
-    options, left_out = package.choose_options(model, args.name, args.licence, args.onnx, args.bioimage)
+    options, left_out = package.choose_options(model, args.name, args.licence, args.onnx, args.bioimage, args.reference)
     stage = package.export_stage(model, args.out, options)
     package.refuse_other(model, args.out, stage)
     if stage.is_current():

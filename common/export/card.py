@@ -13,10 +13,10 @@ def write_card(description: dict) -> str:
     return "\n\n".join(part(description) for part in parts) + "\n"
 
 
-def table(header: list[str], rows: list[list[object]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table; all columns but the first are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def summary(description: dict) -> str:
@@ -96,6 +96,11 @@ def training(description: dict) -> str:
         )
         + "The project does not know where the samples come from: ask whoever trained the model. Digest of tables and "
         f"images: `{found['digest'][:16]}`."
+        + (
+            " `reference/` has Ids, labels and embeddings of up to 256 of the samples of each fold."
+            if any(row["reference"] for row in description["members"])
+            else ""
+        )
     )
 
 
@@ -108,7 +113,7 @@ def validation(description: dict) -> str:
         )
     low, high = found["interval"]
     rows = [
-        [row["class"], row["positives"], f"{row['f1_cross_fitted']:.3f}", f"{row['threshold']:.3g}"]
+        [row["class"], str(row["positives"]), f"{row['f1_cross_fitted']:.3f}", f"{row['threshold']:.3g}"]
         for row in found["per_class"]
     ]
     held_out = ""

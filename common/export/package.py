@@ -1,6 +1,5 @@
 """Write a package: a folder or a zip file that `common/predict/package.py` and other programs read."""
 
-import math
 import os
 import re
 import shlex
@@ -15,7 +14,7 @@ from safetensors.torch import save
 
 from common.artifacts.files import write_json, write_text, writing
 from common.artifacts.layout import Layout
-from common.artifacts.stage import Stage, digest, fingerprint, read_sidecar, sidecar
+from common.artifacts.stage import Stage, digest, fingerprint, read_sidecar
 from common.artifacts.tables import SAFE_ID
 from common.artifacts.versions import made_with
 from common.classes import CLASS_NAMES
@@ -25,6 +24,7 @@ from common.errors import UserError
 from common.export.card import write_card
 from common.predict.model import SIDE, Member, Model
 from common.predict.package import FORMAT, MODEL_FILE, VERSION, checksum, files_of, is_package, read_description
+from common.predict.reference import with_reference
 from common.process.progress import progress
 from common.process.requirements import requirement, serves
 from common.recipes import BY_SOURCE, to_dict
@@ -48,16 +48,18 @@ class Options:
     """What goes into a package besides the weights.
 
     licence : SPDX identifier of the weights' licence, or None if none is stated
+    reference : whether it keeps how its networks see training images, with their Ids and labels
     """
 
     name: str
     licence: str | None = None
     onnx: bool = False
     bioimage: bool = False
+    reference: bool = True
 
 
 def choose_options(
-    model: Model, name: str | None, licence: str | None, onnx: bool | None, bioimage: bool | None
+    model: Model, name: str | None, licence: str | None, onnx: bool | None, bioimage: bool | None, reference: bool
 ) -> tuple[Options, list[str]]:
     """Return the options, and a line for each part that is left out. None: if its packages are installed.
 
@@ -67,21 +69,23 @@ def choose_options(
         raise UserError(f"--name: expected letters, digits and plain signs, found {name!r}")
     if licence is not None and not SPDX.fullmatch(licence):
         raise UserError(f"--licence: expected an SPDX identifier, for example CC-BY-4.0 or MIT, found {licence!r}")
-    lines: list[str] = []
     reasons = {"onnx": why_no_onnx(model), "bioimage": why_no_bioimage(model)}
-    chosen = {}
-    for part, asked in {"onnx": onnx, "bioimage": bioimage}.items():
-        if asked and reasons[part]:
-            raise UserError(f"--{part}: {reasons[part]}")
-        if asked is None and reasons[part]:
-            lines.append(f"without {'ONNX' if part == 'onnx' else 'a BioImage.IO description'}: {reasons[part]}")
-        chosen[part] = not reasons[part] if asked is None else asked
+    asked = {"onnx": onnx, "bioimage": bioimage}
+    for part, reason in reasons.items():
+        if asked[part] and reason:
+            raise UserError(f"--{part}: {reason}")
+    chosen = {part: not reason if asked[part] is None else bool(asked[part]) for part, reason in reasons.items()}
+    lacking: dict[str, list[str]] = {}
+    for part, reason in reasons.items():
+        if reason and asked[part] is None:
+            lacking.setdefault(reason, []).append({"onnx": "ONNX", "bioimage": "BioImage.IO"}[part])
+    lines = [f"without {' and '.join(parts)}: {reason}" for reason, parts in lacking.items()]
     if chosen["bioimage"] and not chosen["onnx"]:
         if bioimage and onnx is False:
             raise UserError("--bioimage describes the ONNX graph: leave --no-onnx out")
         chosen["onnx"] = bool(bioimage)
         chosen["bioimage"] = bool(bioimage)
-    return Options(name or own_name(model), licence, **chosen), lines
+    return Options(name or own_name(model), licence, **chosen, reference=reference), lines
 
 
 def own_name(model: Model) -> str:
@@ -91,8 +95,8 @@ def own_name(model: Model) -> str:
 
 def why_no_onnx(model: Model) -> str | None:
     """Return why a model has no ONNX graphs; None if it can have them."""
-    if missing := missing_packages(ONNX_PACKAGES):
-        return install(missing)
+    if missing_packages(ONNX_PACKAGES):
+        return install(missing_packages(BIOIMAGE_PACKAGES))  # all optional parts with one command
     if model.view != "whole":
         return "its thresholds are for five crops of an image, a graph takes whole ones"
     if sum(map(n_bytes, model.members)) > MAX_GRAPH:
@@ -102,7 +106,9 @@ def why_no_onnx(model: Model) -> str | None:
 
 def why_no_bioimage(model: Model) -> str | None:
     """Return why a model has no BioImage.IO description; None if it can have one."""
-    if reason := why_no_onnx(model) or (install(some) if (some := missing_packages(BIOIMAGE_PACKAGES)) else None):
+    if missing := missing_packages(BIOIMAGE_PACKAGES):
+        return install(missing)
+    if reason := why_no_onnx(model):
         return reason
     if len(stores := {member.recipe.store for member in model.members}) > 1:
         return f"it describes one graph, these networks take images of {len(stores)} sizes; choose a run with --recipes"
@@ -115,7 +121,7 @@ def missing_packages(names: tuple[str, ...]) -> list[str]:
 
 
 def install(names: list[str]) -> str:
-    return f"it needs packages that are optional; to add them: {shlex.join(['pip', 'install', *names])}"
+    return f"packages that are optional are missing; to add them: {shlex.join(['pip', 'install', *names])}"
 
 
 def n_bytes(member: Member) -> int:
@@ -131,7 +137,7 @@ def n_bytes(member: Member) -> int:
 def export_stage(model: Model, out: Path, options: Options) -> Stage:
     """Return the stage that makes a package."""
     inputs = {"model": model.digest, "scores": digest(model.scores), "training": digest(training_of(model))}
-    parts = asdict(options) | {"format_version": VERSION, "reference": bool(model.reference)}
+    parts = asdict(options) | {"format_version": VERSION}
     return Stage("11_export", main_file(out), parts, inputs, whole=out)
 
 
@@ -166,17 +172,22 @@ def source_of(model: Model) -> str:
 
 def make(model: Model, out: Path, options: Options, stage: Stage) -> list[str]:
     """Make the package beside its place, then put it there whole. Return lines that describe it."""
-    building = out.with_name(f".{out.name}.making")
+    building, scratch = out.with_name(f".{out.name}.making"), out.with_name(f".{out.name}.reference")
     with stage.lock():
         shutil.rmtree(building, ignore_errors=True)
         try:
+            if options.reference:
+                model, note = with_reference(model, scratch, HardwareOptions())
+                if note:
+                    print(f"11_export: without a record of the training data, for images unlike it: {note}", flush=True)
             description = write_files(model, building, options)
             earlier = read_sidecar(stage.artifact)["outputs"] if stage.sidecar.is_file() else {}
             with stage.making() as record:
                 record.rows, record.notes = len(model.members), {"source": source_of(model)}
                 record.also = zip_up(building, out) if is_zip(out) else move(building, out, list(earlier))
         finally:
-            shutil.rmtree(building, ignore_errors=True)
+            for folder in (building, scratch):
+                shutil.rmtree(folder, ignore_errors=True)
     return describe(out, description)
 
 
@@ -224,9 +235,14 @@ def describe(out: Path, description: dict) -> list[str]:
 
 def write_files(model: Model, folder: Path, options: Options) -> dict:
     """Write all files of a package into an empty folder; return the content of its model.json."""
+    if options.bioimage:
+        from common.export.bioimage import check_licence, write_bioimage  # an optional package
+
+        check_licence(options.licence)
     hardware = choose_hardware(HardwareOptions(device="cpu"), training=False)
     members = progress(model.members, len(model.members), "weights", "networks")
-    description = describe_model(model, options, [write_member(model, member, folder, hardware) for member in members])
+    records = [write_member(model, member, folder, options, hardware) for member in members]
+    description = describe_model(model, options, records)
     description["onnx"], description["bioimage"] = [], options.bioimage
     if options.onnx:
         from common.export.onnx import write_graphs  # an optional package
@@ -234,8 +250,6 @@ def write_files(model: Model, folder: Path, options: Options) -> dict:
         description["onnx"] = write_graphs(model, folder, hardware, description)
     write_text(folder / "README.md", write_card(description))
     if options.bioimage:
-        from common.export.bioimage import write_bioimage  # an optional package
-
         write_bioimage(folder, description)
     description["files"] = {
         path.relative_to(folder).as_posix(): {"sha256": fingerprint(path), "bytes": path.stat().st_size}
@@ -247,7 +261,7 @@ def write_files(model: Model, folder: Path, options: Options) -> dict:
     return description
 
 
-def write_member(model: Model, member: Member, folder: Path, hardware: Hardware) -> dict:
+def write_member(model: Model, member: Member, folder: Path, options: Options, hardware: Hardware) -> dict:
     """Write a network's weights and its reference; return its record."""
     network, normalise = member.load(hardware)
     file = f"weights/{member.name}-fold{member.fold}.safetensors"
@@ -265,13 +279,13 @@ def write_member(model: Model, member: Member, folder: Path, hardware: Hardware)
         "mean": list(normalise.mean),
         "std": list(normalise.std),
         "weights": file,
-        "reference": write_reference(model, member, folder),
+        "reference": write_reference(model, member, folder, options),
     }
 
 
-def write_reference(model: Model, member: Member, folder: Path) -> str | None:
+def write_reference(model: Model, member: Member, folder: Path, options: Options) -> str | None:
     """Write how a network sees samples like its training data, if that is known; return the file's name."""
-    reference = model.reference.get(member.label)
+    reference = model.reference.get(member.label) if options.reference else None
     if reference is None:
         return None
     file = f"reference/{member.name}-fold{member.fold}.npz"

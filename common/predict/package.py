@@ -365,23 +365,34 @@ def read_references(files: Files, found: dict) -> dict[str, Reference]:
     result = {}
     for row in found["members"]:
         if row["reference"]:
+            width = last_width(files, row["weights"], found["files"][row["weights"]]["bytes"])
             content = files.read(row["reference"], found["files"][row["reference"]]["bytes"])
-            result[f"{row['name']} fold {row['fold']}"] = read_reference(files.path, row["reference"], content)
+            result[f"{row['name']} fold {row['fold']}"] = read_reference(files.path, row["reference"], content, width)
     return result
 
 
-def read_reference(path: Path, name: str, content: bytes) -> Reference:
-    """Return the reference in the content of an .npz file. Raises BadPackage."""
+def read_reference(path: Path, name: str, content: bytes, width: int) -> Reference:
+    """Return the reference in the content of an .npz file; width : of its embeddings. Raises BadPackage."""
     try:
         arrays = arrays_in(io.BytesIO(content), len(content))
         reference = Reference(*(arrays[key] for key in ("ids", "targets", "embeddings", "means")))
     except (ValueError, KeyError) as error:
         raise BadPackage(path, f"has an impossible {name} ({first_line(error)})") from None
-    shapes = [reference.ids.shape, reference.targets.shape, reference.embeddings.shape[:1], reference.means.shape[:1]]
-    fine = len(set(shapes)) == 1 and reference.embeddings.ndim == 2 and reference.means.shape[1:] == (4,)
+    shapes, n = [array.shape for array in vars(reference).values()], len(reference.ids)
+    kinds = [array.dtype.kind for array in vars(reference).values()]
+    fine = shapes == [(n,), (n,), (n, width), (n, len(CHANNELS))] and kinds == ["U", "U", "f", "f"]
     if not (fine and all(np.isfinite(array).all() for array in (reference.embeddings, reference.means))):
         raise BadPackage(path, f"has an impossible {name} (arrays of {shapes}, or numbers that are not finite)")
     return reference
+
+
+def last_width(files: Files, name: str, size: int) -> int:
+    """Return the number of inputs of the last layer in a file of weights, from its header; 0 if it has none."""
+    with files.open(name) as (file, _):
+        shapes = read_header(files.path, name, file, size)[1]
+    layers = {key: shape for key, (_, shape) in shapes.items() if re.fullmatch(r"head\.\d{1,3}\.weight", key)}
+    last = max(layers, key=lambda key: int(key.split(".")[1]), default="")
+    return layers[last][1] if last and len(layers[last]) == 2 else 0
 
 
 # --- weights -----------------------------------------------------------------------------------------------
@@ -414,7 +425,8 @@ def load_weights(
     with torch.device("meta"):
         expected = build_model(recipe, N_CLASSES).state_dict()
     with files.open(name) as (file, _):
-        start = check_header(files.path, name, file, size, expected)
+        start, shapes = read_header(files.path, name, file, size)
+        check_header(files.path, name, size, start, shapes, expected)
         content = start + file.read(size - len(start))
     try:
         tensors = load(content)
@@ -429,10 +441,10 @@ def load_weights(
     return on_device, Normalisation(mean, std)
 
 
-def check_header(path: Path, name: str, file: IO[bytes], size: int, expected: "Mapping[str, torch.Tensor]") -> bytes:
-    """Return the header of a safetensors file, read from its start, if it announces exactly the expected tensors.
+def read_header(path: Path, name: str, file: IO[bytes], size: int) -> tuple[bytes, dict[str, tuple[str, tuple]]]:
+    """Return the start of a safetensors file up to its tensors, and the type and shape that it claims for each.
 
-    size : of the file in bytes. Raises BadPackage before any tensor is read.
+    size : of the file in bytes. Raises BadPackage.
     """
     first = file.read(8)
     length = int.from_bytes(first, "little")
@@ -441,22 +453,30 @@ def check_header(path: Path, name: str, file: IO[bytes], size: int, expected: "M
     header = file.read(length)
     try:
         found = {key: row for key, row in json.loads(header).items() if key != "__metadata__"}
-        shapes = {key: (row["dtype"], tuple(row["shape"])) for key, row in found.items()}
+        return first + header, {key: (row["dtype"], tuple(row["shape"])) for key, row in found.items()}
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise BadPackage(path, f"has a {name} whose header is not valid ({first_line(error)})") from None
+
+
+def check_header(
+    path: Path, name: str, size: int, start: bytes, shapes: dict, expected: "Mapping[str, torch.Tensor]"
+) -> None:
+    """Refuse a file of weights that does not announce exactly the expected tensors.
+
+    start, shapes : what `read_header` returns
+    """
     wanted = {
         key: ("F32" if tensor.is_floating_point() else "I64", tuple(tensor.shape)) for key, tensor in expected.items()
     }
     wrong = [f"{key} is missing" for key in sorted(wanted.keys() - shapes.keys())]
-    wrong += [f"{key} is unexpected" for key in sorted(shapes.keys() - wanted.keys())]
+    wrong += [f"{key[:80]!r} is unexpected" for key in sorted(shapes.keys() - wanted.keys())]
     wrong += [
-        f"{key} is {shapes[key]}, expected {wanted[key]}"
+        f"{key} is {str(shapes[key])[:80]}, expected {wanted[key]}"
         for key in wanted
         if shapes.get(key, wanted[key]) != wanted[key]
     ]
     if wrong:
         raise BadPackage(path, f"has a {name} that is not of its recipe's network:\n{listing(wrong)}\n")
-    needed = sum(math.prod(shape) * TYPES[kind] for kind, shape in wanted.values())
-    if size != 8 + length + needed:
-        raise BadPackage(path, f"has a {name} of {size:,} bytes; its tensors need {8 + length + needed:,}")
-    return first + header
+    needed = len(start) + sum(math.prod(shape) * TYPES[kind] for kind, shape in wanted.values())
+    if size != needed:
+        raise BadPackage(path, f"has a {name} of {size:,} bytes; its tensors need {needed:,}")
