@@ -43,6 +43,9 @@ def parse_args():
         metavar="SPDX",
         help="licence of the weights, which you choose: an SPDX identifier, for example CC-BY-4.0 (default: none stated)",
     )
+    parser.add_argument(
+        "--author", action="append", default=[], metavar="NAME", help="who trained the model; once for each person"
+    )
     parser.add_argument("--name", metavar="NAME", help="name of the model (default: that of its folder)")
     parser.add_argument(
         "--recipes", type=command_line.recipe_names, metavar="A,B", help="use these runs (default: those of stage 06)"
@@ -75,7 +78,7 @@ def main():
 
     from common.export import package  # loads torch
 
-    options, left_out = package.choose_options(model, args.name, args.licence, args.onnx, args.bioimage, args.reference)
+    options, left_out = package.choose_options(model, args)
     stage = package.export_stage(model, args.out, options)
     package.refuse_other(model, args.out, stage)
     if stage.is_current():

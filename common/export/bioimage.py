@@ -81,7 +81,7 @@ def content(description: dict, graph: str) -> dict:
         "description": "Which of 28 cell structures a protein is in: several labels per image of 4 channels "
         "(microtubules, protein, nucleus, endoplasmic reticulum).",
         "timestamp": datetime.now(UTC).replace(microsecond=0).isoformat(),
-        "authors": [{"name": "the authors of the package"}],
+        "authors": [{"name": name} for name in description["authors"]] or [{"name": "not stated"}],
         "cite": [{"text": ARTICLE, "doi": "10.1186/s12859-021-04196-2"}],
         "documentation": "README.md",
         "tags": ["fluorescence-light-microscopy", "classification", "cells", "2d", "protein-localisation"],

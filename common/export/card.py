@@ -172,7 +172,7 @@ def provenance(description: dict) -> str:
     made = ", ".join(f"{name} {version}" for name, version in description["made_with"].items())
     return (
         "## Provenance\n\n"
-        f"Format version {description['format_version']}; project's commit `{description['code_version']}`; {made}; "
+        f"Trained by {', '.join(description['authors']) or 'persons who are not named (--author)'}. Format version {description['format_version']}; project's commit `{description['code_version']}`; {made}; "
         f"digest of the model `{description['model_digest'][:16]}`. `model.json` has the SHA-256 of every file. The method "
         "is that of Zhang et al., Multi-labelled proteins recognition for high-throughput microscopy images using deep "
         "convolutional neural networks, BMC Bioinformatics 22 (Suppl 3), 2021."

@@ -1,5 +1,6 @@
 """Write a package: a folder or a zip file that `common/predict/package.py` and other programs read."""
 
+import argparse
 import os
 import re
 import shlex
@@ -39,6 +40,7 @@ MEANINGS = {
 ONNX_PACKAGES = ("onnx>=1.16", "onnxruntime>=1.18")
 BIOIMAGE_PACKAGES = (*ONNX_PACKAGES, "bioimageio.core>=0.9", "pydantic<2.14")  # its validator fails with 2.14
 MAX_GRAPH = 1.9e9  # bytes: ONNX files are protocol buffers, of at most 2 GB
+AUTHOR = re.compile(r"\w[\w .,'’-]{0,99}")
 SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 A_ZIP_FILE = (1980, 1, 1, 0, 0, 0)  # the time of all its files: the same model gives the same bytes
 
@@ -48,6 +50,7 @@ class Options:
     """What goes into a package besides the weights.
 
     licence : SPDX identifier of the weights' licence, or None if none is stated
+    authors : names of those who trained the model
     reference : whether it keeps how its networks see training images, with their Ids and labels
     """
 
@@ -56,36 +59,42 @@ class Options:
     onnx: bool = False
     bioimage: bool = False
     reference: bool = True
+    authors: tuple[str, ...] = ()
 
 
-def choose_options(
-    model: Model, name: str | None, licence: str | None, onnx: bool | None, bioimage: bool | None, reference: bool
-) -> tuple[Options, list[str]]:
-    """Return the options, and a line for each part that is left out. None: if its packages are installed.
+def choose_options(model: Model, args: argparse.Namespace) -> tuple[Options, list[str]]:
+    """Return what 11's flags ask for, and a line for each part that is left out.
 
-    Raises UserError for a part that was asked for and cannot be made, and for an impossible name or licence.
+    args : with name, licence, author, reference; onnx and bioimage, where None means: if its packages are installed
+    Raises UserError for a part that was asked for and cannot be made, and for an impossible name, licence or author.
     """
-    if name is not None and not SAFE_ID.fullmatch(name):
-        raise UserError(f"--name: expected letters, digits and plain signs, found {name!r}")
-    if licence is not None and not SPDX.fullmatch(licence):
-        raise UserError(f"--licence: expected an SPDX identifier, for example CC-BY-4.0 or MIT, found {licence!r}")
+    check_texts(args.name, args.licence, args.author)
     reasons = {"onnx": why_no_onnx(model), "bioimage": why_no_bioimage(model)}
-    asked = {"onnx": onnx, "bioimage": bioimage}
+    asked = {"onnx": args.onnx, "bioimage": args.bioimage}
     for part, reason in reasons.items():
         if asked[part] and reason:
             raise UserError(f"--{part}: {reason}")
-    chosen = {part: not reason if asked[part] is None else bool(asked[part]) for part, reason in reasons.items()}
+    if args.bioimage and args.onnx is False:
+        raise UserError("--bioimage describes the ONNX graph: leave --no-onnx out")
     lacking: dict[str, list[str]] = {}
     for part, reason in reasons.items():
         if reason and asked[part] is None:
             lacking.setdefault(reason, []).append({"onnx": "ONNX", "bioimage": "BioImage.IO"}[part])
     lines = [f"without {' and '.join(parts)}: {reason}" for reason, parts in lacking.items()]
-    if chosen["bioimage"] and not chosen["onnx"]:
-        if bioimage and onnx is False:
-            raise UserError("--bioimage describes the ONNX graph: leave --no-onnx out")
-        chosen["onnx"] = bool(bioimage)
-        chosen["bioimage"] = bool(bioimage)
-    return Options(name or own_name(model), licence, **chosen, reference=reference), lines
+    onnx = not reasons["onnx"] and (args.onnx is not False)
+    bioimage = onnx and not reasons["bioimage"] and (args.bioimage is not False)
+    name = args.name or own_name(model)
+    return Options(name, args.licence, onnx, bioimage, args.reference, tuple(args.author)), lines
+
+
+def check_texts(name: str | None, licence: str | None, authors: list[str]) -> None:
+    """Refuse texts that cannot be in a package."""
+    if name is not None and not SAFE_ID.fullmatch(name):
+        raise UserError(f"--name: expected letters, digits and plain signs, found {name!r}")
+    if licence is not None and not SPDX.fullmatch(licence):
+        raise UserError(f"--licence: expected an SPDX identifier, for example CC-BY-4.0 or MIT, found {licence!r}")
+    if wrong := [author for author in authors if not AUTHOR.fullmatch(author)]:
+        raise UserError(f"--author: expected a person's name, found {wrong[0]!r}; give the flag once a person")
 
 
 def own_name(model: Model) -> str:
@@ -302,6 +311,7 @@ def describe_model(model: Model, options: Options, members: list[dict]) -> dict:
         "format_version": VERSION,
         "name": options.name,
         "licence": options.licence,
+        "authors": list(options.authors),
         "classes": list(model.classes),
         "channels": [{"name": name, "meaning": MEANINGS[name]} for name in model.channels],
         "pixel_size": model.pixel_size,

@@ -1,5 +1,6 @@
 """Packages from strangers: what is refused, by name and before memory is spent; and that good ones give the same model."""
 
+import argparse
 import io
 import json
 import math
@@ -441,19 +442,31 @@ def test_no_path_of_this_machine_is_in_a_package(good):
         assert not file.is_file() or str(good.parent).encode() not in file.read_bytes()
 
 
+def flags(**values):
+    default = {"name": None, "licence": None, "author": [], "onnx": None, "bioimage": None, "reference": True}
+    return argparse.Namespace(**default | values)
+
+
 def test_optional_parts_are_left_out_with_the_command_that_adds_them(monkeypatch):
     monkeypatch.setattr(export, "serves", lambda wish: False)
-    options, lines = export.choose_options(tiny_model(), None, None, None, None, True)
-    assert not options.onnx and not options.bioimage and options.name == "tiny"
-    (line,) = lines
-    assert line.startswith(
-        "without ONNX and BioImage.IO: packages that are optional are missing; to add them: pip install"
-    )
+    options, (line,) = export.choose_options(tiny_model(), flags())
+    assert not options.onnx and not options.bioimage and options.name == "tiny" and options.reference
+    told = "packages that are optional are missing; to add them: pip install"
+    assert line.startswith(f"without ONNX and BioImage.IO: {told}")
     assert all(name in line for name in ("onnx>", "onnxruntime>", "bioimageio.core>", "'pydantic<2.14'"))
-    with pytest.raises(UserError, match="--onnx: packages that are optional are missing; to add them: pip install"):
-        export.choose_options(tiny_model(), None, None, True, None, True)
-    options, lines = export.choose_options(tiny_model(), None, "MIT", False, False, False)
-    assert not lines and options.licence == "MIT" and not options.reference
+    for part in ("onnx", "bioimage"):
+        with pytest.raises(UserError, match=f"--{part}: {told}"):
+            export.choose_options(tiny_model(), flags(**{part: True}))
+    assert export.choose_options(tiny_model(), flags(onnx=False, bioimage=False))[1] == []
+
+
+def test_parts_are_on_where_they_can_be_made(monkeypatch):
+    monkeypatch.setattr(export, "serves", lambda wish: True)
+    parts = lambda **values: vars(export.choose_options(tiny_model(), flags(**values))[0])
+    assert parts()["onnx"] and parts()["bioimage"] and parts(author=["A. Müller"])["authors"] == ("A. Müller",)
+    assert parts(bioimage=False)["onnx"] and not parts(onnx=False)["bioimage"]
+    with pytest.raises(UserError, match="--bioimage describes the ONNX graph: leave --no-onnx out"):
+        parts(onnx=False, bioimage=True)
 
 
 def test_what_an_onnx_graph_cannot_hold_is_said(monkeypatch):
@@ -464,16 +477,20 @@ def test_what_an_onnx_graph_cannot_hold_is_said(monkeypatch):
     monkeypatch.setattr(export, "n_bytes", lambda member: 1)
     first, second = tiny_model().members
     other = replace(second, recipe=get_recipe("demo_gapnet", ["image_size=512", "crop_size=512"]))
-    assert "images of 2 sizes" in export.why_no_bioimage(replace(tiny_model(), members=(first, other)))
-    assert "--no-onnx" in str(
-        pytest.raises(UserError, export.choose_options, tiny_model(), None, None, False, True, True).value
-    )
+    several = replace(tiny_model(), members=(first, other))
+    options, (line,) = export.choose_options(several, flags())
+    assert options.onnx and not options.bioimage and "without BioImage.IO: it describes one graph" in line
 
 
-@pytest.mark.parametrize("licence", ["CC BY 4.0", "-", "MIT\n", "x" * 70])
-def test_a_licence_is_an_spdx_identifier(licence):
-    with pytest.raises(UserError, match="--licence: expected an SPDX identifier, for example CC-BY-4.0"):
-        export.choose_options(tiny_model(), None, licence, False, False, True)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"licence": text} for text in ("CC BY 4.0", "-", "MIT\n", "x" * 70)]
+    + [{"name": "../x"}, {"author": ["A", "<b>"]}],
+    ids=str,
+)
+def test_texts_that_cannot_be_in_a_package_are_refused(wrong):
+    with pytest.raises(UserError, match=f"--{next(iter(wrong))}: expected"):
+        export.choose_options(tiny_model(), flags(**wrong))
 
 
 def test_every_file_of_a_package_has_its_digest(good):
