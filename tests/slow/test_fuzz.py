@@ -37,7 +37,7 @@ from common.score.members import read_groups, read_predictions
 from common.score.submission import read_submission
 from tests.tiffs import agreed, stretched, turned, write_tiff
 
-KINDS = 14  # of tests below, each with its share of the cases
+KINDS = 16  # of tests below, each with its share of the cases
 CASES = int(os.environ.get("HPA_FUZZ_CASES", 300)) // KINDS
 MAX_SECONDS = 20  # per case, on a busy machine
 MAX_GROWTH = 2**20  # kilobytes

@@ -19,6 +19,7 @@ from common.data.images import CHANNELS
 from common.demo.data import make_demo_data
 from common.demo.drawing import draw_sample
 from tests import clothes
+from tests.browser import check_page, click_heading, column, show
 from tests.conftest import ROOT
 
 SCRIPT, RECIPE = "10_predict.py", "demo-quick"
@@ -228,6 +229,30 @@ def test_after_a_kill_nothing_finished_is_lost(trained, tmp_path):
     assert f"{done} of 60 images are finished already" in again.stdout
     subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, check=True)
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
+
+
+def test_the_page_in_a_browser(predict, trained, fields, tmp_path, browser):
+    """It sorts and filters, and shows heat maps; umap-learn is hidden, so that the map takes no minute."""
+    images = clothes.pngs(tmp_path, fields | {"wide": np.concatenate([fields["a"], fields["b"]], axis=2)})
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "umap.py").write_text("raise ImportError")
+    hidden = {**os.environ, "PYTHONPATH": str(tmp_path / "hidden")}
+    text = predict(images, "--html", "--heat-maps", "wide,a", env=hidden).stdout
+    page = tmp_path / "out" / "predictions.html"
+    assert f"open it in a browser: {page}" in text
+    check_page(browser, page)
+    show(browser, page)
+    content = page.read_text()
+    assert "principal components" in content and "heat map of" in content
+    assert column(browser, 1, 1) == ["a", "b", "c", "wide"]
+    click_heading(browser, 1, 1)
+    click_heading(browser, 1, 1)
+    assert column(browser, 1, 1) == ["wide", "c", "b", "a"]
+    typed = """const field = document.querySelector('input[type=search]'); field.value = 'WID';
+               field.dispatchEvent(new Event('input'));
+               return [...field.closest('.block').querySelectorAll('tbody tr')].filter(row => !row.hidden).length"""
+    assert browser.execute_script(typed) == 1
+    assert predict(images, "--html", "--heat-maps", "wide,a", env=hidden).stdout.count("is up to date") == 2
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from common.predict.batches import NewImages, ahead, fill_missing, kind_of, load
 from common.predict.inputs import InputOptions, NewImage, check, list_images
 from common.predict.model import Member, Model, Reference
 from common.predict.options import FILLED
+from common.predict.page import flat, kind_among, kinds_of
 from common.predict.reference import NEIGHBOURS, distances, outside, unlikeness
 from common.predict.windows import count_windows, cover, scaled_shape, starts
 from common.recipes import get_recipe
@@ -175,3 +176,23 @@ def test_dark_and_bright_channels_are_named():
     texts = outside(np.array([[0.1] * 4, [0.01, 0.1, 0.9, 0.01]]), with_references(np.ones((200, 2)), means))
     assert texts == ["", "red and yellow darker, blue brighter"]
     assert outside(means[:2], tiny_model("demo")) == ["", ""]
+
+
+# --- the map -----------------------------------------------------------------------------------------------
+
+
+def test_few_images_are_mapped_by_principal_components():
+    rows = np.zeros((9, 5))
+    rows[np.arange(9), np.arange(9) % 3] = 1 + RNG.random(9)
+    places, how = flat(rows)
+    assert places.shape == (9, 2) and how == "principal components (too few images for UMAP)"
+    assert all(np.allclose(places[k], places[k + 3]) for k in range(6))  # the same direction, so the same place
+    assert flat(np.ones((3, 1)))[0].shape == (3, 2)
+
+
+def test_the_most_frequent_classes_get_a_colour():
+    predicted = np.eye(28, dtype=bool)[[3, 3, 5, 9]]
+    predicted[3] = False
+    named, kinds = kinds_of(predicted, predicted * 0.9)
+    assert named == [3, 5] and kinds == [0, 0, 1, 2]
+    assert [kind_among(np.eye(28, dtype=bool)[c], named) for c in (5, 7)] == [1, 2]
