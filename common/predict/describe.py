@@ -107,7 +107,7 @@ def describe_results(folder: Path, results: Results, model: Model, levels: Level
     unlike = [Id for Id, text in zip(results.ids, results.flags, strict=True) if UNLIKE in text]
     if unlike:
         lines.append(
-            f"warning: {len(unlike)} of {n} images are unlike the training data (1 in 100 is expected), so their "
+            f"warning: {len(unlike)} of {n} images are unlike the training data (up to 1 in 20 is expected), so their "
             f"answers may be wrong however sure they look:\n{listing(unlike, 3)}"
         )
     judged = exposure.judge(["new"] * n, results.exposed, levels)

@@ -24,7 +24,7 @@ from common.predict.answers import Planned
 from common.predict.describe import describe_images, describe_model
 from common.predict.inputs import NewImage, read_image
 from common.predict.model import Model
-from common.predict.reference import unit, with_reference
+from common.predict.reference import with_reference
 from common.predict.windows import scaled_planes
 from common.process.parallel import run_parallel
 from common.report import plots
@@ -68,7 +68,9 @@ def make_page(planned: Planned, explained: list[str]) -> None:
     sections = [overview(answers), images(answers), embedding_map(answers)]
     sections += [heat_maps(answers)] if explained else []
     with stage.making() as record:
-        write_text(stage.artifact, render("New images", f"Predicted by the model {planned.model.name}.", sections, ORIGIN))
+        write_text(
+            stage.artifact, render("New images", f"Predicted by the model {planned.model.name}.", sections, ORIGIN)
+        )
         record.rows = len(answers.table)
     size = stage.artifact.stat().st_size / 1e6
     print(f"10_predict: {size:.1f} MB, open it in a browser: {stage.artifact}")
@@ -176,7 +178,7 @@ def images(answers: Answers) -> list:
     )
     text = (
         "Agreement: share of single networks and views that alone give the same answer. Spread: the largest standard "
-        "deviation of a probability among them. Unlike: distance from the training data, above 1 if farther than 99 in "
+        "deviation of a probability among them. Unlike: distance from the training data, above 1 if farther than 95 in "
         "100 of samples like them."
     )
     if len(answers.table) > SHOWN:
@@ -222,7 +224,7 @@ def kind_among(target: np.ndarray, named: Sequence[int]) -> int:
 
 def flat(embeddings: np.ndarray) -> tuple[np.ndarray, str]:
     """Return places on a plane, (n, 2), and how they were found: UMAP if it is installed, else principal components."""
-    rows = unit(embeddings.astype(np.float64))
+    rows = embeddings / np.maximum(1e-12, np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True))
     try:
         if len(rows) < FEWEST:
             raise ImportError

@@ -14,7 +14,7 @@ from common.predict.inputs import InputOptions, NewImage, check, list_images
 from common.predict.model import Member, Model, Reference
 from common.predict.options import FILLED
 from common.predict.page import flat, kind_among, kinds_of
-from common.predict.reference import NEIGHBOURS, distances, outside, unlikeness
+from common.predict.reference import distances, outside, unlikeness
 from common.predict.windows import count_windows, cover, scaled_shape, starts
 from common.recipes import get_recipe
 from common.train.hardware import HardwareOptions, choose_hardware
@@ -150,11 +150,13 @@ def test_missing_channels_are_filled_as_stated():
 
 def test_distances_equal_a_slow_oracle():
     rows, known = RNG.normal(size=(5, 8)), RNG.normal(size=(30, 8))
-    unit = lambda x: x / np.linalg.norm(x)  # noqa: E731
-    slow = [np.mean(sorted(np.linalg.norm(unit(r) - unit(k)) for k in known)[:NEIGHBOURS]) for r in rows]
-    np.testing.assert_allclose(distances(rows, known), slow, atol=1e-6)
-    without = [np.mean(sorted(np.linalg.norm(unit(r) - unit(k)) for k in known)[1 : NEIGHBOURS + 1]) for r in known]
-    np.testing.assert_allclose(distances(known, known, itself=True), without, atol=1e-6)
+
+    def slow(row, others):
+        return min(np.linalg.norm((row - other) / (known.std(axis=0) + 1e-3)) for other in others)
+
+    np.testing.assert_allclose(distances(rows, known), [slow(row, known) for row in rows])
+    without = [slow(row, np.delete(known, k, axis=0)) for k, row in enumerate(known)]
+    np.testing.assert_allclose(distances(known, known, itself=True), without)
 
 
 def with_references(embeddings, means) -> Model:
@@ -163,7 +165,7 @@ def with_references(embeddings, means) -> Model:
     return Model("m", Path(), model.members, reference={model.members[0].label: known})
 
 
-def test_an_image_in_another_direction_is_unlike():
+def test_an_image_far_from_the_others_is_unlike():
     near = np.array([1.0, 0, 0, 0]) + RNG.normal(scale=0.05, size=(200, 4))
     model = with_references(near, np.full((200, 4), 0.1))
     far = unlikeness([np.array([[1.0, 0, 0, 0], [0, 1, 0, 0]])], model)
