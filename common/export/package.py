@@ -24,7 +24,17 @@ from common.data.labels import parse_targets
 from common.errors import UserError
 from common.export.card import write_card
 from common.predict.model import SIDE, Member, Model
-from common.predict.package import FORMAT, MODEL_FILE, VERSION, checksum, files_of, is_package, read_description
+from common.predict.package import (
+    AUTHOR,
+    FORMAT,
+    MODEL_FILE,
+    SPDX,
+    VERSION,
+    checksum,
+    files_of,
+    is_package,
+    read_description,
+)
 from common.predict.reference import with_reference
 from common.process.progress import progress
 from common.process.requirements import requirement, serves
@@ -40,8 +50,6 @@ MEANINGS = {
 ONNX_PACKAGES = ("onnx>=1.16", "onnxruntime>=1.18")
 BIOIMAGE_PACKAGES = (*ONNX_PACKAGES, "bioimageio.core>=0.9", "pydantic<2.14")  # its validator fails with 2.14
 MAX_GRAPH = 1.9e9  # bytes: ONNX files are protocol buffers, of at most 2 GB
-AUTHOR = re.compile(r"\w[\w .,'’-]{0,99}")
-SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
 A_ZIP_FILE = (1980, 1, 1, 0, 0, 0)  # the time of all its files: the same model gives the same bytes
 
 
@@ -83,8 +91,10 @@ def choose_options(model: Model, args: argparse.Namespace) -> tuple[Options, lis
     lines = [f"without {' and '.join(parts)}: {reason}" for reason, parts in lacking.items()]
     onnx = not reasons["onnx"] and (args.onnx is not False)
     bioimage = onnx and not reasons["bioimage"] and (args.bioimage is not False)
-    name = args.name or own_name(model)
-    return Options(name, args.licence, onnx, bioimage, args.reference, tuple(args.author)), lines
+    own = read_description(files_of(model.source)) if is_package(model.source) else {}
+    name = args.name or own.get("name") or re.sub(r"[^\w.+-]", "-", "+".join(model.names))[:100]
+    licence, authors = args.licence or own.get("licence"), args.author or own.get("authors", [])
+    return Options(name, licence, onnx, bioimage, args.reference, tuple(authors)), lines
 
 
 def check_texts(name: str | None, licence: str | None, authors: list[str]) -> None:
@@ -95,11 +105,6 @@ def check_texts(name: str | None, licence: str | None, authors: list[str]) -> No
         raise UserError(f"--licence: expected an SPDX identifier, for example CC-BY-4.0 or MIT, found {licence!r}")
     if wrong := [author for author in authors if not AUTHOR.fullmatch(author)]:
         raise UserError(f"--author: expected a person's name, found {wrong[0]!r}; give the flag once a person")
-
-
-def own_name(model: Model) -> str:
-    """Return a package's name, or for a work folder those of its runs."""
-    return model.name if is_package(model.source) else re.sub(r"[^\w.+-]", "-", "+".join(model.names))[:100]
 
 
 def why_no_onnx(model: Model) -> str | None:
@@ -147,7 +152,7 @@ def export_stage(model: Model, out: Path, options: Options) -> Stage:
     """Return the stage that makes a package."""
     inputs = {"model": model.digest, "scores": digest(model.scores), "training": digest(training_of(model))}
     parts = asdict(options) | {"format_version": VERSION}
-    return Stage("11_export", main_file(out), parts, inputs, whole=out)
+    return Stage("11_export", main_file(out), parts, inputs, whole=out, folder_flag="--out")
 
 
 def main_file(out: Path) -> Path:
@@ -256,9 +261,11 @@ def write_files(model: Model, folder: Path, options: Options) -> dict:
     if options.onnx:
         from common.export.onnx import write_graphs  # an optional package
 
+        print("11_export: writing the ONNX graph, and comparing it with torch", flush=True)
         description["onnx"] = write_graphs(model, folder, hardware, description)
     write_text(folder / "README.md", write_card(description))
     if options.bioimage:
+        print("11_export: BioImage.IO's validator runs the graph", flush=True)
         write_bioimage(folder, description)
     description["files"] = {
         path.relative_to(folder).as_posix(): {"sha256": fingerprint(path), "bytes": path.stat().st_size}

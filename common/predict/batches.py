@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -225,4 +225,14 @@ FILLINGS: dict[str, Fill] = {
     "mean": constant(None),
     **{f"copy of {channel}": copy_of(channel) for channel in CHANNELS},
 }
-FILLED = {"red": "mean", "blue": "mean", "yellow": "mean"}  # the filling of each channel
+
+
+def fill_missing(images: torch.Tensor, missing: Sequence[str], how: Mapping[str, str], means: Sequence[int]) -> None:
+    """Fill the missing channels of images (n, 4, h, w) uint8, with the mean where the channel to copy is missing too.
+
+    how : channel -> row of FILLINGS; means : grey levels of the training images, of each channel
+    """
+    for channel in missing:
+        name, place = how[channel], CHANNELS.index(channel)
+        name = "mean" if name.removeprefix("copy of ") in missing else name
+        FILLINGS[name](images, place, means[place])

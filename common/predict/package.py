@@ -53,9 +53,11 @@ END_OF_ARCHIVE = struct.Struct("<4s4H2LH")
 TYPES = {"F32": 4, "I64": 8}  # of weights, in bytes
 NAME = re.compile(r"[\w@+-][\w.@+-]*", re.ASCII)
 COPY = "get a new copy of the package, or export it again: python 11_export.py --model WORK --out PACKAGE"
+SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,60}")
+AUTHOR = re.compile(r"\w[\w .,'’-]{0,99}")
 # What model.json must have: name -> what is expected in words, function of the value.
 PARTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "name": ("a plain name", lambda value: isinstance(value, str) and bool(SAFE_ID.fullmatch(value))),
+    "name": ("a plain name", lambda value: fits(SAFE_ID, value)),
     "classes": (f"the {len(CLASS_NAMES)} classes of this project", lambda value: value == list(CLASS_NAMES)),
     "channels": (
         f"{', '.join(CHANNELS)}",
@@ -68,11 +70,14 @@ PARTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         f"a list of 1 to {MAX_MEMBERS} networks",
         lambda value: isinstance(value, list) and 0 < len(value) <= MAX_MEMBERS,
     ),
-    "decision": ("thresholds, or null", lambda value: value is None or not wrong_decision(value)),
+    "decision": ("thresholds and scores, or null", lambda value: value is None or is_decision(value)),
     "files": ("digests and sizes of files", lambda value: are_files(value)),
+    "licence": ("an SPDX identifier, or null", lambda value: value is None or fits(SPDX, value)),
+    "authors": ("names", lambda value: isinstance(value, list) and all(fits(AUTHOR, name) for name in value)),
+    "training": ("digests and counts", lambda value: is_training(value)),
 }
 MEMBER_PARTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "name": ("a plain name", lambda value: isinstance(value, str) and bool(NAME.fullmatch(value))),
+    "name": ("a plain name", lambda value: fits(NAME, value)),
     "fold": ("a whole number", lambda value: type(value) is int and 0 <= value < 10_000),
     "weight": ("a share from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
     "content": ("a digest", lambda value: isinstance(value, str)),
@@ -184,6 +189,14 @@ def is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
+def is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def fits(form: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and bool(form.fullmatch(value))
+
+
 def are_four(values: object) -> bool:
     return isinstance(values, list) and len(values) == 4 and all(map(is_number, values))
 
@@ -211,17 +224,40 @@ def are_files(found: object) -> bool:
     )
 
 
-def wrong_decision(found: object) -> str:
-    """Return what was expected of the first impossible part of a decision; "" if all are fine."""
+def are_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(map(is_number, values))
+
+
+def is_training(found: object) -> bool:
+    """Tell whether a value is what `common/export` writes about the training data; all of it may be missing."""
+    if not isinstance(found, dict) or not isinstance(found.get("digest", ""), str):
+        return False
+    counts = ("samples", "external_samples", "held_out_samples")
+    return not found.keys() & set(counts) or all(is_count(found.get(key)) for key in counts)
+
+
+def is_decision(found: object) -> bool:
+    """Tell whether a value can be used as thresholds.json, and its scores be shown."""
     needed = {"recipes", "combine", "weights", "thresholds"}
     if not isinstance(found, dict) or not needed <= found.keys() or found["combine"] not in ("mean", "weighted"):
-        return "recipes, combine, weights and thresholds"
-    shares = [key for key in SCORES if key.startswith("score") and found.get(key) is not None]
-    if not all(is_number(found[key]) and 0 <= found[key] <= 1 for key in shares):
-        return "scores from 0 to 1"
-    if not isinstance(found.get("method", ""), str):
-        return "a method's name"
-    return impossible_part(found)
+        return False
+    return not impossible_part(found) and (found.keys().isdisjoint(SCORES) or are_scores(found))
+
+
+def are_scores(found: dict) -> bool:
+    """Tell whether all scores of a decision are there, with values that can be shown."""
+    shares = [found[key] for key in SCORES if key.startswith("score") and key in found]
+    pairs = [found[key] for key in ("interval", "interval_held_out") if key in found]
+    rows = found.get("per_class")
+    return (
+        {"score_cross_fitted", "interval", "n_samples", "per_class"} <= found.keys()
+        and ("score_held_out" not in found or {"interval_held_out", "n_held_out"} <= found.keys())
+        and all(are_numbers(values) for values in (shares, *pairs))
+        and all(len(pair) == 2 for pair in pairs)
+        and all(is_count(found[key]) for key in ("n_samples", "n_present", "n_held_out") if key in found)
+        and [part_of(row, "class") for row in rows or ()] == list(CLASS_NAMES)
+        and all(are_numbers([row.get("f1_cross_fitted"), row.get("threshold")]) for row in rows or ())
+    )
 
 
 def wrong_parts(found: dict, parts: Mapping[str, tuple[str, Callable[[Any], bool]]]) -> list[str]:
@@ -333,10 +369,24 @@ def make_member(files: Files, row: dict, size: int) -> Member:
         raise BadPackage(
             files.path, f"has a network that this version does not know: {row['name']}: {error}", "use a newer version"
         ) from None
+    if wrong := wrong_types(recipe):
+        raise BadPackage(files.path, f"has a recipe with a {wrong} of the wrong type: {row['name']}")
     if recipe.image_size > MAX_SIDE or len(recipe.buffers) > MAX_LAYERS or max(recipe.buffers, default=0) > MAX_WIDTH:
         raise BadPackage(files.path, f"has a network of impossible size: {row['name']} fold {row['fold']}")
     load = partial(load_weights, files, row["weights"], size, recipe, tuple(row["mean"]), tuple(row["std"]))
     return Member(row["name"], row["fold"], recipe, float(row["weight"]), load, row["content"])
+
+
+def wrong_types(recipe: Recipe) -> str:
+    """Return the first field whose value is of another type than its default; "" if there is none."""
+    numbers = {"buffers": int, "dropouts": (int, float), "learning_rates": (int, float), "augmentations": str}
+    for name, value in vars(recipe).items():
+        default = getattr(Recipe, name)
+        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+            return name
+        if name in numbers and not all(isinstance(part, numbers[name]) for part in value):  # type: ignore[arg-type]
+            return name
+    return ""
 
 
 def chosen(path: Path, members: list[Member], choice: Choice) -> list[Member]:

@@ -26,32 +26,29 @@ if TYPE_CHECKING:  # it loads torch
     from common.train.hardware import HardwareOptions
 
 N_SAMPLES = 256  # of a network's reference, spread evenly over its validation fold
-NEIGHBOURS = 5
-QUANTILE = 0.99  # of the reference's own distances: farther images are unlike it
-MARGIN = 2.0  # a channel's mean this many times beyond those of nearly all reference samples is out of range
+FEWEST = 10  # samples of a reference that says anything
+SMALL = 1e-3  # added to a feature's deviation, which may be 0
+QUANTILE = 0.95  # of the reference's own distances: farther images are unlike it
+RANGE = 0.99  # share of reference samples that a channel's range of means covers at each end
+MARGIN = 2.0  # a channel's mean is out of range if it is this many times beyond
 
 
 # --- distance ----------------------------------------------------------------------------------------------
 
 
 def distances(embeddings: np.ndarray, known: np.ndarray, itself: bool = False) -> np.ndarray:
-    """Return each row's mean distance to its nearest neighbours in `known`, (n,), on the unit sphere.
+    """Return each row's distance to its nearest neighbour in `known`, (n,), in the deviations of each feature there.
 
-    itself : whether the rows are those of `known`, so that the nearest one does not count
+    itself : whether the rows are those of `known`, so that each one's nearest is itself, which does not count
     """
-    rows, others = unit(embeddings), unit(known)
-    square = np.maximum(0, 2 - 2 * rows @ others.T)
-    nearest = np.sort(np.sqrt(square), axis=1)[:, itself : NEIGHBOURS + itself]
-    return nearest.mean(axis=1)
-
-
-def unit(embeddings: np.ndarray) -> np.ndarray:
-    """Return rows of length 1; rows of zeros stay."""
-    return embeddings / np.maximum(1e-12, np.linalg.norm(embeddings, axis=1, keepdims=True))
+    mean, deviation = known.mean(axis=0), known.std(axis=0) + SMALL
+    rows, others = (embeddings - mean) / deviation, (known - mean) / deviation
+    square = (rows**2).sum(axis=1)[:, None] + (others**2).sum(axis=1) - 2 * rows @ others.T
+    return np.sqrt(np.maximum(0, np.sort(square, axis=1)[:, int(itself)]))
 
 
 def unlikeness(embeddings: list[np.ndarray], model: Model) -> np.ndarray | None:
-    """Return how far images are from the training data, (n,): above 1, farther than 99 in 100 of the reference.
+    """Return how far images are from the training data, (n,): above 1, farther than 95 in 100 of the reference.
 
     embeddings : (n, width) of each member
     The mean over the members that have a reference; None if none has one.
@@ -59,7 +56,7 @@ def unlikeness(embeddings: list[np.ndarray], model: Model) -> np.ndarray | None:
     found = []
     for member, rows in zip(model.members, embeddings, strict=True):
         known = model.reference.get(member.label)
-        if known is not None and len(known.ids) > NEIGHBOURS:
+        if known is not None and len(known.ids) >= FEWEST:
             limit = np.quantile(distances(known.embeddings, known.embeddings, itself=True), QUANTILE)
             found.append(distances(rows, known.embeddings) / max(1e-6, limit))
     return np.mean(found, axis=0) if found else None
@@ -73,7 +70,7 @@ def outside(means: np.ndarray, model: Model) -> list[str]:
     references = [known.means for known in model.reference.values() if len(known.means)]
     if not references:
         return [""] * len(means)
-    low, high = np.quantile(np.concatenate(references), (1 - QUANTILE, QUANTILE), axis=0)
+    low, high = np.quantile(np.concatenate(references), (1 - RANGE, RANGE), axis=0)
     texts = []
     for row in means:
         dark = [c for c, value, end in zip(CHANNELS, row, low, strict=True) if value < end / MARGIN]

@@ -15,10 +15,10 @@ from common.artifacts.files import clear_leftovers, read_json, write_json, writi
 from common.artifacts.stage import digest
 from common.classes import N_CLASSES
 from common.data.options import WHOLE, Levels
-from common.data.sources import CHANNELS
-from common.predict.batches import FILLED, FILLINGS, FieldBatch, NewImages, Windows, kind_of, load_batches, plan_batches
+from common.predict.batches import FieldBatch, NewImages, Windows, fill_missing, kind_of, load_batches, plan_batches
 from common.predict.inputs import NewImage
 from common.predict.model import Member, Model
+from common.predict.options import FILLED, WINDOWS
 from common.process import stopping
 from common.process.parallel import run_jobs
 from common.process.progress import progress
@@ -46,7 +46,7 @@ class Settings:
 
     levels: Levels = WHOLE
     tta: str | None = None
-    windows: str = "mean"
+    windows: str = WINDOWS[0]
     filled: Mapping[str, str] = field(default_factory=lambda: dict(FILLED))
 
     def record(self) -> dict:
@@ -237,12 +237,11 @@ def filled(some: Windows, images: Sequence[NewImage], network: Network, settings
     if not any(images[owner].missing for owner in some.owners):
         return some.images
     result = some.images.clone()
-    for channel in CHANNELS:
-        rows = torch.tensor([channel in images[owner].missing for owner in some.owners])
-        if rows.any():
-            place, part = CHANNELS.index(channel), result[rows]
-            FILLINGS[settings.filled[channel]](part, place, network.means[place])
-            result[rows] = part
+    for missing in {images[owner].missing for owner in some.owners} - {()}:
+        rows = torch.tensor([images[owner].missing == missing for owner in some.owners])
+        part = result[rows]
+        fill_missing(part, missing, settings.filled, network.means)
+        result[rows] = part
     return result
 
 
