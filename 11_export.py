@@ -46,7 +46,7 @@ def parse_args():
     parser.add_argument(
         "--author", action="append", default=[], metavar="NAME", help="who trained the model; once for each person"
     )
-    parser.add_argument("--name", metavar="NAME", help="name of the model (default: that of its folder)")
+    parser.add_argument("--name", metavar="NAME", help="name of the model (default: its runs)")
     parser.add_argument(
         "--recipes", type=command_line.recipe_names, metavar="A,B", help="use these runs (default: those of stage 06)"
     )

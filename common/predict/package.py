@@ -14,6 +14,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -156,7 +157,7 @@ def files_of(path: Path) -> Files:
     except UNREADABLE as error:
         raise BadPackage(path, f"is not a readable zip file ({first_line(error)})") from None
     names = [entry.filename for entry in entries]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
         raise BadPackage(path, f"has {twice[0]!r} more than once")
     for entry in entries:
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.flag_bits & 1:
@@ -186,7 +187,7 @@ def check_entries(path: Path) -> None:
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, (int, float)) and type(value) is not bool and -1e300 < value < 1e300  # nor NaN
 
 
 def is_count(value: object) -> bool:
@@ -302,7 +303,7 @@ def checksum(found: dict) -> str:
 
 def check_files(files: Files, found: dict) -> list[str]:
     """Refuse missing or changed files that predictions need; return warnings about others."""
-    needed = {name for row in found["members"] for name in (row["weights"], row["reference"]) if name}
+    needed = {name for row in found["members"] for name in (row["weights"], row["reference"]) if name is not None}
     if unlisted := sorted(needed - found["files"].keys()):
         raise BadPackage(files.path, f"does not list these files of its networks:\n{listing(unlisted)}\n")
     wrong, warnings = [], []

@@ -1,6 +1,5 @@
 """The submission: predict classes from probabilities, check them, and compare them with known labels."""
 
-import math
 import os
 import re
 import shlex
@@ -103,7 +102,8 @@ def impossible_part(thresholds: dict) -> str:
         f"{N_CLASSES} thresholds from 0 to 1": are_shares(thresholds["thresholds"])
         and len(thresholds["thresholds"]) == N_CLASSES,
         f"combine to be one of {', '.join(COMBINATIONS)}": thresholds["combine"] in COMBINATIONS,
-        "one weight from 0 to 1 per network, with sum 1": are_shares(weights)
+        "one weight from 0 to 1 per network, with sum 1": isinstance(names, list)
+        and are_shares(weights)
         and len(weights) == len(names)
         and abs(sum(weights) - 1) < 1e-3,
         "argmax or empty as fallback": thresholds.get("fallback", "argmax") in ("argmax", "empty"),
@@ -130,7 +130,7 @@ def are_coefficients(rows: object) -> bool:
         isinstance(rows, list)
         and len(rows) == N_CLASSES
         and all(isinstance(row, list) and len(row) == 3 for row in rows)
-        and all(type(value) in (int, float) and math.isfinite(value) for row in rows for value in row)
+        and all(type(value) in (int, float) and abs(value) < 1e300 for row in rows for value in row)
     )
 
 

@@ -22,7 +22,9 @@ from common.artifacts.stage import fingerprint
 from common.classes import CLASS_NAMES
 from common.errors import UserError
 from common.export import package as export
+from common.export.card import write_card
 from common.predict import package
+from common.predict.describe import describe_model
 from common.predict.model import Choice, Member, Model, Reference, open_model, with_digest
 from common.predict.package import MODEL_FILE, checksum
 from common.recipes import get_recipe
@@ -216,6 +218,62 @@ def test_an_impossible_description_is_refused(folder, what):
     describe(folder, change)
     with pytest.raises(UserError, match=message):
         open_model(folder)
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    3,
+    1.5,
+    1e308,
+    10**40,
+    10**400,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "../x",
+    "\0",
+    [],
+    [[]],
+    {},
+    [1, "a"],
+    {"a": 1},
+)
+
+
+def places(value, path=()):
+    """Yield the path of every value in a JSON document; of long lists the first and the last."""
+    yield path
+    if isinstance(value, dict):
+        for key in value:
+            yield from places(value[key], (*path, key))
+    elif isinstance(value, list):
+        for key in sorted({0, len(value) - 1} if value else {}):
+            yield from places(value[key], (*path, key))
+
+
+def test_any_odd_value_anywhere_is_refused_or_does_no_harm(good, tmp_path):
+    """Put odd values everywhere in model.json: each ends in one message, or in a model that can be described."""
+    content, rng = (good / MODEL_FILE).read_text(), np.random.default_rng(0)
+    shutil.copytree(good, tmp_path / "p")
+    refused, everywhere = 0, list(places(json.loads(content)))[1:]
+    for path in everywhere:
+        found = json.loads(content)
+        row = found
+        for key in path[:-1]:
+            row = row[key]
+        row[path[-1]] = ODD[rng.integers(len(ODD))]
+        (tmp_path / "p" / MODEL_FILE).write_text(json.dumps(found | {"checksum": checksum(found)}))
+        try:
+            model = open_model(tmp_path / "p")
+            assert describe_model(model) and write_card(json.loads(content) | {"decision": found["decision"]})
+            assert all(0 < member.side <= 8192 for member in model.members)
+        except UserError:
+            refused += 1
+    assert len(everywhere) > 150 and refused > len(everywhere) / 3
 
 
 def test_all_wrong_parts_are_listed_at_once(folder):
