@@ -42,6 +42,8 @@ def main():
     from common.predict.model import Choice, open_model
     from common.predict.options import input_options, settings_of
 
+    if args.cluster:
+        args.images = args.images.resolve()  # workers run in another folder
     options, settings = input_options(args), settings_of(args)
     model = open_model(args.model, Choice(args.recipes, args.folds))
     print("10_predict: " + "\n  ".join(describe_model(model)), flush=True)

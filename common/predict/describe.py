@@ -95,10 +95,7 @@ def describe_results(folder: Path, results: Results, model: Model, levels: Level
         ", ".join(f"{CLASS_NAMES[c]} {counts[c]}" for c in order) or "no classes",
     ]
     if results.calibrated is None:
-        lines.append(
-            "there is no calibration, so probabilities are as the networks give them; for one make it with "
-            "stage 06 of this version"
-        )
+        lines.append("the model has no calibration, so there are no calibrated probabilities (see docs/new_images.md)")
     doubtful = [Id for Id, share in zip(results.ids, results.agreement, strict=True) if share < DOUBTFUL]
     if doubtful:
         lines.append(

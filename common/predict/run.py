@@ -283,11 +283,14 @@ def save_part(folder: Path, key: str, images: Sequence[NewImage], arrays: Mappin
         np.savez(temporary, **{**own, **arrays})  # type: ignore[arg-type]  # the stubs see a flag among the names
 
 
-def read_part(path: Path) -> dict[str, np.ndarray]:
-    """Return the results of a batch; {} for a file that is damaged, whose images are then predicted again."""
+def read_part(path: Path, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
+    """Return the results of a batch, or those with the given names.
+
+    {} for a file that is damaged or from elsewhere, whose images are then predicted again.
+    """
     try:
-        arrays = read_arrays(path)
-        return arrays if {"key", "ids", "states", "members"} <= arrays.keys() else {}
+        arrays = read_arrays(path, names)
+        return arrays if {"key", "ids", "states"} <= arrays.keys() else {}
     except (OSError, ValueError):
         return {}
 
@@ -301,7 +304,7 @@ def finished(folder: Path, key: str, images: Sequence[NewImage]) -> dict[str, tu
     for path in sorted(folder.glob("*.npz")):
         if path.name.startswith("."):
             continue
-        arrays = read_part(path)
+        arrays = read_part(path, ("key", "ids", "states"))
         if arrays.get("key", np.array([""]))[0] == key:
             for row, (Id, state) in enumerate(zip(arrays["ids"].tolist(), arrays["states"].tolist(), strict=True)):
                 if states.get(Id) == state:

@@ -173,6 +173,7 @@ def views(tta: str, crop: int | None = None) -> list[View]:
     """
 
     def window(images: torch.Tensor, side: int, top: float, left: float) -> torch.Tensor:
+        side = min(side, *images.shape[-2:])  # new images may be smaller
         rows, columns = round(top * (images.shape[-2] - side)), round(left * (images.shape[-1] - side))
         return images[..., rows : rows + side, columns : columns + side]
 
