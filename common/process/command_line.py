@@ -51,8 +51,11 @@ def parser(description: str) -> Parser:
     return result
 
 
-def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose where networks run; see `hardware.HardwareOptions`."""
+def add_hardware_flags(parser: argparse.ArgumentParser, units: str = "folds") -> None:
+    """Add the flags that choose where networks run; see `hardware.HardwareOptions`.
+
+    units : what jobs work on
+    """
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU if available)")
     parser.add_argument(
         "--precision",
@@ -70,7 +73,7 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         type=jobs,
         metavar="N",
-        help="folds to work on at once, each with its share of the cores and, if there are several GPUs, its own GPU "
+        help=f"{units} to work on at once, each with its share of the cores and, if there are several GPUs, its own GPU "
         "(default: the number of GPUs, 1 on a CPU; more is worthwhile for small networks)",
     )
     parser.add_argument(

@@ -79,6 +79,22 @@ def fit_calibration(positives: np.ndarray, everything: np.ndarray) -> tuple[np.n
     return coefs, mean
 
 
+def class_calibration(targets: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Return each class's coefficients for `calibrated`, (n_classes, 3); a class without positives has their mean."""
+    coefs, mean = fit_calibration(*logit_counts(targets, probs))
+    return np.where(targets.any(axis=0, keepdims=True).T, coefs, mean)
+
+
+def calibrated(probs: np.ndarray, coefs: np.ndarray) -> np.ndarray:
+    """Return calibrated probabilities, (n, n_classes) float32: shares of samples like these that have the class.
+
+    coefs : (n_classes, 3) of `class_calibration`
+    """
+    logits = np.clip(logit(probs.astype(np.float64)), -LIMIT, LIMIT)
+    a, b, c = coefs.T
+    return expit(a - b * np.logaddexp(0, -logits) + c * np.logaddexp(0, logits)).astype(np.float32)
+
+
 def local_offsets(logits: np.ndarray, positives: np.ndarray, everything: np.ndarray) -> np.ndarray:
     """Return what to add to calibrated logits so that they follow the labels nearby, (n_classes, n_bins).
 

@@ -181,6 +181,7 @@ def views(tta: str, crop: int | None = None) -> list[View]:
     """
 
     def window(images: torch.Tensor, side: int, top: float, left: float) -> torch.Tensor:
+        side = min(side, *images.shape[-2:])  # new images may be smaller
         rows, columns = round(top * (images.shape[-2] - side)), round(left * (images.shape[-1] - side))
         return images[..., rows : rows + side, columns : columns + side]
 
@@ -212,27 +213,38 @@ def predict_logits(
     feed : iterator whose next batches are those of `whole_batches`, on the device; None to load them
     fitting : the batch size that fits into memory, if known; updated here
     """
-    model.eval()
     fitting = fitting or Fitting()
     parts = whole_batches(dataset, batch_size)
     batches = islice(feed, len(parts)) if feed else loaded(dataset, parts, hardware)
-
-    @torch.inference_mode()  # not around the loader, which may be receiving a later training batch
-    def logits_of(images: torch.Tensor) -> torch.Tensor:
-        images = normalise(images, hardware.device)
-        with hardware.casting():
-            logits = torch.stack([model(view(images)).float() for view in tta_views])
-        if hardware.autocast == torch.float16 and not logits.isfinite().all():  # an overflow, which 32 bits avoid
-            logits = torch.stack([model(view(images)) for view in tta_views])
-        return logits
-
-    done = [torch.empty(len(tta_views), 0, N_CLASSES, device=hardware.device)]
+    logits_of = outputs_of_views(model, normalise, hardware, tta_views)
+    done = []
     for images, _ in progress(batches, len(parts), label or "", unit="batches", quiet=not label):
         stopping.check()
         done.append(in_parts_that_fit(logits_of, images, fitting))
-    result = torch.empty(len(tta_views), len(dataset), N_CLASSES)
-    result[:, np.concatenate([*parts, np.zeros(0, dtype=int)])] = torch.cat(done, dim=1).cpu()
+    if not done:
+        return torch.empty(len(tta_views), 0, N_CLASSES)
+    outputs = torch.cat(done, dim=1).cpu()
+    result = torch.empty_like(outputs)
+    result[:, np.concatenate(parts)] = outputs
     return result
+
+
+def outputs_of_views(
+    model: torch.nn.Module, normalise: Normalisation, hardware: Hardware, tta_views: Sequence[View]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function from images (n, 4, h, w) uint8 to what the model returns for each view, (n_views, n, ...)."""
+    model.eval()
+
+    @torch.inference_mode()  # not around the loader, which may be receiving a later training batch
+    def outputs_of(images: torch.Tensor) -> torch.Tensor:
+        images = normalise(images, hardware.device)
+        with hardware.casting():
+            outputs = torch.stack([model(view(images)).float() for view in tta_views])
+        if hardware.autocast == torch.float16 and not outputs.isfinite().all():  # an overflow, which 32 bits avoid
+            outputs = torch.stack([model(view(images)) for view in tta_views])
+        return outputs
+
+    return outputs_of
 
 
 def loaded(dataset: ImageSet, parts: list[np.ndarray], hardware: Hardware) -> Iterator[Batch]:
