@@ -149,7 +149,8 @@ def predict_into(predict, folder, name, *more):
 def test_a_missing_channel_is_filled_flagged_and_priced(predict, fields, tmp_path):
     text = predict(clothes.pngs(tmp_path, fields), "--missing", "yellow").stdout
     assert "3 images have no yellow channel; it is filled with a copy of red. On the demo data that costs 0.06" in text
-    assert pd.read_csv(tmp_path / "out" / "predictions.csv")["flags"].str.contains("yellow missing").all()
+    flags = pd.read_csv(tmp_path / "out" / "predictions.csv")["flags"]
+    assert flags.str.contains("yellow missing").all() and not flags.str.contains("yellow darker").any()
     filled = probs_of(tmp_path / "out")
     copied = {Id: planes[[0, 1, 2, 0]] for Id, planes in fields.items()}
     (tmp_path / "copied").mkdir()
@@ -219,11 +220,15 @@ def test_after_a_kill_nothing_finished_is_lost(trained, tmp_path):
     command += ["--batch-size", "1", "--out"]
     process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     parts, until = tmp_path / "out" / "parts", time.time() + 60
-    while len(list(parts.glob("*.npz"))) < 5 and process.poll() is None and time.time() < until:
+
+    def finished():
+        return len(list(parts.glob("[!.]*.npz")))
+
+    while finished() < 5 and process.poll() is None and time.time() < until:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    done = len([path for path in parts.glob("*.npz") if not path.name.startswith(".")])
+    done = finished()
     assert 5 <= done < 60
     again = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, check=True)
     assert f"{done} of 60 images are finished already" in again.stdout
