@@ -38,7 +38,8 @@ def kind_of(member: Member) -> Kind:
 class Item:
     """One image's windows for each kind of member, each (4, side, side) uint8, channels last in memory.
 
-    means : (4,) of its channels, 0 to 1, NaN where missing; exposed : see `inputs.read_image`; fault : why it cannot be used
+    means : (4,) of its channels, 0 to 1, NaN where missing
+    exposed : see `inputs.read_image`; fault : why it cannot be used
     """
 
     row: int

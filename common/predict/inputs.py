@@ -89,8 +89,8 @@ def list_images(place: Path, options: InputOptions) -> list[NewImage]:
         raise UserError(f"--images {place} is missing; expected a folder of images, or a CSV file that names them")
     if not images:
         raise UserError(
-            f"{place} has no images; expected <Id>_red.tif, _green, _blue and _yellow (or .png, .jpg), or one file with "
-            f"all channels per sample (<Id>.ome.tif, <Id>.tif, <Id>.ome.zarr){found_instead(place)}"
+            f"{place} has no images; expected <Id>_red.tif, _green, _blue and _yellow (or .png, .jpg), or one file "
+            f"with all channels per sample (<Id>.ome.tif, <Id>.tif, <Id>.ome.zarr){found_instead(place)}"
         )
     return [with_state(image) for image in images]
 

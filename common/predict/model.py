@@ -138,7 +138,7 @@ class Model:
         return combine(np.stack(runs), "weighted", weights)
 
     def decide(self, probs: np.ndarray) -> np.ndarray:
-        """Return the predicted classes, (n, 28) bool, from `combined` probabilities; 0.5 where there are no thresholds."""
+        """Return the predicted classes, (n, 28) bool, from `combined` probabilities; see `cuts`."""
         return decide(probs, self.cuts, self.fallback)
 
     @property

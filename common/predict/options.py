@@ -66,7 +66,7 @@ def add_image_flags(parser: Parser) -> None:
         "--pixel-size",
         type=micrometres,
         metavar="UM",
-        help="size of the images' pixels in micrometres, instead of what files say (the competition's: 0.08 at 2048 px)",
+        help="micrometres of the images' pixels, instead of what files say (the competition's: 0.08 at 2048 px)",
     )
     add_level_flags(parser)
     parser.add_argument(
