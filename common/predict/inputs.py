@@ -81,8 +81,8 @@ def list_images(place: Path, options: InputOptions) -> list[NewImage]:
 
     Raises UserError if there are none.
     """
-    if place.is_dir() and stacks.stack_suffix(place.name):
-        raise UserError(f"--images {place} is one OME-Zarr image; give the folder that holds it")
+    if place.exists() and (stacks.stack_suffix(place.name) or sources.suffix_of(place.name)):
+        raise UserError(f"--images {place} is a single image; give the folder that holds it, or a CSV file")
     if place.is_dir():
         images = list_folder(place, options)
     elif place.is_file():

@@ -190,6 +190,10 @@ def test_an_empty_folder_says_what_is_expected(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"has no images; expected <Id>_red.tif.*found notes.txt"):
         list_images(tmp_path, InputOptions())
+    for name in ("a.png", "a.ome.tif"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UserError, match=f"{name} is a single image; give the folder"):
+            list_images(tmp_path / name, InputOptions())
     with pytest.raises(UserError, match="is missing; expected a folder of images, or a CSV"):
         list_images(tmp_path / "nowhere", InputOptions())
 
