@@ -5,10 +5,13 @@ speed     reading, scaling and cutting new images, and all networks under eight 
 windows   macro F1 on drawn fields of 1.5 to 3 times the size of a training image each way, by how windows are combined;
           all cells show the labels, or only those of one tile in six
 missing   macro F1 out of fold without a channel, by how it is filled; and how many samples keep their labels
+borders   macro F1 out of fold of the middle quarter of each image, by what is put around it
+unlike    share of demo test images, changed in several ways, that are flagged; and of real ones in HPA_REAL_DATA
 
 example python benchmarks/new_images.py speed
         python benchmarks/new_images.py windows --work work
         python benchmarks/new_images.py missing --work work
+        HPA_REAL_DATA=real python benchmarks/new_images.py unlike --work work --data data
 """
 
 import os
@@ -39,15 +42,19 @@ N_FIELDS = 150
 
 def main():
     parser = command_line.Parser(__doc__)
-    parser.add_argument("what", choices=("speed", "windows", "missing"))
+    parser.add_argument("what", choices=("speed", "windows", "missing", "borders", "unlike"))
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="the demo data")
     parser.add_argument("--work", type=Path, default=Path("work"), metavar="DIR", help="trained on the demo data")
     parser.add_argument("--repeats", type=command_line.positive, default=7, metavar="N", help="rounds (default: 7)")
     args = parser.parse_args()
-    {
+    measure = {
         "speed": lambda: speed(args.repeats),
         "windows": lambda: windows(args.work),
         "missing": lambda: missing(args.work),
-    }[args.what]()
+        "borders": lambda: borders(args.work),
+        "unlike": lambda: unlike(args.work, args.data / "test_full_size"),
+    }
+    measure[args.what]()
 
 
 # --- speed -------------------------------------------------------------------------------------------------
@@ -189,16 +196,18 @@ def missing(work: Path) -> None:
     model, folds = open_model(work), Layout(work).read_folds()
     folds = folds[folds["fold"] >= 0].reset_index(drop=True)
     targets = parse_targets(folds["Target"])
-    whole = out_of_fold(work, model, folds, lambda images, means: None)
+    whole = out_of_fold(work, model, folds, lambda images, means: images)
     print(f"macro F1 {macro_f1(targets, model.decide(whole)):.3f} with all channels, {len(folds)} samples, one view")
     print(f"{'missing':8s} {'filled with':16s} {'macro F1':>9s} {'probabilities moved':>20s} {'same labels':>12s}")
     for channel in CHANNELS:
         for name in FILLINGS:
             if name != f"copy of {channel}":
-                how = {channel: name}
-                probs = out_of_fold(
-                    work, model, folds, lambda images, means, how=how: fill_missing(images, tuple(how), how, means)
-                )
+
+                def fill(images, means, channel=channel, name=name):
+                    fill_missing(images, (channel,), {channel: name}, means)
+                    return images
+
+                probs = out_of_fold(work, model, folds, fill)
                 same = (model.decide(probs) == model.decide(whole)).all(axis=1).mean()
                 score, moved = macro_f1(targets, model.decide(probs)), np.abs(probs - whole).mean()
                 print(f"{channel:8s} {name:16s} {score:9.3f} {moved:20.3f} {same:12.1%}", flush=True)
@@ -207,7 +216,7 @@ def missing(work: Path) -> None:
 def out_of_fold(work, model, folds, change) -> np.ndarray:
     """Return each sample's probabilities by the networks that were not trained on it, (n, 28), one view.
 
-    change : function of images (n, 4, h, w) uint8 and the mean grey levels, in place
+    change : function of images (n, 4, h, w) uint8 and the mean grey levels, that returns the images to predict
     """
     import torch
 
@@ -225,11 +234,92 @@ def out_of_fold(work, model, folds, change) -> np.ndarray:
         for first in range(0, len(rows), 32):
             part = range(first, min(first + 32, len(rows)))
             pixels = torch.from_numpy(np.stack([images[i][0] for i in part]))
-            change(pixels, grey_levels(normalise))
+            pixels = change(pixels, grey_levels(normalise))
             with torch.inference_mode():
                 probs[k, rows[part]] = network(normalise(pixels, hardware.device)).sigmoid().numpy()
     runs = [[k for k, member in enumerate(model.members) if member.name == name] for name in model.names]
     return np.mean([probs[some].sum(axis=0) for some in runs], axis=0)
+
+
+# --- borders, unlike ---------------------------------------------------------------------------------------
+
+
+def borders(work: Path) -> None:
+    import torch
+
+    from common.artifacts.layout import Layout
+    from common.data.labels import parse_targets
+    from common.predict.model import open_model
+    from common.score.metrics import macro_f1
+
+    def around(images, mode):
+        quarter = images.shape[-1] // 4
+        middle = images[..., quarter:-quarter, quarter:-quarter].contiguous(memory_format=torch.channels_last)
+        if mode == "none":
+            return middle
+        padded = torch.nn.functional.pad(middle.float(), (quarter,) * 4, mode="reflect" if mode == "mirrored" else mode)
+        return padded.to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+    model, folds = open_model(work), Layout(work).read_folds()
+    folds = folds[folds["fold"] >= 0].reset_index(drop=True)
+    targets = parse_targets(folds["Target"])
+    for mode in ("none", "constant", "mirrored"):
+        probs = out_of_fold(work, model, folds, lambda images, means, mode=mode: around(images, mode))
+        print(f"{mode:10s} {macro_f1(targets, model.decide(probs)):.3f}", flush=True)
+
+
+NOISE = np.random.default_rng(0)
+CHANGES = {  # functions of planes (4, side, side) uint8
+    "none": lambda x: x,
+    "noise": lambda x: NOISE.integers(0, 256, x.shape, dtype=np.uint8),
+    "inverted": lambda x: 255 - x,
+    "green black": lambda x: x * np.array([1, 0, 1, 1], np.uint8)[:, None, None],
+    "wrong order": lambda x: x[[1, 2, 3, 0]],
+    "red, yellow exchanged": lambda x: x[[3, 1, 2, 0]],
+    "blurred": lambda x: np.stack([blurred(plane) for plane in x]),
+    "twice as large": lambda x: x[:, : x.shape[1] // 2, : x.shape[2] // 2],
+    "half as bright": lambda x: x // 2,
+    "a quarter as bright": lambda x: x // 4,
+}
+
+
+def blurred(plane: np.ndarray) -> np.ndarray:
+    import cv2
+
+    return cv2.GaussianBlur(plane, (0, 0), 4)
+
+
+def unlike(work: Path, folder: Path, n: int = 60) -> None:
+    import cv2
+    import tifffile
+
+    from common.data.images import CHANNELS
+
+    ids = sorted(path.name.removesuffix("_red.tif") for path in folder.glob("*_red.tif"))[:n]
+    print(f"{'change':22s} {'unlike':>7s} {'darker or brighter':>19s}")
+    for name, change in CHANGES.items():
+        with tempfile.TemporaryDirectory() as place:
+            for Id in ids:
+                planes = change(np.stack([tifffile.imread(folder / f"{Id}_{c}.tif") for c in CHANNELS]))
+                for channel, plane in zip(CHANNELS, planes, strict=True):
+                    cv2.imwrite(f"{place}/{Id}_{channel}.png", plane)
+            print(f"{name:22s} " + flagged(Path(place), work), flush=True)
+    if "HPA_REAL_DATA" in os.environ:
+        print(f"{'real images':22s} " + flagged(Path(os.environ["HPA_REAL_DATA"]) / "kaggle_png" / "train", work))
+
+
+def flagged(images: Path, work: Path) -> str:
+    """Return the shares of images that are flagged as unlike the training data, and as darker or brighter."""
+    import subprocess
+
+    import pandas as pd
+
+    script = Path(__file__).resolve().parent.parent / "10_predict.py"
+    with tempfile.TemporaryDirectory() as out:
+        flags = ["--images", images, "--model", work, "--out", out, "--tta", "none"]
+        subprocess.run([sys.executable, str(script), *map(str, flags)], check=True, capture_output=True)
+        texts = pd.read_csv(Path(out) / "predictions.csv", keep_default_na=False)["flags"]
+    return f"{texts.str.contains('unlike').mean():7.0%} {texts.str.contains('darker|brighter').mean():19.0%}"
 
 
 if __name__ == "__main__":

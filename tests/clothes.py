@@ -88,21 +88,25 @@ def csv_of_paths(folder: Path, fields: dict[str, np.ndarray]) -> Path:
     return folder / "images.csv"
 
 
-def ome_zarrs(folder: Path, fields: dict[str, np.ndarray], pixel_size: float | None = None) -> Path:
-    """OME-Zarr 0.4 with named channels; needs zarr."""
+def ome_zarrs(
+    folder: Path, fields: dict[str, np.ndarray], pixel_size: float | None = None, version: str = "0.4"
+) -> Path:
+    """OME-Zarr 0.4 or 0.5 with named channels; needs zarr."""
     import zarr
 
     for Id, planes in fields.items():
-        group = zarr.open_group(str(folder / f"{Id}.ome.zarr"), mode="w", zarr_format=2)
+        group = zarr.open_group(str(folder / f"{Id}.ome.zarr"), mode="w", zarr_format=2 if version == "0.4" else 3)
         group.create_array("0", data=planes[list(ORDER)][None, :, None], chunks=(1, 1, 1, 64, 64))
         scale = [1.0, 1.0, 1.0, *[pixel_size or 1.0] * 2]
         unit = {"unit": "micrometer"} if pixel_size else {}
         axes = [{"name": "t"}, {"name": "c"}, {"name": "z"}, {"name": "y", **unit}, {"name": "x", **unit}]
         transformations = [{"type": "scale", "scale": scale}]
-        group.attrs["multiscales"] = [
-            {"version": "0.4", "axes": axes, "datasets": [{"path": "0", "coordinateTransformations": transformations}]}
-        ]
-        group.attrs["omero"] = {"channels": [{"label": CHANNELS[k]} for k in ORDER]}
+        datasets = [{"path": "0", "coordinateTransformations": transformations}]
+        found = {
+            "multiscales": [{"version": version, "axes": axes, "datasets": datasets}],
+            "omero": {"channels": [{"label": CHANNELS[k]} for k in ORDER]},
+        }
+        group.attrs.update(found if version == "0.4" else {"ome": {"version": version, **found}})
     return folder
 
 

@@ -148,8 +148,8 @@ def named_channel(names: Sequence[str], colour: str) -> int:
     if len(same) == 1:
         return same[0]
     raise BadImage(
-        f"has {'no channel' if not same else f'{len(same)} channels'} called {colour}; {described(names)}. Say which is "
-        f"which, for example --channels red=0,green=1,blue=2,yellow=3"
+        f"has {'no channel' if not same else f'{len(same)} channels'} called {colour}; {described(names)}. Say "
+        f"which is which, for example --channels red=0,green=1,blue=2,yellow=3"
         + (f", or --missing {colour}" if not same and colour != "green" else "")
     )
 
@@ -307,7 +307,8 @@ def imagej_metadata(tiff: tifffile.TiffFile) -> tuple[tuple[str, ...], float | N
     found = tiff.imagej_metadata or {}
     if any(int(found.get(axis, 1)) > 1 and found.get("channels") for axis in ("slices", "frames")):
         raise BadImage(
-            f"has {found.get('slices', 1)} slices and {found.get('frames', 1)} frames; save one of them, or a projection"
+            f"has {found.get('slices', 1)} slices and {found.get('frames', 1)} frames; save one of them, or a "
+            "projection"
         )
     labels = found.get("Labels") or ()
     names = tuple(str(label) for label in labels) if isinstance(labels, (list, tuple)) else ()

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.artifacts.stage import Stage, digest
 from common.data.sources import BadImage
 from common.predict.batches import size_for
-from common.predict.inputs import InputOptions, NewImage, refuse_bad
+from common.predict.inputs import BAD_FILES, InputOptions, NewImage, refuse_bad
 from common.predict.model import Model
 from common.predict.outputs import Results, gather, write_outputs
 from common.predict.reference import with_reference
@@ -20,10 +20,11 @@ BATCH_GPU, BATCH_CPU = 32, 8  # windows at once
 
 @dataclass(frozen=True)
 class Planned:
-    """What is to be predicted: images that can be used, by which model, into which folder."""
+    """What is to be predicted: images that can be used, by which model, into which folder; `bad` ones are left out."""
 
     model: Model
     images: list[NewImage]
+    bad: list[NewImage]
     options: InputOptions
     settings: Settings
     out: Path
@@ -38,13 +39,13 @@ def plan(
     out.mkdir(parents=True, exist_ok=True)
     images = [image if image.fault else with_scale(image, model) for image in images]
     refuse_bad(images, out, options)
-    usable = [image for image in images if not image.fault]
+    usable, bad = ([image for image in images if bool(image.fault) == faulty] for faulty in (False, True))
     made_from = {
         "model": model.digest,
         "images": digest([[image.Id, image.state, image.order, image.pixel_size] for image in usable]),
     }
     stage = Stage("10_predict", out / "predictions.npz", settings.record(), made_from)
-    return Planned(model, usable, options, settings, out, stage)
+    return Planned(model, usable, bad, options, settings, out, stage)
 
 
 def with_scale(image: NewImage, model: Model) -> NewImage:
@@ -67,11 +68,14 @@ def answer(planned: Planned, args: argparse.Namespace) -> Results:
     if note:
         print(f"10_predict: no image is marked as unlike the training data: {note}")
     size = args.batch_size or (BATCH_GPU if first.is_gpu else BATCH_CPU)
+    if not planned.bad:
+        (out / BAD_FILES).unlink(missing_ok=True)
     with planned.stage.making() as record:
         shard = Shard(without_reference(model), images, planned.settings, out.resolve() / "parts", size, hardware)
         places, faults = predict_images(shard, args.cluster)
         images = [replace(image, fault=faults.get(image.Id, "")) for image in images]
-        refuse_bad(images, out, planned.options, "; what was predicted is kept")
+        if faults:
+            refuse_bad([*planned.bad, *images], out, planned.options, "; what was predicted is kept")
         usable = [image for image in images if not image.fault]
         results = gather(usable, places, model, planned.options.levels, out / "embeddings.npz")
         write_outputs(out, results, model)

@@ -36,9 +36,10 @@ def kind_of(member: Member) -> Kind:
 
 @dataclass
 class Item:
-    """One image's windows for each kind of member, each (4, h, w) uint8, channels last in memory.
+    """One image's windows for each kind of member, each (4, side, side) uint8, channels last in memory.
 
-    means : (4,) of its channels, 0 to 1; exposed : see `inputs.read_image`; fault : why it cannot be used
+    means : (4,) of its channels, 0 to 1, NaN where missing
+    exposed : see `inputs.read_image`; fault : why it cannot be used
     """
 
     row: int
@@ -50,7 +51,7 @@ class Item:
 
 @dataclass
 class Windows:
-    """Windows of one size: images (m, 4, h, w) uint8, and the place in the batch of each one's image, (m,)."""
+    """Windows of one size: images (m, 4, side, side) uint8, and the place in the batch of each one's image, (m,)."""
 
     images: torch.Tensor
     owners: np.ndarray
@@ -93,6 +94,7 @@ class NewImages(Dataset):
                 side, shape = size_for(image, store, self.pixel_size)
                 scaled = scaled_planes(planes, shape, self.levels)
                 item.means = scaled.mean(axis=(1, 2)) / 255
+                item.means[[CHANNELS.index(channel) for channel in image.missing]] = np.nan
                 for kind in self.kinds:
                     if kind.store == store:
                         item.windows[kind] = [prepared(window, kind) for window in cover(scaled, side)]

@@ -23,9 +23,9 @@ from common.train.hardware import HardwareOptions, choose_hardware
 def cards_of(model: Model, image: NewImage, classes: Sequence[int], planned: Planned) -> list[Card]:
     """Return a card with the heat map of each class, by the networks of the model's first run."""
     members = [member for member in model.members if member.name == model.names[0]]
-    windows = square_windows(image, members[0], model, planned)
-    if not windows:
-        return [Card([], ["no heat map", "the image is smaller than a training image, and not square"])]
+    planes, _ = read_image(image)
+    side, shape = size_for(image, members[0].recipe.store, model.pixel_size)
+    windows = cover(scaled_planes(planes, shape, planned.options.levels), side)
     hardware = choose_hardware(HardwareOptions("cpu", "fp32"), training=False)
     networks = [member.load(hardware) for member in members]
     best: dict[int, tuple[float, np.ndarray, np.ndarray]] = {}
@@ -56,11 +56,3 @@ def given(
     pixels = torch.from_numpy(np.ascontiguousarray(prepared(window, kind_of(member))))[None]
     fill_missing(pixels, image.missing, planned.settings.filled, grey_levels(normalise))
     return pixels[0].numpy()
-
-
-def square_windows(image: NewImage, member: Member, model: Model, planned: Planned) -> list[np.ndarray]:
-    """Return the windows of an image for a member, (4, side, side) uint8; [] if they are not square."""
-    planes, _ = read_image(image)
-    side, shape = size_for(image, member.recipe.store, model.pixel_size)
-    windows = cover(scaled_planes(planes, shape, planned.options.levels), side)
-    return windows if windows[0].shape[1] == windows[0].shape[2] else []

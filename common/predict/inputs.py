@@ -1,7 +1,8 @@
 """New images: list them in a folder or a table, check them, and read their planes. No labels, no torch."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from common.data.sources import CHANNELS, BadImage
 from common.errors import UserError, listing
 from common.process.parallel import run_parallel
 
+BAD_FILES = "bad_files.csv"  # in the folder of the answers: images that cannot be used, and why
 FEW = 100  # images whose headers are read sooner by one process than others start
 TABLE = ("Id", *CHANNELS, "file", "missing", "pixel_size")  # columns of a table of images
 Planes = list[np.ndarray | None]  # of the four channels, (height, width) uint8 or uint16; None = missing
@@ -79,8 +81,8 @@ def list_images(place: Path, options: InputOptions) -> list[NewImage]:
 
     Raises UserError if there are none.
     """
-    if place.is_dir() and stacks.stack_suffix(place.name):
-        raise UserError(f"--images {place} is one OME-Zarr image; give the folder that holds it")
+    if place.exists() and (stacks.stack_suffix(place.name) or sources.suffix_of(place.name)):
+        raise UserError(f"--images {place} is a single image; give the folder that holds it, or a CSV file")
     if place.is_dir():
         images = list_folder(place, options)
     elif place.is_file():
@@ -89,8 +91,8 @@ def list_images(place: Path, options: InputOptions) -> list[NewImage]:
         raise UserError(f"--images {place} is missing; expected a folder of images, or a CSV file that names them")
     if not images:
         raise UserError(
-            f"{place} has no images; expected <Id>_red.tif, _green, _blue and _yellow (or .png, .jpg), or one file with "
-            f"all channels per sample (<Id>.ome.tif, <Id>.tif, <Id>.ome.zarr){found_instead(place)}"
+            f"{place} has no images; expected <Id>_red.tif, _green, _blue and _yellow (or .png, .jpg), or one file "
+            f"with all channels per sample (<Id>.ome.tif, <Id>.tif, <Id>.ome.zarr){found_instead(place)}"
         )
     return [with_state(image) for image in images]
 
@@ -312,18 +314,13 @@ def check_stack(image: NewImage, options: InputOptions) -> NewImage:
     )
 
 
-class named:
+@contextmanager
+def named(path: Path) -> Iterator[None]:
     """Put a file's name before the text of a BadImage that is raised inside."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, BadImage):
-            raise BadImage(f"{self.path} {error}") from None
+    try:
+        yield
+    except BadImage as error:
+        raise BadImage(f"{path} {error}") from None
 
 
 def refuse_bad(images: Sequence[NewImage], out: Path, options: InputOptions, finished: str = "") -> None:
@@ -331,10 +328,8 @@ def refuse_bad(images: Sequence[NewImage], out: Path, options: InputOptions, fin
 
     finished : what has been done for the others, for the message
     """
-    bad = [image for image in images if image.fault]
-    report = out / "bad_files.csv"
+    bad, report = [image for image in images if image.fault], out / BAD_FILES
     if not bad:
-        report.unlink(missing_ok=True)
         return
     write_csv(report, pd.DataFrame({"Id": [b.Id for b in bad], "reason": [b.fault for b in bad]}))
     found = f"{len(bad)} of {len(images)} images cannot be used (all of them in {report}):\n" + listing(

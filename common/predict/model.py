@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # torch takes seconds to load, and a model can be described w
     from common.train.hardware import Hardware
 
 SIDE = 2048  # pixels: the side at which `Model.pixel_size` holds
+# Settings of stage 05, the defaults first.
+VIEWS = {"tta": ("dihedral", "none"), "view": ("whole", "crops"), "checkpoint": ("best", "last")}
 PIXEL_SIZE = 0.08  # micrometres, of the competition's images at SIDE
 SCORES = (
     "method",
@@ -138,7 +140,7 @@ class Model:
         return combine(np.stack(runs), "weighted", weights)
 
     def decide(self, probs: np.ndarray) -> np.ndarray:
-        """Return the predicted classes, (n, 28) bool, from `combined` probabilities; 0.5 where there are no thresholds."""
+        """Return the predicted classes, (n, 28) bool, from `combined` probabilities; see `cuts`."""
         return decide(probs, self.cuts, self.fallback)
 
     @property
@@ -321,7 +323,7 @@ def views_of(layout: Layout, member: Member | tuple[str, int]) -> dict[str, str]
     name, fold = (member.name, member.fold) if isinstance(member, Member) else member
     path = layout.predictions(name, "oof", fold)
     found = read_sidecar(path)["parameters"] if sidecar(path).is_file() else {}
-    return {"tta": "dihedral", "view": "whole", "checkpoint": "best", **found}
+    return {name: found[name] if found.get(name) in known else known[0] for name, known in VIEWS.items()}
 
 
 def check_same_networks(layout: Layout, members: list[Member]) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from common.artifacts.files import writing
 from common.artifacts.tables import write_csv
-from common.classes import CLASS_NAMES, N_CLASSES
+from common.classes import CLASS_NAMES
 from common.data import exposure
 from common.data.options import Levels
 from common.predict.inputs import NewImage
@@ -36,7 +36,7 @@ class Results:
     agreement : (n,) share of networks and views that alone predict the same classes
     unlike : (n,) distance from the training data, above 1 if unlike; None if there is no reference
     flags : (n,) what to be careful about, '' if nothing
-    embeddings : (n, width) of the first network
+    windows : (n,) how many cover each image; exposed : see `inputs.read_image`
     """
 
     images: list[NewImage]
@@ -61,6 +61,9 @@ class Results:
         return "; ".join(CLASS_NAMES[c] for c in order if self.predicted[row, c])
 
 
+PARTS = ("members", "spread", "agreement", "means", "exposed", "windows")  # of a finished batch, by image
+
+
 def gather(
     images: Sequence[NewImage], places: Mapping[str, tuple[Path, int]], model: Model, levels: Levels, embeddings: Path
 ) -> Results:
@@ -68,44 +71,50 @@ def gather(
 
     places : Id -> file and row of its results
     """
-    n, m = len(images), len(model.members)
-    members = np.empty((m, n, N_CLASSES), np.float32)
-    spread, agreement = np.empty((n, N_CLASSES), np.float32), np.empty(n, np.float32)
-    unlike, means, windows = np.full(n, np.nan), np.empty((n, 4), np.float32), np.zeros(n, int)
-    exposed: list[dict] = [{}] * n
     rows_of: dict[Path, list[tuple[int, int]]] = {}
-    for k, image in enumerate(images):
+    for place, image in enumerate(images):
         path, row = places[image.Id]
-        rows_of.setdefault(path, []).append((k, row))
-    with EmbeddingFile(embeddings, [member.label for member in model.members], n) as file:
+        rows_of.setdefault(path, []).append((place, row))
+    found: dict[str, np.ndarray] = {}
+    with EmbeddingFile(embeddings, [member.label for member in model.members], len(images)) as file:
         for path, pairs in rows_of.items():
-            part = read_part(path)
             to, rows = (list(side) for side in zip(*pairs, strict=True))
-            members[:, to] = part["members"][:, rows]
-            spread[to], agreement[to] = part["spread"][rows], part["agreement"][rows]
-            means[to], windows[to] = part["means"][rows], part["windows"][rows]
-            for k, row in pairs:
-                exposed[k] = json.loads(str(part["exposed"][row]))
-            own = [part[f"embedding_{k}"][rows] for k in range(m)]
+            part = read_part(path)
+            part["members"] = part["members"].swapaxes(0, 1)  # by image, as all others are
+            own = [part[f"embedding_{k}"][rows] for k in range(len(model.members))]
             file.write(to, own)
-            found = unlikeness(own, model)
-            if found is not None:
-                unlike[to] = found
+            values = {name: part[name][rows] for name in PARTS}
+            if (unlike := unlikeness(own, model)) is not None:
+                values["unlike"] = unlike
+            for name, some in values.items():
+                put(found, name, len(images), to, some)
         file.finish([image.Id for image in images])
-    probs = model.combined(members)
-    known = None if np.isnan(unlike).any() else unlike
+    return results_of(list(images), found, model, levels)
+
+
+def put(arrays: dict[str, np.ndarray], name: str, n: int, rows: list[int], values: np.ndarray) -> None:
+    """Put values in some rows of the array `name`, which has n rows; texts may be of any length."""
+    if name not in arrays:
+        arrays[name] = np.empty((n, *values.shape[1:]), object if values.dtype.kind == "U" else values.dtype)
+    arrays[name][rows] = values
+
+
+def results_of(images: list[NewImage], found: Mapping[str, np.ndarray], model: Model, levels: Levels) -> Results:
+    """Return the answers from the arrays PARTS, and unlike if there is a reference, each with a row per image."""
+    members = np.ascontiguousarray(found["members"].swapaxes(0, 1))
+    probs, exposed = model.combined(members), [json.loads(text) for text in found["exposed"]]
     return Results(
-        list(images),
-        members,
-        probs,
-        None if model.calibration is None else calibrated(probs, model.calibration),
-        model.decide(probs),
-        spread,
-        agreement,
-        known,
-        flags_of(images, exposed, levels, outside(means, model), known),
-        windows,
-        exposed,
+        images=images,
+        members=members,
+        probs=probs,
+        calibrated=None if model.calibration is None else calibrated(probs, model.calibration),
+        predicted=model.decide(probs),
+        spread=found["spread"],
+        agreement=found["agreement"],
+        unlike=found.get("unlike"),
+        flags=flags_of(images, exposed, levels, outside(found["means"], model), found.get("unlike")),
+        windows=found["windows"],
+        exposed=exposed,
     )
 
 

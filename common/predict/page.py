@@ -254,9 +254,9 @@ def heat_maps(answers: Answers) -> list:
         classes = [c for c in np.argsort(-probs, kind="stable") if predicted[c]] or [int(probs.argmax())]
         cards: list[Card] = cards_of(answers.model, by_id[Id], classes, answers.planned)
         text = (
-            f"By the networks of {answers.model.names[0]}, means over the 8 symmetries of the image. Of a field of several "
-            "windows, the one in which the class is most probable. Yellow marks most evidence; each map is scaled to its "
-            "own maximum."
+            f"By the networks of {answers.model.names[0]}, means over the 8 symmetries of the image. Of a field of "
+            "several windows, the one in which the class is most probable. Yellow marks most evidence; each map is "
+            "scaled to its own maximum."
         )
         blocks.append(Gallery(Id, cards, text, large=True))
     return blocks

@@ -210,7 +210,7 @@ def predict_batch(
 def outputs_of_fields(
     network: Network, batch: FieldBatch, images: Sequence[NewImage], settings: Settings, batch_size: int
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """Return probabilities and features of each field of a batch, (n_views, n, 28 + width), and its number of windows."""
+    """Return probabilities and features of each field, (n_views, n, 28 + width), and its number of windows, (n,)."""
     n = len(batch.items)
     parts, owners = [], []
     for some in batch.windows[kind_of(network.member)]:

@@ -2,7 +2,7 @@
 
 A field whose pixel size is known is brought to the pixel size of the training images. Otherwise its short side is taken
 for a whole training image. The field is then covered by windows of the network's size, evenly placed, with the least
-overlap; a field that is smaller is one window of its own size, for the network pools over any area.
+overlap. A field that is smaller is mirrored at its borders, which keeps more of macro F1 than black borders or none.
 """
 
 from itertools import product
@@ -59,7 +59,8 @@ def scaled_planes(planes: Planes, shape: tuple[int, int], levels: Levels) -> np.
 
 
 def cover(field: np.ndarray, side: int) -> list[np.ndarray]:
-    """Return windows (4, side, side) that cover a field (4, height, width), as views; smaller where the field is."""
-    _, height, width = field.shape
-    places = product(starts(height, side), starts(width, side))
+    """Return windows (4, side, side) that cover a field (4, height, width), as views; a small field is mirrored."""
+    borders = [(space // 2, space - space // 2) for space in (max(0, side - length) for length in field.shape[1:])]
+    field = np.pad(field, [(0, 0), *borders], mode="reflect")
+    places = product(starts(field.shape[1], side), starts(field.shape[2], side))
     return [field[:, top : top + side, left : left + side] for top, left in places]

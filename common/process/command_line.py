@@ -73,8 +73,8 @@ def add_hardware_flags(parser: argparse.ArgumentParser, units: str = "folds") ->
         "--jobs",
         type=jobs,
         metavar="N",
-        help=f"{units} to work on at once, each with its share of the cores and, if there are several GPUs, its own GPU "
-        "(default: the number of GPUs, 1 on a CPU; more is worthwhile for small networks)",
+        help=f"{units} to work on at once, each with its share of the cores and, if there are several GPUs, its own "
+        "GPU (default: the number of GPUs, 1 on a CPU; more is worthwhile for small networks)",
     )
     parser.add_argument(
         "--fast",

@@ -111,6 +111,7 @@ def impossible_part(thresholds: dict) -> str:
         or are_shares(thresholds["interval"])
         and len(thresholds["interval"]) == 2
         and are_shares([thresholds.get("score_cross_fitted")]),
+        "lists of numbers by network as folds": are_folds(thresholds.get("folds", {})),
         f"three numbers for each of {N_CLASSES} classes as calibration": "calibration" not in thresholds
         or are_coefficients(thresholds["calibration"]),
         f"class and positives of {N_CLASSES} classes as per_class, and n_samples": "per_class" not in thresholds
@@ -123,6 +124,12 @@ def impossible_part(thresholds: dict) -> str:
 
 def are_shares(values: object) -> bool:
     return isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
+
+
+def are_folds(values: object) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(numbers, list) and all(map(is_count, numbers)) for numbers in values.values()
+    )
 
 
 def are_coefficients(rows: object) -> bool:

@@ -41,6 +41,15 @@ def test_every_format_gives_the_same_planes(tmp_path, name):
             assert np.array_equal(plane, expected if plane.dtype == np.uint8 else clothes.full_range(expected))
 
 
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_both_versions_of_ome_zarr_are_read(tmp_path, version):
+    pytest.importorskip("zarr")
+    clothes.ome_zarrs(tmp_path, FIELDS, pixel_size=0.3, version=version)
+    for image in found(tmp_path):
+        assert (image.fault, round(image.pixel_size, 6)) == ("", 0.3)
+        assert all(np.array_equal(*pair) for pair in zip(read_image(image)[0], FIELDS[image.Id], strict=True))
+
+
 @pytest.mark.parametrize("write", [clothes.ome_tiffs, clothes.imagej_tiffs, clothes.ome_zarrs])
 def test_the_pixel_size_is_read_and_a_given_one_goes_first(tmp_path, write):
     if write is clothes.ome_zarrs:
@@ -181,6 +190,10 @@ def test_an_empty_folder_says_what_is_expected(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"has no images; expected <Id>_red.tif.*found notes.txt"):
         list_images(tmp_path, InputOptions())
+    for name in ("a.png", "a.ome.tif"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UserError, match=f"{name} is a single image; give the folder"):
+            list_images(tmp_path / name, InputOptions())
     with pytest.raises(UserError, match="is missing; expected a folder of images, or a CSV"):
         list_images(tmp_path / "nowhere", InputOptions())
 

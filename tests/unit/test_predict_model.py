@@ -148,6 +148,24 @@ def test_an_impossible_calibration_is_refused(work, broken):
         open_model(work)
 
 
+@pytest.mark.parametrize("broken", [[], {"demo": 3}, {"demo": ["0"]}])
+def test_impossible_folds_are_refused(work, broken):
+    tune(work, ["demo"])
+    write_json(work / "thresholds.json", json.loads((work / "thresholds.json").read_text()) | {"folds": broken})
+    with pytest.raises(UserError, match="lists of numbers by network as folds"):
+        open_model(work)
+
+
+def test_the_views_are_those_that_the_thresholds_were_found_with(work):
+    tune(work, ["demo"])
+    path = work / "predictions" / "demo" / "fold0_oof.npz"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    Stage("05_predict_oof", path, {"tta": "none", "view": "crops", "checkpoint": "../x"}, {}).seal(Record())
+    model = open_model(work)
+    assert (model.tta, model.view) == ("none", "crops")
+
+
 def test_calibration_turns_shares_into_probabilities():
     """Probabilities that are twice too high come back as shares of positives."""
     truth = RNG.uniform(0.02, 0.48, (20000, 2))

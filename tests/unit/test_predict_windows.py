@@ -70,7 +70,14 @@ def test_windows_are_parts_of_the_field_in_reading_order():
     windows = cover(field, 60)
     assert len(windows) == count_windows((70, 100), 60) == 4
     assert np.array_equal(windows[1], field[:, :60, 40:]) and np.array_equal(windows[2], field[:, 10:, :60])
-    assert [window.shape for window in cover(field[:, :40], 60)] == [(4, 40, 60), (4, 40, 60)]
+
+
+def test_a_small_field_is_mirrored_at_its_borders():
+    field = np.arange(4 * 40 * 100, dtype=np.uint16).reshape(4, 40, 100)
+    left, right = cover(field, 60)
+    assert left.shape == right.shape == (4, 60, 60) and np.array_equal(left[:, 10:50], field[:, :, :60])
+    assert np.array_equal(left[:, 9], left[:, 11]) and np.array_equal(right[:, 50], right[:, 48])
+    assert cover(field[:, :9, :9], 60)[0].shape == (4, 60, 60)
 
 
 def test_a_plane_is_resized_in_its_proportions():
