@@ -87,7 +87,7 @@ def training(description: dict) -> str:
     return (
         "## Training data\n\n"
         f"{found['samples']} labelled samples"
-        + (f", {external} of them external images of the Human Protein Atlas" if external else "")
+        + (f", {external} of them from an additional external set" if external else "")
         + ". Each network left out the samples of its own fold; the scores below are of those. "
         + (
             f"{found['held_out_samples']} further samples were held out of everything. "
