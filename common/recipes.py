@@ -36,7 +36,7 @@ CHOICES = {
     "pooling": ("acp", "average", "own"),
     "head_order": ("linear-relu-dropout", "dropout-linear-relu", "linear-selu-dropout"),
     "fourth_channel": ("red", "zeros", "mean"),
-    "augmentations": ("dihedral",),
+    "augmentations": ("dihedral", "channel_dropout"),
     "normalisation": ("weights", "data"),
     "standardise": ("none", "sample"),
     "optimizer": ("sgd", "adamw", "muon"),

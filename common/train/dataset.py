@@ -75,10 +75,24 @@ class Chance:
         return np.random.default_rng(np.asarray(self.draw, dtype=np.float64).view(np.uint64))
 
 
+def channel_dropout(image: np.ndarray, chance: Chance) -> np.ndarray:
+    """Fill red, blue or yellow in a third of the crops, as 10_predict.py fills a missing channel.
+
+    Red and yellow become a copy of each other, blue its own mean.
+    """
+    which = int(chance.generator.integers(9))
+    if which > 2:
+        return image
+    image, (red, _, blue, yellow) = image.copy(), image
+    image[(0, 2, 3)[which]] = (yellow, blue.mean().astype(np.uint8), red)[which]
+    return image
+
+
 # Functions of (crop, chance) that return the changed crop, of the same shape, (4, crop, crop) uint8. They do not
 # change the crop itself, which is kept for later epochs.
 AUGMENTATIONS: dict[str, Callable[[np.ndarray, Chance], np.ndarray]] = {
-    "dihedral": lambda image, chance: dihedral(image, int(8 * chance.draw[2]))
+    "dihedral": lambda image, chance: dihedral(image, int(8 * chance.draw[2])),
+    "channel_dropout": channel_dropout,
 }
 
 
