@@ -32,6 +32,7 @@ CHOICES = {
         "gapnet_pl_plus",
         "resnet18",
         "resnet10_narrow",
+        "squeezenet1_1",
     ),
     "pooling": ("acp", "average", "own"),
     "head_order": ("linear-relu-dropout", "dropout-linear-relu", "linear-selu-dropout"),
@@ -51,6 +52,11 @@ CHOICES = {
 
 # Encoders that pool by themselves; they take four channels and have no BatchNorm.
 OWN_POOLING = ("gapnet_pl", "gapnet_pl_plus")
+
+# Any network of timm is an encoder too: timm/NAME, or timm/NAME.TAG for one of several published weights. Whether timm
+# has it is known where it is built: this file loads no timm.
+TIMM_PREFIX = "timm/"
+TIMM_NAME = re.compile(r"timm/\w+(?:\.\w+)?", re.ASCII)
 
 T = TypeVar("T")
 
@@ -161,8 +167,13 @@ class Recipe:
         for name, known in CHOICES.items():
             value, kind = getattr(self, name), type(getattr(Recipe, name))
             for choice in value if kind is tuple and isinstance(value, tuple) else (value,):
-                if choice not in known or not isinstance(value, kind):
-                    raise UserError(f"recipe field {name} is {choice!r}; {nearest(str(choice), known, every=True)}")
+                if isinstance(value, kind) and (choice in known or name == "encoder" and TIMM_NAME.fullmatch(choice)):
+                    continue
+                more = "; or timm/NAME, any network of timm: see --list-encoders of 04_train.py"
+                raise UserError(
+                    f"recipe field {name} is {choice!r}; {nearest(str(choice), known, every=True)}"
+                    f"{more if name == 'encoder' else ''}"
+                )
 
     def _check_numbers(self) -> None:
         checks = {

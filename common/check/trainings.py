@@ -23,8 +23,9 @@ from common.train import pretrained
 from common.train.checkpoints import made_from
 from common.train.distributed import ALONE
 from common.train.jobs import Request, plan
-from common.train.networks import Published, encoder_of
+from common.train.networks import encoder_of
 from common.train.pretrained import start_from
+from common.train.published import Published
 
 
 def weights(args: argparse.Namespace, seen: Seen) -> Checks[None]:
@@ -43,29 +44,30 @@ def weights(args: argparse.Namespace, seen: Seen) -> Checks[None]:
 
 def published_weights(recipe: Recipe, published: Published, folder: Path | None) -> Check:
     """Tell whether an encoder's published weights are on this machine, or can be downloaded."""
-    encoder, files = recipe.encoder, pretrained.weight_files(published, folder)
-    path = next((path for path in files if path.is_file()), None)
-    if path:
-        return start(recipe, "auto", path)
-    host = next((url for url in published.urls if pretrained.answers(url)), None)
+    encoder, path = recipe.encoder, pretrained.weight_files(published, folder)[0]
+    if found := pretrained.found_file(published, folder):
+        return start(recipe, "auto", *found)
+    host = next((url for file in published.files for url in file.urls if pretrained.answers(url)), None)
     if host:
-        return download_to(files[0].parent, encoder, host)
+        return download_to(path.parent, encoder, host)
     return Check(
         "weights",
         WARNING,
         f"{encoder}: the published weights are not available and their host does not answer, so "
         "training starts from random weights and reaches a much lower score",
-        f"save {published.urls[0]} as {files[0].absolute()}",
+        f"save {published.urls[0]} as {path.absolute()}",
     )
 
 
-def start(recipe: Recipe, asked: str, path: Path | None) -> Check:
-    """Describe what a training starts from; asked : auto, none or a file; path : of the weights, None = random."""
+def start(recipe: Recipe, asked: str, path: Path | None, sha256: str = "") -> Check:
+    """Describe what a training starts from.
+
+    asked : auto, none or a file; path : of the weights, None = random; sha256 : that it should begin with
+    """
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
-        published = encoder_of(recipe.encoder).weights
-        if path and published and asked == "auto":
-            pretrained.told_if_other(path, published.sha256)
+        if path and sha256:
+            pretrained.told_if_other(path, sha256)
         found = start_from(recipe, asked, path).describe()
     warning = told.getvalue().strip().removeprefix("warning: ")
     return Check("weights", WARNING if told.getvalue() else FINE, f"{recipe.encoder}: {found}", warning)
