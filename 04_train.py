@@ -53,11 +53,7 @@ def parse_args():
     )
     parser.add_argument("--list-recipes", action="store_true", help="only print the recipes and their networks")
     parser.add_argument(
-        "--list-encoders",
-        nargs="?",
-        const="",
-        metavar="PATTERN",
-        help="only print the encoders, with PATTERN also timm's: parameters, and where their weights are",
+        "--list-encoders", nargs="?", const="", metavar="PATTERN", help="only print encoders; with PATTERN also timm's"
     )
     parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
     parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")

@@ -1,4 +1,4 @@
-"""Names, sizes and published weights of timm's encoders; tests/slow/test_timm_encoders.py trains the networks."""
+"""Names, sizes and published weights of timm's encoders; tests/slow/test_timm_networks.py trains the networks."""
 
 import subprocess
 import sys
