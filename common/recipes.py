@@ -116,7 +116,8 @@ class Recipe:
     hard_share: float = 0.7
     hard_warmup_epochs: int = 1
 
-    # Layer groups; `learning_rates` (first layers first) overrides `learning_rate` and `layer_groups`.
+    # Layer groups; `learning_rates` (first layers first) overrides `learning_rate` and `layer_groups`. A rate of 0 keeps
+    # the weights of a group before the last as they are; BatchNorm's statistics follow the images all the same.
     # The finder's curve is recorded before training; with "use" its suggestion is the last group's learning rate.
     batch_size: int = 64
     learning_rate: float = 0.01
@@ -188,7 +189,9 @@ class Recipe:
             "batch_size": self.batch_size >= 2,
             "learning_rate": self.learning_rate > 0,
             "layer_groups": self.layer_groups in (1, 2, 3),
-            "learning_rates": len(self.learning_rates) <= 3 and all(rate > 0 for rate in self.learning_rates),
+            "learning_rates": len(self.learning_rates) <= 3
+            and all(rate >= 0 for rate in self.learning_rates)
+            and self.learning_rates[-1:] != (0,),
             "momentum": 0 <= self.momentum < 1,
             "weight_decay": self.weight_decay >= 0,
             "l1": self.l1 >= 0,

@@ -451,6 +451,13 @@ def build_model(recipe: Recipe, n_classes: int, weights: dict | None = None) -> 
     return Classifier(encoder, pool, head, split, recipe.checkpointing)
 
 
+def synchronised(model: Classifier) -> nn.Module:
+    """Return the network with BatchNorm layers that normalise over the images of all processes."""
+    if isinstance(model.encoder, TimmEncoder):
+        return model.encoder.convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def count_parameters(recipe: Recipe, n_classes: int) -> int:
     """Return the number of trained parameters, without allocating them."""
     with torch.device("meta"):

@@ -86,6 +86,13 @@ class TimmEncoder(nn.Module):
             name = self.network.pretrained_cfg["architecture"]
             raise UserError(f"checkpointing=true: timm/{name} cannot compute activations again; leave it out") from None
 
+    @staticmethod
+    def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
+        """Return a network with synchronised BatchNorm; torch's own function loses the activations in timm's layers."""
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(model)
+
 
 def described(features: Any) -> str:
     return f"of shape {tuple(features.shape)}" if torch.is_tensor(features) else f"a {type(features).__name__}"
