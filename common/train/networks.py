@@ -15,10 +15,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError, nearest
-from common.recipes import TIMM_PREFIX, Recipe, row_of
+from common.recipes import TIMM_PREFIX, Recipe, row_of, stored_size
 from common.train.published import HALVES, PYTORCH, TIMM, Published, named_by_digest
-from common.train.timm_encoders import TimmEncoder, build_timm, check_sides, published_by_timm
+from common.train.timm_encoders import TimmEncoder, build_timm, check_sides, published_by_timm, timm_sync_batchnorm
 
+LARGE_SOURCE = 4096  # pixels: any above 2048, for which recipes by source store larger images
 INCEPTION_MINIMUM = 75  # pixels: smaller images vanish between its unpadded convolutions
 
 
@@ -320,7 +321,8 @@ def check_encoder(recipe: Recipe) -> None:
     """Raise UserError if a recipe's encoder is unknown, or cannot take the recipe's crops and images."""
     encoder_of(recipe.encoder)
     if recipe.encoder.startswith(TIMM_PREFIX):
-        check_sides(recipe.encoder, recipe.crop, recipe.size)
+        stored = [stored_size(recipe.store, side) for side in (0, LARGE_SOURCE)]
+        check_sides(recipe.encoder, recipe.crop, stored)
 
 
 def widen_stem(convolution: nn.Conv2d, fourth_channel: str) -> nn.Conv2d:
@@ -451,11 +453,11 @@ def build_model(recipe: Recipe, n_classes: int, weights: dict | None = None) -> 
     return Classifier(encoder, pool, head, split, recipe.checkpointing)
 
 
-def synchronised(model: Classifier) -> nn.Module:
+def synchronised(model: Classifier) -> Classifier:
     """Return the network with BatchNorm layers that normalise over the images of all processes."""
-    if isinstance(model.encoder, TimmEncoder):
-        return model.encoder.convert_sync_batchnorm(model)
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    is_timm = isinstance(model.encoder, TimmEncoder)
+    convert: Any = timm_sync_batchnorm if is_timm else nn.SyncBatchNorm.convert_sync_batchnorm
+    return convert(model)
 
 
 def count_parameters(recipe: Recipe, n_classes: int) -> int:

@@ -83,15 +83,8 @@ class TimmEncoder(nn.Module):
         try:
             self.network.set_grad_checkpointing(True)
         except (AssertionError, AttributeError):
-            name = self.network.pretrained_cfg["architecture"]
+            name = self.network.pretrained_cfg.get("architecture", type(self.network).__name__)
             raise UserError(f"checkpointing=true: timm/{name} cannot compute activations again; leave it out") from None
-
-    @staticmethod
-    def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
-        """Return a network with synchronised BatchNorm; torch's own function loses the activations in timm's layers."""
-        from timm.layers import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(model)
 
 
 def described(features: Any) -> str:
@@ -259,17 +252,24 @@ def build_timm(encoder: str) -> tuple[TimmEncoder, int]:
     return without(TimmEncoder(network), known.idle), known.features
 
 
-def check_sides(encoder: str, crop: int, whole: int) -> None:
-    """Raise UserError, with sizes that the encoder takes, if it cannot take crops and whole images of these sides."""
-    refused = [f"{side}" for side in dict.fromkeys((crop, whole)) if not takes(encoder, side)]
+def timm_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """Return a network with synchronised BatchNorm; torch's own function loses the activations in timm's layers."""
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(model)
+
+
+def check_sides(encoder: str, crop: int, stored: list[int]) -> None:
+    """Raise UserError, with sizes that the encoder takes, if it cannot take crops and stored images of these sides."""
+    refused = [f"{side}" for side in dict.fromkeys((crop, *stored)) if not takes(encoder, side)]
     if not refused:
         return
     fine = [side for side in sorted({*SIDES, outline(encoder).side}) if takes(encoder, side)]
-    near = [min(fine, key=lambda side: abs(side - asked)) for asked in (whole, crop)]
+    near = [min(fine, key=lambda side: abs(side - asked)) for asked in (max(stored), crop)]
     raise UserError(
         f"encoder={encoder} cannot take images of {' and '.join(refused)} px; of the sizes tried it takes "
         f"{', '.join(map(str, fine))} px. Give both sizes, of whole images and of crops, for example --set "
-        f"image_size={near[0]} crop_size={near[1]} size_divisor=1; or choose a network that takes any size"
+        f"size_rule=fixed image_size={near[0]} crop_size={near[1]} size_divisor=1; or choose a network that takes any size"
     )
 
 

@@ -98,11 +98,14 @@ def test_a_network_without_a_map_of_features_is_refused(name, why):
 
 
 def test_the_sizes_of_a_network_of_one_size_are_named():
-    check_sides("timm/levit_128s", 224, 224)
+    check_sides("timm/levit_128s", 224, [224])
     with pytest.raises(UserError) as error:
         check_encoder(Recipe(encoder="timm/levit_128s", image_size=256, crop_size=224))
     assert "cannot take images of 256 px; of the sizes tried it takes 224 px." in str(error.value)
-    assert "--set image_size=224 crop_size=224 size_divisor=1" in str(error.value)
+    assert "--set size_rule=fixed image_size=224 crop_size=224 size_divisor=1" in str(error.value)
+    by_source = Recipe(encoder="timm/maxvit_pico_rw_256", size_rule="by-source", crop_size=512, size_divisor=2)
+    with pytest.raises(UserError, match="cannot take images of 384 px; of the sizes tried it takes 256, 512, "):
+        check_encoder(by_source)  # 384 px from small sources, 512 from large ones
     fitting = get_recipe("demo", ["image_size=224", "crop_size=224", "size_divisor=1", "encoder=timm/levit_128s"])
     check_encoder(fitting)
 
