@@ -8,7 +8,7 @@ writes  WORK/runs/<recipe>/fold<k>/best.pt    network of the best epoch, for sta
         WORK/runs/<recipe>/fold<k>/hard_samples.csv              Ids that the hard sampler kept most often
         WORK/runs/<recipe>/fold<k>/bad_batch.csv                 Ids and losses of the batch whose loss is not finite
         WORK/runs/<recipe>/fold<k>/hard_classes.csv              classes among the kept samples, per epoch
-        WORK/runs/<recipe>/fold<k>/tensorboard/                  the log for TensorBoard, with --tensorboard
+        WORK/runs/<recipe>/fold<k>/tensorboard/, wandb/, mlflow.txt   with --track
 
 A finished fold is left alone. One that was trained on other data or settings is refused without --force.
 A recipe's variants of the paper's ablation: resnet50-original, -customised, -hard, -eloss; resnet50 has everything.
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I lea
 from common.process import command_line
 from common.process.main import run
 from common.recipes import describe_fits, fit_to_source
-from common.train.options import add_training_flags
+from common.train.options import add_listing_flags, add_training_flags, check_starts
 
 
 def parse_args():
@@ -48,14 +48,7 @@ def parse_args():
     parser.add_argument("--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to train (default: all)")
     parser.add_argument("--force", action="store_true", help="discard what these folds have and train from scratch")
     command_line.add_settings_flag(parser, "change fields of the recipe")
-    parser.add_argument(
-        "--list-runs", action="store_true", help="only print the runs in --work: state, score, settings that differ"
-    )
-    parser.add_argument("--list-recipes", action="store_true", help="only print the recipes and their networks")
-    parser.add_argument(
-        "--list-encoders", nargs="?", const="", metavar="PATTERN", help="only print encoders; with PATTERN also timm's"
-    )
-    parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
+    add_listing_flags(parser)
     parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
     parser.add_argument("--find-lr", action="store_true", help="only run the learning rate finder and save its curve")
     add_training_flags(parser)
@@ -64,6 +57,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    check_starts(args)
 
     # Imported here: --help needs none of it, and Ctrl+C during imports ends in one message.
     from common.artifacts.experiments import asked_recipes
@@ -81,15 +75,15 @@ def main():
     # Imported here, so that --help and mistakes on the command line do not wait for torch.
     from common.data.folds import fold_numbers
     from common.train.checkpoints import prepare
+    from common.train.continuing import continue_trainings
     from common.train.fold_data import known_folds
     from common.train.hardware import plan_hardware
     from common.train.jobs import Request, plan
     from common.train.loop import train_job
     from common.train.lr_finder import find_lr
-    from common.train.tensorboard import summary_writer, write_finished
+    from common.train.trackers import check_trackers, track_finished
 
-    if args.tensorboard:
-        summary_writer()  # fail now instead of after hours
+    check_trackers(args.track)
     numbers = args.folds if args.folds is not None else fold_numbers(folds)
     known_folds(args.work, folds, numbers)
     fitted = {name: fit_to_source(recipe, int(samples["side"].min())) for name, recipe in recipes.items()}
@@ -102,7 +96,9 @@ def main():
     options, hardware = plan_hardware(args, "04_train", len(recipes) * len(numbers))
     team = hardware.team
     force = args.force or args.find_lr
-    request = Request(args.work, fitted, numbers, args.seed, force, args.pretrained, args.weights_dir)
+    request = Request(args.work, fitted, numbers, args.seed, force, args.pretrained, args.weights_dir, args.start_from)
+    if args.more_cycles:
+        continue_trainings(request, folds, team, args.more_cycles)
     jobs = plan(request, folds, team)
     if not args.find_lr:
         # Every refusal comes before the first training, and before --force deletes anything.
@@ -111,12 +107,13 @@ def main():
         team.agree("prepared")
         command_line.leave_out("--force")
     options = replace(options, jobs=max(1, min(options.jobs, len(jobs))))
-    jobs = [replace(job, hardware=options, on_nan=args.on_nan, tensorboard=args.tensorboard) for job in jobs]
+    jobs = [replace(job, hardware=options, on_nan=args.on_nan, track=tuple(dict.fromkeys(args.track))) for job in jobs]
     do = find_lr if args.find_lr else train_job
     run_jobs(do, [(job,) for job in jobs], options.jobs, args.cluster, "training")
-    if args.tensorboard and team.is_main:
-        for name, fold in product(recipes, numbers):
-            write_finished(layout.run(name, fold))
+    trained = [(job.name, job.fold) for job in jobs]
+    for name, fold in product(recipes, numbers) if team.is_main else ():
+        if (name, fold) not in trained:
+            track_finished(list(dict.fromkeys(args.track)), layout, name, fold)
     team.leave()
 
 

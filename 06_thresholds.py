@@ -2,9 +2,9 @@
 
 reads   WORK/predictions/<recipe>/oof.npz of each recipe, and held_out.npz if there is one, WORK/folds.csv;
         or, with --oof, any predictions (.npz; .csv with Id and 28 columns; .npy with --ids) and --labels of their Ids
-writes  WORK/thresholds.json   method, recipes, combine, weights, thresholds (28), single, score_cross_fitted, interval,
-                               score_in_sample, per_class, members, combinations, methods; score_held_out,
-                               interval_held_out; folds that each recipe is based on, n_folds; with --reproduce
+writes  WORK/thresholds.json   method, recipes, combine, weights, thresholds (28), calibration (28, 3), single,
+                               score_cross_fitted, interval, score_in_sample, per_class, members, combinations,
+                               methods; score_held_out, interval_held_out; folds that each recipe is based on, n_folds; with --reproduce
                                method, thresholds, limits, fallback
 
 Its first figure is cross-fitted: macro F1 on rows that were not used to find thresholds or weights.

@@ -38,6 +38,7 @@ RECIPES = {  # the defaults, by (on demo data, for the tables)
 QUICK_SAMPLES = "1000"
 HARDWARE = ("device", "precision", "workers", "fast", "jobs")
 WEIGHTS = ("pretrained", "weights_dir")
+TRACKING = ("track",)
 STORAGE = ("white_level", "black_level", "store")
 
 
@@ -114,6 +115,7 @@ def parser() -> Parser:
         help="leave out samples with missing or bad files and list them, as stage 01 does",
     )
     command_line.add_weight_flags(result)
+    command_line.add_tracking_flags(result)
     command_line.add_hardware_flags(result)
     add_pixel_flags(result)
     not_given = ("device", "precision", "pretrained", *STORAGE)
@@ -178,8 +180,9 @@ def given(args: argparse.Namespace, names: Iterable[str]) -> tuple[str, ...]:
     result = []
     for name in names:
         value = getattr(args, name)
-        if value not in (None, False):
-            result += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        if value not in (None, False, []):
+            text = ",".join(dict.fromkeys(value)) if isinstance(value, list) else str(value)
+            result += [f"--{name.replace('_', '-')}"] + ([] if value is True else [text])
     return tuple(result)
 
 
@@ -196,7 +199,10 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         Stage("01_preprocess.py", (*places, "--recipes", runs, *stored(args), *changes(args))),
         Stage("02_dedup.py", places),
         Stage("03_make_folds.py", (*places, "--n-folds", str(args.n_folds))),
-        Stage("04_train.py", (*places, "--recipe", runs, *folds, *hardware, *weights, *changes(args))),
+        Stage(
+            "04_train.py",
+            (*places, "--recipe", runs, *folds, *hardware, *weights, *given(args, TRACKING), *changes(args)),
+        ),
         Stage("05_predict_oof.py", (*places, "--recipes", runs, *folds, *hardware, *predicted(args))),
         *end,
         Stage("08_report.py", places),

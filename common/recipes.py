@@ -69,7 +69,8 @@ def row_of(table: Mapping[str, T], field: str, name: str) -> T:
 
 
 BY_SOURCE = "by-source"
-OF_RUN = ("fold", "seed", "checkpoint_format")  # these, and the recipe's fields, identify a training
+# These, and the recipe's fields, identify a training; continued : see `continued`, only in trainings that were.
+OF_RUN = ("fold", "seed", "checkpoint_format", "continued")
 BOOLEANS = {word: word in ("true", "yes", "1") for word in ("true", "yes", "1", "false", "no", "0")}
 OFF: tuple[object, ...] = (False, 0, "", "none", "off", None, [])  # values of fields that change nothing
 
@@ -635,14 +636,35 @@ def current_fields(saved: dict) -> dict:
     return {**defaults, **{name: value for name, value in saved.items() if name in known or value not in OFF}}
 
 
-def run_parameters(recipe: Recipe, fold: int, seed: int, checkpoint_format: int) -> dict:
-    """Return the parameters in stage 04's sidecar: with other values it is another training."""
-    return {**to_dict(recipe), **dict(zip(OF_RUN, (fold, seed, checkpoint_format), strict=True))}
+def run_parameters(recipe: Recipe, fold: int, seed: int, checkpoint_format: int, continued: dict | None = None) -> dict:
+    """Return the parameters in stage 04's sidecar: with other values it is another training.
+
+    continued : of a training that got more cycles after its end: `asked`, the recipe's own max_cycles, and `after`, the
+        epochs at which it had ended; max_cycles is then the new maximum
+    """
+    of_run = {"fold": fold, "seed": seed, "checkpoint_format": checkpoint_format}
+    return {**to_dict(recipe), **of_run, **({"continued": continued} if continued else {})}
 
 
 def recipe_of_run(parameters: dict) -> Recipe:
     """Return the recipe in the result of `run_parameters`."""
     return from_dict({name: value for name, value in parameters.items() if name not in OF_RUN})
+
+
+def asked_recipe(parameters: dict) -> Recipe:
+    """Return the recipe in the result of `run_parameters` as it was before the training got more cycles."""
+    recipe, continued = recipe_of_run(parameters), continued_of(parameters)
+    return replace(recipe, max_cycles=continued["asked"]) if continued else recipe
+
+
+def continued_of(parameters: dict) -> dict | None:
+    """Return `continued` in the result of `run_parameters`; None if the training never got more cycles."""
+    found = parameters.get("continued")
+    if not isinstance(found, dict) or not isinstance(found.get("asked"), int):
+        return None
+    after = found.get("after")
+    fine = isinstance(after, list) and bool(after) and all(isinstance(epoch, int) for epoch in after)
+    return found if fine and found["asked"] > 0 else None
 
 
 def is_too_small(recipe: Recipe, side: int) -> bool:

@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.demo.data import make_demo_data  # noqa: E402
+from tests.warm import Forked, Warm  # noqa: E402
 
 RUN = "demo-quick"
 TINY = (
@@ -66,6 +67,7 @@ CODES = {
 }
 PYTHON_STARTS = ("init_import_site", "line 0, in <module>\nKeyboardInterrupt")  # before a script's first line
 SECONDS_TO_END = 15  # on a busy machine
+WARM = 0.75  # share of disturbed starts that load no packages, so that more rounds fit into an hour
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -155,12 +157,19 @@ def kill(process, kind: str, rng: random.Random) -> bool:
     return process.poll() is None or process.returncode != 0
 
 
-def disturbed(command: list[str], work: Path, kind: str, rng: random.Random, seconds: float) -> tuple[bool, str | None]:
+def start(command: list[str], output, warm: Warm | None) -> subprocess.Popen | Forked:
+    """Start a stage in a session of its own, in a new Python or in a fork of one that has loaded torch."""
+    if warm:
+        return warm.start(command[1:], ENVIRONMENT, ROOT, [Path(output.name)] * 2, apart=True)
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdout=output, stderr=output)
+
+
+def disturbed(
+    command: list[str], work: Path, kind: str, rng: random.Random, seconds: float, warm: Warm
+) -> tuple[bool, str | None]:
     """Run a stage and kill it; return whether it was killed, and what went wrong."""
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, stdout=output, stderr=output
-        )
+    with tempfile.NamedTemporaryFile("w+") as output:
+        process = start(command, output, warm if rng.random() < WARM else None)
         wait_for_moment(process, work, rng.random() * seconds, rng.choice([None, rng.randrange(60)]))
         was_killed = process.poll() is None and kill(process, kind, rng)
         started = time.monotonic()
@@ -216,7 +225,9 @@ def content(path: Path) -> bytes | None:
 # --- rounds ------------------------------------------------------------------------------------------------
 
 
-def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float]) -> tuple[Counter, list[str]]:
+def play(
+    data: Path, work: Path, rng: random.Random, seconds: dict[str, float], warm: Warm
+) -> tuple[Counter, list[str]]:
     """Go through all stages once with random kills; return the number of kills of each kind, and what went wrong."""
     kills, problems = Counter(), []
     for command in stage_commands(data, work, rng.random() < 0.5):
@@ -224,10 +235,10 @@ def play(data: Path, work: Path, rng: random.Random, seconds: dict[str, float]) 
         for _ in range(rng.choice([0, 1, 1, 2, 3])):
             kinds = sorted(CODES if stage in ("01", "02", "04", "05") else CODES.keys() - {"worker", "both"})
             kind = rng.choice(kinds)
-            was_killed, problem = disturbed(command, work, kind, rng, seconds[stage])
+            was_killed, problem = disturbed(command, work, kind, rng, seconds[stage], warm)
             kills[f"{stage} {kind}"] += was_killed
             problems += [problem] if problem else []
-        result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        result = warm.run(command[1:], ENVIRONMENT, ROOT, work.parent / f"{work.name}.output")
         if result.returncode:
             return kills, [*problems, f"cannot resume: {shlex.join(command)}\n{result.stdout}{result.stderr}"]
     again = run_all(data, work)
@@ -238,8 +249,12 @@ def play_round(
     number: int, seed: int, data: Path, whole: Path, seconds: dict[str, float]
 ) -> tuple[Counter, list[str], bool]:
     """Play a round in its own folder; return the kills, what went wrong, and whether its files equal `whole`'s."""
-    work = whole.parent / f"round{number}"
-    kills, problems = play(data, work, random.Random(f"{seed} {number}"), seconds)
+    work, warm = whole.parent / f"round{number}", Warm(ENVIRONMENT)
+    (work.parent / f"{work.name}.output").mkdir()
+    try:
+        kills, problems = play(data, work, random.Random(f"{seed} {number}"), seconds, warm)
+    finally:
+        warm.close()
     differing = [name for name in SAME if content(work / name) != content(whole / name)]
     return (
         kills,

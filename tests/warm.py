@@ -2,7 +2,7 @@
 
 Each script has its own process, as it does for a user: its own __main__, arguments, environment, output and end, and
 Python's own hooks. This saves only the seconds that torch and other packages take to load and to free. conftest.py
-starts this file; each line of its input is a request, each line of its output an exit code.
+and chaos.py start this file; each line of its input is a request, answered by two lines: the process, its exit code.
 """
 
 import atexit
@@ -43,14 +43,23 @@ READ_AT_START = ("PYTHON", "LANG", "LC_", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_"
 class Warm:
     """The client: starts such a Python with the first script, in the current environment; `close` ends it."""
 
-    def __init__(self):
+    def __init__(self, environment: dict | None = None):
         self.process = None
-        self.environment = dict(os.environ)
+        self.environment = dict(environment or os.environ)
 
     def run(self, command: list[str], environment: dict, cwd: Path, folder: Path) -> subprocess.CompletedProcess:
         """Run `command`, a script of the project and its arguments; its output is kept in `folder` for a moment."""
         if settings_at_start(environment) != settings_at_start(self.environment):  # it needs another Python
             return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+        places = [folder / name for name in ("stdout", "stderr")]
+        code = self.start(command, environment, cwd, places).wait()
+        return subprocess.CompletedProcess(command, code, *(place.read_text() for place in places))
+
+    def start(self, command: list[str], environment: dict, cwd: Path, output: list[Path], apart=False) -> "Forked":
+        """Start `command` as `run` does, and return its process; the next one starts after it has ended.
+
+        apart : in a session of its own
+        """
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, __file__],
@@ -59,18 +68,38 @@ class Warm:
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                start_new_session=True,
             )
-        places = [folder / name for name in ("stdout", "stderr")]
-        request = {"command": command, "environment": environment, "cwd": str(cwd), "output": list(map(str, places))}
-        self.process.stdin.write(json.dumps(request) + "\n")
+        request = {"command": command, "environment": environment, "cwd": str(cwd), "output": list(map(str, output))}
+        self.process.stdin.write(json.dumps(request | {"apart": apart}) + "\n")
         self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        return subprocess.CompletedProcess(command, code, *(place.read_text() for place in places))
+        return Forked(command, self.process.stdout)
 
     def close(self) -> None:
         if self.process:
             self.process.stdin.close()
             self.process.wait()
+
+
+class Forked:
+    """A process that a warm Python started, with what `subprocess.Popen` has for it: pid, returncode, poll, wait."""
+
+    def __init__(self, command: list[str], answers):
+        self.command, self.pid, self.returncode = command, int(answers.readline()), None
+        self.waiting = threading.Thread(target=self.receive, args=[answers], daemon=True)
+        self.waiting.start()
+
+    def receive(self, answers) -> None:
+        self.returncode = int(answers.readline())
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.waiting.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.command, timeout or 0)
+        return self.returncode
 
 
 def settings_at_start(environment: dict) -> dict:
@@ -84,12 +113,15 @@ def next_script() -> dict:
         process = os.fork()
         if not process:
             return json.loads(line)
+        print(process, file=answers, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers, flush=True)
     sys.exit()
 
 
 def become(request: dict) -> None:
     """Turn this process into a new Python that begins with a script."""
+    if request["apart"]:
+        os.setsid()
     for number, name in enumerate((os.devnull, *request["output"])):
         file = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
@@ -111,6 +143,10 @@ def run() -> None:
         code = 0
     except SystemExit as stop:
         code = stop.code
+    except KeyboardInterrupt:  # Python ends by the signal then
+        sys.excepthook(*sys.exc_info())
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     threading._shutdown()

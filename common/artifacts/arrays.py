@@ -3,6 +3,7 @@
 import math
 import os
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
@@ -13,29 +14,35 @@ from common.errors import first_line
 MAX_BYTES = 2**28  # of a file's arrays: fifty times the competition's test set
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz by name, or the one of an .npy under the name ''.
+
+    names : of the arrays to read; None for all
 
     Raises OSError if there is no file, ValueError if it is damaged, holds objects, or claims more than MAX_BYTES.
     """
     with open(path, "rb") as file:
-        try:
-            if not zipfile.is_zipfile(file):
-                file.seek(0)
-                return {"": read_array(file, os.path.getsize(path))}
-            with zipfile.ZipFile(file) as members:
-                check_size(inflated_size(members))
-                if any(
-                    info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members.infolist()
-                ):
-                    # zipfile would decompress these without a limit.
-                    raise ValueError("is compressed with a method other than deflate")
-                return {
-                    info.filename.removesuffix(".npy"): read_array(members.open(info), info.file_size)
-                    for info in members.infolist()
-                }
-        except Exception as error:  # damaged files raise many types
-            raise ValueError(first_line(error)) from None
+        return arrays_in(file, os.path.getsize(path), names)
+
+
+def arrays_in(file: IO[bytes], size: int, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Return the arrays of an open file of `size` bytes; see `read_arrays`."""
+    try:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            return {"": read_array(file, size)}
+        with zipfile.ZipFile(file) as members:
+            check_size(inflated_size(members))
+            if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in members.infolist()):
+                # zipfile would decompress these without a limit.
+                raise ValueError("is compressed with a method other than deflate")
+            return {
+                info.filename.removesuffix(".npy"): read_array(members.open(info), info.file_size)
+                for info in members.infolist()
+                if names is None or info.filename.removesuffix(".npy") in names
+            }
+    except Exception as error:  # damaged files raise many types
+        raise ValueError(first_line(error)) from None
 
 
 def read_array(file: IO[bytes], size: int) -> np.ndarray:

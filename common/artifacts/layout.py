@@ -86,6 +86,10 @@ class Layout:
         """Return the file of a part's (oof, test, held_out) probabilities: one fold's, or all folds'."""
         return self.work / "predictions" / name / (f"{part}.npz" if fold is None else f"fold{fold}_{part}.npz")
 
+    def reference(self, name: str, fold: int) -> Path:
+        """Return the file of how a network sees samples like its training data (see `predict.reference`)."""
+        return self.work / "reference" / name / f"fold{fold}.npz"
+
     def predicted_runs(self) -> list[str]:
         """Return the names of the runs that have out-of-fold predictions."""
         return sorted(path.parent.name for path in (self.work / "predictions").glob("*/oof.npz"))

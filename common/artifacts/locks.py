@@ -30,9 +30,11 @@ class Lock:
     """The right to make `place`, a file or folder: until `release`, the end of a `with`, or the end of the process.
 
     wait : print who holds the lock and wait; otherwise that is a UserError
+    other : the flag that gives another folder, for messages
     """
 
-    def __init__(self, place: Path, wait: bool = False) -> None:
+    def __init__(self, place: Path, wait: bool = False, other: str = "--work") -> None:
+        self.other = f"or give another {other}"
         path = place.with_name(f".{place.name}.lock")
         self.record = path.with_name(path.name + ".json")
         try:
@@ -44,7 +46,7 @@ class Lock:
         except OSError as error:
             raise UserError(
                 f"{place} cannot be made: {path.parent} cannot be written to ({error.strerror or error}); free some "
-                "space, get write permission, or give another --work"
+                f"space, get write permission, {self.other}"
             ) from None
 
     def acquire(self, place: Path, path: Path, wait: bool) -> None:
@@ -56,7 +58,7 @@ class Lock:
         except PermissionError:
             if not (os.path.exists(path) and os.access(path.parent, os.W_OK)):
                 raise
-            raise UserError(unwritable(place, path, read_record(self.record))) from None
+            raise UserError(unwritable(place, path, read_record(self.record), self.other)) from None
         told = f"{place} is being made by {describe(holder)}"
         if wait:
             print(f"waiting: {told}", flush=True)
@@ -64,7 +66,7 @@ class Lock:
             self.lock.acquire(timeout=-1 if wait else SECONDS_AFTER_DEATH if is_gone(holder) else SECONDS_OF_GRACE)
         except Timeout:
             raise UserError(
-                f"{told}\nwait until it has ended, or stop it there, and run this again; or give another --work"
+                f"{told}\nwait until it has ended, or stop it there, and run this again; {self.other}"
             ) from None
 
     def release(self) -> None:
@@ -78,9 +80,8 @@ class Lock:
         self.release()
 
 
-def unwritable(place: Path, path: Path, holder: dict) -> str:
+def unwritable(place: Path, path: Path, holder: dict, other: str) -> str:
     """Return the message for a lock file that this user may not write: who holds it, or that nobody does."""
-    other = "or give another --work"
     if holder["pid"] and not is_gone(holder):
         return (
             f"{place} is being made by {describe(holder)}\nwait until it has ended, or stop it there, and run this "

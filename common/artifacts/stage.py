@@ -83,6 +83,7 @@ class Stage:
     inputs : dict of name -> Path (fingerprinted here) or str (a digest)
     whole : what one process at a time makes, if that is more than the artifact: the folder of a training run
     complete : function that turns the parameters of another version's sidecar into those that this version would write
+    folder_flag : the flag that gives another folder, for messages
     """
 
     def __init__(
@@ -93,9 +94,11 @@ class Stage:
         inputs: dict,
         whole: Path | None = None,
         complete: Callable[[dict], dict] = dict,
+        folder_flag: str = "--work",
     ) -> None:
         self.name = name
         self.complete = complete
+        self.folder_flag = folder_flag
         self.artifact = Path(artifact)
         self.whole = whole or self.artifact
         self.is_locked = False
@@ -161,7 +164,7 @@ class Stage:
         if self.is_locked:
             yield
             return
-        with Lock(self.whole, wait):
+        with Lock(self.whole, wait, self.folder_flag):
             self.is_locked = True
             try:
                 yield

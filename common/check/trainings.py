@@ -39,7 +39,7 @@ def weights(args: argparse.Namespace, seen: Seen) -> Checks[None]:
         path = None if args.pretrained in ("auto", "none") else Path(args.pretrained)
         if path and not path.is_file():
             raise UserError(f"--pretrained {path}: no such file")
-        yield start(recipe, args.pretrained, path)
+        yield start(recipe, args.pretrained, path, args=args)
 
 
 def published_weights(recipe: Recipe, published: Published, folder: Path | None) -> Check:
@@ -59,15 +59,20 @@ def published_weights(recipe: Recipe, published: Published, folder: Path | None)
     )
 
 
-def start(recipe: Recipe, asked: str, path: Path | None, sha256: str = "") -> Check:
+def start(
+    recipe: Recipe, asked: str, path: Path | None, sha256: str = "", args: argparse.Namespace | None = None
+) -> Check:
     """Describe what a training starts from.
 
     asked : auto, none or a file; path : of the weights, None = random; sha256 : that it should begin with
+    args : with them, whether a network of this project has seen validation samples is checked too
     """
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
         if path and sha256:
             pretrained.told_if_other(path, sha256)
+        if path and args and (layout := Layout(args.work)).folds.is_file():
+            pretrained.check_unseen(path, layout.folds, args.folds or fold_numbers(layout.read_folds()))
         found = start_from(recipe, asked, path).describe()
     warning = told.getvalue().strip().removeprefix("warning: ")
     return Check("weights", WARNING if told.getvalue() else FINE, f"{recipe.encoder}: {found}", warning)

@@ -98,10 +98,10 @@ def fitting(low: int, high: int) -> Levels:
     return Levels(black, max(high, black + 1))
 
 
-def describe(found: dict) -> list[str]:
-    """Return a warning for each problem that `judge` found, with the cure."""
+def describe(found: dict, who: str = "stage 01 or run_all.sh") -> list[str]:
+    """Return a warning for each problem that `judge` found, with the cure; who : takes the flags for levels."""
     kinds = [[problem for problem in found["problems"] if problem["kind"] == kind] for kind in ("cut off", "narrow")]
-    lines = [describe_ranges(problems, found["levels"], found["all_parts"]) for problems in kinds if problems]
+    lines = [describe_ranges(problems, found["levels"], found["all_parts"], who) for problems in kinds if problems]
     if found["misplaced"]:
         names = "; ".join(f"in {name} nearly all signal is in the {place}" for name, place in found["such_as"].items())
         more = found["misplaced"] - len(found["such_as"])
@@ -113,7 +113,7 @@ def describe(found: dict) -> list[str]:
     return lines
 
 
-def describe_ranges(problems: list[dict], levels: list[int], all_parts: bool) -> str:
+def describe_ranges(problems: list[dict], levels: list[int], all_parts: bool, who: str) -> str:
     """Return the warning about problems of one kind (see `judge_ranges`), one for each part."""
     low, high = min(problem["low"] for problem in problems), max(problem["high"] for problem in problems)
     files, of, above = (sum(problem[key] for problem in problems) for key in ("files", "of", "above"))
@@ -127,7 +127,7 @@ def describe_ranges(problems: list[dict], levels: list[int], all_parts: bool) ->
     cure = (
         f"{above} files use more, so no level fits all; save them all with the same range"
         if above > MAY_BE_CUT_OFF * of
-        else f"give stage 01 or run_all.sh {f'--black-level {black} ' if black else ''}--white-level {white}"
+        else f"give {who} {f'--black-level {black} ' if black else ''}--white-level {white}"
     )
     return f"the 16-bit{parts} files {what} ({files} of {of} files), so images have few grey levels; {cure}"
 

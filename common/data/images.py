@@ -29,15 +29,18 @@ PLAIN_SIDE = 256  # pixels: images up to this side are stored uncompressed, and 
 LEVEL = 6
 
 
-def resize(plane: np.ndarray, size: int, levels: Levels = WHOLE) -> np.ndarray:
+def resize(plane: np.ndarray, size: int | tuple[int, int], levels: Levels = WHOLE) -> np.ndarray:
     """Bring one channel to (size, size); 16 bit becomes 8 bit as round(255 * (value - black) / (white - black)).
+
+    size : in pixels, of the side; or (height, width), in the proportions of the plane
 
     It is shrunk by area averaging and enlarged by linear interpolation, at the source's depth, so 16-bit data is
     rounded once. Values below black become 0, above white 255.
     """
-    if plane.shape[0] != size:
-        method = cv2.INTER_AREA if plane.shape[0] > size else cv2.INTER_LINEAR
-        plane = cv2.resize(plane, (size, size), interpolation=method)
+    shape = (size, size) if isinstance(size, int) else size
+    if plane.shape != shape:
+        method = cv2.INTER_AREA if plane.shape[0] > shape[0] else cv2.INTER_LINEAR
+        plane = cv2.resize(plane, shape[::-1], interpolation=method)
     if plane.dtype == np.uint8:
         return plane
     values, span = plane.astype(np.uint32).clip(*levels) - levels.black, levels.white - levels.black

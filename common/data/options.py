@@ -85,18 +85,23 @@ def add_ingest_flags(parser: Parser) -> None:
 def add_pixel_flags(parser: Parser) -> None:
     """Add flags to a command line for how pixels become stored images."""
     parser.add_argument(
-        "--white-level",
-        type=whole_number(1, WHOLE.white),
-        default=WHOLE.white,
-        metavar="V",
-        help=f"value of 16-bit files that becomes 255, for example 4095 for 12-bit cameras (default: {WHOLE.white})",
-    )
-    parser.add_argument(
         "--store",
         choices=KINDS,
         default=KINDS[0],
         help="how images above 256 px are stored: compressed, or raw with about four times the size, which "
         f"stages 04 and 05 read three times as fast (default: {KINDS[0]})",
+    )
+    add_level_flags(parser)
+
+
+def add_level_flags(parser: Parser) -> None:
+    """Add flags to a command line for which 16-bit values become black and white."""
+    parser.add_argument(
+        "--white-level",
+        type=whole_number(1, WHOLE.white),
+        default=WHOLE.white,
+        metavar="V",
+        help=f"value of 16-bit files that becomes 255, for example 4095 for 12-bit cameras (default: {WHOLE.white})",
     )
     parser.add_argument(
         "--black-level",

@@ -20,7 +20,7 @@ from PIL import Image
 
 from common.artifacts.text_tables import composed
 from common.data import exposure
-from common.errors import first_line
+from common.errors import UserError, first_line
 
 CHANNELS = ("red", "green", "blue", "yellow")
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z")
@@ -188,23 +188,30 @@ def reader_of(path: Path) -> Reader:
 
 
 @contextmanager
-def opened(path: Path, rgb_coded: bool) -> Iterator[tuple[Header, Callable[[], np.ndarray]]]:
+def opened(path: Path, rgb_coded: bool, square: bool = True) -> Iterator[tuple[Header, Callable[[], np.ndarray]]]:
     """Open an image of one channel; yield its header and a function that decodes it.
 
     Raises BadImage, also for errors inside the `with`.
 
     rgb_coded : whether a colour image may hold the channel
+    square : whether it must be square
     """
     reader = reader_of(path)
+    with explained(path), reader.open(path) as file:
+        header = reader.header(file)
+        check_header(header, rgb_coded, square)
+        yield header, lambda: reader.pixels(file)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn every error of a decoder inside into a BadImage, and keep warnings about metadata from being printed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are about metadata; damaged pixels raise
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with reader.open(path) as file:
-                header = reader.header(file)
-                check_header(header, rgb_coded)
-                yield header, lambda: reader.pixels(file)
-    except BadImage:
+            yield
+    except (BadImage, UserError):
         raise
     except Exception as error:  # decoders raise many kinds; each means an unreadable file
         text = text_in(path)
@@ -215,11 +222,11 @@ def opened(path: Path, rgb_coded: bool) -> Iterator[tuple[Header, Callable[[], n
         ) from None
 
 
-def check_header(header: Header, rgb_coded: bool) -> None:
-    """Refuse images that are too large, not square, or coloured if a grey one is expected."""
+def check_header(header: Header, rgb_coded: bool, square: bool = True) -> None:
+    """Refuse images that are too large, coloured if a grey one is expected, or not square if they should be."""
     if max(header.width, header.height) > MAX_SIDE:
         raise BadImage(f"claims {header.width} x {header.height} px; at most {MAX_SIDE} are accepted")
-    if header.width != header.height:
+    if square and header.width != header.height:
         raise BadImage(f"is not square ({header.width} x {header.height} px)")
     if header.colour and not rgb_coded:
         raise BadImage("is a colour image; expected one grey channel per file")
@@ -242,9 +249,9 @@ def read_side(path: Path, rgb_coded: bool = False) -> int:
         return header.width
 
 
-def read_pixels(path: Path, rgb_coded: bool = False) -> np.ndarray:
-    """Decode an image fully into a (side, side) array, or (side, side, 3) if it is rgb_coded; raises BadImage."""
-    with opened(path, rgb_coded) as (header, decode):
+def read_pixels(path: Path, rgb_coded: bool = False, square: bool = True) -> np.ndarray:
+    """Decode an image fully into a (height, width) array, or (height, width, 3) if it is rgb_coded; raises BadImage."""
+    with opened(path, rgb_coded, square) as (header, decode):
         pixels = decode()
     if pixels.shape[:2] != (header.height, header.width):
         raise BadImage(f"decodes to {pixels.shape}, its header says {header.height} x {header.width}")
@@ -448,8 +455,12 @@ def tiff_table(page: tifffile.TiffPage) -> tuple[np.ndarray | None, str]:
 
 
 def tiff_pixels(tiff: tifffile.TiffFile) -> np.ndarray:
-    """Decode the first page, never the series that it may belong to, according to its tags."""
-    page = tiff.pages.first
+    """Decode the first page, never the series that it may belong to."""
+    return page_pixels(tiff.pages.first)
+
+
+def page_pixels(page: tifffile.TiffPage) -> np.ndarray:
+    """Decode one page according to its tags, to (height, width) or (height, width, 3)."""
     stored = page.asarray(squeeze=False, maxworkers=1)  # (planes or 1, 1, height, width, 1 or values per pixel)
     image = np.concatenate(list(stored[:, 0]), axis=-1) if len(stored) > 1 else stored[0, 0]
     image = image[..., 0] if image.shape[-1] == 1 else image

@@ -12,6 +12,7 @@ from common.errors import DATA, nearest
 from common.recipes import DEFAULT, run_name
 
 ArgumentContainer = argparse._ActionsContainer  # a parser, or a group of its flags
+TRACKERS = ("tensorboard", "mlflow", "wandb")  # what they do: TRACKERS in common/train/trackers.py
 SEED = 0  # of trainings, unless stage 04 is given another
 
 
@@ -50,8 +51,11 @@ def parser(description: str) -> Parser:
     return result
 
 
-def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose where networks run; see `hardware.HardwareOptions`."""
+def add_hardware_flags(parser: argparse.ArgumentParser, units: str = "folds") -> None:
+    """Add the flags that choose where networks run; see `hardware.HardwareOptions`.
+
+    units : what jobs work on
+    """
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu (default: a GPU if available)")
     parser.add_argument(
         "--precision",
@@ -69,8 +73,8 @@ def add_hardware_flags(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         type=jobs,
         metavar="N",
-        help="folds to work on at once, each with its share of the cores and, if there are several GPUs, its own GPU "
-        "(default: the number of GPUs, 1 on a CPU; more is worthwhile for small networks)",
+        help=f"{units} to work on at once, each with its share of the cores and, if there are several GPUs, its own "
+        "GPU (default: the number of GPUs, 1 on a CPU; more is worthwhile for small networks)",
     )
     parser.add_argument(
         "--fast",
@@ -94,6 +98,25 @@ def add_weight_flags(parser: ArgumentContainer) -> None:
         type=Path,
         metavar="DIR",
         help="folder of published weights, also for downloads (default: torch's hub cache)",
+    )
+
+
+def add_tracking_flags(parser: ArgumentContainer) -> None:
+    """Add --track, and --tensorboard for one of its values; see `tracker_names` for the values."""
+    parser.add_argument(
+        "--track",
+        action="extend",
+        type=tracker_names,
+        default=[],
+        metavar="A,B",
+        help=f"also record trainings for other programs, after each epoch: {', '.join(TRACKERS)}",
+    )
+    parser.add_argument(
+        "--tensorboard",
+        action="append_const",
+        const="tensorboard",
+        dest="track",
+        help="the same as --track tensorboard; then: tensorboard --logdir WORK/runs",
     )
 
 
@@ -160,6 +183,22 @@ def names(text: str) -> list[str]:
 def recipe_names(text: str) -> list[str]:
     """Parse 'a,b-variant' into a list of distinct run names (see `recipes.run_name`)."""
     return names(",".join(run_name(name) for name in names(text)))
+
+
+def tracker_names(text: str) -> list[str]:
+    """Parse 'tensorboard,mlflow' into a list of trackers."""
+    for name in names(text):
+        if name not in TRACKERS:
+            raise argparse.ArgumentTypeError(f"unknown tracker {name!r}; {nearest(name, TRACKERS, every=True)}")
+    return names(text)
+
+
+def one_run(text: str) -> str:
+    """Parse the name of one run."""
+    values = recipe_names(text)
+    if len(values) > 1:
+        raise argparse.ArgumentTypeError(f"expected one run, found {text!r}")
+    return values[0]
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -94,7 +94,12 @@ def worker_number() -> int | None:
 
 
 def run_jobs(
-    function: Callable[..., object], jobs: Sequence[tuple], n_jobs: int, cluster: str | None, label: str
+    function: Callable[..., object],
+    jobs: Sequence[tuple],
+    n_jobs: int,
+    cluster: str | None,
+    label: str,
+    unit: str = "folds",
 ) -> None:
     """Call `function(*job)` for jobs of minutes or more (a recipe's fold): in turn, in parallel, or elsewhere."""
     if n_jobs == 1 and not cluster:
@@ -103,7 +108,7 @@ def run_jobs(
         return
     with workers(n_jobs, cluster) as n_workers, stopping.held() if cluster is None else nullcontext():
         calls = [(os.getpid(), function, job) for job in jobs]
-        done = run_parallel(_stoppable, calls, n_workers, label, "folds", stopping.SIGNALS)
+        done = run_parallel(_stoppable, calls, n_workers, label, unit, stopping.SIGNALS)
         if any([was_stopped for _, was_stopped in done]) and not stopping.STATE.asked:
             raise UserError(f"{label}: {WORKER_LOST}")
         if cluster is None:  # idle workers only note a SIGTERM, and would be waited for

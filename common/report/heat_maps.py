@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 from captum.attr import LayerGradCam
 
+from common.recipes import Recipe
 from common.train.checkpoints import finished_checkpoint, load_network
-from common.train.dataset import dihedral
+from common.train.dataset import Normalisation, dihedral
 from common.train.fold_data import image_set
 from common.train.hardware import HardwareOptions, choose_hardware
 
@@ -37,15 +38,28 @@ def explain(
     seen = []  # a network's camera and its views of the image
     for fold in numbers:
         path, recipe = finished_checkpoint(work, recipe_name, fold, folds, "best")
-        model, normalise = load_network(path, recipe, hardware)
         planes, _ = image_set(work, recipe, sample)[0]
-        image = torch.from_numpy(planes)
-        images = normalise(torch.stack([dihedral(image, view) for view in VIEWS]), hardware.device)
-        layer = model.get_submodule("encoder.c" if recipe.pooling == "own" else "encoder")
-        seen.append((LayerGradCam(model.eval(), layer), images))
+        seen.append(seen_by(*load_network(path, recipe, hardware), recipe, planes))
+    return probabilities_and_maps(seen, planes.shape[1], choose)
+
+
+def seen_by(
+    model: torch.nn.Module, normalise: Normalisation, recipe: Recipe, planes: np.ndarray
+) -> tuple[LayerGradCam, torch.Tensor]:
+    """Return a network's camera and its normalised views of an image, (4, side, side) uint8."""
+    image = torch.from_numpy(planes)
+    images = normalise(torch.stack([dihedral(image, view) for view in VIEWS]), torch.device("cpu"))
+    layer = model.get_submodule("encoder.c" if recipe.pooling == "own" else "encoder")
+    return LayerGradCam(model.eval(), layer), images
+
+
+def probabilities_and_maps(
+    seen: list[tuple[LayerGradCam, torch.Tensor]], side: int, choose: Callable[[np.ndarray], Iterable[int]]
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Return what `explain` does, from what some networks see of an image of `side` pixels (see `seen_by`)."""
     with torch.no_grad():
         probs = np.mean([camera.forward_func(images).sigmoid().mean(dim=0).numpy() for camera, images in seen], axis=0)
-    return probs, {c: heat_map(seen, c, planes.shape[1]) for c in choose(probs)}
+    return probs, {c: heat_map(seen, c, side) for c in choose(probs)}
 
 
 def heat_map(seen: list[tuple[LayerGradCam, torch.Tensor]], c: int, side: int) -> np.ndarray:

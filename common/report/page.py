@@ -55,11 +55,20 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A small image in a table's cell: data URI, and what it shows."""
+
+    source: str
+    alt: str
+
+
+@dataclass(frozen=True)
 class Table:
     """A table that is sorted by a click on a column.
 
     formats : column -> format of its numbers, or a function that formats them
     wide : whether it takes the whole width
+    filtered : whether it has a field that leaves only the rows with what the reader types
     """
 
     title: str
@@ -67,6 +76,7 @@ class Table:
     text: str
     formats: dict = field(default_factory=dict)
     wide: bool = False
+    filtered: bool = False
     kind: ClassVar[str] = "table"
 
     def rows(self) -> list[tuple[dict, ...]]:
@@ -151,6 +161,8 @@ def cell(value: Any, style: str | Callable[[Any], str] | None) -> dict:
 
     style : format of a number, or a function that formats it; None for the default
     """
+    if isinstance(value, Picture):
+        return {"text": "", "key": value.alt, "number": False, "picture": value}
     if value is None:
         return {"text": "–", "key": "", "number": True}
     if isinstance(value, (tuple, list)):
@@ -172,8 +184,11 @@ def sha256(text: str) -> str:
     return base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
 
 
-def render(title: str, lead: str, sections: list[Section]) -> str:
-    """Return the whole page as HTML."""
+WORK_FOLDER = "Everything here comes from the files of the work folder and the files that its records name."
+
+
+def render(title: str, lead: str, sections: list[Section], origin: str = WORK_FOLDER) -> str:
+    """Return the whole page as HTML; origin : where everything on it comes from, a sentence."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -182,4 +197,6 @@ def render(title: str, lead: str, sections: list[Section]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["sha256"] = sha256
-    return environment.get_template("report.html.jinja").render(title=title, lead=lead, sections=sections)
+    return environment.get_template("report.html.jinja").render(
+        title=title, lead=lead, sections=sections, origin=origin
+    )

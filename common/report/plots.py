@@ -313,3 +313,30 @@ def class_panel(
         for axes in (left, right):
             axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     return made[0]
+
+
+def scatter(
+    name: str,
+    points: np.ndarray,
+    kinds: Sequence[int],
+    labels: Sequence[str],
+    behind: np.ndarray,
+    behind_kinds: Sequence[int],
+) -> Markup:
+    """Draw points (n, 2) in the colour and mark of their kinds, over other points (m, 2), small and pale.
+
+    kinds, behind_kinds : of each point, places in `labels`; the last label is drawn in grey
+    """
+    with drawing(name, width=8.6, height=5.6) as (axes, made):
+        for k, label in enumerate(labels):
+            grey = k == len(labels) - 1
+            colour, marker = (
+                (MUTED, "o") if grey else (SERIES[k % len(SERIES)], MARKERS[k // len(SERIES) % len(MARKERS)])
+            )
+            own, far = points[np.asarray(kinds) == k], behind[np.asarray(behind_kinds) == k]
+            axes.scatter(*far.T, s=11, color=colour, marker=marker, alpha=0.35, linewidths=0)
+            axes.scatter(*own.T, s=26, color=colour, marker=marker, label=label, edgecolors=PAPER, linewidths=0.6)
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+        legend(axes, 4)
+    return made[0]

@@ -1,8 +1,9 @@
 """The artifacts of a work folder, read on demand; a missing one is a UserError that names its stage."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from common.classes import CLASS_NAMES
 from common.data.labels import parse_targets, read_labels
 from common.data.pictures import composite, jpeg, small_planes
 from common.errors import UserError
-from common.recipes import Recipe, recipe_of_run
+from common.recipes import Recipe, continued_of, recipe_of_run
 from common.report.page import Card, data_uri
 from common.score.ensemble import combine, stack_members
 from common.score.members import read_members
@@ -41,6 +42,13 @@ def there(read: Callable[[], T]) -> T | None:
         return read()
     except UserError:
         return None
+
+
+def speed_and_memory(logs: Iterable[pd.DataFrame]) -> dict[str, float]:
+    """Return the median of images per second, and the most memory, over all epochs of some trainings' logs."""
+    columns = ["images_per_second", "memory_mib"]
+    rows = pd.concat([log.reindex(columns=columns).astype(float) for log in logs])
+    return {"images/s": rows["images_per_second"].median(), "memory, MiB": rows["memory_mib"].max()}
 
 
 def recorded_fingerprint(path: Path) -> str | None:
@@ -155,6 +163,13 @@ class Work:
         """Return the recipe of a finished training."""
         parameters = self.run_record(recipe, fold).get("parameters")
         return recipe_of_run(parameters) if parameters else None
+
+    def run_epochs(self, recipe: str, fold: int) -> str:
+        """Return the number of a training's epochs; as a sum, those before and after it got more cycles."""
+        done = len(self.runs[recipe][fold])
+        continued = continued_of(self.run_record(recipe, fold).get("parameters", {}))
+        parts = [0, *(continued["after"] if continued else []), done]
+        return "+".join(str(end - begin) for begin, end in pairwise(parts))
 
     def run_tables(self, recipe: str, name: str) -> dict[int, pd.DataFrame]:
         """Return fold -> a CSV file of a recipe's trainings, of the folds that have it."""

@@ -1,5 +1,8 @@
 """Runs of a work folder side by side: their progress, the settings in which they differ, and their scores."""
 
+import re
+from functools import partial
+
 import pandas as pd
 
 from common.artifacts.files import read_json
@@ -7,12 +10,12 @@ from common.errors import UserError
 from common.experiments import setting_text
 from common.recipes import Recipe, to_dict
 from common.report.page import Table, section
-from common.report.reader import Work
+from common.report.reader import Work, speed_and_memory
 from common.score.compare import run_facts, span
 
 
 def run_table(work: Work) -> pd.DataFrame:
-    """Return a row per run: its folds, epochs, best macro F1 (mean of the folds), minutes, device, and settings.
+    """Return a row per run: its folds, epochs, best macro F1 (mean of the folds), time, memory, device, and settings.
 
     Settings are those that are not the same in all runs that have finished a fold.
     """
@@ -22,7 +25,7 @@ def run_table(work: Work) -> pd.DataFrame:
     for name, logs in work.runs.items():
         records = {fold: work.run_record(name, fold) for fold in logs}
         finished = [fold for fold, record in records.items() if record]
-        epochs = [len(log) for log in logs.values()]
+        epochs = list(dict.fromkeys(work.run_epochs(name, fold) for fold in logs))
         best = [log["macro_f1"].max() for log in logs.values() if "macro_f1" in log]
         seconds = sum(log.reindex(columns=["seconds", "valid_seconds"]).sum().sum() for log in logs.values())
         rows.append(
@@ -30,10 +33,12 @@ def run_table(work: Work) -> pd.DataFrame:
                 "run": name,
                 "finished folds": ",".join(map(str, finished)) or "none",
                 "begun": ",".join(str(fold) for fold in logs if fold not in finished) or "-",
-                "epochs": f"{min(epochs)}-{max(epochs)}" if len(set(epochs)) > 1 else str(epochs[0]),
+                "epochs": ", ".join(epochs),
                 "macro F1": sum(best) / len(best) if best else float("nan"),
                 "minutes": seconds / 60,
+                **speed_and_memory(logs.values()),
                 "device": ", ".join(dict.fromkeys(device_of(record) for record in records.values() if record)) or "-",
+                "started": ", ".join(dict.fromkeys(start_of(record) for record in records.values() if record)) or "-",
                 "settings": settings.get(name, "-"),
             }
         )
@@ -51,6 +56,11 @@ def device_of(record: dict) -> str:
     return f"{hardware['device']}, {hardware.get('precision', '?')}" if hardware.get("device") else "unknown"
 
 
+def start_of(record: dict) -> str:
+    """Return what a finished training started from, without its fold and details."""
+    return re.split(r" fold \d+|,| \(", record.get("start", "unknown"))[0]
+
+
 def differing_settings(recipes: dict[str, Recipe]) -> dict[str, str]:
     """Return for each run its values of the fields that are not the same in all of them, as --set takes them."""
     values = {name: to_dict(recipe) for name, recipe in recipes.items()}
@@ -63,7 +73,14 @@ def differing_settings(recipes: dict[str, Recipe]) -> dict[str, str]:
 
 def run_listing(work: Work) -> str:
     """Return the table of runs as text."""
-    return run_table(work).to_string(index=False, float_format="{:.3f}".format)
+    formats = {"macro F1": "{:.3f}", "minutes": "{:.1f}", "images/s": "{:.1f}", "memory, MiB": "{:.0f}"}
+    formatters = {name: partial(shown, form) for name, form in formats.items()}
+    return run_table(work).to_string(index=False, formatters=formatters)
+
+
+def shown(form: str, value: float) -> str:
+    """Return a number as text; "-" if a log does not have it."""
+    return "-" if pd.isna(value) else form.format(value)
 
 
 @section("Comparison", "Runs scored on the samples that all of them predicted out of fold.")

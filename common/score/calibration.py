@@ -2,8 +2,9 @@
 
 Beta calibration (Kull, Silva Filho and Flach 2017): logit q = a + b log p - c log(1 - p), fitted per class. All classes
 share a normal prior whose mean and covariance are estimated from them (empirical Bayes). So a class with few positives
-leans on the others, and one with many on itself. Expected F1 is highest if exactly the samples with q >= F* / 2 are
-predicted, where F* is that highest F1 (Lipton, Elkan and Narayanaswamy 2014).
+leans on the others, and one with many on itself. Where the labels of many samples disagree with this form, q follows
+them (local likelihood, Loader 1996). Expected F1 is highest if exactly the samples with q >= F* / 2 are predicted,
+where F* is that highest F1 (Lipton, Elkan and Narayanaswamy 2014).
 """
 
 import numpy as np
@@ -16,6 +17,7 @@ CENTRES = EDGES + LIMIT / N_BINS
 FEATURES = np.stack([np.ones(N_BINS), -np.logaddexp(0, -CENTRES), np.logaddexp(0, CENTRES)])
 IDENTITY = np.array([0.0, 1.0, 1.0])  # a, b, c for probabilities that are already calibrated
 ROUNDS = 10  # of estimating the prior; the scores are the same after 5 or 30
+WIDTH, PRECISION, LARGEST = 1.0, 5.0, 3.0  # of the local offsets, in the logit
 
 
 def logit_counts(targets: np.ndarray, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,6 +79,36 @@ def fit_calibration(positives: np.ndarray, everything: np.ndarray) -> tuple[np.n
     return coefs, mean
 
 
+def class_calibration(targets: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Return each class's coefficients for `calibrated`, (n_classes, 3); a class without positives has their mean."""
+    coefs, mean = fit_calibration(*logit_counts(targets, probs))
+    return np.where(targets.any(axis=0, keepdims=True).T, coefs, mean)
+
+
+def calibrated(probs: np.ndarray, coefs: np.ndarray) -> np.ndarray:
+    """Return calibrated probabilities, (n, n_classes) float32: shares of samples like these that have the class.
+
+    coefs : (n_classes, 3) of `class_calibration`
+    """
+    logits = np.clip(logit(probs.astype(np.float64)), -LIMIT, LIMIT)
+    a, b, c = coefs.T
+    return expit(a - b * np.logaddexp(0, -logits) + c * np.logaddexp(0, logits)).astype(np.float32)
+
+
+def local_offsets(logits: np.ndarray, positives: np.ndarray, everything: np.ndarray) -> np.ndarray:
+    """Return what to add to calibrated logits so that they follow the labels nearby, (n_classes, n_bins).
+
+    logits : (n_classes, n_bins) calibrated logits of the bins
+    positives, everything : what `logit_counts` returns
+    An offset is one Newton step of the likelihood of the samples nearby, weighted by a Gaussian of WIDTH, with a normal
+    prior around 0 of the given PRECISION. So it stays near 0 where samples are few.
+    """
+    nearby = np.exp(-(((CENTRES[:, None] - CENTRES) / WIDTH) ** 2) / 2)
+    q = expit(logits)
+    observed, expected, variance = (counts @ nearby for counts in (positives, everything * q, everything * q * (1 - q)))
+    return np.clip((observed - expected) / (variance + PRECISION), -LARGEST, LARGEST)
+
+
 def expected_f1_curves(everything: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Return the expected F1 if all samples from a bin upwards are predicted, (n_classes, n_bins)."""
     predicted, right = (counts[:, ::-1].cumsum(axis=1)[:, ::-1] for counts in (everything, everything * q))
@@ -90,7 +122,8 @@ def calibrated_thresholds(targets: np.ndarray, probs: np.ndarray) -> np.ndarray:
     """
     positives, everything = logit_counts(targets, probs)
     coefs, mean = fit_calibration(positives, everything)
-    q = expit(coefs @ FEATURES)
+    logits = coefs @ FEATURES
+    q = expit(logits + local_offsets(logits, positives, everything))
     curves = expected_f1_curves(everything, q)
     best = curves.max(axis=1)
     last = N_BINS - 1 - curves[:, ::-1].argmax(axis=1)  # the highest bin with that F1: those below it are empty

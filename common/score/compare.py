@@ -153,7 +153,9 @@ def run_facts(layout: Layout, name: str) -> str:
     record = layout.predictions(name, "oof")
     numbers = read_sidecar(record)["parameters"].get("folds", []) if sidecar(record).is_file() else []
     networks = [layout.network(name, fold) for fold in numbers]
-    seconds = sum(read_sidecar(path).get("seconds", 0) for path in networks if sidecar(path).is_file())
+    records = [read_sidecar(path) for path in networks if sidecar(path).is_file()]
+    # Of earlier versions, only the seconds of the command that finished the training are known.
+    seconds = sum(record.get("train_seconds", record.get("seconds", 0)) for record in records)
     return f"folds {','.join(map(str, numbers))}" + (f", trained {seconds / 60:.1f} min" if seconds else "")
 
 

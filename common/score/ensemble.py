@@ -6,6 +6,7 @@ import numpy as np
 
 from common.errors import UserError, listing
 from common.process.progress import progress
+from common.score.calibration import class_calibration
 from common.score.metrics import macro_f1
 from common.score.thresholds import FEW, METHODS, cross_fit, evaluate_thresholds, find_thresholds, repeated_folds
 
@@ -115,6 +116,7 @@ def evaluate_ensemble(
     """Find weights and thresholds, and score them, their parts and their alternatives.
 
     Returns plain types for thresholds.json: all that `evaluate_thresholds` returns, and
+    calibration : coefficients of each class (see `calibration.calibrated`), for combinations other than rank
     combine, weights : how `combine` makes one prediction from the members
     members : score_cross_fitted of each alone; leave_one_out = how the ensemble's score would change without it
     combinations, methods : score_cross_fitted of each way of combining (with this method) and of each method
@@ -139,6 +141,7 @@ def evaluate_ensemble(
         "combine": how,
         "weights": weights.tolist(),
         **result,
+        **({} if how == "rank" else {"calibration": class_calibration(targets, mixed).tolist()}),
         "members": [
             {
                 "name": name,

@@ -59,9 +59,9 @@ def check_networks(work: Path, recipes: list[str], part: str, made_by: str) -> N
 
 
 def check_origin(work: Path, recipes: list[str], part: str) -> None:
-    """Refuse predictions of a part that stage 05 did not write, or whose networks were trained on another folds.csv.
+    """Refuse predictions of a part that stage 05 did not write, or whose networks are not those of now.
 
-    Scores on changed folds or labels would not be out of fold.
+    Scores of networks that were trained on changed folds or labels would not be out of fold.
     """
     layout = Layout(work)
     for name in recipes:
@@ -80,6 +80,15 @@ def check_origin(work: Path, recipes: list[str], part: str) -> None:
                     f"{path} comes from networks that were trained on another {layout.folds}, for example {network}; "
                     f"run: {train}, then {again}"
                 )
+            if trained and is_older(layout.predictions(name, part, fold), network):
+                raise UserError(f"{path} is of an earlier training of fold {fold} of {name}; run: {again}")
+
+
+def is_older(predictions: Path, network: Path) -> bool:
+    """Tell whether one fold's predictions are those of an earlier best network than the finished training's."""
+    record = read_sidecar(predictions) if sidecar(predictions).is_file() else {"parameters": {}}
+    now = read_sidecar(network)["outputs"].get(network.name)
+    return record["parameters"].get("checkpoint") == "best" and record["inputs"].get("network") != now
 
 
 def folds_behind(work: Path, recipes: list[str], part: str) -> dict:

@@ -102,7 +102,8 @@ def impossible_part(thresholds: dict) -> str:
         f"{N_CLASSES} thresholds from 0 to 1": are_shares(thresholds["thresholds"])
         and len(thresholds["thresholds"]) == N_CLASSES,
         f"combine to be one of {', '.join(COMBINATIONS)}": thresholds["combine"] in COMBINATIONS,
-        "one weight from 0 to 1 per network, with sum 1": are_shares(weights)
+        "one weight from 0 to 1 per network, with sum 1": isinstance(names, list)
+        and are_shares(weights)
         and len(weights) == len(names)
         and abs(sum(weights) - 1) < 1e-3,
         "argmax or empty as fallback": thresholds.get("fallback", "argmax") in ("argmax", "empty"),
@@ -110,6 +111,9 @@ def impossible_part(thresholds: dict) -> str:
         or are_shares(thresholds["interval"])
         and len(thresholds["interval"]) == 2
         and are_shares([thresholds.get("score_cross_fitted")]),
+        "lists of numbers by network as folds": are_folds(thresholds.get("folds", {})),
+        f"three numbers for each of {N_CLASSES} classes as calibration": "calibration" not in thresholds
+        or are_coefficients(thresholds["calibration"]),
         f"class and positives of {N_CLASSES} classes as per_class, and n_samples": "per_class" not in thresholds
         or are_counts(thresholds["per_class"])
         and is_count(thresholds.get("n_samples"))
@@ -120,6 +124,21 @@ def impossible_part(thresholds: dict) -> str:
 
 def are_shares(values: object) -> bool:
     return isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
+
+
+def are_folds(values: object) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(numbers, list) and all(map(is_count, numbers)) for numbers in values.values()
+    )
+
+
+def are_coefficients(rows: object) -> bool:
+    return (
+        isinstance(rows, list)
+        and len(rows) == N_CLASSES
+        and all(isinstance(row, list) and len(row) == 3 for row in rows)
+        and all(type(value) in (int, float) and abs(value) < 1e300 for row in rows for value in row)
+    )
 
 
 def are_counts(rows: object) -> bool:

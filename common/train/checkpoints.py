@@ -18,7 +18,7 @@ from common.artifacts.stage import Stage, read_sidecar, sidecar
 from common.artifacts.versions import made_with
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, first_line
-from common.recipes import Recipe, from_dict, recipe_of_run, to_dict
+from common.recipes import Recipe, asked_recipe, from_dict, recipe_of_run, to_dict
 from common.train.dataset import Normalisation
 from common.train.fold_data import training_inputs
 from common.train.hardware import Hardware, set_kernels
@@ -152,15 +152,23 @@ def check_recipe(path: Path, saved: dict, recipe: Recipe) -> None:
         )
 
 
+def relabel(path: Path, recipe: Recipe) -> None:
+    """Write a recipe into a network's file, of a training that has got more cycles; leave it alone if it is there."""
+    saved = load_checkpoint(path)
+    if saved["recipe"] != to_dict(recipe):
+        save_checkpoint(path, {**saved, "recipe": to_dict(recipe)})
+
+
 def made_from(folder: Path) -> dict | None:
     """Return what a fold's finished or unfinished training was made from; None without a training."""
     if sidecar(folder / "best.pt").is_file():
         return read_sidecar(folder / "best.pt")
     if (folder / "last.pt").is_file():
-        made = load_checkpoint(folder / "last.pt").get("made_from", {})
+        saved = load_checkpoint(folder / "last.pt")
+        made = saved.get("made_from", {})
         if not all(isinstance(made.get(part), dict) for part in ("parameters", "inputs")):
             raise UserError(f"{folder / 'last.pt'} does not record what it was made from; {TRAIN_AGAIN}")
-        return made
+        return {**made, **{key: saved[key] for key in ("start", "start_file") if saved.get(key)}}
     return None
 
 
@@ -208,7 +216,7 @@ def check_alike(work: Path, name: str, numbers: list[int]) -> None:
         path = Layout(work).network(name, fold)
         if not sidecar(path).is_file():
             continue
-        recipe = to_dict(recipe_of_run(read_sidecar(path)["parameters"]))
+        recipe = to_dict(asked_recipe(read_sidecar(path)["parameters"]))
         first = first or (fold, recipe)
         changed = [f"{key} {first[1][key]} and {value}" for key, value in recipe.items() if value != first[1][key]]
         if changed:

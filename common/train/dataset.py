@@ -322,11 +322,14 @@ def one_thread() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def loader(dataset: Dataset, workers: int, pinned: bool, batches: Iterable[Any]) -> Iterable[Batch]:
+def loader(
+    dataset: Dataset, workers: int, pinned: bool, batches: Iterable[Any], collate: Callable[..., Any] = collate
+) -> Iterable[Any]:
     """Return an iterable of the given batches, lists of the dataset's keys, in their order.
 
     workers : processes that load them; small batches need none, since a DataLoader's own work takes as long
     pinned : whether batches are in memory that a GPU copies from by itself
+    collate : function of a batch's items, and pinned -> the batch
     """
     if not workers:
         return (collate([dataset[key] for key in keys], pinned) for keys in batches)

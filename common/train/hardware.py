@@ -256,6 +256,20 @@ class Fitting:
     size: int | None = None
 
 
+def memory_mib(device: torch.device) -> int:
+    """Return the memory of this process in MiB: on a GPU what its tensors took at most, else what is resident now."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return round(resident / 2**20)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Measure a GPU's memory from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep up to 256 MB of freed memory for the next batch.
 

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -22,12 +23,14 @@ from common.errors import UserError
 from common.process import stopping
 from common.process.progress import progress
 from common.recipes import Recipe
-from common.score.metrics import macro_f1
+from common.score.metrics import class_f1, macro_f1
+from common.score.thresholds import cross_fit
 from common.train.checkpoints import (
     Writer,
     check_recipe,
     check_unfinished,
     load_checkpoint,
+    relabel,
     restoring,
     save_checkpoint,
     snapshot,
@@ -45,15 +48,15 @@ from common.train.dataset import (
 )
 from common.train.distributed import Team
 from common.train.fold_data import FoldData, load_fold, training_inputs
-from common.train.hardware import Hardware
+from common.train.hardware import Hardware, memory_mib, reset_peak_memory
 from common.train.jobs import Job, training_hardware
 from common.train.losses import class_mix, sample_losses, sample_table, save_telemetry
 from common.train.lr_finder import found_rates
 from common.train.predict import predict_logits, views
 from common.train.run import Run, check_team, epoch_batches, new_run
-from common.train.schedules import is_evaluated, is_over, rate_factor
+from common.train.schedules import has_ended, is_evaluated, rate_factor
 from common.train.step import train_step
-from common.train.tensorboard import scalars
+from common.train.trackers import Tracked, tracking
 
 CHECKPOINT_SECONDS = 300  # between checkpoints within an epoch
 EPOCH_SECONDS = 10  # between checkpoints after epochs
@@ -90,10 +93,15 @@ def train_job(job: Job) -> None:
             check_unfinished(stage)
         folds = Layout(job.work).read_folds()
         data = load_fold(job.work, folds, job.fold, job.recipe, job.start.normalisation)
-        stage.check_unchanged(training_inputs(job.work, folds, job.recipe))  # the job may have waited for days
+        # The job may have waited for days.
+        stage.check_unchanged({**training_inputs(job.work, folds, job.recipe), **job.start.inputs()})
         check_team(job.recipe, len(data.train), hardware)
+        reset_peak_memory(hardware.device)
         run = begin_fold(job, data, hardware)
-        with scalars(job.folder, run.history) if job.tensorboard and team.is_main else nullcontext() as note:
+        if run.continued and team.is_main:
+            relabel(job.folder / "best.pt", job.recipe)
+        tracked = Tracked(job.work, job.folder, job.label, stage.parameters)
+        with tracking(job.track if team.is_main else (), tracked, run.history) as note:
             train_fold(run, job, data, note)
         if team.is_main:
             # The rest is not sealed: last.pt may be deleted to free its space.
@@ -115,11 +123,12 @@ def begin_fold(job: Job, data: FoldData, hardware: Hardware) -> Run:
         print(f"{job.label}: resuming at {place}", flush=True)
         return run
     print(f"{job.label}: {job.start.describe()}", flush=True)
-    weights, rates = job.start.read(), job.recipe.group_learning_rates
+    weights, rates = job.start.read(job.recipe), job.recipe.group_learning_rates
     if job.recipe.finder != "off":
         rates = found_rates(job, data, hardware, weights)
     run = new_run(job.recipe, data, hardware, job.fold, job.seed, weights, rates)
     run.start = job.start.describe()
+    run.start_file = job.stage.way_to(job.start.file) if job.start.file else ""
     return run
 
 
@@ -127,8 +136,10 @@ def sealed_with(run: Run) -> dict:
     """Return the notes for a finished training's sidecar."""
     return {
         "epochs": run.epoch,
+        "train_seconds": round(sum(row["seconds"] + row.get("valid_seconds", 0) for row in run.history), 1),
         "score_best": run.best_score,
         "start": run.start,
+        "start_file": run.start_file,
         "hardware": run.hardware.record(),
         "returns": run.returns,
         "mean": list(run.normalise.mean),
@@ -218,7 +229,9 @@ class Saver:
         """Keep the network of the best epoch; save now and then, and at the end."""
         run = self.run
         if "macro_f1" in row and row["macro_f1"] > run.best_score:
-            run.best_score, self.best = row["macro_f1"], snapshot(run.network_state())
+            trained_on = {"folds.csv": self.made_from["inputs"].get("folds.csv", ""), "fold": self.job.fold}
+            run.best_score = row["macro_f1"]
+            self.best = {**snapshot(run.network_state()), "trained_on": trained_on}
         if is_finished(run) or time.monotonic() - self.saved > EPOCH_SECONDS:
             self.save()
 
@@ -273,7 +286,7 @@ def is_finished(run: Run) -> bool:
     """Tell whether training is over: at the recipe's maximum, or when its schedule says so after an epoch."""
     if run.epoch == 0 or run.step:
         return False
-    return run.epoch == run.recipe.epochs or is_over(run.recipe, run.epoch, run.valid_losses)
+    return has_ended(run.recipe, run.epoch, run.valid_losses, run.continued)
 
 
 # --- an epoch ----------------------------------------------------------------------------------------------
@@ -445,13 +458,15 @@ def close_epoch(run: Run, data: FoldData, feed: Iterator[Batch]) -> dict:
         "learning_rate": run.optimizer.param_groups[-1]["lr"],
         "train_loss": run.loss_sum / max(1, run.step - run.skipped),
         "seconds": round(run.seconds, 2),
+        "images_per_second": round(run.step * min(recipe.batch_size, len(data.train)) / max(run.seconds, 1e-3), 1),
         "hardware": str(run.hardware),
         **({} if run.epoch else {"start": run.start}),
     }
     if is_evaluated(recipe, run.epoch):
         started = time.monotonic()
-        row["valid_loss"], row["macro_f1"] = evaluate(run, data, feed)
+        row |= evaluate(run, data, feed)
         row["valid_seconds"] = round(time.monotonic() - started, 2)
+    row["memory_mib"] = memory_mib(run.hardware.device)
     if run.skipped:
         row["skipped"] = run.skipped
     if run.returns:
@@ -470,8 +485,11 @@ def close_ranking(run: Run, data: FoldData, epoch: int) -> None:
     run.ranking[0] = 0
 
 
-def evaluate(run: Run, data: FoldData, feed: Iterator[Batch]) -> tuple[float, float]:
-    """Return the mean loss and the macro F1 at 0.5 on the whole validation images; raises NotFinite."""
+def evaluate(run: Run, data: FoldData, feed: Iterator[Batch]) -> dict:
+    """Return the mean loss and scores on the whole validation images, for the log; raises NotFinite.
+
+    macro_f1, class_f1 : at 0.5, (28,); macro_f1_thresholds : with thresholds that were found on other images
+    """
     team, valid = run.hardware.team, data.valid
     for network in dict.fromkeys((run.model, run.trained)):
         team.share_buffers(network)
@@ -486,4 +504,19 @@ def evaluate(run: Run, data: FoldData, feed: Iterator[Batch]) -> tuple[float, fl
             f"the validation of epoch {run.epoch + 1}",
             pd.DataFrame({"Id": valid.ids[wrong.numpy()], "loss": losses[wrong].tolist()}),
         )
-    return losses.double().mean().item(), macro_f1(valid.targets, (logits > 0).numpy())
+    per_class = class_f1(valid.targets, (logits > 0).numpy())
+    return {
+        "valid_loss": losses.double().mean().item(),
+        "macro_f1": float(per_class.mean()),
+        "macro_f1_thresholds": score_with_thresholds(valid.targets, logits.sigmoid().numpy()),
+        "class_f1": per_class.round(4).tolist(),
+    }
+
+
+def score_with_thresholds(targets: np.ndarray, probs: np.ndarray) -> float:
+    """Return macro F1 of (n, 28) with the paper's thresholds, each fifth of the samples with those of the others."""
+    if len(targets) < 2:
+        return macro_f1(targets, probs >= 0.5)
+    fifths = np.arange(len(targets)) % 5
+    (predicted,) = cross_fit(targets, probs, fifths, "greedy", folds=[fifths])
+    return macro_f1(targets, predicted)

@@ -35,7 +35,7 @@ def find_lr(job: Job) -> None:
     data = load_fold(job.work, Layout(job.work).read_folds(), job.fold, job.recipe, job.start.normalisation)
     hardware = training_hardware(job)
     with job.stage.lock() if hardware.team.is_main else nullcontext():
-        found_rates(job, data, hardware, job.start.read())
+        found_rates(job, data, hardware, job.start.read(job.recipe))
 
 
 def found_rates(job: Job, data: FoldData, hardware: Hardware, weights: dict | None) -> tuple[float, ...]:

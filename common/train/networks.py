@@ -442,10 +442,18 @@ def build_head(features: int, n_classes: int, recipe: Recipe) -> nn.Sequential:
 
 
 def build_model(recipe: Recipe, n_classes: int, weights: dict | None = None) -> Classifier:
-    """Return the recipe's network; parameters not in `weights` are drawn from torch's global generator."""
-    encoder, features = build_encoder(recipe, weights)
+    """Return the recipe's network; parameters not in `weights` are drawn from torch's global generator.
+
+    weights : of the encoder, see `build_encoder`; also of the whole head, if they have names after "head."
+    """
+    of_head = {name.removeprefix("head."): w for name, w in (weights or {}).items() if name.startswith("head.")}
+    encoder, features = build_encoder(
+        recipe, {name: w for name, w in weights.items() if not name.startswith("head.")} if weights else None
+    )
     pooled = 2 * features if recipe.pooling == "acp" else features
     head = build_head(pooled, n_classes, recipe)
+    if of_head:
+        head.load_state_dict(of_head)
     pool, split = build_pool(recipe.pooling), encoder_of(recipe.encoder).split
     if recipe.checkpointing and isinstance(encoder, TimmEncoder):
         encoder.recompute()

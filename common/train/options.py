@@ -2,12 +2,58 @@
 
 import argparse
 
+from common.errors import UserError
 from common.process import command_line
+
+
+def check_starts(args: argparse.Namespace) -> None:
+    """Refuse flags that start a training in two ways."""
+    given = [
+        flag
+        for flag, value in (
+            ("--more-cycles", args.more_cycles),
+            ("--start-from", args.start_from),
+            ("--pretrained", args.pretrained not in ("auto", "none")),
+            ("--force", args.force and args.more_cycles),
+            ("--find-lr", args.find_lr and args.more_cycles),
+        )
+        if value
+    ]
+    if args.start_from and args.pretrained == "none":
+        given.append("--pretrained none")
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} contradict each other; give one of them")
+
+
+def add_listing_flags(parser: argparse.ArgumentParser) -> None:
+    """Add to a command line what it lists instead of training."""
+    parser.add_argument(
+        "--list-runs", action="store_true", help="only print the runs in --work: state, score, settings that differ"
+    )
+    parser.add_argument("--list-recipes", action="store_true", help="only print the recipes and their networks")
+    parser.add_argument(
+        "--list-encoders", nargs="?", const="", metavar="PATTERN", help="only print encoders; with PATTERN also timm's"
+    )
+    parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Add to a command line where a training starts, how it runs, and on what hardware."""
     command_line.add_weight_flags(parser)
+    parser.add_argument(
+        "--start-from",
+        type=command_line.one_run,
+        metavar="RUN",
+        help="start each fold from the best network of the same fold of another run in --work, for example of smaller "
+        "images; encoder, and head if it fits",
+    )
+    parser.add_argument(
+        "--more-cycles",
+        type=command_line.positive,
+        metavar="N",
+        help="continue finished trainings from last.pt for up to N cycles beyond their first end; the schedule and the "
+        "rule to end early stay",
+    )
     parser.add_argument(
         "--seed",
         type=command_line.not_negative,
@@ -41,10 +87,6 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         choices=("channels-last", "contiguous"),
         help="memory layout of tensors during training (default: channels-last, the faster one)",
     )
-    parser.add_argument(
-        "--tensorboard",
-        action="store_true",
-        help="also write the log as scalars for TensorBoard, after each epoch: tensorboard --logdir WORK/runs",
-    )
+    command_line.add_tracking_flags(parser)
     command_line.add_hardware_flags(parser)
     command_line.add_cluster_flag(parser)

@@ -19,7 +19,7 @@ from common.data.folds import fold_numbers
 from common.errors import UserError, is_out_of_memory
 from common.process import stopping
 from common.process.progress import progress
-from common.recipes import Recipe
+from common.recipes import Recipe, asked_recipe
 from common.score.ensemble import mean_predictions
 from common.train.checkpoints import finished_checkpoint, load_network
 from common.train.dataset import BATCH, Batch, ImageSet, Normalisation, dihedral, loader, on_device, whole_batches
@@ -63,6 +63,10 @@ class PredictionJob:
     def network(self) -> tuple[Path, Recipe]:
         """Return the checkpoint to predict with and its recipe; raises UserError, see `finished_checkpoint`."""
         return finished_checkpoint(self.work, self.name, self.fold, self.folds, self.settings["checkpoint"])
+
+    def asked(self) -> Recipe:
+        """Return the recipe of a finished training, as it was before the training got more cycles."""
+        return asked_recipe(read_sidecar(Layout(self.work).network(self.name, self.fold))["parameters"])
 
     def stage(self, part: str, network: Path, recipe: Recipe) -> Stage:
         """Return stage 05's output for one part of the samples."""
@@ -137,7 +141,8 @@ def predicted_folds(job: PredictionJob, numbers: list[int]) -> dict[str, list[in
     """
     job = replace(job, fold=numbers[0])
     found = {part: list(numbers) for part in job.parts}
-    recipe = job.network()[1]
+    job.network()  # raises UserError if there is none
+    recipe = job.asked()
     for fold in (fold for fold in fold_numbers(job.folds) if fold not in numbers):
         other = replace(job, fold=fold)
         made = [part for part in found if sidecar(other.file(part)).is_file()]
@@ -150,14 +155,17 @@ def predicted_folds(job: PredictionJob, numbers: list[int]) -> dict[str, list[in
 
 
 def why_not_current(job: PredictionJob, parts: list[str], recipe: Recipe) -> dict[str, str | None]:
-    """Return for each part why its predictions are not up to date with this recipe's network; None if they are."""
+    """Return for each part why its predictions are not up to date with the network of this recipe, as it was asked for.
+
+    None for parts that are up to date.
+    """
     if not parts:
         return {}
     try:
         path, own = job.network()
     except UserError as error:
         return dict.fromkeys(parts, str(error))
-    if own != recipe:
+    if job.asked() != recipe:
         return dict.fromkeys(parts, f"fold {job.fold} was trained with another recipe")
     return {part: job.stage(part, path, own).why_stale() for part in parts}
 
@@ -173,6 +181,7 @@ def views(tta: str, crop: int | None = None) -> list[View]:
     """
 
     def window(images: torch.Tensor, side: int, top: float, left: float) -> torch.Tensor:
+        side = min(side, *images.shape[-2:])  # new images may be smaller
         rows, columns = round(top * (images.shape[-2] - side)), round(left * (images.shape[-1] - side))
         return images[..., rows : rows + side, columns : columns + side]
 
@@ -204,27 +213,38 @@ def predict_logits(
     feed : iterator whose next batches are those of `whole_batches`, on the device; None to load them
     fitting : the batch size that fits into memory, if known; updated here
     """
-    model.eval()
     fitting = fitting or Fitting()
     parts = whole_batches(dataset, batch_size)
     batches = islice(feed, len(parts)) if feed else loaded(dataset, parts, hardware)
-
-    @torch.inference_mode()  # not around the loader, which may be receiving a later training batch
-    def logits_of(images: torch.Tensor) -> torch.Tensor:
-        images = normalise(images, hardware.device)
-        with hardware.casting():
-            logits = torch.stack([model(view(images)).float() for view in tta_views])
-        if hardware.autocast == torch.float16 and not logits.isfinite().all():  # an overflow, which 32 bits avoid
-            logits = torch.stack([model(view(images)) for view in tta_views])
-        return logits
-
-    done = [torch.empty(len(tta_views), 0, N_CLASSES, device=hardware.device)]
+    logits_of = outputs_of_views(model, normalise, hardware, tta_views)
+    done = []
     for images, _ in progress(batches, len(parts), label or "", unit="batches", quiet=not label):
         stopping.check()
         done.append(in_parts_that_fit(logits_of, images, fitting))
-    result = torch.empty(len(tta_views), len(dataset), N_CLASSES)
-    result[:, np.concatenate([*parts, np.zeros(0, dtype=int)])] = torch.cat(done, dim=1).cpu()
+    if not done:
+        return torch.empty(len(tta_views), 0, N_CLASSES)
+    outputs = torch.cat(done, dim=1).cpu()
+    result = torch.empty_like(outputs)
+    result[:, np.concatenate(parts)] = outputs
     return result
+
+
+def outputs_of_views(
+    model: torch.nn.Module, normalise: Normalisation, hardware: Hardware, tta_views: Sequence[View]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function from images (n, 4, h, w) uint8 to what the model returns for each view, (n_views, n, ...)."""
+    model.eval()
+
+    @torch.inference_mode()  # not around the loader, which may be receiving a later training batch
+    def outputs_of(images: torch.Tensor) -> torch.Tensor:
+        images = normalise(images, hardware.device)
+        with hardware.casting():
+            outputs = torch.stack([model(view(images)).float() for view in tta_views])
+        if hardware.autocast == torch.float16 and not outputs.isfinite().all():  # an overflow, which 32 bits avoid
+            outputs = torch.stack([model(view(images)) for view in tta_views])
+        return outputs
+
+    return outputs_of
 
 
 def loaded(dataset: ImageSet, parts: list[np.ndarray], hardware: Hardware) -> Iterator[Batch]:

@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 
 from common.artifacts.arrays import refuse_inflated
 from common.artifacts.files import clear_leftovers
-from common.artifacts.stage import fingerprint
+from common.artifacts.stage import fingerprint, read_sidecar, sidecar
+from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, first_line
 from common.process.progress import progress
 from common.recipes import TIMM_PREFIX, Recipe
 from common.train.dataset import Normalisation
-from common.train.networks import build_encoder, check_encoder, encoder_of
+from common.train.networks import build_encoder, build_model, check_encoder, encoder_of
 from common.train.published import Published
 from common.train.timm_encoders import timm_tensors
 
@@ -248,6 +249,90 @@ def read_weights(path: Path, encoder: str = "") -> dict[str, torch.Tensor]:
     return tensors
 
 
+def read_head(path: Path, recipe: Recipe) -> tuple[dict[str, torch.Tensor], str]:
+    """Return a file's head, under the names of the recipe's own; an empty one where it does not fit, and why.
+
+    It fits if all its tensors have the shapes of the recipe's, which includes the number of classes, and if the classes
+    that a checkpoint of this project names are ours.
+    """
+    saved = read_file(path)
+    classes = saved.get("classes") if isinstance(saved, dict) else None
+    if isinstance(classes, (list, tuple)) and [*map(str, classes)] != list(CLASS_NAMES):
+        return {}, "the file's is for other classes"
+    found = head_tensors(unwrapped(saved))
+    if not found:
+        return {}, "the file has none"
+    with torch.device("meta"):
+        own = build_model(recipe, N_CLASSES).head.state_dict()
+    if found.keys() == {"weight", "bias"}:  # the last layer of another program's network
+        found = {f"{list(own)[-1].partition('.')[0]}.{name}": tensor for name, tensor in found.items()}
+    if rows(found) != rows(own):
+        return {}, f"the file's has {rows(found)} classes, expected {rows(own)}"
+    if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in own.items()}:
+        return {}, "the file's has other layers"
+    if not all(tensor.float().isfinite().all() for tensor in found.values()):
+        return {}, "the file's has weights that are NaN or infinite"
+    return found, ""
+
+
+def head_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a network's head or last linear layer, without its name before theirs."""
+    state = {WRAPPED_NAME.sub("", name): tensor for name, tensor in state.items()}
+    for part in ("", *NETWORK_NAMES):
+        for layer in ("head.", "fc.", "classifier.", "last_linear."):
+            start = part + layer
+            found = {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
+            if found:
+                return found
+    return {}
+
+
+def rows(head: dict[str, torch.Tensor]) -> int:
+    """Return the number of outputs of a head: the length of its last tensor."""
+    return len(list(head.values())[-1]) if list(head.values())[-1].ndim else 0
+
+
+def trained_on(path: Path) -> tuple[str, int] | None:
+    """Return what one of this project's networks was trained on: the digest of folds.csv, and the fold left out.
+
+    ("", -1) for a checkpoint that does not say; None for other programs' files.
+    """
+    saved = read_file(path)
+    if not isinstance(saved, dict) or not {"model", "classes", "recipe"} <= saved.keys():
+        return None
+    made = saved.get("made_from", read_sidecar(path) if sidecar(path).is_file() else {})
+    try:
+        own = saved.get("trained_on") or {**made["inputs"], **made["parameters"]}
+        folds, fold = own["folds.csv"], own["fold"]
+    except (KeyError, TypeError):
+        return "", -1
+    return (folds, fold) if isinstance(folds, str) and isinstance(fold, int) else ("", -1)
+
+
+def check_unseen(path: Path, folds_csv: Path, numbers: list[int]) -> None:
+    """Refuse a network that was trained on the validation samples of a fold that is to start from it.
+
+    Warns where that cannot be known. numbers : the folds to train
+    """
+    origin = trained_on(path)
+    if origin is None:
+        return
+    folds, own = origin
+    seen = [fold for fold in numbers if fold != own]
+    if folds != fingerprint(folds_csv):
+        print(
+            f"warning: {path} is a network of this project that does not belong to {folds_csv}; if it was trained on "
+            "samples of this competition, it has seen validation samples, and out-of-fold scores are too good",
+            flush=True,
+        )
+    elif seen:
+        raise UserError(
+            f"--pretrained {path} is the network of fold {own}, which was trained on the validation samples of "
+            f"{'folds' if len(seen) > 1 else 'fold'} {', '.join(map(str, seen))}, so out-of-fold scores would be "
+            f"too good; give --folds {own}, or --start-from RUN, which starts each fold from its own network"
+        )
+
+
 def unwrapped(state: Any) -> Any:
     """Return a network's parameters from a saved object: those under the first of WRAPPERS, else the only ones."""
     for _ in range(DEPTH):
@@ -320,11 +405,16 @@ class Start:
     file: Path | None = None
     normalisation: Normalisation | None = None  # of the weights; None = of the data
     reason: str = "as requested"  # why random
-    encoder: str = ""  # whose parameters the file has
+    name: str = ""  # of the run that the file belongs to
+    parts: str = ""  # what is taken from the file, in words
+    with_head: bool = False
 
-    def read(self) -> dict[str, torch.Tensor] | None:
-        """Return the encoder's parameters, None for random ones."""
-        return read_weights(self.file, self.encoder) if self.file else None
+    def read(self, recipe: Recipe) -> dict[str, torch.Tensor] | None:
+        """Return parameters of the encoder, and of the head if it fits, see `build_model`; None for random ones."""
+        if not self.file:
+            return None
+        head = read_head(self.file, recipe)[0] if self.with_head else {}
+        return {**read_weights(self.file, recipe.encoder), **{f"head.{name}": tensor for name, tensor in head.items()}}
 
     def inputs(self) -> dict:
         """Return the file's fingerprint for a sidecar."""
@@ -332,13 +422,16 @@ class Start:
 
     def describe(self) -> str:
         """Describe briefly what training starts from and how images are normalised, for logs and records."""
-        weights = f"from {self.file.name}" if self.file else f"from random weights ({self.reason})"
+        weights = f"from random weights ({self.reason})"
+        if self.file:
+            weights = f"from {self.name or self.file.name}" + (f" ({self.parts})" if self.parts else "")
         return f"{weights}, images normalised {'for these weights' if self.normalisation else 'by the data'}"
 
 
-def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
+def start_from(recipe: Recipe, pretrained: str, file: Path | None, name: str = "") -> Start:
     """Return the start of a recipe: `file` is the result of `find_weights` for `pretrained`.
 
+    name : of the run that the file belongs to. The head of a published network is for other classes, so not read.
     Raises UserError if the file is another network's, or the recipe's encoder cannot serve: now, before anything is
     trained or deleted.
     """
@@ -347,7 +440,11 @@ def start_from(recipe: Recipe, pretrained: str, file: Path | None) -> Start:
         build_encoder(recipe, read_weights(file, recipe.encoder))
         of_weights = recipe.normalisation == "weights" and not recipe.standardised
         normalisation = weights_normalisation(recipe, file) if of_weights else None
-        return Start(file, normalisation, encoder=recipe.encoder)
+        if pretrained == "auto":
+            return Start(file, normalisation)
+        head, reason = read_head(file, recipe)
+        parts = "encoder and head" if head else f"encoder; head from random weights: {reason}"
+        return Start(file, normalisation, name=name, parts=parts, with_head=bool(head))
     if pretrained == "none":
         return Start()
     return Start(

@@ -115,10 +115,12 @@ class Run:
     # images that are in memory at once; None = the whole batch
     micro_batch: int | None = saved((int, type(None)), put_micro_batch, default=None)
     start: str = saved(str, default="")  # what it started from, in words
+    start_file: str = saved(str, later=True, default="")  # the path of its weights, from its own folder
     returns: list[str] = saved(list, default_factory=list)  # where it returned to the last good state
     history: list[dict] = saved(list, default_factory=list)  # the log, a row per epoch
     class_mix: list[dict] = saved(list, default_factory=list)  # what the hard sampler kept, by epoch and class
 
+    continued: list[int] = saved(list, later=True, default_factory=list)  # epochs after which it ended and continued
     average: Average | None = saved(dict, load_average, later=True, default=None)  # of the weights, if the recipe asks
 
     good: dict | None = None  # the state at the start of this epoch, if the run may return to it

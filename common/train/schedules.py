@@ -21,6 +21,16 @@ def describe_epochs(recipe: Recipe) -> str:
     return f"{recipe.epochs} epochs"
 
 
+def may_depend_on_the_end(recipe: Recipe, losses: list[float]) -> str | None:
+    """Refuse more cycles: unless a schedule says otherwise, its rates may depend on the number of epochs."""
+    return f"with schedule={recipe.schedule}, learning rates depend on the number of epochs"
+
+
+def can_continue(recipe: Recipe, losses: list[float]) -> str | None:
+    """Allow more cycles: the rates of a step do not depend on how many follow."""
+    return None
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A row of SCHEDULES.
@@ -30,11 +40,14 @@ class Schedule:
     is_over : function of (recipe, epochs, losses) that tells whether training ends after this many epochs; called below
         the recipe's maximum of epochs
     describe : function of the recipe that returns its length in words
+    why_no_more : function of (recipe, losses) that returns why a finished training cannot get more cycles, or None:
+        then the training must be the one that had them from the start
     """
 
     factor: Callable[[Recipe, int, int, list[float]], float]
     is_over: Callable[[Recipe, int, list[float]], bool] = at_the_maximum
     describe: Callable[[Recipe], str] = describe_epochs
+    why_no_more: Callable[[Recipe, list[float]], str | None] = may_depend_on_the_end
 
 
 def gains_too_little(recipe: Recipe, epochs: int, losses: list[float]) -> bool:
@@ -49,6 +62,13 @@ def has_halved_enough(recipe: Recipe, epochs: int, losses: list[float]) -> bool:
     return 0 < recipe.max_halvings < plateau_halvings(losses, recipe.patience)
 
 
+def why_plateau_is_over(recipe: Recipe, losses: list[float]) -> str | None:
+    """Refuse more cycles after the last halving."""
+    if has_halved_enough(recipe, 0, losses):
+        return f"its learning rate has halved max_halvings={recipe.max_halvings} times"
+    return None
+
+
 def describe_plateau(recipe: Recipe) -> str:
     return f"{recipe.epochs} epochs, halving" + f" {recipe.max_halvings} times" * (recipe.max_halvings > 0)
 
@@ -58,12 +78,14 @@ SCHEDULES = {
         lambda recipe, step, steps, losses: cosine_with_restarts(step, recipe.cycle_epochs * steps),
         gains_too_little,
         lambda recipe: f"{recipe.max_cycles} cycles of {recipe.cycle_epochs} epochs",
+        can_continue,
     ),
-    "constant": Schedule(lambda recipe, step, steps, losses: 1.0, gains_too_little),
+    "constant": Schedule(lambda recipe, step, steps, losses: 1.0, gains_too_little, why_no_more=can_continue),
     "plateau": Schedule(
         lambda recipe, step, steps, losses: 0.5 ** plateau_halvings(losses, recipe.patience),
         has_halved_enough,
         describe_plateau,
+        why_plateau_is_over,
     ),
     "one-cycle": Schedule(
         lambda recipe, step, steps, losses: one_cycle(step, recipe.epochs * steps, recipe.warmup_share),
@@ -87,6 +109,14 @@ def rate_factor(recipe: Recipe, step: int, steps: int, losses: list[float]) -> f
 def is_over(recipe: Recipe, epochs: int, losses: list[float]) -> bool:
     """Tell whether training ends after this many epochs, below the recipe's maximum; see `Schedule`."""
     return schedule_of(recipe).is_over(recipe, epochs, losses)
+
+
+def has_ended(recipe: Recipe, epochs: int, losses: list[float], continued: list[int]) -> bool:
+    """Tell whether training ends after this many epochs: at the recipe's maximum, or when its schedule says so.
+
+    continued : epochs after which it had ended, and got more cycles
+    """
+    return epochs >= recipe.epochs or (epochs not in continued and is_over(recipe, epochs, losses))
 
 
 def is_evaluated(recipe: Recipe, epoch: int) -> bool:

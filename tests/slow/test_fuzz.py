@@ -3,6 +3,7 @@
 HPA_FUZZ_CASES  number of cases in all (default 300; 10000 by hand)
 """
 
+import contextlib
 import csv
 import faulthandler
 import gzip
@@ -10,6 +11,7 @@ import io
 import json
 import os
 import re
+import shutil
 import time
 import unicodedata
 import zipfile
@@ -31,13 +33,15 @@ from common.artifacts.text_tables import BadTable, read_text_table
 from common.data.images import checksum, read_planes, write_planes
 from common.data.journal import read_journal
 from common.data.labels import parse_targets, read_csv, read_labels
-from common.data.sources import BadImage, read_channel, read_pixels, table_kind
+from common.data.sources import CHANNELS, BadImage, read_channel, read_pixels, table_kind
+from common.data.stacks import opened_stack
 from common.errors import UserError
 from common.score.members import read_groups, read_predictions
 from common.score.submission import read_submission
+from tests import clothes
 from tests.tiffs import agreed, stretched, turned, write_tiff
 
-KINDS = 14  # of tests below, each with its share of the cases
+KINDS = 16  # of tests below, each with its share of the cases
 CASES = int(os.environ.get("HPA_FUZZ_CASES", 300)) // KINDS
 MAX_SECONDS = 20  # per case, on a busy machine
 MAX_GROWTH = 2**20  # kilobytes
@@ -506,6 +510,75 @@ def test_tags_of_tiffs_are_respected_or_refused(tmp_path, case, rgb_coded):
         expected = stretched(values, tags["bits"])
         expected = np.iinfo(expected.dtype).max - expected if tags["photometric"] == 0 else expected
         np.testing.assert_array_equal(image, turned(expected, tags["orientation"]))
+
+
+# --- files with several channels ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stacks(tmp_path_factory):
+    """The same field as OME-TIFF, ImageJ TIFF, plain pages, and planes under one page; and as OME-Zarr."""
+    folder = tmp_path_factory.mktemp("stacks")
+    field = {"a": np.random.default_rng(0).integers(0, 256, (4, 40, 56), dtype=np.uint8)}
+    for write in (clothes.ome_tiffs, clothes.imagej_tiffs, clothes.pages):
+        write(folder, field)
+    tifffile.imwrite(
+        folder / "b.tif",
+        field["a"],
+        photometric="minisblack",
+        metadata={"axes": "CYX", "channels": CHANNELS},
+        truncate=True,
+    )
+    with contextlib.suppress(ImportError):
+        clothes.ome_zarrs(folder, {"z": field["a"]}, pixel_size=0.1)
+    return folder
+
+
+def read_stack(path: Path) -> list[np.ndarray]:
+    with opened_stack(path) as (header, decode):
+        assert len(header.names) <= 64 and max(header.width, header.height) <= 8192
+        return [decode(k) for k in range(min(4, len(header.names)))]
+
+
+@given(st.data())
+@fuzz
+def test_stacks_are_decoded_or_refused(tmp_path, stacks, data):
+    """Damage anywhere, or a number or name in the description changed."""
+    source = data.draw(st.sampled_from(sorted(path for path in stacks.iterdir() if path.is_file())))
+    content = source.read_bytes()
+    if data.draw(st.booleans()):
+        words = [word for word in re.findall(rb"[A-Za-z]+=\S{1,20}|\d+", content[:4000])] or [b""]
+        word, new = data.draw(st.sampled_from(words)), data.draw(st.sampled_from([b"9" * 3, b"-1", b"1e9", b'"', b"<"]))
+        content = content.replace(word, new.ljust(len(word))[: len(word)], 1)
+    else:
+        content = data.draw(damage(content))
+    path = tmp_path / source.name
+    path.write_bytes(content)
+    planes = outcome(read_stack, path)
+    assert planes is None or all(plane.ndim == 2 and plane.dtype in (np.uint8, np.uint16) for plane in planes)
+
+
+@given(st.data())
+@fuzz
+def test_zarrs_are_decoded_or_refused(tmp_path, stacks, data):
+    """Damage in one of the files of an OME-Zarr."""
+    if not (stacks / "z.ome.zarr").is_dir():
+        pytest.skip("zarr is not installed")
+    folder = tmp_path / "z.ome.zarr"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(stacks / "z.ome.zarr", folder)
+    inner = data.draw(st.sampled_from(sorted(path for path in folder.rglob("*") if path.is_file())))
+    content = inner.read_bytes()
+    if data.draw(st.booleans()) and inner.name.startswith(".z"):
+        words = re.findall(rb'"[^"]*"|[\d.]+|\[|\{', content)
+        word = data.draw(st.sampled_from(words))
+        new = data.draw(st.sampled_from([b"-1", b"1e9", b"[]", b"{}", b"null", b'"x"', b"999999999999"]))
+        content = content.replace(word, new, 1)
+    else:
+        content = data.draw(damage(content))
+    inner.write_bytes(content)
+    planes = outcome(read_stack, folder)
+    assert planes is None or all(plane.ndim == 2 and plane.dtype in (np.uint8, np.uint16) for plane in planes)
 
 
 @given(st.data())

@@ -219,7 +219,7 @@ def test_wrapped_files_and_checkpoints_of_this_project_are_read(wrapped, tmp_pat
     checkpoint = {"model": model.state_dict(), "mean": [0.1] * 4, "std": [0.2] * 4}
     torch.save(checkpoint, tmp_path / "best.pt")
     start = start_from(recipe, "best.pt", tmp_path / "best.pt")
-    again = build_encoder(recipe, start.read())[0].state_dict()
+    again = build_model(recipe, 28, start.read(recipe)).encoder.state_dict()
     assert all(again[name].equal(tensor) for name, tensor in model.encoder.state_dict().items())
     assert start.normalisation == Normalisation((0.1,) * 4, (0.2,) * 4)
 
@@ -293,7 +293,9 @@ def test_real_imagenet_weights_know_what_photographs_show(network, monkeypatch, 
     assert found_file(published_by_timm(encoder), None) == (path, published.sha256)
     start = start_from(recipe_for(encoder, 224, fourth_channel="zeros"), "auto", path)
     assert isinstance(start, Start) and start.inputs()["weights"].startswith(published.sha256)
-    features = build_encoder(recipe_for(encoder, 224, fourth_channel="zeros"), start.read())[0].eval()
+    features = build_encoder(recipe_for(encoder, 224, fourth_channel="zeros"), start.read(recipe_for(encoder, 224)))[
+        0
+    ].eval()
     whole = torch.load(path, weights_only=True)
     for photograph, fitting in FITTING.items():
         planes = torch.zeros(1, 4, 224, 224, dtype=torch.uint8)

@@ -17,6 +17,8 @@ from common.data.images import write_planes
 from common.errors import UserError
 from common.process import stopping
 from common.recipes import DEMO, GAPNET_PL, RECIPES, get_recipe, to_dict
+from common.score.metrics import macro_f1
+from common.score.thresholds import greedy_thresholds
 from common.train import hardware, loop, lr_finder
 from common.train import step as step_module
 from common.train.checkpoints import load_checkpoint, load_network, save_checkpoint
@@ -101,11 +103,14 @@ def undisturbed(tmp_path_factory):
     return trained
 
 
+UNSTEADY = ("seconds", "valid_seconds", "images_per_second", "memory_mib")  # these differ from run to run
+
+
 def same(a, b):
     if torch.is_tensor(a):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if "seconds" not in str(key))
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in UNSTEADY)
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
@@ -182,6 +187,21 @@ def test_the_log_has_one_json_line_an_epoch(undisturbed):
     rows = [json.loads(line) for line in (undisturbed(16)[1] / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and [row["cycle"] for row in rows] == [1, 1, 2, 2]
     assert rows[0].keys() >= {"learning_rate", "train_loss", "valid_loss", "macro_f1", "seconds"}
+    for row in rows:
+        assert row["macro_f1"] == pytest.approx(np.mean(row["class_f1"]), abs=1e-4) and len(row["class_f1"]) == 28
+        assert 0 <= row["macro_f1_thresholds"] <= 1 and row["images_per_second"] > 0 and row["memory_mib"] > 50
+
+
+def test_the_score_with_thresholds_uses_those_of_other_samples():
+    targets = np.zeros((50, 28), dtype=bool)
+    targets[::2, 3] = True
+    probs = np.where(targets, 0.3, 0.2)  # right with a threshold between, never at 0.5
+    assert loop.score_with_thresholds(targets, probs) == pytest.approx(1 / 28)
+    chance = np.random.default_rng(0).random((50, 28))
+    labels = np.random.default_rng(1).random((50, 28)) < 0.3
+    in_sample = macro_f1(labels, chance >= greedy_thresholds(labels, chance))
+    assert loop.score_with_thresholds(labels, chance) < in_sample - 0.05
+    assert loop.score_with_thresholds(labels[:1], chance[:1]) == macro_f1(labels[:1], chance[:1] >= 0.5)
 
 
 def test_the_hard_sampler_waits_for_its_warm_up(tmp_path, monkeypatch):
@@ -448,7 +468,8 @@ def test_l1_and_the_limit_on_the_gradient_are_applied(tmp_path):
 
 @pytest.mark.parametrize(("schedule", "expected"), [("constant", [1, 1, 1, 1]), ("plateau", [1, 1, 0.5, 0.25])])
 def test_other_schedules(tmp_path, monkeypatch, schedule, expected):
-    monkeypatch.setattr(loop, "evaluate", lambda run, data, feed: ([1.0, 2.0, 2.0, 0.5][run.epoch], 0.1))
+    losses = [1.0, 2.0, 2.0, 0.5]
+    monkeypatch.setattr(loop, "evaluate", lambda run, data, feed: {"valid_loss": losses[run.epoch], "macro_f1": 0.1})
     run = train(tmp_path / "run", fold_data(tmp_path / "images", 8), replace(SMALL, schedule=schedule, patience=0))
     assert [row["learning_rate"] / 2e-2 for row in run.history] == pytest.approx(expected)
 

@@ -164,9 +164,8 @@ def test_a_held_out_part_is_predicted_by_all_folds_and_scored(stages, run_script
     stages(small_data, [5], "--no-test")
     assert "held-out samples" not in stages(small_data, [6])
     assert "n_held_out" not in json.loads((work / "thresholds.json").read_text())
-    assert f"{RECIPE}/oof.npz come from different networks" in fails(
-        "07_ensemble.py", "--work", work, "--recipes", RECIPE
-    )
+    message = fails("07_ensemble.py", "--work", work, "--recipes", RECIPE)
+    assert f"{RECIPE}/test.npz is of an earlier training of fold 0" in message and "05_predict_oof.py" in message
     stages(small_data, [5, 7])
 
 

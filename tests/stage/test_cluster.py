@@ -1,4 +1,4 @@
-"""Stages 01, 02, 04 and 05 on a dask cluster of two workers, one of which is killed."""
+"""Stages 01, 02, 04, 05 and 10 on a dask cluster of two workers, one of which is killed."""
 
 import os
 import signal
@@ -53,6 +53,13 @@ def test_a_cluster_does_the_jobs_and_a_killed_worker_loses_nothing(run_script, s
         expected_ids, expected = load_predictions(tmp_path / "here" / "predictions" / RECIPE / name, "")
         assert list(ids) == list(expected_ids)
         np.testing.assert_array_equal(probs, expected)
+
+    images = ("--images", small_data / "test_full_size", "--model", tmp_path / "here", "--batch-size", "1")
+    run_script("10_predict.py", *images, "--out", tmp_path / "one")
+    run_script("10_predict.py", *images, "--out", tmp_path / "two", "--cluster", cluster.scheduler_address)
+    one, two = (load_predictions(tmp_path / name / "predictions.npz", None)[1] for name in ("one", "two"))
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_allclose(one, expected[[expected_ids.tolist().index(f"test-{k}") for k in range(3)]], atol=1e-6)
 
 
 def test_a_cluster_that_does_not_answer_is_one_message(fails, small_data, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 from scipy.special import expit, logit
+from scipy.stats import norm
 
 from common.score.calibration import (
     CENTRES,
@@ -10,6 +11,7 @@ from common.score.calibration import (
     calibrated_thresholds,
     expected_f1_curves,
     fit_calibration,
+    local_offsets,
     log_posterior,
     logit_counts,
     newton_step,
@@ -187,6 +189,38 @@ def plain_threshold(positives, everything, q, best=None):
     return expit(max((upper[k] for k in range(last + 1) if q[k] < best / 2), default=EDGES[0])), best
 
 
+def plain_offsets(logits, positives, everything):
+    """Return a class's offsets, bin by bin: one Newton step from 0, at most 3."""
+    q, offsets = expit(logits), []
+    for centre in CENTRES:
+        weights = norm.pdf(CENTRES, centre) / norm.pdf(0)
+        gradient = (weights * (positives - everything * q)).sum()
+        curvature = (weights * everything * q * (1 - q)).sum() + 5
+        offsets.append(min(3, max(-3, gradient / curvature)))
+    return np.array(offsets)
+
+
+def test_where_many_labels_disagree_with_the_form_the_thresholds_follow_the_labels():
+    """Half of the samples with p near 0.1 have the class, which no beta calibration can express."""
+    for n, offset in ((0, False), (4000, True)):
+        everything, positives = np.zeros((2, 1, len(CENTRES)))
+        here = np.abs(CENTRES - logit(0.1)) < 0.5
+        everything[0, here] = n / here.sum()
+        positives[0, here] = everything[0, here] / 2
+        found = local_offsets(CENTRES[None].copy(), positives, everything)[0]
+        assert np.abs(found).max() <= 3
+        assert (found[here] > 1.5).all() == offset and (found != 0).any() == offset
+        assert np.abs(found[np.abs(CENTRES - logit(0.1)) > 8]).max() < 1e-6  # nothing is known there
+
+
+def test_offsets_of_few_samples_stay_small():
+    everything, positives = np.zeros((2, 1, len(CENTRES)))
+    middle = len(CENTRES) // 2
+    everything[0, middle] = positives[0, middle] = 1
+    found = local_offsets(np.zeros((1, len(CENTRES))), positives, everything)[0]
+    assert found[middle] == pytest.approx(0.5 / (0.25 + 5))
+
+
 def mixed_world(falling):
     """Return 28 classes: probabilities of the classes `falling` mean the opposite; 1 and 2 have no positives."""
     targets, probs = calibrated_world(1500, share=0.4)
@@ -204,7 +238,9 @@ def test_thresholds_are_those_of_a_plain_search(falling):
     there = [c for c in range(28) if c not in (1, 2)]
     expected, best = {}, {}
     for c in there:
-        expected[c], best[c] = plain_threshold(positives[c], everything[c], expit(coefs[c] @ features))
+        logits = coefs[c] @ features
+        q = expit(logits + plain_offsets(logits, positives[c], everything[c]))
+        expected[c], best[c] = plain_threshold(positives[c], everything[c], q)
     q, share = expit(mean @ features), np.mean(list(best.values()))
     expected[1] = expected[2] = plain_threshold(positives[1], everything[1], q, share)[0]
     found = calibrated_thresholds(targets, probs)

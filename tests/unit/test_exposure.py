@@ -4,7 +4,16 @@ import pytest
 
 from common.artifacts.stage import Record, Stage
 from common.artifacts.tables import write_csv
-from common.data.exposure import WHOLE, Levels, describe, exposure_warning, judge, signal_elsewhere, used_range
+from common.data.exposure import (
+    WHOLE,
+    Levels,
+    describe,
+    exposure_warning,
+    judge,
+    judge_ranges,
+    signal_elsewhere,
+    used_range,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -83,6 +92,13 @@ def test_a_part_of_the_range_that_most_files_use_is_named(ranges, levels, line):
 )
 def test_files_that_use_the_range_are_no_concern(ranges, levels):
     assert said([files(*ranges)] * 3, levels) == []
+
+
+def test_a_twentieth_of_the_files_at_either_end_is_left_out_of_the_range_that_is_named():
+    """Of 101 files, those with the five lowest and five highest values do not count."""
+    ranges = np.stack([np.arange(101), 3000 + np.arange(101)], axis=1)
+    found = judge_ranges(ranges, WHOLE)
+    assert (found["low"], found["high"]) == (5, 3095)
 
 
 def test_one_part_from_another_camera_is_named():

@@ -118,7 +118,8 @@ def test_a_scaled_loss_gives_the_same_steps_and_one_that_overflows_none(unscaled
     )
     ours, scaled = parameters((8, 4, 3, 3), (5, 7))
     steps(muon(ours[:1], ours[1:]), ours)
-    optimizer, scaler = muon(scaled[:1], scaled[1:]), torch.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler("cpu", growth_interval=2)  # so that steps have different scales
+    optimizer = muon(scaled[:1], scaled[1:])
     steps(optimizer, scaled, scaler=scaler, unscaled=unscaled)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, scaled, strict=True))
     before = copy.deepcopy(([parameter.detach() for parameter in scaled], optimizer.state_dict()["state"]))

@@ -66,6 +66,7 @@ def test_tables_train_every_variant_and_end_in_stage_09():
     [
         ("--device cuda:1 --precision fp16 --workers 3 --fast --jobs 4", ("04_train.py", "05_predict_oof.py")),
         ("--pretrained none --weights-dir /w", ("04_train.py",)),
+        ("--track tensorboard,mlflow", ("04_train.py",)),
         ("--set alpha=0.9 l1=0", ("01_preprocess.py", "04_train.py")),
         ("--white-level 4095 --black-level 5 --store raw", ("01_preprocess.py",)),
         ("--keep-going", ("01_preprocess.py",)),

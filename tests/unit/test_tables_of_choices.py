@@ -21,7 +21,7 @@ from common.train.losses import LOSSES, sample_losses
 from common.train.networks import ENCODERS, build_encoder, build_model
 from common.train.optimizers import OPTIMIZERS, build_optimizer, param_groups
 from common.train.run import new_run, saved_pieces
-from common.train.schedules import SCHEDULES, is_over, rate_factor
+from common.train.schedules import SCHEDULES, Schedule, has_ended, is_over, rate_factor
 from common.train.step import train_step
 from tests.conftest import ROOT, training_job
 
@@ -138,6 +138,34 @@ def test_a_schedule_has_a_rate_for_each_step_an_end_and_words(name):
     assert rate_factor(recipe, 0, 10, []) > 0 and "epochs" in SCHEDULES[name].describe(recipe)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_that_allows_more_cycles_has_the_same_rates_with_them(name):
+    short = replace(Recipe(), schedule=name, max_cycles=2)
+    whole, losses = replace(short, max_cycles=4), []
+    if SCHEDULES[name].why_no_more(short, losses):
+        return
+    for step in range(10 * short.epochs):
+        assert rate_factor(short, step, 10, losses) == rate_factor(whole, step, 10, losses)
+        if step % 10 == 9:
+            losses.append(1 + (step % 30) / 30)
+            assert is_over(short, len(losses), losses) == is_over(whole, len(losses), losses)
+
+
+def test_which_schedules_allow_more_cycles():
+    refused = {name for name, row in SCHEDULES.items() if row.why_no_more(Recipe(), [])}
+    assert refused == {"one-cycle"} and Schedule(lambda *_: 1.0).why_no_more(Recipe(), [])
+    halved = replace(Recipe(), schedule="plateau", patience=0, max_halvings=2)
+    assert SCHEDULES["plateau"].why_no_more(halved, [1, 2, 2]) is None
+    assert "has halved max_halvings=2 times" in SCHEDULES["plateau"].why_no_more(halved, [1, 2, 2, 2])
+
+
+def test_an_end_that_was_continued_is_none_but_the_rule_goes_on():
+    recipe, losses = replace(Recipe(), cycle_epochs=1), [1.0, 1.0]
+    assert has_ended(recipe, 2, losses, []) and not has_ended(recipe, 2, losses, [2])
+    assert has_ended(recipe, 3, [*losses, 1.0], [2]) and not has_ended(recipe, 3, [*losses, 0.5], [2])
+    assert has_ended(replace(recipe, max_cycles=2), 2, losses, [2])
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_holds_each_parameter_and_resumes_exactly(name):
     recipe = replace(SMALL, optimizer=name)
@@ -168,8 +196,8 @@ def test_the_state_of_a_run_is_what_its_fields_declare():
     pieces = saved_pieces(
         new_run(SMALL, SimpleNamespace(counts=np.ones(28), train=range(4), normalisation=None), CPU, 0, 0)
     )
-    assert list(pieces)[:4] == ["model", "optimizer", "scaler", "ranking"] and len(pieces) == 16
-    assert [name for name, how in pieces.items() if how.later] == ["skipped", "average"]
+    assert list(pieces)[:4] == ["model", "optimizer", "scaler", "ranking"] and len(pieces) == 18
+    assert [name for name, how in pieces.items() if how.later] == ["skipped", "start_file", "continued", "average"]
 
 
 # --- what does not fit is an error -------------------------------------------------------------------------

@@ -133,6 +133,18 @@ def test_weights_are_found_on_the_other_rows_too():
     )
 
 
+def test_cross_fitting_draws_its_folds_from_seed_0():
+    rng = np.random.default_rng(3)
+    probs = rng.random((80, 28))
+    targets, groups = rng.random((80, 28)) < probs, np.arange(80)
+    found, again, other = (
+        cross_fit(targets, probs, groups, "greedy", folds=folds)
+        for folds in (None, repeated_folds(targets, groups), repeated_folds(targets, groups, seed=1))
+    )
+    np.testing.assert_array_equal(found, again)
+    assert not np.array_equal(found, other)
+
+
 def test_cross_fitted_rows_do_not_see_their_own_labels():
     targets, probs = simulated(120)
     groups = np.arange(120) // 2

@@ -15,15 +15,17 @@ from common.artifacts.files import read_json
 from common.artifacts.stage import Stage, sidecar
 from common.artifacts.tables import read_table
 from common.errors import UserError
-from common.recipes import current_fields, get_recipe, recipe_of_run, run_parameters
+from common.recipes import asked_recipe, continued_of, current_fields, get_recipe, recipe_of_run, run_parameters
 from common.train.checkpoints import (
     FORMAT,
     check_unfinished,
     finished_checkpoint,
     load_checkpoint,
     load_network,
+    relabel,
     save_checkpoint,
 )
+from common.train.continuing import continue_trainings
 from common.train.dataset import Normalisation
 from common.train.distributed import Team
 from common.train.hardware import Hardware, HardwareOptions
@@ -169,6 +171,31 @@ def test_parameters_that_are_off_make_no_stage_run_again(tmp_path):
     assert stage(parameters={"white_level": 4095, "black_level": 0, "keep": False}).changes(before) is None
     assert stage(parameters={"white_level": 4095, "black_level": 9}).changes(before) == "black_level was absent, now 9"
     assert stage(parameters={"white_level": 0}).changes(before) == "white_level was 4095, now 0"
+
+
+def test_a_training_of_before_gets_more_cycles(work, capsys):
+    request = Request(work, {"demo-quick": RECIPE}, [0])
+    continue_trainings(request, read_table(work / "folds.csv", ""), Team(), 2)
+    (job,) = planned(work)
+    assert job.recipe == get_recipe("demo-quick", [*SETTINGS[:1], "max_cycles=4", *SETTINGS[2:]])
+    run = begin_fold(job, DATA, CPU)
+    assert (run.epoch, run.continued, is_finished(run)) == (2, [2], False)
+    relabel(job.folder / "best.pt", job.recipe)
+    load_network(job.folder / "best.pt", job.recipe, CPU)
+    assert "continues to at most 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("continued", [3, {}, {"asked": 0, "after": [1]}, {"asked": 1, "after": []}, {"after": [1]}])
+def test_a_damaged_record_of_more_cycles_is_a_change_and_no_crash(work, continued):
+    path = work / "runs" / "demo-quick" / "fold0" / "best.pt"
+    meta = read_json(sidecar(path))
+    meta["parameters"] |= {"continued": continued}
+    sidecar(path).write_text(json.dumps(meta))
+    assert continued_of(meta["parameters"]) is None
+    for job in planned(work):
+        with pytest.raises(UserError, match="continued was"):
+            check_unfinished(job.stage)
+    assert asked_recipe(meta["parameters"]) == RECIPE
 
 
 def test_missing_fields_of_a_run_get_their_defaults_and_its_own_stay():

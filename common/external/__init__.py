@@ -1,0 +1,1 @@
+"""Downloads the Human Protein Atlas's images for external training samples."""
