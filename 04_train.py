@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I lea
 from common.process import command_line
 from common.process.main import run
 from common.recipes import describe_fits, fit_to_source
-from common.train.options import add_training_flags, check_starts
+from common.train.options import add_listing_flags, add_training_flags, check_starts
 
 
 def parse_args():
@@ -48,11 +48,7 @@ def parse_args():
     parser.add_argument("--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to train (default: all)")
     parser.add_argument("--force", action="store_true", help="discard what these folds have and train from scratch")
     command_line.add_settings_flag(parser, "change fields of the recipe")
-    parser.add_argument(
-        "--list-runs", action="store_true", help="only print the runs in --work: state, score, settings that differ"
-    )
-    parser.add_argument("--list-recipes", action="store_true", help="only print the recipes and their networks")
-    parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
+    add_listing_flags(parser)
     parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
     parser.add_argument("--find-lr", action="store_true", help="only run the learning rate finder and save its curve")
     add_training_flags(parser)
@@ -68,7 +64,7 @@ def main():
     from common.artifacts.layout import Layout
     from common.process.parallel import run_jobs
 
-    if args.list_recipes or args.list_runs:
+    if args.list_recipes or args.list_runs or args.list_encoders is not None:
         return print(listing(args))
     if args.cluster:
         args.work = args.work.resolve()  # workers run in another folder
@@ -122,11 +118,15 @@ def main():
 
 
 def listing(args):
-    """Return the recipes, or the runs of the work folder, as text."""
+    """Return the recipes, the encoders, or the runs of the work folder, as text."""
     if args.list_recipes:
         from common.check.listing import recipe_listing
 
         return recipe_listing(args.json)
+    if args.list_encoders is not None:
+        from common.check.listing import encoder_listing
+
+        return encoder_listing(args.list_encoders, args.weights_dir)
     from common.report.reader import Work
     from common.report.runs import run_listing
 

@@ -6,6 +6,12 @@ probabilities with cross-fitted greedy thresholds. Of several learning rates, th
 favours the others and not us. Finished runs are kept in --out: stop and restart it at any time. Curves over several
 --minutes go to OUT/learning.png.
 
+Pretrained weights against random ones, frozen or trained at other rates (with --data also on half-real images):
+
+LITE=small_plus:optimizer=adamw:weight_decay=0.05:encoder=timm/tf_efficientnet_lite0:precision=fp32
+python benchmarks/learning.py --others none --ours \\
+$LITE:pretrained=none:learning_rates=1e-3+1e-3,$LITE:learning_rates=0+1e-3,$LITE:learning_rates=1e-4+3e-4+1e-3
+
 example python benchmarks/learning.py --out learning --minutes 2,5 --seeds 0,1,2
 The last line is a JSON object.
 """
@@ -38,6 +44,7 @@ from common.score.thresholds import cross_fit
 
 SHARE = 0.97  # of the available seconds that epochs are planned to fill
 CALIBRATION_SECONDS = 25
+FLAGS = ("pretrained", "weights_dir", "precision")  # of 04_train.py, which an arm may give like fields
 OTHERS = (
     "fastai-resnet18@0.001",
     "fastai-resnet18@0.003",
@@ -70,7 +77,8 @@ def parse_args():
         type=command_line.names,
         default=["demo", "small_plus"],
         metavar="A,B",
-        help="recipes; field changes after colons, for example small_plus:batch_size=64 (default: demo,small_plus)",
+        help="recipes; fields, and the flags pretrained, weights_dir and precision, after colons, with + for commas: "
+        "small_plus:batch_size=64:learning_rates=0+1e-3 (default: demo,small_plus)",
     )
     parser.add_argument(
         "--others",
@@ -135,9 +143,13 @@ def prepare(args):
         call(args, sys.executable, *script, "--data", data.resolve(), "--work", work)
 
 
-def recipe_of(arm: str) -> tuple[str, list[str]]:
-    name, *settings = arm.split(":")
-    return name, settings
+def recipe_of(arm: str) -> tuple[str, list[str], list[str]]:
+    """Return the recipe of an arm, the fields that it changes, and its flags of 04_train.py."""
+    name, *changes = arm.split(":")
+    given = [change.partition("=")[::2] for change in changes]
+    settings = [f"{field}={value.replace('+', ',')}" for field, value in given if field not in FLAGS]
+    flags = [part for field, value in given if field in FLAGS for part in (f"--{field.replace('_', '-')}", value)]
+    return name, settings, flags
 
 
 def call(args, *command) -> tuple[float, str]:
@@ -157,7 +169,15 @@ def call(args, *command) -> tuple[float, str]:
 
 
 def place(args, arm, minutes, seed, fold) -> Path:
-    return args.out / "runs" / f"{minutes:g}" / arm / f"seed{seed}_fold{fold}.npz"
+    return args.out / "runs" / f"{minutes:g}" / folder_name(arm) / f"seed{seed}_fold{fold}.npz"
+
+
+def folder_name(arm: str) -> str:
+    return arm.replace("/", "_")
+
+
+def calibration(args, arm) -> Path:
+    return args.out / "runs" / "calibration" / f"{folder_name(arm)}.json"
 
 
 def train(args, arm, seed, fold, epochs, target: Path) -> dict:
@@ -190,7 +210,7 @@ def train(args, arm, seed, fold, epochs, target: Path) -> dict:
         )
         epoch = json.loads(output.splitlines()[-1])["epoch_seconds"]
     else:
-        name, settings = recipe_of(arm)
+        name, settings, flags = recipe_of(arm)
         recipe = get_recipe(name, settings)
         gain = [] if "min_cycle_gain" in idle_fields(recipe) else ["min_cycle_gain=0"]
         seconds, _ = call(
@@ -205,6 +225,7 @@ def train(args, arm, seed, fold, epochs, target: Path) -> dict:
             fold,
             "--seed",
             seed,
+            *flags,
             "--set",
             *settings,
             f"cycle_epochs={max(1, epochs // recipe.max_cycles)}",
@@ -236,15 +257,15 @@ def train(args, arm, seed, fold, epochs, target: Path) -> dict:
 
 def calibrate(args, arm) -> None:
     """Measure an arm's setup and seconds per epoch, once, after a short warm-up, with as many runs at once as later."""
-    path = args.out / "runs" / "calibration" / f"{arm}.json"
+    path = calibration(args, arm)
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    first = train(args, arm, 0, 0, 2, path.with_name(f"{arm}.npz"))
+    first = train(args, arm, 0, 0, 2, path.with_suffix(".npz"))
     epochs = max(2, min(20, round(CALIBRATION_SECONDS / first["epoch_seconds"])))
     with ThreadPoolExecutor(args.at_once) as pool:
         found = list(
-            pool.map(lambda k: train(args, arm, 0, 0, epochs, path.with_name(f"{arm}.{k}.npz")), range(args.at_once))
+            pool.map(lambda k: train(args, arm, 0, 0, epochs, path.with_suffix(f".{k}.npz")), range(args.at_once))
         )
     write_json(path, max(found, key=lambda values: values["seconds"]))
     print(f"{arm}: {read_json(path)}", flush=True)
@@ -253,7 +274,7 @@ def calibrate(args, arm) -> None:
 def run_arm(args, arm, minutes, seed, fold) -> None:
     target = place(args, arm, minutes, seed, fold)
     target.parent.mkdir(parents=True, exist_ok=True)
-    known = read_json(args.out / "runs" / "calibration" / f"{arm}.json")
+    known = read_json(calibration(args, arm))
     fixed = known["seconds"] - known["epochs"] * known["epoch_seconds"]
     epochs = max(1, int((SHARE * 60 * minutes - fixed) / known["epoch_seconds"]))
     temporary = target.with_name("." + target.name)

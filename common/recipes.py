@@ -32,6 +32,7 @@ CHOICES = {
         "gapnet_pl_plus",
         "resnet18",
         "resnet10_narrow",
+        "squeezenet1_1",
     ),
     "pooling": ("acp", "average", "own"),
     "head_order": ("linear-relu-dropout", "dropout-linear-relu", "linear-selu-dropout"),
@@ -51,6 +52,11 @@ CHOICES = {
 
 # Encoders that pool by themselves; they take four channels and have no BatchNorm.
 OWN_POOLING = ("gapnet_pl", "gapnet_pl_plus")
+
+# Any network of timm is an encoder too: timm/NAME, or timm/NAME.TAG for one of several published weights. Whether timm
+# has it is known where it is built: this file loads no timm.
+TIMM_PREFIX = "timm/"
+TIMM_NAME = re.compile(r"timm/\w+(?:\.\w+)?", re.ASCII)
 
 T = TypeVar("T")
 
@@ -111,7 +117,8 @@ class Recipe:
     hard_share: float = 0.7
     hard_warmup_epochs: int = 1
 
-    # Layer groups; `learning_rates` (first layers first) overrides `learning_rate` and `layer_groups`.
+    # Layer groups; `learning_rates` (first layers first) overrides `learning_rate` and `layer_groups`. A rate of 0 keeps
+    # the weights of a group before the last as they are; BatchNorm's statistics follow the images all the same.
     # The finder's curve is recorded before training; with "use" its suggestion is the last group's learning rate.
     batch_size: int = 64
     learning_rate: float = 0.01
@@ -162,8 +169,13 @@ class Recipe:
         for name, known in CHOICES.items():
             value, kind = getattr(self, name), type(getattr(Recipe, name))
             for choice in value if kind is tuple and isinstance(value, tuple) else (value,):
-                if choice not in known or not isinstance(value, kind):
-                    raise UserError(f"recipe field {name} is {choice!r}; {nearest(str(choice), known, every=True)}")
+                if isinstance(value, kind) and (choice in known or name == "encoder" and TIMM_NAME.fullmatch(choice)):
+                    continue
+                more = "; or timm/NAME, any network of timm: see --list-encoders of 04_train.py"
+                raise UserError(
+                    f"recipe field {name} is {choice!r}; {nearest(str(choice), known, every=True)}"
+                    f"{more if name == 'encoder' else ''}"
+                )
 
     def _check_numbers(self) -> None:
         checks = {
@@ -178,7 +190,9 @@ class Recipe:
             "batch_size": self.batch_size >= 2,
             "learning_rate": self.learning_rate > 0,
             "layer_groups": self.layer_groups in (1, 2, 3),
-            "learning_rates": len(self.learning_rates) <= 3 and all(rate > 0 for rate in self.learning_rates),
+            "learning_rates": len(self.learning_rates) <= 3
+            and all(rate >= 0 for rate in self.learning_rates)
+            and self.learning_rates[-1:] != (0,),
             "momentum": 0 <= self.momentum < 1,
             "weight_decay": self.weight_decay >= 0,
             "l1": self.l1 >= 0,

@@ -1,6 +1,8 @@
 """What a training will do: the recipes side by side, and a fold's class weights."""
 
 import json
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,9 +11,13 @@ import torch
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.data.class_weights import effective_number_weights, effective_numbers
 from common.data.folds import class_counts
-from common.recipes import RECIPES, Recipe, to_dict
-from common.train.networks import build_model, count_parameters
+from common.errors import UserError
+from common.process.progress import progress
+from common.recipes import RECIPES, TIMM_PREFIX, Recipe, to_dict
+from common.train.networks import ENCODERS, build_model, count_parameters, encoder_of
+from common.train.pretrained import found_file
 from common.train.schedules import schedule_of
+from common.train.timm_encoders import matching, sizes_of
 
 
 def recipe_table() -> pd.DataFrame:
@@ -50,6 +56,41 @@ def recipe_records() -> list[dict]:
 def recipe_listing(as_json: bool) -> str:
     """Return every recipe with its number of parameters, as text."""
     return json.dumps(recipe_records(), indent=1) if as_json else recipe_table().to_string(index=False)
+
+
+def encoder_listing(pattern: str, weights_dir: Path | None) -> str:
+    """Return the encoders whose names match a pattern as text: parameters, image sizes, weights. Raises UserError.
+
+    pattern : with * and ?, or a part of the name; empty for those of this project
+    weights_dir : folder of published weights
+    """
+    wanted = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    names = [name for name in ENCODERS if fnmatchcase(name, wanted)]
+    if pattern:
+        names += matching(wanted)
+    if not names:
+        raise UserError(f"no encoder matches {pattern!r}; give a part of its name, or a pattern such as '*vit*224'")
+    rows = [encoder_row(name, weights_dir) for name in progress(names, len(names), "encoders", "encoders")]
+    lines = [pd.DataFrame(rows).to_string(index=False)]
+    if not pattern:
+        lines.append(f"timm has more: {TIMM_PREFIX}NAME is any of its networks; --list-encoders PATTERN lists them")
+    return "\n".join(lines)
+
+
+def encoder_row(name: str, weights_dir: Path | None) -> dict:
+    """Return what `encoder_listing` says of an encoder."""
+    row = {"encoder": name, "parameters": "-", "images": "any", "published": "-", "on this machine": "-"}
+    try:
+        with torch.device("meta"):
+            encoder, _ = encoder_of(name).build()
+        row["parameters"] = str(sum(parameter.numel() for parameter in encoder.parameters()))
+        row["images"] = sizes_of(name) if name.startswith(TIMM_PREFIX) else "any"
+    except UserError:
+        return {**row, "images": "none: it cannot serve"}
+    if published := encoder_of(name).weights:
+        found = found_file(published, weights_dir)
+        row |= {"published": published.file, "on this machine": str(found[0]) if found else "-"}
+    return row
 
 
 def class_weight_listing(recipes: dict[str, Recipe], folds: pd.DataFrame, numbers: list[int]) -> str:

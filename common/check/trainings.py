@@ -23,8 +23,9 @@ from common.train import pretrained
 from common.train.checkpoints import made_from
 from common.train.distributed import ALONE
 from common.train.jobs import Request, plan
-from common.train.networks import Published, encoder_of
+from common.train.networks import encoder_of
 from common.train.pretrained import start_from
+from common.train.published import Published
 
 
 def weights(args: argparse.Namespace, seen: Seen) -> Checks[None]:
@@ -38,37 +39,38 @@ def weights(args: argparse.Namespace, seen: Seen) -> Checks[None]:
         path = None if args.pretrained in ("auto", "none") else Path(args.pretrained)
         if path and not path.is_file():
             raise UserError(f"--pretrained {path}: no such file")
-        yield start(recipe, args.pretrained, path, args)
+        yield start(recipe, args.pretrained, path, args=args)
 
 
 def published_weights(recipe: Recipe, published: Published, folder: Path | None) -> Check:
     """Tell whether an encoder's published weights are on this machine, or can be downloaded."""
-    encoder, files = recipe.encoder, pretrained.weight_files(published, folder)
-    path = next((path for path in files if path.is_file()), None)
-    if path:
-        return start(recipe, "auto", path)
-    host = next((url for url in published.urls if pretrained.answers(url)), None)
+    encoder, path = recipe.encoder, pretrained.weight_files(published, folder)[0]
+    if found := pretrained.found_file(published, folder):
+        return start(recipe, "auto", *found)
+    host = next((url for file in published.files for url in file.urls if pretrained.answers(url)), None)
     if host:
-        return download_to(files[0].parent, encoder, host)
+        return download_to(path.parent, encoder, host)
     return Check(
         "weights",
         WARNING,
         f"{encoder}: the published weights are not available and their host does not answer, so "
         "training starts from random weights and reaches a much lower score",
-        f"save {published.urls[0]} as {files[0].absolute()}",
+        f"save {published.urls[0]} as {path.absolute()}",
     )
 
 
-def start(recipe: Recipe, asked: str, path: Path | None, args: argparse.Namespace | None = None) -> Check:
-    """Describe what a training starts from; asked : auto, none or a file; path : of the weights, None = random.
+def start(
+    recipe: Recipe, asked: str, path: Path | None, sha256: str = "", args: argparse.Namespace | None = None
+) -> Check:
+    """Describe what a training starts from.
 
+    asked : auto, none or a file; path : of the weights, None = random; sha256 : that it should begin with
     args : with them, whether a network of this project has seen validation samples is checked too
     """
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
-        published = encoder_of(recipe.encoder).weights
-        if path and published and asked == "auto":
-            pretrained.told_if_other(path, published.sha256)
+        if path and sha256:
+            pretrained.told_if_other(path, sha256)
         if path and args and (layout := Layout(args.work)).folds.is_file():
             pretrained.check_unseen(path, layout.folds, args.folds or fold_numbers(layout.read_folds()))
         found = start_from(recipe, asked, path).describe()

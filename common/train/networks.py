@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +15,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError, nearest
-from common.recipes import Recipe, row_of
+from common.recipes import TIMM_PREFIX, Recipe, row_of, stored_size
+from common.train.published import HALVES, PYTORCH, TIMM, Published, named_by_digest
+from common.train.timm_encoders import TimmEncoder, build_timm, check_sides, published_by_timm, timm_sync_batchnorm
 
-PYTORCH = "https://download.pytorch.org/models"
-# The project moved; its old address forwards to the new one.
-TIMM = (
-    "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights",
-    "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights",
-)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+LARGE_SOURCE = 4096  # pixels: any above 2048, for which recipes by source store larger images
 INCEPTION_MINIMUM = 75  # pixels: smaller images vanish between its unpadded convolutions
 
 
@@ -62,7 +56,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             layer.momentum, layer.num_batches_tracked = momentum, counted
 
 
-def recomputed(encoder: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+def recomputed(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return encoder(x), keeping only the input of each of its blocks: the backward pass computes the rest again.
 
     Single layers between the blocks are left alone: an activation in place would change the input that is kept.
@@ -97,13 +91,13 @@ class Classifier(nn.Module):
     """Encoder, global pooling and head: (n, 4, h, w) images -> (n, n_classes) logits."""
 
     def __init__(
-        self, encoder: nn.Sequential, pool: nn.Module, head: nn.Sequential, split: str = "", checkpointing: bool = False
+        self, encoder: nn.Module, pool: nn.Module, head: nn.Sequential, split: str = "", checkpointing: bool = False
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.pool = pool
         self.head = head
-        self.split = split  # name of the encoder's child at which three layer groups split
+        self.split = split  # name of the encoder's child at which three layer groups split; timm's split by themselves
         self.checkpointing = checkpointing  # keep few activations while training; see `recomputed`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,6 +105,18 @@ class Classifier(nn.Module):
         x = recomputed(self.encoder, x) if again else self.encoder(x)  # (n, c, h / 32, w / 32)
         x = self.pool(x)  # (n, 2c) by adaptive concat pooling
         return self.head(x)
+
+    def halves(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Return the parameters of the encoder's first and second half."""
+        if isinstance(self.encoder, TimmEncoder):
+            return self.encoder.halves()
+        children = list(self.encoder.named_children())
+        split = [name for name, _ in children].index(self.split)
+        first, second = (
+            [parameter for _, child in part for parameter in child.parameters()]
+            for part in (children[:split], children[split:])
+        )
+        return first, second
 
 
 class GapNetEncoder(nn.Sequential):
@@ -213,32 +219,17 @@ def densenet50() -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Published:
-    """A file of published weights, and its network's normalisation of RGB values in [0, 1]."""
-
-    file: str
-    urls: tuple[str, ...]  # tried in order
-    sha256: str  # at least its first digits
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-def named_by_digest(file: str, *hosts: str) -> Published:
-    """Describe a file whose name ends in the first digits of its SHA-256, as those of torchvision and timm do."""
-    return Published(file, tuple(f"{host}/{file}" for host in hosts), Path(file).stem.rsplit("-", 1)[1], *IMAGENET)
-
-
-@dataclass(frozen=True)
 class Encoder:
     """A row of ENCODERS.
 
     build : function that returns the convolutional part, (n, 3 or 4, h, w) -> (n, features, h', w'), or (n, features)
         if it pools by itself, and the number of features; with random weights, and the names of published parameters
-    split : name of the child that begins its second half, which three learning rates train faster than the first
+    split : name of the child that begins its second half, which three learning rates train faster than the first;
+        empty for networks of timm, see `TimmEncoder.halves`
     weights : its published weights
     """
 
-    build: Callable[[], tuple[nn.Sequential, int]]
+    build: Callable[[], tuple[nn.Module, int]]
     split: str
     weights: Published | None = None
 
@@ -263,6 +254,14 @@ def inception(network: nn.Module) -> tuple[nn.Sequential, int]:
     """Return the convolutional part of an Inception network, for images of any size, and its number of features."""
     parts = [("pad", PadTo(INCEPTION_MINIMUM)), *network.get_submodule("features").named_children()]
     return nn.Sequential(OrderedDict(parts)), features_of(network)
+
+
+def squeezed() -> tuple[nn.Sequential, int]:
+    """Return the convolutional part of SqueezeNet 1.1, and its number of features."""
+    load_torchvision()
+    from torchvision.models import squeezenet1_1  # takes two seconds, so only when needed
+
+    return squeezenet1_1(weights=None).features, 512
 
 
 def features_of(network: nn.Module) -> int:
@@ -305,27 +304,57 @@ ENCODERS = {
             *HALVES,
         ),
     ),
+    "squeezenet1_1": Encoder(squeezed, "8", named_by_digest("squeezenet1_1-b8a52dc0.pth", PYTORCH)),
     "gapnet_pl": Encoder(lambda: (GapNetEncoder(wider=False), 224), "c"),
     "gapnet_pl_plus": Encoder(lambda: (GapNetEncoder(wider=True), 224), "c"),
 }
 
 
 def encoder_of(name: str) -> Encoder:
-    """Return an encoder's row; raises UserError for an unknown name."""
+    """Return an encoder's row, made on request for 'timm/NAME'; raises UserError for an unknown name."""
+    if name.startswith(TIMM_PREFIX):
+        return Encoder(partial(build_timm, name), "", published_by_timm(name))
     return row_of(ENCODERS, "encoder", name)
+
+
+def check_encoder(recipe: Recipe) -> None:
+    """Raise UserError if a recipe's encoder is unknown, or cannot take the recipe's crops and images."""
+    encoder_of(recipe.encoder)
+    if recipe.encoder.startswith(TIMM_PREFIX):
+        stored = [stored_size(recipe.store, side) for side in (0, LARGE_SOURCE)]
+        check_sides(recipe.encoder, recipe.crop, stored)
 
 
 def widen_stem(convolution: nn.Conv2d, fourth_channel: str) -> nn.Conv2d:
     """Return the first convolution for four channels: RGB weights are kept; yellow's are red's, their mean, or 0."""
     geometry: dict[str, Any] = {name: getattr(convolution, name) for name in ("kernel_size", "stride", "padding")}
     wide = nn.Conv2d(4, convolution.out_channels, **geometry, bias=convolution.bias is not None)
-    rgb = convolution.weight.detach()
-    extra = {"red": rgb[:, :1], "mean": rgb.mean(dim=1, keepdim=True), "zeros": torch.zeros_like(rgb[:, :1])}
     with torch.no_grad():
-        wide.weight.copy_(torch.cat([rgb, extra[fourth_channel]], dim=1))
+        wide.weight.copy_(with_yellow(convolution.weight.detach(), fourth_channel))
         if convolution.bias is not None and wide.bias is not None:
             wide.bias.copy_(convolution.bias)
     return wide
+
+
+def with_yellow(rgb: torch.Tensor, fourth_channel: str) -> torch.Tensor:
+    """Return weights for RGB, (m, 3 k, ...), for four channels, (m, 4 k, ...); k pixels of a block, channels last."""
+    blocks = rgb.unflatten(1, (-1, 3))
+    yellow = {
+        "red": blocks[:, :, :1],
+        "mean": blocks.mean(dim=2, keepdim=True),
+        "zeros": torch.zeros_like(blocks[:, :, :1]),
+    }
+    return torch.cat([blocks, yellow[fourth_channel]], dim=2).flatten(1, 2)
+
+
+def widened(weights: dict, own: dict, fourth_channel: str) -> dict:
+    """Return weights in which those of three channels fit the network's own tensors of four."""
+    return {
+        name: with_yellow(tensor, fourth_channel)
+        if name in own and own[name].ndim == tensor.ndim > 1 and 4 * tensor.shape[1] == 3 * own[name].shape[1]
+        else tensor
+        for name, tensor in weights.items()
+    }
 
 
 def stem(encoder: nn.Module) -> tuple[str, nn.Conv2d]:
@@ -333,14 +362,19 @@ def stem(encoder: nn.Module) -> tuple[str, nn.Conv2d]:
     return next((name, module) for name, module in encoder.named_modules() if isinstance(module, nn.Conv2d))
 
 
-def build_encoder(recipe: Recipe, weights: dict | None = None) -> tuple[nn.Sequential, int]:
+def build_encoder(recipe: Recipe, weights: dict | None = None) -> tuple[nn.Module, int]:
     """Return the encoder with a 4-channel stem and its feature count.
 
     weights : parameters under the encoder's names, for three or four input channels; None for random ones
-    Raises UserError if the weights are another network's.
+    Raises UserError if the weights are another network's, or the encoder cannot take the recipe's images.
     """
+    check_encoder(recipe)
     row = encoder_of(recipe.encoder)
     encoder, features = row.build()
+    if isinstance(encoder, TimmEncoder):
+        if weights:
+            load_weights(encoder, widened(weights, encoder.state_dict(), recipe.fourth_channel), recipe.encoder)
+        return encoder, features
     check_split(recipe.encoder, row.split, encoder)
     name, first = stem(encoder)
     fits = weights and f"{name}.weight" in weights and weights[f"{name}.weight"].shape[1:2] == (first.in_channels,)
@@ -353,7 +387,7 @@ def build_encoder(recipe: Recipe, weights: dict | None = None) -> tuple[nn.Seque
     return encoder, features
 
 
-def check_split(name: str, split: str, encoder: nn.Sequential) -> None:
+def check_split(name: str, split: str, encoder: nn.Module) -> None:
     """Refuse a row of ENCODERS whose `split` is not a child of its encoder."""
     children = dict(encoder.named_children())
     if split not in children:
@@ -421,7 +455,17 @@ def build_model(recipe: Recipe, n_classes: int, weights: dict | None = None) -> 
     if of_head:
         head.load_state_dict(of_head)
     pool, split = build_pool(recipe.pooling), encoder_of(recipe.encoder).split
+    if recipe.checkpointing and isinstance(encoder, TimmEncoder):
+        encoder.recompute()
+        return Classifier(encoder, pool, head, split)
     return Classifier(encoder, pool, head, split, recipe.checkpointing)
+
+
+def synchronised(model: Classifier) -> Classifier:
+    """Return the network with BatchNorm layers that normalise over the images of all processes."""
+    is_timm = isinstance(model.encoder, TimmEncoder)
+    convert: Any = timm_sync_batchnorm if is_timm else nn.SyncBatchNorm.convert_sync_batchnorm
+    return convert(model)
 
 
 def count_parameters(recipe: Recipe, n_classes: int) -> int:

@@ -120,11 +120,11 @@ OPTIMIZERS: dict[str, Callable[[Recipe, list[dict]], torch.optim.Optimizer]] = {
 
 
 def build_optimizer(recipe: Recipe, groups: list[dict]) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer. Raises UserError if it leaves out parameters or their top rates."""
+    """Return the recipe's optimizer. Raises UserError unless it holds each parameter once, with its top rate."""
     optimizer = row_of(OPTIMIZERS, "optimizer", recipe.optimizer)(recipe, groups)
-    held = {id(parameter) for parameter in all_parameters(optimizer.param_groups)}
-    if held != {id(parameter) for parameter in all_parameters(groups)}:
-        raise UserError(f"optimizer={recipe.optimizer} must hold all given parameters and no others")
+    held, given = (sorted(map(id, all_parameters(part))) for part in (optimizer.param_groups, groups))
+    if held != given:
+        raise UserError(f"optimizer={recipe.optimizer} must hold all given parameters once and no others")
     if not all("top_lr" in group for group in optimizer.param_groups):
         raise UserError(f"optimizer={recipe.optimizer} has groups without 'top_lr'; derive them from the given groups")
     return optimizer
@@ -139,40 +139,42 @@ def all_parameters(groups: list[dict]) -> Iterator[nn.Parameter]:
 
 
 def by_dimensions(recipe: Recipe, groups: list[dict]) -> list[dict]:
-    """Split groups into convolutions (for Muon), dense layers, and biases and normalisation layers (without decay)."""
+    """Split groups into convolutions (for Muon), dense layers, and all other parameters (without decay)."""
     parts = [
         {
             **group,
-            "params": [p for p in group["params"] if p.ndim == dimensions],
-            "muon": dimensions == 4,
-            "weight_decay": recipe.weight_decay if dimensions > 1 else 0.0,
+            "params": [p for p in group["params"] if kind(p) == wanted],
+            "muon": wanted == "convolution",
+            "weight_decay": 0.0 if wanted == "other" else recipe.weight_decay,
         }
         for group in groups
-        for dimensions in (4, 2, 1)
+        for wanted in ("convolution", "dense", "other")
     ]
     return [part for part in parts if part["params"]]
+
+
+def kind(parameter: torch.Tensor) -> str:
+    """Return what a parameter is by its shape: the weights of a convolution or a dense layer, or another.
+
+    Others are biases, normalisation, scales, and tokens and embeddings of positions, (1, ...) of any dimensions.
+    """
+    if parameter.ndim >= 4 and len(parameter) > 1:
+        return "convolution"
+    return "dense" if parameter.ndim == 2 else "other"
 
 
 def param_groups(model: Classifier, rates: tuple[float, ...]) -> list[dict]:
     """Return optimizer groups with the top learning rates `rates`, first layers first.
 
-    One rate: all layers. Two: encoder, head. Three: encoder in two parts (see `Encoder.split`), head.
+    One rate: all layers. Two: encoder, head. Three: encoder in two halves (see `Classifier.halves`), head.
     """
-    encoder = list(model.encoder.named_children())
-    split = [name for name, _ in encoder].index(model.split)
-    parts: list[list[nn.Module]] = [
-        [module for _, module in encoder[:split]],
-        [module for _, module in encoder[split:]],
-        [model.head],
-    ]
+    first, second = model.halves()
+    parts = [first, second, list(model.head.parameters())]
     if len(rates) < 3:
         parts = [parts[0] + parts[1], parts[2]]
     if len(rates) == 1:
         parts = [parts[0] + parts[1]]
-    return [
-        {"params": [p for module in modules for p in module.parameters()], "lr": rate, "top_lr": rate}
-        for modules, rate in zip(parts, rates, strict=True)
-    ]
+    return [{"params": part, "lr": rate, "top_lr": rate} for part, rate in zip(parts, rates, strict=True)]
 
 
 class Average:

@@ -25,6 +25,18 @@ def check_starts(args: argparse.Namespace) -> None:
         raise UserError(f"{' and '.join(given)} contradict each other; give one of them")
 
 
+def add_listing_flags(parser: argparse.ArgumentParser) -> None:
+    """Add to a command line what it lists instead of training."""
+    parser.add_argument(
+        "--list-runs", action="store_true", help="only print the runs in --work: state, score, settings that differ"
+    )
+    parser.add_argument("--list-recipes", action="store_true", help="only print the recipes and their networks")
+    parser.add_argument(
+        "--list-encoders", nargs="?", const="", metavar="PATTERN", help="only print encoders; with PATTERN also timm's"
+    )
+    parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
+
+
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Add to a command line where a training starts, how it runs, and on what hardware."""
     command_line.add_weight_flags(parser)

@@ -25,9 +25,11 @@ from common.artifacts.stage import fingerprint, read_sidecar, sidecar
 from common.classes import CLASS_NAMES, N_CLASSES
 from common.errors import UserError, first_line
 from common.process.progress import progress
-from common.recipes import Recipe
+from common.recipes import TIMM_PREFIX, Recipe
 from common.train.dataset import Normalisation
-from common.train.networks import Published, build_encoder, build_model, encoder_of
+from common.train.networks import build_encoder, build_model, check_encoder, encoder_of
+from common.train.published import Published
+from common.train.timm_encoders import timm_tensors
 
 SECONDS_TO_ANSWER = 20
 MEGABYTE = 2**20
@@ -63,7 +65,7 @@ OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Path | None:
     """Return the file of weights that `encoder` is to start from; None for random weights.
 
-    pretrained : 'none'; 'auto' for the published file, from `weights_dir`, torch's cache or its host; or a file
+    pretrained : 'none'; 'auto' for the published file, from this machine (see `weight_files`) or its host; or a file
 
     If the host cannot be reached, a message on stdout says which file to put where. An existing file that is not the
     published one is used, with a warning. Raises UserError for a missing file, or one that cannot be written.
@@ -79,17 +81,27 @@ def find_weights(encoder: str, pretrained: str, weights_dir: Path | None) -> Pat
         return Path(pretrained)
     if not (published := encoder_of(encoder).weights):
         return None
-    places = weight_files(published, weights_dir)
-    for path in places:
-        if path.is_file():
-            return told_if_other(path, published.sha256)
-    return download(encoder, published, places[0])
+    if found := found_file(published, weights_dir):
+        return told_if_other(*found)
+    return download(encoder, published, weights_dir)
+
+
+def found_file(published: Published, weights_dir: Path | None) -> tuple[Path, str] | None:
+    """Return the first file of published weights on this machine, and the first digits of its SHA-256."""
+    for file in published.files:
+        for path in weight_files(file, weights_dir):
+            if path.is_file():
+                return path, file.sha256
+    return None
 
 
 def weight_files(published: Published, weights_dir: Path | None) -> list[Path]:
-    """Return the paths to look for published weights; they are downloaded to the first one."""
+    """Return the paths to look for a file: `weights_dir`, torch's cache, where other programs keep it.
+
+    It is downloaded to the first one.
+    """
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    return [folder / published.file for folder in (weights_dir, cache) if folder]
+    return [*(folder / published.file for folder in (weights_dir, cache) if folder), *published.places()]
 
 
 def told_if_other(path: Path, sha256: str) -> Path:
@@ -111,32 +123,38 @@ class NotPublished(Exception):
     """A host does not answer, or sends another file than the published one."""
 
 
-def download(encoder: str, published: Published, path: Path) -> Path | None:
-    """Download to `path` from the first host that has the file; if none has, print what to do and return None.
+def download(encoder: str, published: Published, weights_dir: Path | None) -> Path | None:
+    """Download a file from the first host that has it; if none has, print what to do and return None.
 
-    Raises UserError if `path` cannot be written: that is no reason to train from random weights.
+    Raises UserError if it cannot be written: that is no reason to train from random weights.
     """
-    failures = []
-    for url in published.urls:
-        try:
-            fetch(url, path, published.sha256)
-            return path
-        except NotPublished as error:
-            failures.append(f"  {url} ({error})")
-        except OSError as error:
-            raise UserError(
-                f"the weights of {encoder} cannot be written to {path.parent} ({error.strerror or error}); free "
-                "some space, get write permission, give --weights-dir a writable folder, or start from random weights "
-                "with --pretrained none"
-            ) from None
+    advice: list[str] = []
+    for file in published.files:
+        path, failures = weight_files(file, weights_dir)[0], []
+        for url in file.urls:
+            try:
+                fetch(url, path, file.sha256)
+                return path
+            except NotPublished as error:
+                failures.append(f"  {url} ({error})")
+            except OSError as error:
+                raise unwritable(encoder, path, error) from None
+        if failures:
+            advice += [f"{'Or' if advice else 'To use them,'} save one of these as {path.absolute()}:", *failures]
     print(
         f"{encoder}: the ImageNet weights could not be downloaded, so training starts from random weights.\n"
-        f"To use them, save one of these as {path.absolute()}:\n"
-        + "\n".join(failures)
+        + "\n".join(advice)
         + "\n(--pretrained none starts from random weights without trying to download)",
         flush=True,
     )
     return None
+
+
+def unwritable(encoder: str, path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the weights of {encoder} cannot be written to {path.parent} ({error.strerror or error}); free some space, get "
+        "write permission, give --weights-dir a writable folder, or start from random weights with --pretrained none"
+    )
 
 
 def answers(url: str) -> bool:
@@ -205,8 +223,10 @@ def read_file(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as weights ({reason}); {CURE}") from None
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path, encoder: str = "") -> dict[str, torch.Tensor]:
     """Read a file of weights onto the CPU: tensors of the encoder alone, under the encoder's own parameter names.
+
+    encoder : needed for networks of timm, whose names follow no rule
 
     Accepts whole networks of torchvision, timm and pretrainedmodels, this project's checkpoints, and the wrappers and
     prefixes of other programs. Raises UserError for a file that cannot be read, is none of these, or has numbers that
@@ -215,7 +235,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     state = unwrapped(read_file(path))
     if not is_parameters(state):
         raise UserError(f"{path} holds {contents(state)}; expected a network's tensors; {SAVE}")
-    tensors = encoder_tensors(state)
+    tensors = encoder_tensors(state, encoder)
     if not tensors:
         raise UserError(f"{path} holds no encoder tensors, only {contents(state)}; {CURE}")
     broken = [
@@ -358,9 +378,11 @@ def contents(state: object) -> str:
     return ", ".join(named) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
 
 
-def encoder_tensors(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def encoder_tensors(state: dict[str, torch.Tensor], encoder: str) -> dict[str, torch.Tensor]:
     """Return a network's tensors, without its classifier, under the encoder's names."""
     state = {WRAPPED_NAME.sub("", name): tensor for name, tensor in state.items() if name != "n_averaged"}
+    if encoder.startswith(TIMM_PREFIX):
+        return timm_tensors(state, encoder, NETWORK_NAMES)
     for part in NETWORK_NAMES:
         state = {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)} or state
     own = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
@@ -392,7 +414,7 @@ class Start:
         if not self.file:
             return None
         head = read_head(self.file, recipe)[0] if self.with_head else {}
-        return {**read_weights(self.file), **{f"head.{name}": tensor for name, tensor in head.items()}}
+        return {**read_weights(self.file, recipe.encoder), **{f"head.{name}": tensor for name, tensor in head.items()}}
 
     def inputs(self) -> dict:
         """Return the file's fingerprint for a sidecar."""
@@ -410,10 +432,12 @@ def start_from(recipe: Recipe, pretrained: str, file: Path | None, name: str = "
     """Return the start of a recipe: `file` is the result of `find_weights` for `pretrained`.
 
     name : of the run that the file belongs to. The head of a published network is for other classes, so not read.
-    Raises UserError if the file is another network's: now, before anything is trained or deleted.
+    Raises UserError if the file is another network's, or the recipe's encoder cannot serve: now, before anything is
+    trained or deleted.
     """
+    check_encoder(recipe)
     if file:
-        build_encoder(recipe, read_weights(file))
+        build_encoder(recipe, read_weights(file, recipe.encoder))
         of_weights = recipe.normalisation == "weights" and not recipe.standardised
         normalisation = weights_normalisation(recipe, file) if of_weights else None
         if pretrained == "auto":

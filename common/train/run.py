@@ -20,7 +20,7 @@ from common.recipes import Recipe, to_dict
 from common.train.dataset import EpochBatches, Normalisation
 from common.train.fold_data import FoldData
 from common.train.hardware import Fitting, Hardware, set_kernels
-from common.train.networks import build_model
+from common.train.networks import build_model, synchronised
 from common.train.optimizers import Average, build_optimizer, param_groups
 
 FORMAT = 4  # of checkpoints; add one whenever older ones could be misread, as after each change of a network
@@ -203,7 +203,7 @@ def new_run(
     seed_torch(seed, fold)
     model = build_model(recipe, N_CLASSES, weights)
     if recipe.sync_batchnorm and hardware.team.size > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = synchronised(model)
     # The stubs allow a device or a memory format, not both.
     model = model.to(device, memory_format=hardware.memory_format)  # type: ignore[call-overload]
     counts = effective_number_weights(data.counts, recipe.alpha, recipe.class_weights)

@@ -223,6 +223,6 @@ def test_the_stem_is_the_first_convolution(name):
     with torch.device("meta"):
         encoder = build_encoder(Recipe(encoder=name))[0]
     assert (
-        stem(encoder)[0] in ("conv1", "conv1.0", "layer0.conv1", "conv0", "0.conv")
+        stem(encoder)[0] in ("conv1", "conv1.0", "layer0.conv1", "conv0", "0.conv", "0")
         and stem(encoder)[1].in_channels == 4
     )

@@ -205,3 +205,31 @@ def test_torchrun_trains_a_fold_on_two_processes(work, run_script):
     assert (
         "6 oof samples" in run_script("05_predict_oof.py", "--work", work, "--recipes", RECIPE, "--folds", "0").stdout
     )
+
+
+def test_a_network_of_timm_is_trained_predicted_and_shown(train, run_script, work):
+    out = train("--folds", "0", "--pretrained", "none", "--set", *TINY[1:3], "encoder=timm/vit_tiny_patch16_224")
+    assert "from random weights (as requested)" in out
+    run_script("05_predict_oof.py", "--work", work, "--recipes", RECIPE, "--folds", "0", "--no-test")
+    assert (work / "predictions" / RECIPE / "oof.npz").is_file()
+    shown = run_script("08_report.py", "--work", work, "--sample", "train-0", "--recipe", RECIPE).stdout
+    assert "sample_train-0.html" in shown
+
+
+def test_encoders_are_listed(run_script):
+    lines = run_script("04_train.py", "--list-encoders", "tf_efficientnet_lite0").stdout.splitlines()
+    assert lines[0].split() == ["encoder", "parameters", "images", "published", "on", "this", "machine"]
+    assert lines[1].split()[:4] == [
+        "timm/tf_efficientnet_lite0",
+        "3371296",
+        "any",
+        "tf_efficientnet_lite0-0aa007d2.pth",
+    ]
+
+
+def test_an_encoder_that_timm_does_not_have_is_told_before_anything_is_trained(run_script, work):
+    told = run_script(
+        "04_train.py", "--work", work, "--recipe", RECIPE, "--set", "encoder=timm/convnext_tini", check=False
+    )
+    assert told.returncode == 2 and not (work / "runs").exists()
+    assert "has no network convnext_tini; did you mean timm/convnext_tiny or" in told.stderr
