@@ -6,6 +6,8 @@ mean are inside. Models whose networks take several sizes become several graphs,
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +85,7 @@ def write_graphs(model: Model, folder: Path, hardware: Hardware, description: di
         share = sum(member.weight for member in members)
         graph = build_graph(members, model.tta, hardware)
         name = "model.onnx" if len(stores) == 1 else f"model-{store}.onnx"
-        with writing(folder / name) as temporary:
+        with writing(folder / name) as temporary, explained():
             write_graph(graph, temporary, description)
             difference = check_graph(graph, temporary, members[0].recipe.size)
         records.append(
@@ -98,6 +100,19 @@ def write_graphs(model: Model, folder: Path, hardware: Hardware, description: di
             }
         )
     return records
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what torch and onnxruntime raise for networks that cannot become a graph into a UserError."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # theirs share no other type
+        raise UserError(
+            f"these networks cannot become an ONNX graph ({first_line(error)}); leave it out with --no-onnx"
+        ) from None
 
 
 def build_graph(members: list[Member], tta: str, hardware: Hardware) -> Graph:
@@ -146,12 +161,7 @@ def check_graph(graph: Graph, path: Path, side: int) -> float:
         images = test_images(shape)
         with torch.inference_mode():
             expected = graph(images).numpy()
-        try:
-            found = session.run(None, {"images": images.numpy()})[0]
-        except Exception as error:  # its errors share no other type
-            raise UserError(
-                f"onnxruntime cannot run the graph ({first_line(error)}); leave it out with --no-onnx"
-            ) from None
+        found = session.run(None, {"images": images.numpy()})[0]
         worst = max(worst, float(np.abs(found - expected).max()))
     if not worst <= TOLERANCE:
         raise UserError(

@@ -11,6 +11,7 @@ import struct
 import zipfile
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -571,3 +572,24 @@ def test_every_file_of_a_package_has_its_digest(good):
         package.is_package(good)
         and oct((good / WEIGHTS).stat().st_mode)[-3:] == oct((good / "README.md").stat().st_mode)[-3:]
     )
+
+
+@pytest.mark.skipif(not all(find_spec(name) for name in ("onnx", "onnxruntime")), reason="onnx is not installed")
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (RuntimeError("Input height (96) doesn't match model (224).\nMore"), UserError),
+        (UserError("already clear"), UserError),
+        (OSError("disk full"), OSError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_networks_that_cannot_become_a_graph_are_told_with_the_flag(error, expected):
+    from common.export.onnx import explained
+
+    with pytest.raises(expected) as found, explained():
+        raise error
+    if isinstance(error, RuntimeError):
+        assert "(96) doesn't match model (224)" in str(found.value) and "--no-onnx" in str(found.value)
+    else:
+        assert found.value is error
