@@ -1,6 +1,7 @@
 """10_predict.py as somebody with new images calls it."""
 
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -57,6 +58,24 @@ def fields():
 def probs_of(folder):
     ids, probs = load_predictions(folder / "predictions.npz", None)
     return dict(zip(ids.tolist(), probs, strict=True))
+
+
+def test_a_program_can_call_its_main(trained, tmp_path, monkeypatch, capsys):
+    """In one process with other work, as in a notebook; umap-learn is hidden, so that the map takes no minute."""
+    images, out = trained / "data" / "test_full_size", tmp_path / "out"
+    expected = probs_of_file(trained / "work" / "predictions" / RECIPE / "test.npz")
+    first = next(iter(expected))
+    monkeypatch.setitem(sys.modules, "umap", None)
+    flags = ("--images", images, "--model", trained / "work", "--out", out, "--html", "--heat-maps", first)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, flags)])
+    main = runpy.run_path(str(ROOT / SCRIPT))["main"]
+    main()
+    found = probs_of(out)
+    assert max(np.abs(found[Id] - expected[Id]).max() for Id in expected) < 1e-6
+    assert "heat map of" in (out / "predictions.html").read_text()
+    capsys.readouterr()
+    main()
+    assert capsys.readouterr().out.count("is up to date") == 2
 
 
 def test_answers_equal_those_of_stage_05_for_the_same_images(predict, trained, tmp_path):

@@ -1,6 +1,7 @@
 """11_export.py as a user calls it: a work folder becomes a package, and 10_predict.py gives the same answers with it."""
 
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -149,6 +150,18 @@ def test_onnx_and_bioimage_io(run_script, work, tmp_path):
     assert "license: CC-BY-4.0" in (out / "bioimageio.yaml").read_text()
     files = read_json(out / "model.json")["files"]
     assert {"model.onnx", "bioimageio.yaml", "test_input.npy", "test_output.npy", "README.md"} <= files.keys()
+
+
+@pytest.mark.skipif(not OPTIONAL, reason="onnx, onnxruntime or bioimageio.core is not installed")
+def test_a_program_can_call_its_main(work, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "package"
+    monkeypatch.setattr(sys, "argv", ["11_export.py", "--model", str(work), "--out", str(out)])
+    main = runpy.run_path(str(ROOT / "11_export.py"))["main"]
+    main()
+    assert {"model.json", "model.onnx", "bioimageio.yaml", "README.md"} <= {path.name for path in out.iterdir()}
+    capsys.readouterr()
+    main()
+    assert "is up to date" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not OPTIONAL, reason="onnx, onnxruntime or bioimageio.core is not installed")
