@@ -83,7 +83,7 @@ def main():
     from common.train.lr_finder import find_lr
     from common.train.trackers import check_trackers, track_finished
 
-    check_trackers(args.track)
+    trackers = check_trackers(args.track)
     numbers = args.folds if args.folds is not None else fold_numbers(folds)
     known_folds(args.work, folds, numbers)
     fitted = {name: fit_to_source(recipe, int(samples["side"].min())) for name, recipe in recipes.items()}
@@ -107,13 +107,12 @@ def main():
         team.agree("prepared")
         command_line.leave_out("--force")
     options = replace(options, jobs=max(1, min(options.jobs, len(jobs))))
-    jobs = [replace(job, hardware=options, on_nan=args.on_nan, track=tuple(dict.fromkeys(args.track))) for job in jobs]
+    jobs = [replace(job, hardware=options, on_nan=args.on_nan, track=trackers) for job in jobs]
     do = find_lr if args.find_lr else train_job
     run_jobs(do, [(job,) for job in jobs], options.jobs, args.cluster, "training")
-    trained = [(job.name, job.fold) for job in jobs]
-    for name, fold in product(recipes, numbers) if team.is_main else ():
-        if (name, fold) not in trained:
-            track_finished(list(dict.fromkeys(args.track)), layout, name, fold)
+    if team.is_main:
+        trained = {(job.name, job.fold) for job in jobs}
+        track_finished(trackers, layout, (run for run in product(recipes, numbers) if run not in trained))
     team.leave()
 
 

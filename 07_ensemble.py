@@ -65,7 +65,7 @@ def main():
 
     layout, own = Layout(args.work, args.data), not (args.test or args.check)
     order = layout.samples if own else args.sample or args.data / "sample_submission.csv"
-    wanted = wanted_ids(layout, order, own)
+    wanted = submission.wanted_ids(layout, order, own)
     if args.check:
         submission.check_submission(submission.read_submission(args.check), wanted)
         return print(f"07_ensemble: {args.check} is a valid submission of {len(wanted)} rows")
@@ -95,16 +95,6 @@ def main():
     print("07_ensemble: " + "\n".join(found))
     if behind:
         print("\n".join(describe_missing_folds(behind, args.work)))
-
-
-def wanted_ids(layout, order, own):
-    """Return the submission's Ids in order."""
-    from common.data.labels import read_csv
-
-    if not own:
-        return read_csv(order)["Id"].to_numpy()
-    samples = layout.read_samples()
-    return samples.loc[samples["part"] == "test", "Id"].to_numpy()
 
 
 def stage_of(args, layout, ensemble, order):

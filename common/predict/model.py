@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -218,15 +218,27 @@ def open_work_folder(path: Path, choice: Choice) -> Model:
         name=path.resolve().name,
         source=path,
         members=tuple(members),
-        thresholds=np.array(found["thresholds"]) if found else None,
-        fallback=found.get("fallback", "argmax") if found else "argmax",
-        calibration=np.array(found["calibration"]) if found and whole and "calibration" in found else None,
-        scores={key: found[key] for key in SCORES if key in found} if found and whole else None,
+        **decision_of(found, whole),
         tta=views["tta"],
         view=views["view"],
         warnings=tuple(warnings),
     )
     return with_digest(model)
+
+
+def decision_of(found: dict | None, whole: bool) -> dict[str, Any]:
+    """Return the fields of a Model that say how it decides, and how well.
+
+    found : content of thresholds.json, or None
+    whole : whether the model has all networks that it was found for; else its calibration and scores do not hold
+    """
+    known = found or {}
+    return {
+        "thresholds": np.array(known["thresholds"]) if found else None,
+        "fallback": known.get("fallback", "argmax"),
+        "calibration": np.array(known["calibration"]) if whole and "calibration" in known else None,
+        "scores": {key: known[key] for key in SCORES if key in known} if found and whole else None,
+    }
 
 
 def with_digest(model: Model) -> Model:

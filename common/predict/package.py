@@ -1,6 +1,6 @@
 """Packages: models that were handed on, as a folder or a zip file. Nothing in them is trusted, and no code is run.
 
-model.json says what there is, with the SHA-256 of every other file and a checksum of itself. Archives are never
+model.json lists the contents, with the SHA-256 of every other file and a checksum of itself. Archives are never
 unpacked: files are read by name, after their sizes have been checked. Weights are safetensors, whose names, shapes and
 types must be those of the network that the recipe builds. `common/export` writes packages.
 """
@@ -30,7 +30,7 @@ from common.artifacts.tables import SAFE_ID
 from common.classes import CLASS_NAMES
 from common.data.sources import CHANNELS, MAX_SIDE
 from common.errors import UserError, first_line, listing
-from common.predict.model import SCORES, Choice, Member, Model, Reference, with_digest
+from common.predict.model import SCORES, Choice, Member, Model, Reference, decision_of, with_digest
 from common.recipes import Recipe, from_dict
 from common.score.submission import impossible_part
 
@@ -350,10 +350,7 @@ def open_package(path: Path, choice: Choice) -> Model:
             source=path,
             members=tuple(kept),
             pixel_size=float(found["pixel_size"]),
-            thresholds=np.array(decision["thresholds"]) if decision else None,
-            fallback=decision.get("fallback", "argmax") if decision else "argmax",
-            calibration=np.array(decision["calibration"]) if decision and whole and "calibration" in decision else None,
-            scores={key: decision[key] for key in SCORES if key in decision} if decision and whole else None,
+            **decision_of(decision, whole),
             tta=found["tta"],
             view=found["view"],
             reference=read_references(files, found),

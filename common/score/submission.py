@@ -16,7 +16,7 @@ from common.artifacts.stage import Stage
 from common.artifacts.tables import read_table
 from common.artifacts.text_tables import BadTable, read_text_table
 from common.classes import CLASS_NAMES, N_CLASSES
-from common.data.labels import check_samples, format_targets, is_target, parse_targets
+from common.data.labels import check_samples, format_targets, is_target, parse_targets, read_csv
 from common.errors import UserError, listing
 from common.score.ensemble import COMBINATIONS, align, combine, stack_members
 from common.score.members import (
@@ -48,6 +48,14 @@ class Ensemble:
         """Return the combined probabilities of the Ids `wanted`, (n, 28); ids : CSV with the Ids of .npy files."""
         members = stack_members(read_members(self.files, ids, self.made_by), self.names, wanted)
         return combine(members, self.thresholds["combine"], self.thresholds["weights"])
+
+
+def wanted_ids(layout: Layout, order: Path, own: bool) -> np.ndarray:
+    """Return the submission's Ids in order: those of the table `order`, or of our own test samples."""
+    if not own:
+        return read_csv(order)["Id"].to_numpy()
+    samples = layout.read_samples()
+    return samples.loc[samples["part"] == "test", "Id"].to_numpy()
 
 
 def find_ensemble(layout: Layout, recipes: list[str], given: list[Path] | None, thresholds: Path | None) -> Ensemble:

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -168,11 +168,12 @@ TRACKERS = {
 # --- tracking a training -----------------------------------------------------------------------------------
 
 
-def check_trackers(names: list[str]) -> None:
-    """Refuse trackers whose packages are not installed: now, instead of after hours."""
+def check_trackers(names: list[str]) -> tuple[str, ...]:
+    """Return the trackers, each once; refuse those whose packages are not installed now, instead of after hours."""
     missing = [TRACKERS[name].package for name in names if find_spec(TRACKERS[name].module) is None]
     if missing:
         raise UserError(f"--track needs packages that are not installed; run: pip install {' '.join(missing)}")
+    return tuple(dict.fromkeys(names))
 
 
 @contextmanager
@@ -232,12 +233,13 @@ def within(seconds: float, act: Callable[[], object]) -> None:
         raise errors[0]
 
 
-def track_finished(names: list[str], layout: Layout, run: str, fold: int) -> None:
-    """Give a fold that was trained without these trackers to them, from its log."""
-    folder = layout.run(run, fold)
-    log, record = folder / "log.jsonl", folder / "best.pt"
-    names = [name for name in names if not (folder / TRACKERS[name].mark).exists()]
-    if names and log.is_file():
-        settings = read_sidecar(record)["parameters"] if sidecar(record).is_file() else {}
-        with tracking(names, Tracked(layout.work, folder, f"{run} fold {fold}", settings), read_lines(log)):
-            pass
+def track_finished(names: Sequence[str], layout: Layout, folds: Iterable[tuple[str, int]]) -> None:
+    """Give folds that were trained without these trackers to them, from their logs; folds : of (run, fold)."""
+    for run, fold in folds:
+        folder = layout.run(run, fold)
+        log, record = folder / "log.jsonl", folder / "best.pt"
+        missing = [name for name in names if not (folder / TRACKERS[name].mark).exists()]
+        if missing and log.is_file():
+            settings = read_sidecar(record)["parameters"] if sidecar(record).is_file() else {}
+            with tracking(missing, Tracked(layout.work, folder, f"{run} fold {fold}", settings), read_lines(log)):
+                pass

@@ -142,12 +142,12 @@ def test_a_training_that_was_stopped_and_resumed_has_every_epoch_once(name, trac
 def test_a_finished_fold_is_recorded_from_its_log_once(name, tracked):
     pytest.importorskip(TRACKERS[name].module, reason=f"{name} is not installed")
     layout = Layout(tracked.work)
-    track_finished([name], layout, "demo", 0)
+    track_finished([name], layout, [("demo", 0)])
     assert not (tracked.folder / TRACKERS[name].mark).exists()  # it has no log
     (tracked.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    track_finished([name], layout, "demo", 0)
+    track_finished([name], layout, [("demo", 0)])
     before = sorted(tracked.work.rglob("*"))
-    track_finished([name], layout, "demo", 0)
+    track_finished([name], layout, [("demo", 0)])
     assert sorted(tracked.work.rglob("*")) == before and (tracked.folder / TRACKERS[name].mark).exists()
 
 
