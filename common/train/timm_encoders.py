@@ -5,7 +5,6 @@ timm and torchvision take seconds to import, so they are imported inside functio
 
 import difflib
 import importlib
-import importlib.util
 import math
 import re
 import warnings
@@ -23,7 +22,7 @@ from torch import nn
 
 from common.errors import UserError, command, first_line
 from common.recipes import TIMM_PREFIX
-from common.train.published import Published
+from common.train.published import Published, in_package
 
 HUB = "https://huggingface.co"
 DIGEST = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|safetensors)$")  # at the end of a file's name
@@ -391,9 +390,3 @@ def packaged(settings: Any) -> Iterator[Published]:
         digest = DIGEST.search(file)
         assert digest, file
         yield Published(file, (), digest[1], settings.mean, settings.std, places)
-
-
-def in_package(package: str, inner: str) -> list[Path]:
-    """Return the path of a file in an installed package, without importing it."""
-    found = importlib.util.find_spec(package)
-    return [Path(folder) / inner for folder in (found.submodule_search_locations or ())] if found else []

