@@ -1,8 +1,10 @@
 """Compare training in equal seconds on equal cores: our recipes, fastai, and a plain loop; on demo data or any other.
 
+--epochs compares our recipes after equal epochs instead.
+
 Each run trains one fold in its own process and predicts its validation part; all time from the start of Python counts.
 A short run of each arm first measures how many epochs fit. An arm's score is macro F1 over its out-of-fold
-probabilities with cross-fitted greedy thresholds. Of several learning rates, the arm with the best score counts, which
+probabilities with cross-fitted greedy thresholds; mean average precision needs no thresholds. Of several learning rates, the arm with the best score counts, which
 favours the others and not us. Finished runs are kept in --out: stop and restart it at any time. Curves over several
 --minutes go to OUT/learning.png.
 
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from sklearn.metrics import average_precision_score
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -70,6 +73,9 @@ def parse_args():
     parser.add_argument(
         "--minutes", type=numbers(float), default=[2.0, 5.0], metavar="A,B", help="minutes per run (default: 2,5)"
     )
+    parser.add_argument(
+        "--epochs", type=numbers(int), default=[], metavar="A,B", help="epochs per run, instead of minutes"
+    )
     parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2], metavar="A,B", help="seeds (default: 0,1,2)")
     parser.add_argument("--n-folds", type=int, default=3, metavar="N", help="folds (default: 3)")
     parser.add_argument(
@@ -104,23 +110,23 @@ def main():
     arms = args.ours + [name for name in args.others if name != "none"]
     folds = read_table(args.out / "work" / "folds.csv", "03_make_folds.py")
     jobs = [
-        (arm, minutes, seed, fold)
-        for minutes in args.minutes
+        (arm, length, seed, fold)
+        for length in lengths(args)
         for arm in arms
         for seed in args.seeds
         for fold in range(args.n_folds)
     ]
     todo = [job for job in jobs if not place(args, *job).is_file()]
-    for arm in dict.fromkeys(job[0] for job in todo):
+    for arm in () if args.epochs else dict.fromkeys(job[0] for job in todo):
         calibrate(args, arm)
     started = time.monotonic()
     with ThreadPoolExecutor(args.at_once) as pool:
-        for done, (arm, minutes, seed, fold) in enumerate(
+        for done, (arm, length, seed, fold) in enumerate(
             pool.map(lambda job: (run_arm(args, *job), job)[1], todo), start=1
         ):
             left = (time.monotonic() - started) / done * (len(todo) - done)
             print(
-                f"{done}/{len(todo)} runs: {arm}, {minutes:g} min, seed {seed}, fold {fold}; {left / 60:.0f} min left",
+                f"{done}/{len(todo)} runs: {arm}, {length}, seed {seed}, fold {fold}; {left / 60:.0f} min left",
                 flush=True,
             )
     report(args, arms, folds)
@@ -168,8 +174,13 @@ def call(args, *command) -> tuple[float, str]:
     return time.monotonic() - started, result.stdout
 
 
-def place(args, arm, minutes, seed, fold) -> Path:
-    return args.out / "runs" / f"{minutes:g}" / folder_name(arm) / f"seed{seed}_fold{fold}.npz"
+def lengths(args) -> list[str]:
+    """Return the lengths of runs in words."""
+    return [f"{epochs} epochs" for epochs in args.epochs] or [f"{minutes:g} min" for minutes in args.minutes]
+
+
+def place(args, arm, length, seed, fold) -> Path:
+    return args.out / "runs" / length.replace(" ", "_") / folder_name(arm) / f"seed{seed}_fold{fold}.npz"
 
 
 def folder_name(arm: str) -> str:
@@ -271,12 +282,16 @@ def calibrate(args, arm) -> None:
     print(f"{arm}: {read_json(path)}", flush=True)
 
 
-def run_arm(args, arm, minutes, seed, fold) -> None:
-    target = place(args, arm, minutes, seed, fold)
+def run_arm(args, arm, length, seed, fold) -> None:
+    target = place(args, arm, length, seed, fold)
     target.parent.mkdir(parents=True, exist_ok=True)
-    known = read_json(calibration(args, arm))
-    fixed = known["seconds"] - known["epochs"] * known["epoch_seconds"]
-    epochs = max(1, int((SHARE * 60 * minutes - fixed) / known["epoch_seconds"]))
+    number, unit = length.split()
+    if unit == "epochs":
+        epochs = int(number)
+    else:
+        known = read_json(calibration(args, arm))
+        fixed = known["seconds"] - known["epochs"] * known["epoch_seconds"]
+        epochs = max(1, int((SHARE * 60 * float(number) - fixed) / known["epoch_seconds"]))
     temporary = target.with_name("." + target.name)
     write_json(target.with_suffix(".json"), train(args, arm, seed, fold, epochs, temporary))
     temporary.rename(target)
@@ -286,16 +301,17 @@ def report(args, arms, folds) -> None:
     """Print scores with intervals, and the JSON."""
     rows = folds[folds["fold"] >= 0].set_index("Id")
     figures = {}
-    for minutes in args.minutes:
-        print(f"{minutes:g} minutes per run, {args.n_folds} folds, seeds {', '.join(map(str, args.seeds))}")
+    for length in lengths(args):
+        print(f"{length} per run, {args.n_folds} folds, seeds {', '.join(map(str, args.seeds))}")
         for arm in arms:
-            found = figures[f"{arm} {minutes:g}"] = score(args, arm, minutes, rows)
+            found = figures[f"{arm}, {length}"] = score(args, arm, length, rows)
             low, high = found["interval"]
             print(
-                f"  {arm:40s} {found['macro_f1']:.3f} [{low:.3f}, {high:.3f}]  {found['epochs']:4d} epochs, "
-                f"{found['seconds']:.0f} s at most; seeds {' '.join(f'{value:.3f}' for value in found['seeds'])}"
+                f"  {arm:40s} {found['macro_f1']:.3f} [{low:.3f}, {high:.3f}]  mean AP {found['mean_ap']:.3f}  "
+                f"{found['epochs']:4d} epochs, {found['seconds']:.0f} s at most; "
+                f"seeds {' '.join(f'{value:.3f}' for value in found['seeds'])}"
             )
-    if len(args.minutes) > 1:
+    if len(args.minutes) > 1 and not args.epochs:
         draw(args, arms, figures)
     print(json.dumps(figures))
 
@@ -305,7 +321,7 @@ def draw(args, arms, figures) -> None:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for arm in arms:
-        found = [figures[f"{arm} {minutes:g}"] for minutes in args.minutes]
+        found = [figures[f"{arm}, {length}"] for length in lengths(args)]
         scores = np.array([row["macro_f1"] for row in found])
         ends = np.abs(np.array([row["interval"] for row in found]) - scores[:, None]).T
         axes.errorbar(args.minutes, scores, ends, marker="o", markersize=4, capsize=3, label=arm)
@@ -322,25 +338,30 @@ def draw(args, arms, figures) -> None:
     figure.savefig(args.out / "learning.png", dpi=120)
 
 
-def score(args, arm, minutes, rows) -> dict:
-    """Return macro F1 over the classes present: mean of all seeds and repeats, interval over samples, and by seed."""
+def score(args, arm, length, rows) -> dict:
+    """Return macro F1 over the classes present: mean of all seeds and repeats, interval over samples, and by seed.
+
+    mean_ap : mean average precision over these classes, mean of all seeds
+    """
     order = rows.index[rows["fold"] < args.n_folds]
     targets, groups = parse_targets(rows.loc[order, "Target"]), rows.loc[order, "group"].to_numpy()
     seen = targets.any(axis=0)
-    predicted, known = [], []
+    predicted, known, precisions = [], [], []
     for seed in args.seeds:
-        paths = [place(args, arm, minutes, seed, fold) for fold in range(args.n_folds)]
+        paths = [place(args, arm, length, seed, fold) for fold in range(args.n_folds)]
         ids, probs = (
             np.concatenate(part) for part in zip(*(load_predictions(path, "") for path in paths), strict=True)
         )
         place_of = {Id: k for k, Id in enumerate(ids)}
         probs = probs[[place_of[Id] for Id in order]]
+        precisions.append(average_precision_score(targets[:, seen], probs[:, seen], average="macro"))
         predicted.append([part[:, seen] for part in cross_fit(targets, probs, groups, "greedy")])
         known += [read_json(path.with_suffix(".json")) for path in paths]
     targets = targets[:, seen]
     seeds = [float(np.mean([class_f1(targets, part).mean() for part in parts])) for parts in predicted]
     return {
         "macro_f1": round(float(np.mean(seeds)), 4),
+        "mean_ap": round(float(np.mean(precisions)), 4),
         "seeds": [round(value, 4) for value in seeds],
         "interval": [
             round(value, 4) for value in bootstrap_macro_f1(targets, [part for parts in predicted for part in parts])

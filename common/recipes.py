@@ -16,8 +16,9 @@ from common.errors import UserError, nearest
 
 DEFAULT = ["resnet50"]  # recipes of every stage, unless others are given
 
-# The choices of a recipe. The tables with a row for each are in common/train: ENCODERS in networks.py,
-# LOSSES, OPTIMIZERS, SCHEDULES in files of those names, AUGMENTATIONS in dataset.py; this file loads no torch.
+# The choices of a recipe. The tables with a row for each are in common/train: ENCODERS in networks.py, LOSSES and
+# RANKINGS in losses.py, OPTIMIZERS, SCHEDULES in files of those names, AUGMENTATIONS in dataset.py; this file loads no
+# torch.
 CHOICES = {
     "size_rule": ("fixed", "by-source"),
     "encoder": (
@@ -41,10 +42,11 @@ CHOICES = {
     "normalisation": ("weights", "data"),
     "standardise": ("none", "sample"),
     "optimizer": ("sgd", "adamw", "muon"),
-    "base_loss": ("focal", "bce"),
+    "base_loss": ("focal", "bce", "asymmetric", "lovasz"),
     "class_weights": ("normalised", "raw", "none"),
     "weighted_part": ("column", "positives"),
     "class_reduction": ("sum", "mean"),
+    "hard_ranking": ("loss", "positives", "rarest"),
     "schedule": ("cycles", "constant", "plateau", "one-cycle"),
     "finder": ("off", "record", "use"),
 }
@@ -113,9 +115,11 @@ class Recipe:
     weighted_part: str = "column"
     class_reduction: str = "sum"
 
-    # Hard sampler: the share K/B of each batch that is trained on, after a warm-up with all of it.
+    # Hard sampler: the share K/B of each batch that is trained on, after a warm-up with all of it. It ranks samples by
+    # their loss, by its mean over their positive classes, or by that of their rarest positive class.
     hard_share: float = 0.7
     hard_warmup_epochs: int = 1
+    hard_ranking: str = "loss"
 
     # Layer groups; `learning_rates` (first layers first) overrides `learning_rate` and `layer_groups`. A rate of 0 keeps
     # the weights of a group before the last as they are; BatchNorm's statistics follow the images all the same.
@@ -484,8 +488,13 @@ def idle_fields(recipe: Recipe) -> dict[str, tuple[str, str]]:
             "class_weights=none",
             "class_weights=normalised too",
         ),
-        (recipe.base_loss != "focal", ("focal_gamma",), f"base_loss={recipe.base_loss}", "base_loss=focal too"),
-        (recipe.hard_share == 1, ("hard_warmup_epochs",), "hard_share=1", "hard_share below 1 too"),
+        (
+            recipe.base_loss not in ("focal", "lovasz"),
+            ("focal_gamma",),
+            f"base_loss={recipe.base_loss}",
+            "base_loss=focal too",
+        ),
+        (recipe.hard_share == 1, ("hard_warmup_epochs", "hard_ranking"), "hard_share=1", "hard_share below 1 too"),
         (recipe.schedule != "plateau", ("patience", "max_halvings"), schedule, "schedule=plateau too"),
         (recipe.schedule != "one-cycle", ("warmup_share",), schedule, "schedule=one-cycle too"),
         (recipe.max_cycles == 1, ("min_cycle_gain",), "max_cycles=1", "max_cycles above 1 too"),

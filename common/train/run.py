@@ -98,6 +98,7 @@ class Run:
     hardware: Hardware
     normalise: Normalisation
     class_weights: torch.Tensor  # (n_classes,) of the E-loss
+    class_counts: torch.Tensor  # (n_classes,) distinct training samples
     seed: int
     network: torch.nn.Module  # the model, wrapped where several processes train it
 
@@ -206,12 +207,13 @@ def new_run(
         model = synchronised(model)
     # The stubs allow a device or a memory format, not both.
     model = model.to(device, memory_format=hardware.memory_format)  # type: ignore[call-overload]
-    counts = effective_number_weights(data.counts, recipe.alpha, recipe.class_weights)
+    weights_of_classes = effective_number_weights(data.counts, recipe.alpha, recipe.class_weights)
     return Run(
         recipe=recipe,
         hardware=hardware,
         normalise=data.normalisation,
-        class_weights=torch.tensor(counts, dtype=torch.float32, device=device),
+        class_weights=torch.tensor(weights_of_classes, dtype=torch.float32, device=device),
+        class_counts=torch.tensor(data.counts, dtype=torch.float32, device=device),
         seed=seed,
         network=wrapped(model, hardware),
         model=model,

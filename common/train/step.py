@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError, is_out_of_memory
 from common.train.hardware import Hardware
-from common.train.losses import hard_samples, sample_losses
+from common.train.losses import hard_samples, ranked_by, sample_losses
 from common.train.networks import frozen_statistics
 from common.train.run import Run, seed_torch
 
@@ -32,8 +32,8 @@ def train_step(
         try:
             kept = torch.arange(n, device=device)  # (n,): all of them
             if share < 1:
-                ranked = team.gather(attempt.ranked_losses(), n)  # (n,): images -> logits -> losses
-                kept = hard_samples(ranked, share)  # (K,) indices of the largest losses
+                ranked = team.gather(attempt.ranked(), n)  # (n,): images -> logits -> losses
+                kept = hard_samples(ranked, share)  # (K,) indices of the largest
             factors = torch.zeros(n, device=device).index_fill(0, kept, team.size / len(kept))  # (n,): 1 / K or 0
             losses = team.gather(attempt.backward(factors[team.part(n)]), n)  # (n,); gradients are now summed
             break
@@ -67,24 +67,26 @@ class Attempt:
         half = run.hardware.autocast == torch.float16
         self.before = [buffer.clone() for buffer in run.model.buffers()] if half else []
 
-    def losses_of(self, k: int, network: torch.nn.Module) -> torch.Tensor:
-        """Return the losses of micro-batch k, (m,)."""
+    def losses_of(self, k: int, network: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses of micro-batch k, (m,), and what the sampler ranks it by, (m,)."""
         run, part = self.run, self.micro[k]
         seed_torch(run.seed, 1, self.step, run.hardware.team.rank, k)  # of dropout
         with run.hardware.casting():
             inputs = run.normalise(self.images[part], run.hardware.device)  # (m, 4, h, w) float32, about -2 to 2
             logits = network(inputs.contiguous(memory_format=run.hardware.memory_format))  # (m, n_classes)
-        return sample_losses(logits, self.targets[part], run.class_weights, run.recipe)  # (m,)
+        targets, weights = self.targets[part], run.class_weights
+        losses = sample_losses(logits, targets, weights, run.recipe)  # (m,)
+        return losses, ranked_by(losses, logits, targets, weights, run.class_counts, run.recipe)
 
-    def ranked_losses(self) -> torch.Tensor:
-        """Return the losses that the sampler ranks, (part,), without gradients."""
+    def ranked(self) -> torch.Tensor:
+        """Return what the sampler ranks samples by, (part,), without gradients."""
         run = self.run
         if len(self.micro) == 1:
-            self.whole = self.losses_of(0, run.network)  # (part,)
-            return self.whole.detach()
+            self.whole, ranked = self.losses_of(0, run.network)  # (part,) each
+            return ranked
         network = run.model if run.hardware.team.size > 1 else run.network
         with torch.no_grad(), frozen_statistics(run.model):
-            return torch.cat([self.losses_of(k, network) for k in range(len(self.micro))])  # (part,)
+            return torch.cat([self.losses_of(k, network)[1] for k in range(len(self.micro))])  # (part,)
 
     def backward(self, factors: torch.Tensor) -> torch.Tensor:
         """Sum the gradients of the losses times `factors`, (part,); returns the losses, (part,)."""
@@ -92,7 +94,7 @@ class Attempt:
         done = []
         for k, part in enumerate(self.micro):
             with self.gradients_at_the_last(k):
-                losses = self.losses_of(k, self.run.network) if self.whole is None else self.whole  # (m,)
+                losses = self.losses_of(k, self.run.network)[0] if self.whole is None else self.whole  # (m,)
                 self.run.scaler.scale((losses * factors[part]).sum()).backward()
             done.append(losses.detach())
         return torch.cat(done)

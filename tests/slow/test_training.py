@@ -523,7 +523,7 @@ def test_a_wrong_label_is_kept_most_often(tmp_path):
 )
 def test_cycles_end_when_one_gains_less_than_a_hundredth(losses, epoch, finished):
     recipe = replace(SMALL, cycle_epochs=2, max_cycles=3, min_cycle_gain=0.01)
-    run = Run(recipe, *[None] * 9, epoch=epoch, history=[{"valid_loss": loss} for loss in losses])
+    run = Run(recipe, *[None] * 10, epoch=epoch, history=[{"valid_loss": loss} for loss in losses])
     assert is_finished(run) == finished
 
 

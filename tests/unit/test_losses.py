@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from common.data.class_weights import effective_number_weights, effective_numbers
 from common.recipes import Recipe
-from common.train.losses import hard_samples, sample_losses
+from common.train.losses import LOSSES, hard_samples, lovasz_hinge, ranked_by, sample_losses
 
 COUNTS = np.array([1, 2, 11, 500, 12885])
 
@@ -79,6 +79,55 @@ def test_the_loss_stays_finite_for_extreme_logits():
     loss = sample_losses(logits, torch.tensor([[1.0, 0.0]]), torch.ones(2), Recipe()).sum()
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+def test_the_asymmetric_loss_is_its_formula():
+    logits = torch.tensor([[-3.5, -1.0, 0.3, 2.0]])
+    p = torch.sigmoid(logits.double())
+    positive = -(1 - p) * p.log()
+    negative = -((p - 0.05).clamp(min=0) ** 4) * (1 - (p - 0.05).clamp(min=0)).log()
+    for targets, expected in ((torch.ones(1, 4), positive), (torch.zeros(1, 4), negative)):
+        torch.testing.assert_close(LOSSES["asymmetric"](logits, targets, Recipe()), expected.float())
+
+
+def test_the_lovasz_hinge_is_the_jaccard_loss_of_whole_errors():
+    """Where each error is 0 or 1, the Lovasz extension is the set function itself: 1 - intersection / union."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        targets, wrong = rng.random((2, 1, 6)) < 0.4
+        predicted = targets ^ wrong
+        union = (targets | predicted).sum()
+        expected = 1 - (targets & predicted).sum() / union if union else 0.0
+        margins = torch.from_numpy(np.where(wrong, 0.0, 1.0) * np.where(targets, 1, -1))  # errors of 1 and 0
+        found = lovasz_hinge(margins, torch.from_numpy(targets).double())
+        assert found.sum().item() == pytest.approx(expected)
+        assert (found[~torch.from_numpy(wrong)] == 0).all()
+
+
+def test_the_lovasz_loss_of_a_sample_does_not_depend_on_its_batch():
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(5, 28, generator=generator), (torch.rand(5, 28, generator=generator) < 0.1).float()
+    whole = LOSSES["lovasz"](logits, targets, Recipe())
+    torch.testing.assert_close(whole[2:3], LOSSES["lovasz"](logits[2:3], targets[2:3], Recipe()))
+
+
+@pytest.mark.parametrize("ranking, first", [("loss", 0), ("positives", 1), ("rarest", 2)])
+def test_what_the_sampler_ranks_by(ranking, first):
+    """One sample has many labels and errors, one a bad only label, one a bad rare label beside a good common one."""
+    targets = torch.tensor([[1.0, 1, 1, 0], [0, 1, 0, 0], [1, 0, 0, 1]])
+    logits = torch.tensor([[-2.0, -2, -2, 3], [-5, -3, -5, -5], [5, -5, -5, -4]])
+    recipe = Recipe(base_loss="bce", hard_ranking=ranking)
+    weights, counts = torch.ones(4), torch.tensor([100.0, 90, 80, 5])
+    losses = sample_losses(logits, targets, weights, recipe)
+    ranked = ranked_by(losses, logits, targets, weights, counts, recipe)
+    each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    expected = {
+        "loss": each.sum(dim=1),
+        "positives": torch.stack([each[k][targets[k] > 0].mean() for k in range(3)]),
+        "rarest": torch.stack([each[0, 2], each[1, 1], each[2, 3]]),
+    }
+    torch.testing.assert_close(ranked, expected[ranking])
+    assert hard_samples(ranked, 0.3).tolist() == [first]
 
 
 def test_the_hard_sampler_keeps_the_largest():

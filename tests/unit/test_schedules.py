@@ -72,7 +72,7 @@ def flattening(epoch):
 
 def driven(recipe, loss):
     """Return the factor on the learning rate in each epoch of a training with the given validation losses."""
-    run = Run(recipe, *[None] * 9)
+    run = Run(recipe, *[None] * 10)
     factors = []
     while not is_finished(run):
         factors.append(learning_rate_factor(run, run.epoch, 1))

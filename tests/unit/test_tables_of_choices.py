@@ -17,7 +17,7 @@ from common.train.dataset import AUGMENTATIONS, Chance, ImageSet, Normalisation,
 from common.train.fold_data import FoldData
 from common.train.hardware import Hardware
 from common.train.loop import begin_fold, train_fold
-from common.train.losses import LOSSES, sample_losses
+from common.train.losses import LOSSES, RANKINGS, sample_losses
 from common.train.networks import ENCODERS, build_encoder, build_model
 from common.train.optimizers import OPTIMIZERS, build_optimizer, param_groups
 from common.train.run import new_run, saved_pieces
@@ -29,6 +29,7 @@ CPU = Hardware(torch.device("cpu"))
 TABLES = {
     "encoder": ENCODERS,
     "base_loss": LOSSES,
+    "hard_ranking": RANKINGS,
     "augmentations": AUGMENTATIONS,
     "schedule": SCHEDULES,
     "optimizer": OPTIMIZERS,
