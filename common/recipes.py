@@ -35,7 +35,7 @@ CHOICES = {
         "resnet10_narrow",
         "squeezenet1_1",
     ),
-    "pooling": ("acp", "average", "own"),
+    "pooling": ("acp", "average", "levels", "own"),
     "head_order": ("linear-relu-dropout", "dropout-linear-relu", "linear-selu-dropout"),
     "fourth_channel": ("red", "zeros", "mean"),
     "augmentations": ("dihedral", "channel_dropout"),
@@ -93,7 +93,8 @@ class Recipe:
     size_divisor: int = 1
     enlarge: bool = False
 
-    # Network: encoder, pooling (adaptive concat; global average; the encoder's own), buffering layers, 28 outputs.
+    # Network: encoder, pooling (adaptive concat; global average; adaptive concat of its last three levels; the encoder's
+    # own), buffering layers, 28 outputs.
     encoder: str = "resnet50"
     pooling: str = "acp"
     buffers: tuple[int, ...] = (1024,)
@@ -114,6 +115,7 @@ class Recipe:
     class_weights: str = "normalised"
     weighted_part: str = "column"
     class_reduction: str = "sum"
+    label_smoothing: float = 0.0  # the share of each label, present or absent, that counts as its opposite
 
     # Hard sampler: the share K/B of each batch that is trained on, after a warm-up with all of it. It ranks samples by
     # their loss, by its mean over their positive classes, or by that of their rarest positive class.
@@ -188,6 +190,7 @@ class Recipe:
             "buffers": all(width > 0 for width in self.buffers),
             "class_balance": 0 <= self.class_balance <= 1,
             "focal_gamma": self.focal_gamma >= 0,
+            "label_smoothing": 0 <= self.label_smoothing < 0.5,
             "alpha": 0 <= self.alpha < 1,
             "hard_share": 0 < self.hard_share <= 1,
             "hard_warmup_epochs": self.hard_warmup_epochs >= 0,
@@ -557,6 +560,7 @@ WORDS = {
     "weight_decay": "wd decay l2",
     "base_loss": "loss loss_fn criterion",
     "focal_gamma": "gamma",
+    "label_smoothing": "smoothing smooth label_smooth",
     "image_size": "size img_size imsize resolution",
     "crop_size": "crop patch patch_size",
     "dropouts": "dropout drop drop_rate",

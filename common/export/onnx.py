@@ -6,7 +6,7 @@ mean are inside. Models whose networks take several sizes become several graphs,
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,7 +38,11 @@ class Graph(nn.Module):
     """
 
     def __init__(
-        self, members: list[tuple[nn.Module, Normalisation]], weights: list[float], tta: str, standardised: list[bool]
+        self,
+        members: Sequence[tuple[nn.Module, Normalisation]],
+        weights: list[float],
+        tta: str,
+        standardised: list[bool],
     ) -> None:
         super().__init__()
         self.networks = nn.ModuleList(network for network, _ in members)

@@ -35,7 +35,7 @@ def cards_of(model: Model, image: NewImage, classes: Sequence[int], planned: Pla
 
     for window in windows:
         seen = [
-            seen_by(network, normalise, member.recipe, given(window, image, member, normalise, planned))
+            seen_by(network, normalise, given(window, image, member, normalise, planned))
             for (network, normalise), member in zip(networks, members, strict=True)
         ]
         probs, maps = probabilities_and_maps(seen, window.shape[1], more_probable)

@@ -18,10 +18,9 @@ from common.score.ensemble import combine
 from common.score.submission import decide, read_thresholds
 
 if TYPE_CHECKING:  # torch takes seconds to load, and a model can be described without it
-    from torch import nn
-
     from common.train.dataset import Normalisation
     from common.train.hardware import Hardware
+    from common.train.networks import Classifier
 
 SIDE = 2048  # pixels: the side at which `Model.pixel_size` holds
 # Settings of stage 05, the defaults first.
@@ -57,7 +56,7 @@ class Member:
     fold: int
     recipe: Recipe
     weight: float
-    load: "Callable[[Hardware], tuple[nn.Module, Normalisation]]"
+    load: "Callable[[Hardware], tuple[Classifier, Normalisation]]"
     content: str = ""
 
     @property
@@ -323,7 +322,7 @@ def make_member(layout: Layout, name: str, fold: int, weight: float) -> Member:
     return Member(name, fold, recipe, weight, partial(load_member, checkpoint.resolve(), recipe), content)
 
 
-def load_member(path: Path, recipe: Recipe, hardware: "Hardware") -> "tuple[nn.Module, Normalisation]":
+def load_member(path: Path, recipe: Recipe, hardware: "Hardware") -> "tuple[Classifier, Normalisation]":
     """Return the network of a checkpoint on the device, and its normalisation."""
     from common.train.checkpoints import load_network  # loads torch
 

@@ -36,10 +36,10 @@ from common.score.submission import impossible_part
 
 if TYPE_CHECKING:  # torch takes seconds to load, and a model can be described without it
     import torch
-    from torch import nn
 
     from common.train.dataset import Normalisation
     from common.train.hardware import Hardware
+    from common.train.networks import Classifier
 
 FORMAT, VERSION = "protein-localisation-package", 1
 MODEL_FILE = "model.json"
@@ -454,7 +454,7 @@ def load_weights(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     hardware: "Hardware",
-) -> "tuple[nn.Module, Normalisation]":
+) -> "tuple[Classifier, Normalisation]":
     """Return a package's network on the device, and its normalisation; also choose this process's kernels.
 
     size : of the file of weights in bytes

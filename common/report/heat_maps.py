@@ -9,11 +9,11 @@ import pandas as pd
 import torch
 from captum.attr import LayerGradCam
 
-from common.recipes import Recipe
 from common.train.checkpoints import finished_checkpoint, load_network
 from common.train.dataset import Normalisation, dihedral
 from common.train.fold_data import image_set
 from common.train.hardware import HardwareOptions, choose_hardware
+from common.train.networks import Classifier, GapNetEncoder
 
 VIEWS = range(8)
 
@@ -39,18 +39,21 @@ def explain(
     for fold in numbers:
         path, recipe = finished_checkpoint(work, recipe_name, fold, folds, "best")
         planes, _ = image_set(work, recipe, sample)[0]
-        seen.append(seen_by(*load_network(path, recipe, hardware), recipe, planes))
+        seen.append(seen_by(*load_network(path, recipe, hardware), planes))
     return probabilities_and_maps(seen, planes.shape[1], choose)
 
 
-def seen_by(
-    model: torch.nn.Module, normalise: Normalisation, recipe: Recipe, planes: np.ndarray
-) -> tuple[LayerGradCam, torch.Tensor]:
+def seen_by(model: Classifier, normalise: Normalisation, planes: np.ndarray) -> tuple[LayerGradCam, torch.Tensor]:
     """Return a network's camera and its normalised views of an image, (4, side, side) uint8."""
     image = torch.from_numpy(planes)
     images = normalise(torch.stack([dihedral(image, view) for view in VIEWS]), torch.device("cpu"))
-    layer = model.get_submodule("encoder.c" if recipe.pooling == "own" else "encoder")
-    return LayerGradCam(model.eval(), layer), images
+    return LayerGradCam(model.eval(), last_map(model)), images
+
+
+def last_map(model: Classifier) -> torch.nn.Module:
+    """Return the layer whose features are pooled, the last of them where several are."""
+    levels = ["c"] if isinstance(model.encoder, GapNetEncoder) else list(model.levels)
+    return model.get_submodule(".".join(["encoder", *levels[-1:]]))
 
 
 def probabilities_and_maps(

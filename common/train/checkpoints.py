@@ -22,7 +22,7 @@ from common.recipes import Recipe, asked_recipe, from_dict, recipe_of_run, to_di
 from common.train.dataset import Normalisation
 from common.train.fold_data import training_inputs
 from common.train.hardware import Hardware, set_kernels
-from common.train.networks import build_model
+from common.train.networks import Classifier, build_model
 from common.train.run import FORMAT, NUMBER, Kind, Run, saved_pieces
 
 TRAIN_AGAIN = "train the fold again with --force, or use the version that wrote it"
@@ -250,7 +250,7 @@ def finished_checkpoint(work: Path, name: str, fold: int, folds: pd.DataFrame, w
     return path, recipe
 
 
-def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[torch.nn.Module, Normalisation]:
+def load_network(path: Path, recipe: Recipe, hardware: Hardware) -> tuple[Classifier, Normalisation]:
     """Return a trained network on the device, and its normalisation; also choose this process's kernels."""
     set_kernels(hardware)
     saved = load_checkpoint(path)

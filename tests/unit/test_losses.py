@@ -90,6 +90,16 @@ def test_the_asymmetric_loss_is_its_formula():
         torch.testing.assert_close(LOSSES["asymmetric"](logits, targets, Recipe()), expected.float())
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.02, 0.3])
+def test_label_smoothing_with_cross_entropy_is_that_of_soft_labels(smoothing):
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(5, 28, generator=generator), (torch.rand(5, 28, generator=generator) < 0.1).float()
+    soft = targets * (1 - smoothing) + (1 - targets) * smoothing
+    recipe = Recipe(base_loss="bce", label_smoothing=smoothing)
+    expected = F.binary_cross_entropy_with_logits(logits, soft, reduction="none").sum(dim=1)
+    torch.testing.assert_close(sample_losses(logits, targets, torch.ones(28), recipe), expected)
+
+
 def test_the_lovasz_hinge_is_the_jaccard_loss_of_whole_errors():
     """Where each error is 0 or 1, the Lovasz extension is the set function itself: 1 - intersection / union."""
     rng = np.random.default_rng(0)
