@@ -391,12 +391,14 @@ OURS = {
     "resnet50_plus": {
         "encoder": "resnet50",
         "batch_size": 64,
-        "learning_rates": [2e-4, 1e-3],
+        "learning_rates": [1e-3, 3e-3],
         "cycle_epochs": 24,
         "max_cycles": 1,
         "evaluate_epochs": 2,
-        "optimizer": "adamw",
-        "weight_decay": 0.05,
+        "optimizer": "muon",
+        "weight_decay": 0.3,
+        "standardise": "sample",
+        "class_balance": 0.5,
         "schedule": "one-cycle",
         "base_loss": "bce",
         "class_weights": "none",
@@ -407,7 +409,7 @@ OURS = {
     "senet_plus": {
         "encoder": "se_resnext50_32x4d",
         "batch_size": 64,
-        "learning_rates": [2e-4, 5e-4, 1e-3],
+        "learning_rates": [1e-3, 2e-3, 3e-3],
         "cycle_epochs": 24,
     },
     "small_plus": {
@@ -424,6 +426,7 @@ OURS = {
         "weight_decay": 0.3,
         "standardise": "sample",
         "class_balance": 0.5,
+        "label_smoothing": 0.02,
     },
     "demo": {
         "encoder": "resnet10_narrow",
