@@ -352,11 +352,7 @@ RECIPES = {
     "gapnet_pl_plus": replace(GAPNET_PL, encoder="gapnet_pl_plus"),
     "resnet50_plus": plus(replace(RESNET50, batch_size=64), (1e-3, 3e-3), 24),
     "senet_plus": plus(replace(SENET, batch_size=64), (1e-3, 2e-3, 3e-3), 24),
-    "small_plus": replace(
-        plus(replace(DEMO, batch_size=32), (2e-2, 1e-2), 80),
-        dropouts=(0.5,),
-        label_smoothing=0.02,
-    ),
+    "small_plus": replace(plus(replace(DEMO, batch_size=32), (2e-2, 1e-2), 80), dropouts=(0.5,), label_smoothing=0.02),
     "demo": DEMO,
     "demo_large": replace(DEMO, image_size=1024, crop_size=768, cycle_epochs=8),
     "demo_gapnet": replace(GAPNET_PL, size_divisor=8, batch_size=16, cycle_epochs=16, max_cycles=2),
