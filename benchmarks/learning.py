@@ -47,6 +47,7 @@ from common.score.thresholds import cross_fit
 
 SHARE = 0.97  # of the available seconds that epochs are planned to fill
 CALIBRATION_SECONDS = 25
+SIZES = ("size_rule", "image_size", "crop_size", "size_divisor", "enlarge")
 FLAGS = ("pretrained", "weights_dir", "precision")  # of 04_train.py, which an arm may give like fields
 OTHERS = (
     "fastai-resnet18@0.001",
@@ -139,14 +140,20 @@ def prepare(args):
         data = args.out / "demo_data"
         if not (data / "train.csv").is_file():
             call(args, sys.executable, "-m", "common.demo", "--data", data)
-    stores = ",".join(dict.fromkeys([*(recipe_of(arm)[0] for arm in args.ours), "demo"]))
     for script in (
-        ("01_preprocess.py", "--recipes", stores),
+        *dict.fromkeys(store_command(arm) for arm in [*args.ours, "demo"]),
         ("01_preprocess.py", "--recipes", "demo", "--set", "size_divisor=8"),
         ("02_dedup.py",),
         ("03_make_folds.py", "--n-folds", args.n_folds),
     ):
         call(args, sys.executable, *script, "--data", data.resolve(), "--work", work)
+
+
+def store_command(arm: str) -> tuple[str, ...]:
+    """Return the command that stores images at the sizes of an arm."""
+    name, settings, _ = recipe_of(arm)
+    sizes = [text for text in settings if text.partition("=")[0] in SIZES]
+    return ("01_preprocess.py", "--recipes", name, *(["--set", *sizes] if sizes else []))
 
 
 def recipe_of(arm: str) -> tuple[str, list[str], list[str]]:
