@@ -14,6 +14,8 @@ import tifffile
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the scripts do, before torch is loaded
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup lets it be ignored, here and in every process that tests start
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
