@@ -49,8 +49,6 @@ def parse_args():
     parser.add_argument("--force", action="store_true", help="discard what these folds have and train from scratch")
     command_line.add_settings_flag(parser, "change fields of the recipe")
     add_listing_flags(parser)
-    parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
-    parser.add_argument("--find-lr", action="store_true", help="only run the learning rate finder and save its curve")
     add_training_flags(parser)
     return parser.parse_args()
 

@@ -22,65 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I lea
 
 from common.process import command_line
 from common.process.main import run
+from common.score.options import add_threshold_flags
 
 
 def parse_args():
-    from common.score.ensemble import COMBINATIONS
-    from common.score.thresholds import METHODS
-
     parser = command_line.parser(__doc__)
     command_line.add_recipes_flag(parser, "recipes whose probabilities are combined")
-    parser.add_argument(
-        "--method",
-        default="calibrated",
-        choices=METHODS,
-        help="calibrated (default): highest expected F1 after calibration, rare classes lean on the others; "
-        "half: 0.5; single: one for all classes; greedy: the paper's search; exact: every distinct probability; "
-        "ratio: predict each class as often as expected",
-    )
-    parser.add_argument(
-        "--combine",
-        default="mean",
-        choices=COMBINATIONS,
-        help="mean: plain mean of the members (default); weighted: mean with weights found out of fold; "
-        "rank: mean of ranks",
-    )
-    parser.add_argument(
-        "--prior",
-        type=Path,
-        metavar="CSV",
-        help="labels (Id,Target) whose class shares --method ratio must match (default: the out-of-fold samples')",
-    )
-    parser.add_argument(
-        "--oof", type=Path, nargs="+", metavar="FILE", help="predictions to use instead of the recipes'"
-    )
-    parser.add_argument("--ids", type=Path, metavar="CSV", help="Ids of the rows of .npy files")
-    parser.add_argument(
-        "--labels", type=Path, metavar="CSV", help="Id,Target of the --oof samples (default: DATA/train.csv)"
-    )
-    parser.add_argument(
-        "--groups",
-        type=Path,
-        metavar="CSV",
-        help="Id,group of the --oof samples, for example WORK/duplicates.csv: a group is never split (default: each "
-        "sample is its own group)",
-    )
-    parser.add_argument(
-        "--common-ids", action="store_true", help="leave out samples that are not in all files (default: refuse)"
-    )
-    parser.add_argument(
-        "--reproduce",
-        type=Path,
-        metavar="CSV",
-        help="find the thresholds that make this submission from the one --oof file",
-    )
-    parser.add_argument(
-        "--compare",
-        type=command_line.recipe_names,
-        metavar="A,B",
-        help="compare these runs on the samples that all of them predicted: scores, paired differences with "
-        "intervals, classes won; writes WORK/comparison.json instead of thresholds",
-    )
+    add_threshold_flags(parser)
     return parser.parse_args()
 
 

@@ -19,35 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I lea
 
 from common.process import command_line
 from common.process.main import run
+from common.score.options import add_submission_flags
 
 
 def parse_args():
     parser = command_line.parser(__doc__)
     command_line.add_recipes_flag(parser, "recipes whose probabilities are combined")
-    parser.add_argument(
-        "--fallback",
-        choices=("argmax", "empty"),
-        help="if no class passes its threshold, predict the most probable one (argmax, default) or none (empty)",
-    )
-    parser.add_argument(
-        "--test", type=Path, nargs="+", metavar="FILE", help="predictions to use instead of the recipes'"
-    )
-    parser.add_argument("--ids", type=Path, metavar="CSV", help="Ids of the rows of .npy files")
-    parser.add_argument("--thresholds", type=Path, metavar="JSON", help="default: WORK/thresholds.json")
-    parser.add_argument(
-        "--sample",
-        type=Path,
-        metavar="CSV",
-        help="with --test: the submission's Ids in their order (default: DATA/sample_submission.csv)",
-    )
-    parser.add_argument("--out", type=Path, metavar="CSV", help="default: WORK/submission.csv")
-    parser.add_argument("--check", type=Path, metavar="CSV", help="only check this submission against --sample")
-    parser.add_argument(
-        "--override-duplicates",
-        action="store_true",
-        help="give test samples that are near-identical to labelled ones (WORK/duplicate_pairs.csv) their labels "
-        "instead of predictions; against the spirit of a test, so off by default",
-    )
+    add_submission_flags(parser)
     return parser.parse_args()
 
 

@@ -4,9 +4,9 @@
 
 Each run trains one fold in its own process and predicts its validation part; all time from the start of Python counts.
 A short run of each arm first measures how many epochs fit. An arm's score is macro F1 over its out-of-fold
-probabilities with cross-fitted greedy thresholds; mean average precision needs no thresholds. Of several learning rates, the arm with the best score counts, which
-favours the others and not us. Finished runs are kept in --out: stop and restart it at any time. Curves over several
---minutes go to OUT/learning.png.
+probabilities with cross-fitted greedy thresholds; mean average precision needs no thresholds. Of several learning
+rates, the arm with the best score counts, which favours the others and not us. Finished runs are kept in --out: stop
+and restart it at any time. Curves over several --minutes go to OUT/learning.png.
 
 Pretrained weights against random ones, frozen or trained at other rates (with --data also on half-real images):
 

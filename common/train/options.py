@@ -26,7 +26,7 @@ def check_starts(args: argparse.Namespace) -> None:
 
 
 def add_listing_flags(parser: argparse.ArgumentParser) -> None:
-    """Add to a command line what it lists instead of training."""
+    """Add to a command line what it lists or measures instead of training."""
     parser.add_argument(
         "--list-runs", action="store_true", help="only print the runs in --work: state, score, settings that differ"
     )
@@ -35,6 +35,8 @@ def add_listing_flags(parser: argparse.ArgumentParser) -> None:
         "--list-encoders", nargs="?", const="", metavar="PATTERN", help="only print encoders; with PATTERN also timm's"
     )
     parser.add_argument("--json", action="store_true", help="with --list-recipes: every field, as JSON")
+    parser.add_argument("--show-class-weights", action="store_true", help="only print the E-loss weights of each class")
+    parser.add_argument("--find-lr", action="store_true", help="only run the learning rate finder and save its curve")
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
