@@ -27,26 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -P and -I lea
 from common.process import command_line
 from common.process.main import run
 from common.recipes import describe_fits, fit_to_source
-from common.train.options import add_listing_flags, add_training_flags, check_starts
+from common.train.options import add_listing_flags, add_run_flags, add_training_flags, check_starts
 
 
 def parse_args():
     parser = command_line.parser(__doc__)
-    parser.add_argument(
-        "--recipe",
-        type=command_line.recipe_names,
-        metavar="A,B",
-        help="recipes to train (default: those of --recipes-file, or resnet50); resnet50@1024: with images of 1024 px",
-    )
-    command_line.add_recipes_file_flag(parser)
-    parser.add_argument(
-        "--name",
-        metavar="NAME",
-        help="train the one --recipe, with the changes of --set, as a run of this name; in this work folder the name "
-        "can then be used like a recipe's",
-    )
-    parser.add_argument("--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to train (default: all)")
-    parser.add_argument("--force", action="store_true", help="discard what these folds have and train from scratch")
+    add_run_flags(parser)
     command_line.add_settings_flag(parser, "change fields of the recipe")
     add_listing_flags(parser)
     add_training_flags(parser)

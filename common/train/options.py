@@ -1,4 +1,4 @@
-"""The flags of stage 04 that say how a training runs. This module loads no torch, so --help is quick."""
+"""The flags of stage 04: what it trains and how. This module loads no torch, so --help is quick."""
 
 import argparse
 
@@ -23,6 +23,25 @@ def check_starts(args: argparse.Namespace) -> None:
         given.append("--pretrained none")
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} contradict each other; give one of them")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add which recipes and folds are trained, under which name, and whether again."""
+    parser.add_argument(
+        "--recipe",
+        type=command_line.recipe_names,
+        metavar="A,B",
+        help="recipes to train (default: those of --recipes-file, or resnet50); resnet50@1024: with images of 1024 px",
+    )
+    command_line.add_recipes_file_flag(parser)
+    parser.add_argument(
+        "--name",
+        metavar="NAME",
+        help="train the one --recipe, with the changes of --set, as a run of this name; in this work folder the name "
+        "can then be used like a recipe's",
+    )
+    parser.add_argument("--folds", type=command_line.fold_numbers, metavar="0,2", help="folds to train (default: all)")
+    parser.add_argument("--force", action="store_true", help="discard what these folds have and train from scratch")
 
 
 def add_listing_flags(parser: argparse.ArgumentParser) -> None:
