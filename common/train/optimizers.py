@@ -61,7 +61,8 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             if group["muon"]:
                 for parameter in group["params"]:
-                    self._step_of(parameter, group)
+                    if parameter.grad is not None:  # else it is frozen
+                        self._step_of(parameter, group)
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
             return super().step(closure)
@@ -175,6 +176,14 @@ def param_groups(model: Classifier, rates: tuple[float, ...]) -> list[dict]:
     if len(rates) == 1:
         parts = [parts[0] + parts[1]]
     return [{"params": part, "lr": rate, "top_lr": rate} for part, rate in zip(parts, rates, strict=True)]
+
+
+def freeze(groups: list[dict]) -> None:
+    """Let the groups with a rate of 0 have no gradients: the backward pass stops before frozen first layers."""
+    for group in groups:
+        if group["top_lr"] == 0:
+            for parameter in group["params"]:
+                parameter.requires_grad_(False)
 
 
 class Average:

@@ -21,7 +21,7 @@ from common.train.dataset import EpochBatches, Normalisation
 from common.train.fold_data import FoldData
 from common.train.hardware import Fitting, Hardware, set_kernels
 from common.train.networks import build_model, synchronised
-from common.train.optimizers import Average, build_optimizer, param_groups
+from common.train.optimizers import Average, build_optimizer, freeze, param_groups
 
 FORMAT = 4  # of checkpoints; add one whenever older ones could be misread, as after each change of a network
 ENOUGH_IMAGES = 8  # for BatchNorm, in each of several processes
@@ -207,6 +207,8 @@ def new_run(
         model = synchronised(model)
     # The stubs allow a device or a memory format, not both.
     model = model.to(device, memory_format=hardware.memory_format)  # type: ignore[call-overload]
+    groups = param_groups(model, rates or recipe.group_learning_rates)
+    freeze(groups)
     weights_of_classes = effective_number_weights(data.counts, recipe.alpha, recipe.class_weights)
     return Run(
         recipe=recipe,
@@ -217,7 +219,7 @@ def new_run(
         seed=seed,
         network=wrapped(model, hardware),
         model=model,
-        optimizer=build_optimizer(recipe, param_groups(model, rates or recipe.group_learning_rates)),
+        optimizer=build_optimizer(recipe, groups),
         scaler=torch.amp.GradScaler(device.type, enabled=hardware.autocast == torch.float16),
         ranking=torch.zeros(2, len(data.train), 3, device=device),
         average=Average(model, recipe.ema) if recipe.ema else None,

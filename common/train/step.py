@@ -143,7 +143,7 @@ def regularise(run: Run) -> None:
     if not recipe.l1 and not recipe.clip_norm:
         return
     run.scaler.unscale_(run.optimizer)
-    for parameter in run.model.parameters():
+    for parameter in (p for p in run.model.parameters() if p.requires_grad):
         assert parameter.grad is not None
         parameter.grad.add_(parameter.detach().sign(), alpha=recipe.l1)
     if recipe.clip_norm:

@@ -128,17 +128,27 @@ def test_synchronised_batchnorm_keeps_the_activations_in_timms_layers():
     torch.testing.assert_close(changed(images), expected)
 
 
-def test_a_rate_of_zero_freezes_a_group():
-    recipe = recipe_for("timm/resnet10t", 64, optimizer="adamw", weight_decay=0.1, learning_rates=(0.0, 1e-2))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_rate_of_zero_freezes_a_group_and_spares_it_the_backward_pass(optimizer):
+    recipe = recipe_for(
+        "timm/resnet10t", 64, optimizer=optimizer, weight_decay=0.1, learning_rates=(0.0, 1e-2), l1=1e-4, ema=0.9
+    )
     data = SimpleNamespace(counts=np.ones(28), train=range(2), normalisation=Normalisation((0.5,) * 4, (0.3,) * 4))
-    run = new_run(recipe, data, Hardware(torch.device("cpu")), 0, 0)
-    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["top_lr"]
     images = torch.randint(0, 256, (2, 4, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    train_step(run, images, torch.eye(2, 28), 2, 0.5, 0)
+    run, reference = (new_run(recipe, data, Hardware(torch.device("cpu")), 0, 0) for _ in range(2))
+    reference.model.requires_grad_(True)
+    before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    for trained in (run, reference):
+        for step in range(2):
+            for group in trained.optimizer.param_groups:
+                group["lr"] = group["top_lr"]
+            train_step(trained, images, torch.eye(2, 28), 2, 0.5, step)
+
     moved = {name for name, parameter in run.model.named_parameters() if not parameter.equal(before[name])}
-    assert moved and all(name.startswith("head.") for name in moved)
+    graded = {name for name, parameter in run.model.named_parameters() if parameter.grad is not None}
+    assert moved and moved == graded == {name for name in before if name.startswith("head.")}
+    expected = reference.model.state_dict()
+    assert all(value.equal(expected[name]) for name, value in run.model.state_dict().items())
 
 
 # --- weights -----------------------------------------------------------------------------------------------
