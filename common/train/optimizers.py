@@ -61,8 +61,7 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             if group["muon"]:
                 for parameter in group["params"]:
-                    if parameter.grad is not None:  # else it is frozen
-                        self._step_of(parameter, group)
+                    self._step_of(parameter, group)
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
             return super().step(closure)
@@ -70,11 +69,12 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
 
     def _step_of(self, parameter: torch.Tensor, group: dict) -> None:
+        if parameter.grad is None:  # frozen
+            return
         state, momentum = self.state[parameter], group["betas"][0]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        assert parameter.grad is not None
         gradient = parameter.grad if scale is None else parameter.grad / scale
         changed = (parameter, state["momentum"])
         before = [] if found_inf is None else [tensor.clone() for tensor in changed]
